@@ -1,0 +1,70 @@
+"""Causal self-attention behind one call: flash-attn where it can run, PyTorch's SDPA elsewhere.
+
+Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` turns what was asked for
+into what will run, before any compute; `attention` takes only its answer.
+"""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "sdpa", "flash")
+
+log = logging.getLogger(__name__)
+
+
+def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend, "sdpa" or "flash", that will run for tensors of `dtype` on `device`; logs it once.
+
+    "auto" takes flash-attn where it can run. Raises ValueError for an unknown name, and for "flash" where it
+    cannot run.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"model.attention={requested}: unknown; choose one of {', '.join(BACKENDS)}")
+    obstacle = None if requested == "sdpa" else flash_obstacle(device, dtype)
+    if requested == "flash" and obstacle:
+        raise ValueError(f"model.attention=flash: {obstacle}; mend that, or set model.attention=auto or sdpa")
+    backend = "sdpa" if requested == "sdpa" or obstacle else "flash"
+    _log_once(f"attention runs on {backend}" + (f" ({obstacle})" if obstacle else ""))
+    return backend
+
+
+def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn cannot take tensors of `dtype` on `device`; None where it can."""
+    if device.type != "cuda":
+        return f"flash-attn needs a CUDA device, the tensors are on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn needs bfloat16 or float16, the tensors are {dtype}"
+    try:
+        import flash_attn  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn cannot be imported ({error})"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash-attn needs a GPU of compute capability 8.0 or later"
+    return None
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    log.info(line)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
+    """softmax(q kᵀ / √head_dim) v under a causal mask, on a backend that `resolve_backend` returned.
+
+    q (b, t, heads, head_dim), k and v (b, t, kv_heads, head_dim) with heads a multiple of kv_heads:
+    consecutive query heads share a key-value head. Returns (b, t, heads, head_dim) in q's dtype.
+    """
+    if backend == "flash":
+        from flash_attn import flash_attn_func
+
+        # Its backward adds up with atomics, in another order every run, unless asked not to.
+        return flash_attn_func(
+            q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
+        )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)

@@ -1,0 +1,43 @@
+"""Random numbers as a function of (key, position): the same on every device, rank and resumed run.
+
+A key names what is drawn ("seed 0, sketch, step 200, layers.3.mlp.up_proj"); a position is an element's place in the
+full tensor. Nothing is drawn in sequence, so nothing depends on what was drawn before.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as the int64 that holds the same bits
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def key(seed: int, *purpose: str | int) -> int:
+    """A key in [0, 2**63) for what ``purpose`` names, under the run's ``seed``."""
+    text = "\0".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's ``>>`` repeats the sign bit)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
+    """64 random bits for every position (int64, any shape), as int64 of the same shape.
+
+    Splitmix64 (Steele, Lea, Flood 2014) at counter ``position`` of the stream that starts at ``key``.
+    """
+    z = (position + 1) * _GAMMA + key
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def random_signs(key: Tensor | int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """A (rows, columns) matrix of ±1 with the dtype and device of ``like``."""
+    position = torch.arange(rows * columns, device=like.device)
+    sign_bit = _shift_right(random_bits(key, position), 63)
+    return (1 - 2 * sign_bit).to(like.dtype).view(rows, columns)

@@ -1,0 +1,225 @@
+"""A linear layer that trains a selection of its rows (or columns) and computes the gradient of nothing else.
+
+``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight`` and hands autograd an ordinary small parameter, ``rows``:
+the trainable copy of the selected slice of the weight. Its backward forms ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660,
+section 3), never the (out, in) gradient. Optimizers, clipping, accumulation, DDP and FSDP see only ``rows``.
+
+Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass`` keeps that true.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.counter_rng import random_signs
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_AND_MLP = ("*.self_attn.*_proj", "*.mlp.*_proj")
+
+
+class _SelectedLinear(torch.autograd.Function):
+    """``F.linear`` whose weight gradient is that of the selected slice, and, while probing, its row scores."""
+
+    @staticmethod
+    def forward(ctx, x, weight, rows, index, scale, probe, probe_key, columns):
+        ctx.columns, ctx.probe_width = columns, probe.shape[1:] if probe is not None else None
+        ctx.rows_dtype = rows.dtype
+        # A selection of inputs needs only those inputs again, unless the whole gradient is being probed.
+        ctx.x_is_sliced = columns and probe is None
+        saved = x.index_select(-1, index) if ctx.x_is_sliced else x
+        ctx.save_for_backward(saved, weight, index, scale, probe_key)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        saved, weight, index, scale, probe_key = ctx.saved_tensors
+        grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+        dy, x = grad_y.flatten(0, -2), saved.flatten(0, -2)
+        grad_rows = grad_probe = None
+        if ctx.needs_input_grad[2]:
+            if ctx.columns:
+                grad_rows = dy.T @ (x if ctx.x_is_sliced else x.index_select(1, index))
+            else:
+                grad_rows = dy.index_select(1, index).T @ x
+            grad_rows = grad_rows.to(ctx.rows_dtype)
+            if scale is not None:
+                grad_rows = grad_rows * (scale if ctx.columns else scale.unsqueeze(1))
+        if ctx.probe_width is not None:
+            selected, other = (x, dy) if ctx.columns else (dy, x)
+            grad_probe = _probe_gradient(selected, other, ctx.probe_width, probe_key)
+        return grad_x, None, grad_rows, None, None, grad_probe, None, None
+
+
+def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: Tensor) -> Tensor:
+    """What a backward adds to the probe, from the (tokens, m) and (tokens, n) factors of the gradient G (m, n).
+
+    No width: the squared norms of the rows of G (m,), by forming G. Width k: the sketch GΩ (m, k), Ω of random signs
+    (n, k), at k (1/m + 1/n) of the cost and linear in G, so that it can be summed over batches and processes.
+    """
+    if not width:
+        return (selected.T @ other).float().square().sum(dim=1)
+    omega = random_signs(key, other.shape[1], width[0], like=other)
+    return (selected.T @ (other @ omega)).float()
+
+
+class GrassLinear(nn.Module):
+    """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
+
+    weight  Parameter (out, in), frozen: what the forward uses
+    rows    Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
+    index   buffer (rank,) int64: which rows or columns, in ascending order; entries may repeat
+    scale   buffer (rank,) float32: ρ of each; used where ``scaled`` is set, which weighted samples need
+
+    Args:
+        weight: the (out, in) weight; shared, not copied, and frozen.
+        rank: how many rows or columns are trained, 1 ≤ rank ≤ the selected dimension.
+        side: "rows", "columns" or "auto" (rows where out ≤ in: the smaller side, as in the paper).
+        state_dtype: dtype of ``rows`` and so of its gradient and moments; the weight's own when None.
+
+    Raises:
+        ValueError: an unknown side or an impossible rank.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, rank: int, side: str = "auto", state_dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if side not in ("auto", "rows", "columns"):
+            raise ValueError(f"optim.side={side!r} is unknown; use auto, rows or columns")
+        self.side = side if side != "auto" else "rows" if self.out_features <= self.in_features else "columns"
+        self.dim = 0 if self.side == "rows" else 1
+        if not 1 <= rank <= weight.shape[self.dim]:
+            raise ValueError(
+                f"optim.rank={rank} must be between 1 and {weight.shape[self.dim]}, "
+                f"the number of {self.side} of a {tuple(weight.shape)} weight"
+            )
+        self.weight = weight.requires_grad_(False)
+        self.register_buffer("index", torch.arange(rank, device=weight.device))
+        self.register_buffer("scale", torch.ones(rank, device=weight.device))
+        selected = weight.detach().index_select(self.dim, self.index)
+        self.rows = nn.Parameter(selected.to(state_dtype or weight.dtype))
+        self.scaled = False
+        self.probe: Tensor | None = None  # a leaf outside parameters(): DDP, FSDP and the optimizer never see it
+        self.probe_key: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out) in the weight's dtype."""
+        scale = self.scale if self.scaled else None
+        return _SelectedLinear.apply(
+            x, self.weight, self.rows, self.index, scale, self.probe, self.probe_key, self.dim == 1
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}, side={self.side}"
+
+    @property
+    def rank(self) -> int:
+        return self.index.numel()
+
+    @property
+    def selectable(self) -> int:
+        """The size of the selected dimension: how many rows (or columns) there are to choose from."""
+        return self.weight.shape[self.dim]
+
+    @torch.no_grad()
+    def fold(self, before: Tensor | None = None, decay: float = 1.0) -> None:
+        """Write a step on ``rows`` back: weight[index] = rows, rounded to the weight's dtype.
+
+        With weighted rows (``scaled``) the step Δ of every draw counts ρ times and a row drawn twice takes both steps:
+        w ← decay·w + Σ ρΔ, where ``before`` is ``rows`` as it was and ``decay`` what the step multiplied it by.
+        """
+        if self.scaled:
+            assert before is not None
+            scale = self.scale.unsqueeze(1 - self.dim)
+            kept = before.float() * decay
+            steps = (self.rows - kept) * scale
+            first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
+            summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)
+            self.rows.copy_(kept + summed.index_select(self.dim, first))
+        self.weight.index_copy_(self.dim, self.index, self.rows.to(self.weight.dtype))
+
+    @torch.no_grad()
+    def select(self, index: Tensor, scale: Tensor | None = None) -> None:
+        """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``."""
+        self.index.copy_(index)
+        self.scale.copy_(scale) if scale is not None else self.scale.fill_(1)
+        self.rows.copy_(self.weight.index_select(self.dim, self.index))
+
+    def start_probe(self, key: int, width: int | None) -> None:
+        """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).
+
+        Args:
+            key: names the random matrix of the sketch.
+            width: columns k of the sketch; None for exact squared norms.
+        """
+        shape = (self.selectable,) if width is None else (self.selectable, width)
+        self.probe = torch.zeros(shape, device=self.weight.device, requires_grad=True)
+        self.probe_key = torch.tensor(key, device=self.weight.device)
+
+    def stop_probe(self) -> Tensor:
+        """End the probe and return what it gathered: (m,) squared norms or the (m, k) sketch, float32."""
+        assert self.probe is not None
+        gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
+        self.probe = self.probe_key = None
+        return gathered.detach()
+
+
+def convert_linears(
+    model: nn.Module,
+    rank: int,
+    patterns: Sequence[str] = ATTENTION_AND_MLP,
+    side: str = "auto",
+    state_dtype: torch.dtype | None = None,
+) -> dict[str, GrassLinear]:
+    """Swap in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` for GrassLinear.
+
+    Weights are shared, not copied. What was converted and what was left is logged.
+
+    Returns:
+        The new layers by module name, in model order.
+
+    Raises:
+        ValueError: a pattern that matches no linear layer, a matched layer with a bias or a tied weight, or an
+            impossible rank or side; all problems at once, and the model is left as it was.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    problems: dict[str, list[str]] = {}  # message → names of the layers it is about
+    for p in patterns:
+        if not any(fnmatch(name, p) for name in linears):
+            problems[f"pattern {p!r} matches no linear layer ({', '.join(linears) or 'the model has none'})"] = []
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    layers: dict[str, GrassLinear] = {}
+    for name, linear in linears.items():
+        if not any(fnmatch(name, p) for p in patterns):
+            continue
+        try:
+            if linear.bias is not None or holders[id(linear.weight)] > 1:
+                raise ValueError("has a bias or a tied weight and cannot be converted; narrow the patterns")
+            layers[name] = GrassLinear(linear.weight, rank, side, state_dtype)
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(name)
+    if problems:
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        raise ValueError("\n".join(_about(names) + message for message, names in problems.items()))
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    left = [name for name in linears if name not in layers]
+    logger.info(
+        "converted %d of %d linear layers to Grass (rank %d); left full-rank: %s",
+        *(len(layers), len(linears), rank, ", ".join(left) or "none"),
+    )
+    return layers
+
+
+def _about(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: " if names else ""

@@ -1,0 +1,235 @@
+"""LLaMA: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+Keyword arguments and parameter names are those of Hugging Face's `LlamaForCausalLM` (without its leading
+"model."), and the same weights give the same logits. There are no buffers: the state is the parameters.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import BACKENDS, attention, resolve_backend
+from models.counter_rng import key
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, else fp32: where norms, rotations and the loss are computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / RMS(x) · weight over the last dimension, computed in fp32 (fp64 for fp64), returned in x's dtype.
+
+    Zhang & Sennrich, arXiv 1910.07467.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x.dtype)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(-2i / head_dim), each (tokens, 1, head_dim), on `like`'s device.
+
+    In fp32 or wider, whatever `like` is: bf16 has one number for positions 256 and 257.
+    Su et al., arXiv 2104.09864.
+    """
+    dtype, device = at_least_fp32(like.dtype), like.device
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
+    angles = torch.outer(torch.arange(tokens, dtype=dtype, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (b, t, heads, head_dim): feature i is paired with i + head_dim / 2."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with rotary positions; `kv_heads` < `heads` is grouped-query attention."""
+
+    def __init__(self, hidden_size: int, heads: int, kv_heads: int):
+        super().__init__()
+        self.head_dim = hidden_size // heads
+        self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, backend=backend)
+        return self.o_proj(y.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)). Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, heads: int, kv_heads: int, eps: float):
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden_size, eps)
+        self.self_attn = SelfAttention(hidden_size, heads, kv_heads)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+        self.mlp = MLP(hidden_size, intermediate_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """A LLaMA language model. Construction leaves torch's default weights: call `init_weights` next.
+
+    `num_key_value_heads` None means one per attention head. `attention` is auto, sdpa or flash, see
+    `models.attention`. Raises ValueError, naming every key at fault, for sizes that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        num_key_value_heads: int | None = None,
+        max_position_embeddings: int,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        tie_word_embeddings: bool = False,
+        initializer_range: float = 0.02,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        kv_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        problems = size_problems(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=max_position_embeddings,
+            rms_norm_eps=rms_norm_eps,
+            rope_theta=rope_theta,
+            initializer_range=initializer_range,
+        )
+        if attention not in BACKENDS:
+            problems.append(f"model.attention={attention}: unknown; choose one of {', '.join(BACKENDS)}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+        self.head_dim = hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.tie_word_embeddings = tie_word_embeddings
+        self.initializer_range = initializer_range
+        self.attention = attention
+
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.layers = nn.ModuleList(
+            Block(hidden_size, intermediate_size, num_attention_heads, kv_heads, rms_norm_eps)
+            for _ in range(num_hidden_layers)
+        )
+        self.norm = RMSNorm(hidden_size, rms_norm_eps)
+        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
+        if tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (b, t, vocab) of the next token for input_ids (b, t) int64.
+
+        With targets (b, t) int64, -100 where none: the cross-entropies in nats, summed over the targets, as
+        a scalar in fp32 (fp64 for an fp64 model).
+        Raises ValueError for more tokens than the model has positions.
+        """
+        tokens = input_ids.shape[1]
+        if tokens > self.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {tokens} tokens is longer than model.max_position_embeddings="
+                f"{self.max_position_embeddings}; shorten train.seq_len or raise the model's positions"
+            )
+        x = self.embed_tokens(input_ids)
+        cos, sin = rope_tables(tokens, self.head_dim, self.rope_theta, like=x)
+        backend = resolve_backend(self.attention, x.device, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, backend)
+        logits = self.lm_head(self.norm(x))
+        if targets is None:
+            return logits
+        # The loss is made here and not by the caller so that a sharded model's hooks span it.
+        logits = logits.flatten(0, 1).to(at_least_fp32(logits.dtype))
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
+
+        A weight's draw depends on (seed, its name) alone, and is made in fp32 on the CPU: it is the same on
+        every device, in every dtype up to rounding, and whatever else the model holds. Parameters whose names
+        do not end in "weight" were added by others and are left alone.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("weight"):
+                generator = torch.Generator().manual_seed(key(seed, "init", name))
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+                parameter.copy_(draw * self.initializer_range)
+
+    def to_dtype(self, dtype: torch.dtype) -> "Llama":
+        """Cast the parameters in place, norm weights to no less than fp32: near 1, bf16 steps by 2⁻⁸."""
+        for module in self.modules():
+            kept = at_least_fp32(dtype) if isinstance(module, RMSNorm) else dtype
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(kept)
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Llama":
+        super()._apply(fn, recurse)
+        # to_empty() makes a new parameter for each module that holds the tied one.
+        if self.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        return self
+
+
+def size_problems(**sizes: float) -> list[str]:
+    """What is impossible in a model of these sizes, one message a problem, each with its mend."""
+    problems = [f"model.{name}={value}: must be above 0" for name, value in sizes.items() if not value > 0]
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    kv_heads = sizes["num_key_value_heads"]
+    if heads > 0 and hidden % (2 * heads):
+        problems.append(
+            f"model.hidden_size={hidden}: rotary positions need heads of one even size; choose a multiple of "
+            f"2 · model.num_attention_heads = {2 * heads}"
+        )
+    if kv_heads > 0 and heads % kv_heads:
+        problems.append(
+            f"model.num_key_value_heads={kv_heads}: must divide model.num_attention_heads={heads}; "
+            "choose one of its divisors"
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""What turns gradients into steps: row selection, the Grass fold and refresh, schedules. Tensors in, tensors out."""

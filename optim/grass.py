@@ -1,0 +1,218 @@
+"""Grass around a stock optimizer: fold every step, choose new rows every so often. No optimizer subclass, only hooks.
+
+The inner optimizer steps on each layer's small ``rows`` parameter like on any other. After its step a hook folds the
+rows into the weights, and every ``refresh_every`` steps chooses the rows of the next window, so that they are in place
+before the forward that uses them. What the choice needs is gathered by the backward of the steps just before it.
+
+    layers = convert_linears(model, rank=64)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    grass = Grass(model, optimizer, refresh_every=200)
+    grass.start(lambda: loss_of(first_batch).backward())   # rows for the first window; makes no update
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.counter_rng import key
+from models.grass_linear import GrassLinear
+from optim import moments
+from optim.selection import WITH_REPLACEMENT, select
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("exact", "sketch")
+
+
+class Grass:
+    """The fold and the refresh of every GrassLinear of ``model``, attached to ``optimizer`` by step hooks.
+
+    Args:
+        model: holds the GrassLinear layers; their names are part of every draw's key.
+        optimizer: any torch.optim.Optimizer that holds the layers' ``rows``.
+        refresh_every: K, the updates between two choices of a layer's rows.
+        selection: a name of optim.selection.
+        score: "exact" forms each layer's gradient once and sums the squared row norms of micro-batches and processes,
+            which is not the norm of their sum; "sketch" estimates the norms of the true sum, at a fraction of the cost.
+        sketch_width: k, columns of the sketch; the relative error of a norm is about 1/√(2k).
+        probe_steps: how many of the last steps of a window feed the score.
+        stagger: refresh the layers in turn, spread over the window, instead of all at once.
+        state_at_refresh, new_second_moment: what happens to moments, see optim.moments.
+        refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
+        seed: the run's seed.
+
+    Raises:
+        ValueError: a model without GrassLinear layers, or stagger with refresh_warmup (there is no common refresh).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        refresh_every: int,
+        selection: str = "top_r",
+        score: str = "exact",
+        sketch_width: int = 16,
+        probe_steps: int = 1,
+        stagger: bool = False,
+        state_at_refresh: str = "reset",
+        new_second_moment: str = "mean",
+        refresh_warmup: int = 0,
+        seed: int = 0,
+    ):
+        self.layers = {name: m for name, m in model.named_modules() if isinstance(m, GrassLinear)}
+        if not self.layers:
+            raise ValueError("the model has no GrassLinear layer; call convert_linears first")
+        if stagger and refresh_warmup:
+            raise ValueError("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
+        self.model, self.optimizer = model, optimizer
+        self.refresh_every, self.selection, self.seed = refresh_every, selection, seed
+        self.sketch_width = sketch_width if score == "sketch" else None
+        self.probe_steps = min(probe_steps, refresh_every)
+        self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
+        self.refresh_warmup = refresh_warmup
+        self.steps = 0
+        self.gathered: dict[str, Tensor] = {}  # probes of the window so far, summed over processes; part of a checkpoint
+        count = len(self.layers)
+        self._offsets = {
+            name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)
+        }
+        self._before: dict[GrassLinear, Tensor] = {}
+        for layer in self.layers.values():
+            layer.scaled = selection.endswith(WITH_REPLACEMENT)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def start(self, backward: Callable[[], object]) -> None:
+        """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped."""
+        self._start_probes(self.layers)
+        backward()
+        self.model.zero_grad(set_to_none=True)
+        self._gather()
+        self._refresh(list(self.layers))
+        self._start_probes(self._probing)
+
+    def resume(self, steps: int) -> None:
+        """Go on after ``steps`` updates, with layers, moments and ``gathered`` loaded from a checkpoint."""
+        self.steps = steps
+        self._start_probes(self._probing)
+
+    def rate_factor(self) -> float:
+        """What the warm-up after a refresh makes of the rows' learning rate in the coming update."""
+        since = self.steps % self.refresh_every
+        return min(1.0, (since + 1) / self.refresh_warmup) if self.refresh_warmup else 1.0
+
+    # The hooks.
+
+    def _before_step(self, *_) -> None:
+        self._before = {layer: layer.rows.detach().clone() for layer in self.layers.values() if layer.scaled}
+
+    def _after_step(self, *_) -> None:
+        decay = self._decay_factors() if self._before else {}
+        for layer in self.layers.values():
+            layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0))
+        self.steps += 1
+        self._gather()
+        self._refresh([name for name in self.layers if self._steps_to_refresh(name) == self.refresh_every])
+        self._start_probes(self._probing)
+
+    def _steps_to_refresh(self, name: str) -> int:
+        """Updates until the rows of ``name`` are chosen next: 1 … K, K right after (or at) a refresh."""
+        return self.refresh_every - (self.steps + self._offsets[name]) % self.refresh_every
+
+    def _decay_factors(self) -> dict[Tensor, float]:
+        """What decoupled weight decay multiplied each parameter by in the step just made."""
+        adafactor = isinstance(self.optimizer, torch.optim.Adafactor)
+        return {
+            p: 1.0 - float(group["lr"]) * group["weight_decay"]
+            for group in self.optimizer.param_groups
+            if adafactor or group.get("decoupled_weight_decay")
+            for p in group["params"]
+        }
+
+    # Probing: the backward of the steps before a refresh gathers what the scores need.
+
+    @property
+    def _probing(self) -> list[str]:
+        """The layers whose coming backward feeds their score."""
+        if self.selection == "frozen":
+            return []
+        return [name for name in self.layers if self._steps_to_refresh(name) <= self.probe_steps]
+
+    def _start_probes(self, names: Iterable[str]) -> None:
+        for name in names:
+            window = (self.steps + self._offsets[name]) // self.refresh_every
+            self.layers[name].start_probe(key(self.seed, "sketch", window, name), self.sketch_width)
+
+    def _gather(self) -> None:
+        """End the probes of the step just made and add them, summed over processes, to what was gathered before.
+
+        Summed every step, so that at any step all processes hold the same, and a resumed run adds in the same order.
+        """
+        probed = {name: layer.stop_probe() for name, layer in self.layers.items() if layer.probe is not None}
+        if not probed:
+            return
+        flat = torch.cat([p.flatten() for p in probed.values()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+            # The gradient is the mean over processes: a sketch is linear in it, squared norms are quadratic.
+            flat /= dist.get_world_size() ** (1 if self.sketch_width else 2)
+        parts = flat.split([p.numel() for p in probed.values()])
+        for (name, probe), part in zip(probed.items(), parts, strict=True):
+            part = part.view_as(probe)
+            self.gathered[name] = self.gathered[name] + part if name in self.gathered else part
+
+    # The refresh.
+
+    def _refresh(self, names: list[str]) -> None:
+        """Give the layers the rows of their next window, the same ones on every process."""
+        names = [name for name in names if name in self.gathered]
+        if not names:
+            return
+        norms = [self._norms(self.gathered.pop(name)) for name in names]
+        on_cpu = torch.cat(norms).cpu().split([n.numel() for n in norms])  # one wait for the device, not one a layer
+        chosen = []
+        for name, norm, scores in zip(names, norms, on_cpu, strict=True):
+            layer = self.layers[name]
+            index, scale, usable = select(
+                self.selection, scores, layer.rank, key(self.seed, "select", self.steps, name)
+            )
+            if not usable:
+                logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, name)
+            self._change_rows(name, layer, index.to(layer.index.device), scale, norm)
+            chosen.append(index)
+        _require_agreement(chosen, norms[0].device)
+
+    def _norms(self, gathered: Tensor) -> Tensor:
+        """Row norms (m,) from squared norms (m,) or from a sketch (m, k)."""
+        return gathered.sqrt() if gathered.ndim == 1 else gathered.norm(dim=1) / gathered.shape[1] ** 0.5
+
+    def _change_rows(self, name: str, layer: GrassLinear, index: Tensor, scale: Tensor | None, norms: Tensor) -> None:
+        old_index, old_scale = layer.index.clone(), layer.scale.clone()
+        layer.select(index, scale)
+        state = self.optimizer.state.get(layer.rows)
+        if not state:
+            return
+        if self.state_at_refresh == "reset" or not moments.can_be_carried(state, layer.rows.shape):
+            del self.optimizer.state[layer.rows]
+            return
+        change = moments.Change(old_index, layer.index, old_scale, layer.scale, layer.dim)
+        # The square of a sum over probe_steps gradients grows like their number: most of a gradient is noise.
+        elements = self.probe_steps * layer.weight.numel() // layer.selectable
+        mean_square = norms[layer.index].square() / elements
+        moments.carry(state, change, self.new_second_moment, mean_square)
+
+
+def _require_agreement(indices: list[Tensor], device: torch.device) -> None:
+    """Raise RuntimeError unless every process chose the same rows: compares one hash."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    fingerprint = key(0, *(str(index.tolist()) for index in indices))
+    low_high = torch.tensor([-fingerprint, fingerprint], device=device)
+    dist.all_reduce(low_high, op=dist.ReduceOp.MAX)
+    if low_high.tolist() != [-fingerprint, fingerprint]:
+        raise RuntimeError("the processes chose different rows: their scores or seeds differ")

@@ -1,0 +1,67 @@
+"""What becomes of a layer's optimizer state when its rows change.
+
+``reset`` drops it: the inner optimizer starts afresh on the new rows, as in the paper.
+
+``carry`` keeps the state of the rows that stay. A new row starts with no first moment and, as second moment, one of
+
+    mean    the mean over the rows selected before, element by element
+    score   what the score says its squared gradient is: g_i² / n in every element
+    zero
+
+Adam counts its steps once for the whole matrix, so rows of different age share one bias correction. A second moment
+that starts at an estimate needs none; a first moment that starts at zero under a count that runs on makes a new row's
+first steps small, growing to full size over about 1 / (1 - β₁) updates: each new row warms up by itself.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+POLICIES = ("reset", "carry")
+NEW_SECOND_MOMENTS = ("mean", "score", "zero")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # what torch.optim calls averages of squares
+
+
+class Change(NamedTuple):
+    """A change of rows: index (r,) and ρ (r,) before and after, sorted by index; ``dim`` is the selected dimension."""
+
+    old_index: Tensor
+    new_index: Tensor
+    old_scale: Tensor
+    new_scale: Tensor
+    dim: int
+
+
+def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
+    """Whether every tensor of ``state`` belongs to the rows element by element (factored or quantised ones do not)."""
+    return all(type(t) is Tensor and t.shape == shape for t in state.values() if torch.is_tensor(t) and t.ndim > 0)
+
+
+@torch.no_grad()
+def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: Tensor) -> None:
+    """Make ``state`` that of the new rows, in place.
+
+    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square.
+
+    Args:
+        state: the inner optimizer's state of ``rows``; tensors of the rows' shape are moments.
+        new_second_moment: a name of NEW_SECOND_MOMENTS.
+        score: (r,) estimated mean square of a gradient element of each new row, for "score".
+    """
+    position = torch.searchsorted(change.old_index, change.new_index).clamp_max(len(change.old_index) - 1)
+    stays = change.old_index[position] == change.new_index
+    ratio = change.new_scale / change.old_scale[position]
+    for name, moment in state.items():
+        if not torch.is_tensor(moment) or moment.ndim == 0:
+            continue
+        second = name in SECOND_MOMENTS
+        along = [-1 if d == change.dim else 1 for d in range(moment.ndim)]
+        factor = (ratio.square() if second else ratio).view(along).to(moment.dtype)
+        kept = moment.index_select(change.dim, position) * factor
+        fresh = torch.zeros((), dtype=moment.dtype, device=moment.device)
+        if second and new_second_moment == "mean":
+            fresh = moment.mean(change.dim, keepdim=True)
+        elif second and new_second_moment == "score":
+            fresh = (score * change.new_scale.square()).view(along).to(moment.dtype)
+        moment.copy_(torch.where(stays.view(along), kept, fresh))

@@ -1,0 +1,33 @@
+"""Learning-rate schedules: a pure function from the step to a factor of the peak rate."""
+
+import math
+
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+def rate_factor(
+    step: int, *, total: int, schedule: str, warmup: int = 0, final: float = 0.1, decay_share: float = 0.2
+) -> float:
+    """The factor on the peak rate for the update from ``step`` to ``step + 1`` (0 ≤ step < total).
+
+    Linear warm-up from 1/warmup to 1 over ``warmup`` updates, then
+
+    cosine    half a cosine from 1 to ``final`` at the last update
+    wsd       1, then linear to ``final`` over the last ``decay_share`` of all updates (warm-up, stable, decay)
+    constant  1
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule={schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return (step + 1) / warmup
+    last = total - 1
+    if schedule == "constant" or step >= last:
+        return 1.0 if schedule == "constant" else final
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, last - warmup)
+        return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+    decay = max(1, round(decay_share * total))
+    return min(1.0, final + (1 - final) * (last - step) / decay)

@@ -1,0 +1,61 @@
+"""Which rows to train: the selections of the paper, by name, from the scores of the rows.
+
+A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the largest; the others sample row i with
+probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With replacement the rows
+carry ρ = 1/√(r q_i), which makes E[PPᵀG] = G (Grass, arXiv 2406.17660, section 3.2).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
+WITH_REPLACEMENT = "_with_replacement"
+SELECTIONS = ("top_r", "frozen", *POWERS, *(name + WITH_REPLACEMENT for name in POWERS))
+
+
+class Selected(NamedTuple):
+    """index (r,) int64; scale (r,) float32, or None where ρ is 1; whether the scores could be used."""
+
+    index: Tensor
+    scale: Tensor | None
+    usable: bool
+
+
+def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
+    """Choose ``rank`` of the rows that ``scores`` (m,) rate, on the CPU and in float64.
+
+    The choice depends on the arguments alone: equal scores and seed give equal rows on every process and device.
+    Scores that are not all finite, or all zero, say nothing: rows are then drawn uniformly without replacement.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SELECTIONS:
+        raise ValueError(f"optim.selection={name!r} is unknown; choose from {', '.join(SELECTIONS)}")
+    scores = scores.detach().to("cpu", torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    if not (scores.isfinite().all() and scores.max() > 0):
+        return Selected(_sample_distinct(torch.ones_like(scores), rank, generator), None, usable=False)
+    if name in ("top_r", "frozen"):
+        # A stable sort, so that ties fall the same way everywhere.
+        top = scores.argsort(descending=True, stable=True)[:rank]
+        return Selected(top.sort().values, None, usable=True)
+    weights = (scores / scores.max()) ** POWERS[name.removesuffix(WITH_REPLACEMENT)]
+    if not name.endswith(WITH_REPLACEMENT):
+        return Selected(_sample_distinct(weights, rank, generator), None, usable=True)
+    q = weights / weights.sum()
+    index = q.multinomial(rank, replacement=True, generator=generator).sort().values
+    return Selected(index, (rank * q[index]).rsqrt().float(), usable=True)
+
+
+def _sample_distinct(weights: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """``rank`` distinct indices, drawn one after another in proportion to ``weights``.
+
+    By exponential keys (Efraimidis and Spirakis 2006). Rows of weight zero come last, in uniform order.
+    """
+    waits = torch.empty_like(weights).exponential_(generator=generator)
+    by_wait = (waits / torch.where(weights > 0, weights, 1.0)).argsort()
+    drawn_first = by_wait[(weights[by_wait] == 0).to(torch.int8).argsort(stable=True)]
+    return drawn_first[:rank].sort().values

@@ -1,0 +1,177 @@
+"""Grass as an optimizer: dense training with every row selected, AdamW on the rows alone with fewer."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.grass_linear import convert_linears
+from models.llama import Llama
+from optim.build import inner_optimizer, parameter_groups
+from optim.grass import Grass
+from optim.master_weights import MasterWeights
+
+HIDDEN = 16
+
+
+def tiny_llama(dtype=torch.float64):
+    model = Llama(
+        vocab_size=32, hidden_size=HIDDEN, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16,
+    ).to_dtype(dtype)  # fmt: skip
+    model.init_weights(seed=0)
+    return model
+
+
+def optimizer_of(model, **kwargs):
+    return inner_optimizer("adamw", parameter_groups(model, lr=3e-3, linear_lr=2e-3, weight_decay=0.1, **kwargs))
+
+
+def loss_at(model, step):
+    # Only 8 of the 32 tokens occur, which is something to learn.
+    ids = torch.randint(0, 8, (4, 9), generator=torch.Generator().manual_seed(step))
+    return model(ids[:, :-1], ids[:, 1:]) / 32
+
+
+def train(model, optimizer, steps, first=0):
+    losses = []
+    for step in range(first, first + steps):
+        loss = loss_at(model, step)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        model.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def grass_of(rank, dtype=torch.float64, model=None, **kwargs):
+    model = model or tiny_llama(dtype)
+    layers = convert_linears(model, rank, side=kwargs.pop("side", "auto"))
+    optimizer = optimizer_of(model)
+    grass = Grass(model, optimizer, **{"refresh_every": 1000} | kwargs)
+    grass.start(lambda: loss_at(model, 0).backward())
+    return model, layers, optimizer, grass
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_with_every_row_selected_training_is_dense_training(dtype, tolerance):
+    dense = tiny_llama(dtype)
+    dense_losses = train(dense, optimizer_of(dense), 20)
+    model, _, optimizer, _ = grass_of(HIDDEN, dtype)
+    losses = train(model, optimizer, 20)
+    assert max(abs(a - b) for a, b in zip(losses, dense_losses, strict=True)) < tolerance
+    assert losses[-1] < losses[0] - 0.01
+    weights = dict(model.named_parameters())
+    for name, expected in dense.named_parameters():
+        torch.testing.assert_close(weights[name].detach(), expected.detach(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("side", ["auto", "rows", "columns"])
+def test_each_step_changes_only_the_selected_rows(side):
+    model, layers, optimizer, _ = grass_of(4, side=side, refresh_every=3)
+    for step in range(7):
+        before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        index = {name: layer.index.clone() for name, layer in layers.items()}
+        train(model, optimizer, 1, first=step)
+        for name, layer in layers.items():
+            changed = (layer.weight != before[name]).any(dim=1 - layer.dim)
+            assert changed.nonzero().flatten().tolist() == index[name].tolist()
+            assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows)
+
+
+def test_the_step_on_the_rows_is_adamw_on_those_rows_alone():
+    model, layers, optimizer, _ = grass_of(4)
+    alone = {name: nn.Parameter(layer.rows.detach().clone()) for name, layer in layers.items()}
+    adamw = torch.optim.AdamW(alone.values(), lr=2e-3, weight_decay=0.1)
+    for step in range(6):
+        loss_at(model, step).backward()
+        for name, layer in layers.items():
+            alone[name].grad = layer.rows.grad.clone()
+        optimizer.step()
+        adamw.step()
+        model.zero_grad()
+        for name, layer in layers.items():
+            torch.testing.assert_close(layer.rows, alone[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_refresh_takes_the_top_rows_of_the_step_before_it_and_drops_their_moments():
+    model, layers, optimizer, _ = grass_of(4, refresh_every=3)
+    train(model, optimizer, 2)
+    dense = tiny_llama()
+    dense.load_state_dict({k: v for k, v in model.state_dict().items() if k in dense.state_dict()})
+    loss_at(dense, 2).backward()
+    for layer in layers.values():
+        assert int(optimizer.state[layer.rows]["step"]) == 2
+    train(model, optimizer, 1, first=2)
+    gradients = {name: p.grad for name, p in dense.named_parameters()}
+    for name, layer in layers.items():
+        norms = gradients[f"{name}.weight"].norm(dim=1 - layer.dim)
+        assert layer.index.tolist() == norms.topk(4).indices.sort().values.tolist()
+        assert layer.rows not in optimizer.state
+
+
+def test_the_first_window_is_probed_without_an_update():
+    reference = tiny_llama()
+    model, layers, optimizer, grass = grass_of(4)
+    assert grass.steps == 0 and not optimizer.state
+    for name, expected in reference.named_parameters():
+        assert torch.equal(dict(model.named_parameters())[name], expected)
+    assert any(layer.index.tolist() != [0, 1, 2, 3] for layer in layers.values())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_rows_are_chosen_once():
+    model, layers, optimizer, _ = grass_of(4, selection="frozen", refresh_every=2)
+    chosen = {name: layer.index.tolist() for name, layer in layers.items()}
+    train(model, optimizer, 5)
+    assert {name: layer.index.tolist() for name, layer in layers.items()} == chosen
+    assert all(layer.probe is None for layer in layers.values())
+
+
+@pytest.mark.parametrize("selection", ["uniform", "multinomial_norm"])
+def test_weighted_samples_train(selection):
+    model, layers, optimizer, _ = grass_of(4, selection=f"{selection}_with_replacement", refresh_every=4)
+    losses = train(model, optimizer, 30)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    for layer in layers.values():
+        assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows)
+
+
+def test_useless_scores_do_not_stop_a_run(caplog):
+    model, layers, optimizer, grass = grass_of(4, refresh_every=1)
+    grass.gathered = {name: torch.full((layer.selectable,), float("nan")) for name, layer in layers.items()}
+    grass._refresh(list(layers))
+    assert "no usable row scores" in caplog.text
+
+
+def test_a_model_without_grass_layers_is_refused():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="convert_linears"):
+        Grass(model, optimizer_of(model), refresh_every=1)
+
+
+def test_parameter_groups_name_the_same_layers_in_dense_and_grass_training():
+    def names(model, group):
+        groups = {g["name"]: [n for n, _ in g["params"]] for g in parameter_groups(model, lr=1e-3, linear_lr=1e-4)}
+        return {name.rsplit(".", 1)[0] for name in groups[group]}
+
+    dense, model = tiny_llama(), grass_of(4)[0]
+    assert len(names(dense, "linears")) == 14
+    for group in ("linears", "embeddings", "norms"):
+        assert names(dense, group) == names(model, group)
+    assert names(dense, "embeddings") == {"embed_tokens", "lm_head"}
+
+
+def test_master_weights_keep_updates_that_bf16_would_lose():
+    def trained(masters):
+        parameter = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        optimizer = torch.optim.SGD([("weight", parameter)], lr=1.0)
+        if masters:
+            MasterWeights(optimizer)
+        for _ in range(64):
+            parameter.grad = torch.full_like(parameter, 2**-12)
+            optimizer.step()
+        return parameter
+
+    assert torch.equal(trained(masters=False), torch.ones(64, dtype=torch.bfloat16))
+    assert torch.equal(trained(masters=True), torch.full((64,), 1 - 64 * 2**-12, dtype=torch.bfloat16))
