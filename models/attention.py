@@ -62,9 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
         from flash_attn import flash_attn_func
 
         # Its backward adds up with atomics, in another order every run, unless asked not to.
-        return flash_attn_func(
-            q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled()
-        )
+        return flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)

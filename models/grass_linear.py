@@ -86,9 +86,10 @@ class GrassLinear(nn.Module):
         ValueError: an unknown side or an impossible rank.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, rank: int, side: str = "auto", state_dtype: torch.dtype | None = None
-    ):
+    index: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: nn.Parameter, rank: int, side: str = "auto", state_dtype: torch.dtype | None = None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if side not in ("auto", "rows", "columns"):

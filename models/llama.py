@@ -66,9 +66,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, backend=backend)
         return self.o_proj(y.flatten(-2))
 

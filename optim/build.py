@@ -31,7 +31,8 @@ def parameter_groups(
     linear_weights = {
         p
         for name, module in model.named_modules()
-        if isinstance(module, GrassLinear) or (isinstance(module, nn.Linear) and any(fnmatch(name, q) for q in patterns))
+        if isinstance(module, GrassLinear)
+        or (isinstance(module, nn.Linear) and any(fnmatch(name, q) for q in patterns))
         for p in module.parameters()
         if p.requires_grad
     }
@@ -62,7 +63,7 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
     return cls(groups, **{k: v for k, v in ({"fused": True} | options).items() if k in known})
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its peak rate times ``factor``."""
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, linears: float = 1.0) -> None:
+    """Give every group its peak rate times ``factor``, the linears' times ``linears`` as well."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * factor * (linears if group["name"] == "linears" else 1.0)

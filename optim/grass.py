@@ -76,11 +76,10 @@ class Grass:
         self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
         self.refresh_warmup = refresh_warmup
         self.steps = 0
-        self.gathered: dict[str, Tensor] = {}  # probes of the window so far, summed over processes; part of a checkpoint
+        # Probes of the window so far, averaged over processes; part of a checkpoint.
+        self.gathered: dict[str, Tensor] = {}
         count = len(self.layers)
-        self._offsets = {
-            name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)
-        }
+        self._offsets = {name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)}
         self._before: dict[GrassLinear, Tensor] = {}
         for layer in self.layers.values():
             layer.scaled = selection.endswith(WITH_REPLACEMENT)

@@ -16,9 +16,9 @@ SELECTIONS = ("top_r", "frozen", *POWERS, *(name + WITH_REPLACEMENT for name in 
 
 
 class Selected(NamedTuple):
-    """index (r,) int64; scale (r,) float32, or None where ρ is 1; whether the scores could be used."""
+    """Row numbers (r,) int64, ascending; ρ (r,) float32, or None where it is 1; whether the scores could be used."""
 
-    index: Tensor
+    chosen: Tensor
     scale: Tensor | None
     usable: bool
 

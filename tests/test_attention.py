@@ -88,9 +88,7 @@ def flash_attn_signature():
     with tarfile.open(sdist) as archive:
         source = archive.extractfile(f"{name}/flash_attn/flash_attn_interface.py").read()
     (function,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_func"
+        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_func"
     )
     function.body, function.decorator_list = [ast.Pass()], []
     namespace = {"torch": torch}
@@ -132,9 +130,7 @@ def test_sdpa_is_causal_grouped_softmax_attention(kv_heads):
 
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
-)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_flash_path_equals_sdpa_path(flash_attn, kv_heads, dtype, tolerance):
     flash, sdpa = (outcome(backend, kv_heads, dtype) for backend in ("flash", "sdpa"))
     for ours, theirs in zip(flash, sdpa, strict=True):
@@ -156,9 +152,7 @@ def test_block_on_flash_equals_block_on_sdpa(flash_attn, compiled):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_call_binds_to_flash_attns_own_signature(
-    flash_attn, flash_attn_signature, monkeypatch, deterministic
-):
+def test_the_call_binds_to_flash_attns_own_signature(flash_attn, flash_attn_signature, monkeypatch, deterministic):
     calls = []
     monkeypatch.setattr(flash_attn, "flash_attn_func", lambda *args, **kwargs: calls.append((args, kwargs)))
     q, k, v = qkv(2)
@@ -195,9 +189,7 @@ def test_flash_is_taken_for_half_precision_on_cuda(flash_attn, ampere, dtype):
         (CUDA, torch.float32, "flash-attn needs bfloat16 or float16, the tensors are torch.float32"),
     ],
 )
-def test_where_flash_cannot_run_auto_takes_sdpa_and_flash_is_refused(
-    flash_attn, ampere, device, dtype, obstacle
-):
+def test_where_flash_cannot_run_auto_takes_sdpa_and_flash_is_refused(flash_attn, ampere, device, dtype, obstacle):
     assert resolve_backend("auto", device, dtype) == "sdpa"
     message = re.escape(f"model.attention=flash: {obstacle}; ")
     with pytest.raises(ValueError, match=message + r".* model\.attention=auto or sdpa"):
@@ -227,6 +219,4 @@ def test_the_backend_that_runs_is_said_once(caplog):
     with caplog.at_level(logging.INFO, logger="models.attention"):
         for _ in range(3):
             resolve_backend("auto", CPU, torch.float32)
-    assert caplog.messages == [
-        "attention runs on sdpa (flash-attn needs a CUDA device, the tensors are on cpu)"
-    ]
+    assert caplog.messages == ["attention runs on sdpa (flash-attn needs a CUDA device, the tensors are on cpu)"]

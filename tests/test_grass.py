@@ -138,7 +138,7 @@ def test_weighted_samples_train(selection):
 
 
 def test_useless_scores_do_not_stop_a_run(caplog):
-    model, layers, optimizer, grass = grass_of(4, refresh_every=1)
+    _, layers, _, grass = grass_of(4, refresh_every=1)
     grass.gathered = {name: torch.full((layer.selectable,), float("nan")) for name, layer in layers.items()}
     grass._refresh(list(layers))
     assert "no usable row scores" in caplog.text

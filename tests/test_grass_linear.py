@@ -68,9 +68,7 @@ def test_fold_sums_the_scaled_steps_of_a_repeated_row_and_decays_once(side):
     layer.fold(before, decay)
     slice_of = (lambda w, i: w[i]) if side == "rows" else (lambda w, i: w[:, i])
     expected = weight.clone()
-    slice_of(expected, 4).copy_(
-        0.9 * slice_of(weight, 4) + 2.0 * slice_of(steps, 0) + 3.0 * slice_of(steps, 1)
-    )
+    slice_of(expected, 4).copy_(0.9 * slice_of(weight, 4) + 2.0 * slice_of(steps, 0) + 3.0 * slice_of(steps, 1))
     slice_of(expected, 9).copy_(0.9 * slice_of(weight, 9) + 0.5 * slice_of(steps, 2))
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(layer.rows, layer.weight.index_select(layer.dim, index))

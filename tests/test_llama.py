@@ -86,9 +86,7 @@ def test_loss_is_the_sum_over_targets_that_are_not_ignored():
     targets = ids[:, 1:].clone()
     targets[0, :5] = -100
     log_probabilities = model(ids[:, :-1]).log_softmax(-1)
-    by_hand = -sum(
-        log_probabilities[b, t, targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] != -100
-    )
+    by_hand = -sum(log_probabilities[b, t, targets[b, t]] for b in range(2) for t in range(16) if targets[b, t] != -100)
     loss = model(ids[:, :-1], targets)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, by_hand, rtol=1e-13, atol=0)
@@ -283,10 +281,7 @@ def test_there_is_a_config_for_every_size():
     "changes, message",
     [
         *(({key: 0}, f"model.{key}=0: must be above 0") for key in (*SMALL, "num_key_value_heads")),
-        *(
-            ({key: -1.0}, f"model.{key}=-1.0: ")
-            for key in ("rms_norm_eps", "rope_theta", "initializer_range")
-        ),
+        *(({key: -1.0}, f"model.{key}=-1.0: ") for key in ("rms_norm_eps", "rope_theta", "initializer_range")),
         ({"rms_norm_eps": float("nan")}, "model.rms_norm_eps=nan: must be above 0"),
         ({"hidden_size": 50}, "model.hidden_size=50: .* multiple of 2 · model.num_attention_heads = 12"),
         ({"hidden_size": 54}, "model.hidden_size=54: .* heads of one even size"),

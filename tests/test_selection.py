@@ -13,7 +13,7 @@ SCORES = torch.tensor([0.5, 3.0, 0.1, 2.0, 1.0, 0.0])
 def test_top_r_leaves_the_smallest_residual_of_every_subset():
     g = torch.Generator().manual_seed(0)
     gradient = torch.randn(7, 5, generator=g, dtype=torch.float64)
-    chosen = select("top_r", gradient.norm(dim=1), 3, seed=0).index.tolist()
+    chosen = select("top_r", gradient.norm(dim=1), 3, seed=0).chosen.tolist()
 
     def residual(rows):
         rest = [i for i in range(7) if i not in rows]
@@ -25,14 +25,14 @@ def test_top_r_leaves_the_smallest_residual_of_every_subset():
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_a_choice_is_sorted_in_range_and_a_function_of_scores_and_seed(name):
     first, again = select(name, SCORES, 4, seed=3), select(name, SCORES, 4, seed=3)
-    assert first.index.tolist() == again.index.tolist() == sorted(first.index.tolist())
-    assert set(first.index.tolist()) <= set(range(6))
-    assert len(first.index) == 4
+    assert first.chosen.tolist() == again.chosen.tolist() == sorted(first.chosen.tolist())
+    assert set(first.chosen.tolist()) <= set(range(6))
+    assert len(first.chosen) == 4
     if name.endswith("with_replacement"):
         assert first.scale is not None
     else:
         assert first.scale is None
-        assert len(set(first.index.tolist())) == 4
+        assert len(set(first.chosen.tolist())) == 4
 
 
 @pytest.mark.parametrize(("name", "power"), [("uniform", 0), ("multinomial_norm", 1), ("multinomial_norm_sq", 2)])
@@ -76,8 +76,8 @@ def test_sampling_by_norm_has_the_least_variance_of_the_three():
 
 def test_rows_without_gradient_are_drawn_last():
     for seed in range(20):
-        assert 5 not in select("multinomial_norm", SCORES, 5, seed=seed).index.tolist()
-    assert select("multinomial_norm", SCORES, 6, seed=0).index.tolist() == [0, 1, 2, 3, 4, 5]
+        assert 5 not in select("multinomial_norm", SCORES, 5, seed=seed).chosen.tolist()
+    assert select("multinomial_norm", SCORES, 6, seed=0).chosen.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -85,10 +85,10 @@ def test_rows_without_gradient_are_drawn_last():
 def test_useless_scores_give_a_uniform_choice_and_say_so(name, scores):
     chosen = select(name, scores, 4, seed=0)
     assert not chosen.usable
-    assert len(set(chosen.index.tolist())) == 4
+    assert len(set(chosen.chosen.tolist())) == 4
     counts = torch.zeros(6)
     for seed in range(600):
-        counts[select(name, scores, 2, seed=seed).index] += 1
+        counts[select(name, scores, 2, seed=seed).chosen] += 1
     assert (counts / 600 - 2 / 6).abs().max() < 0.08
 
 

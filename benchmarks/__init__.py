@@ -1,0 +1,1 @@
+"""Side-by-side measurements, each a module that prints a table, or JSON."""

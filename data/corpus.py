@@ -1,0 +1,81 @@
+"""A corpus to be prepared: its files read once for what they hold, then document by document with their split."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from itertools import zip_longest
+
+import numpy as np
+
+from data.settings import DataSettings
+from data.sources import Document, SourceFile, read_documents, shorten
+
+logger = logging.getLogger(__name__)
+
+PART_CHARS = 2**16
+
+
+class Corpus:
+    """Reads all files and logs which were skipped; `sha256` is a hash of all names and texts.
+
+    Raises ValueError if nothing is readable, or if there is no document for one of the splits.
+    """
+
+    def __init__(self, files: list[SourceFile], settings: DataSettings) -> None:
+        self._files, self._seed = files, settings.seed
+        self._part_chars = PART_CHARS if settings.source == "text" else None
+        self.skipped: dict[str, list[str]] = {}
+        self._digests: list[bytes] = []
+        self.text_bytes = 0
+        corpus = hashlib.sha256()
+        for name, text in self._read(self.skipped):
+            content = text.encode()
+            self._digests.append(hashlib.sha256(content).digest())
+            corpus.update(hashlib.sha256(name.encode()).digest() + self._digests[-1])
+            self.text_bytes += len(content)
+        self.sha256 = corpus.hexdigest()
+        self._log()
+        if not self._digests:
+            raise ValueError(f"data.paths: none of {len(files)} files is readable text in UTF-8; check data.paths")
+        self._threshold = _threshold({self._draw(d) for d in self._digests}, settings.validation_share)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def documents(self) -> Iterator[tuple[Document, str]]:
+        """Every document and its split, `train` or `val`. Raises ValueError if the files are not what they were."""
+        for document, digest in zip_longest(self._read({}), self._digests):
+            if document is None or hashlib.sha256(document.text.encode()).digest() != digest:
+                name = document.name if document else "a file"
+                raise ValueError(f"data.paths: {name} changed while it was being read; start again")
+            yield document, "val" if self._draw(digest) < self._threshold else "train"
+
+    def _read(self, skipped: dict[str, list[str]]) -> Iterator[Document]:
+        return read_documents(self._files, skipped, self._part_chars)
+
+    def _log(self) -> None:
+        if self.skipped:
+            reasons = (f"{len(names)} {reason} ({shorten(names)})" for reason, names in self.skipped.items())
+            logger.info("skipped files: %s", "; ".join(reasons))
+        whole = len(self._files) - sum(map(len, self.skipped.values()))
+        if len(self) > whole:
+            logger.info("cut files longer than %d characters: %d documents of %d files", PART_CHARS, len(self), whole)
+
+    def _draw(self, digest: bytes) -> float:
+        """A document's number in [0, 1): below the threshold it is for validation.
+
+        It depends on the text alone: an added or renamed file moves no other one between the splits, and two
+        documents with the same text never stand on both sides.
+        """
+        drawn = hashlib.sha256(f"{self._seed} validation ".encode() + digest).digest()
+        return int.from_bytes(drawn[:6], "big") / 2**48
+
+
+def _threshold(draws: set[float], share: float) -> float:
+    """`share`, moved where it would leave a split without any document."""
+    if len(draws) < 2:
+        raise ValueError(
+            "data.paths: holds one document only, and validation needs another; add a file "
+            f"(those longer than {PART_CHARS} characters are cut into several documents)"
+        )
+    return min(max(share, float(np.nextafter(min(draws), 1))), max(draws))

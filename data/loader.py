@@ -1,0 +1,147 @@
+"""Batches of token windows, in an order that is a pure function of the seed and the step.
+
+A split is cut into windows of `seq_len` inputs and the same number of targets, one token further on; a
+window's last target is the next one's first input. Documents are packed: a window may hold several.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.shards import Tokens
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # a target that counts for nothing, as in torch's cross-entropy
+
+
+class TrainBatches:
+    """The training batches of one rank.
+
+    Sequence j of step s is sample s * sequences_per_step + j of an endless row of shuffled epochs. Every
+    rank takes a contiguous run of j and cuts it into micro-batches, so that neither the number of ranks
+    nor the micro-batch size changes what a step trains on. The last tokens, too few for a window, are
+    left out.
+
+    Raises ValueError if there is no full window, or a step does not divide into ranks and micro-batches.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        seq_len: int,
+        sequences_per_step: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.windows = (len(tokens) - 1) // seq_len
+        """Windows in an epoch."""
+        if self.windows < 1:
+            raise ValueError(
+                f"data: the training split has {len(tokens)} tokens, fewer than a window of train.seq_len={seq_len} "
+                "and one more; give more text (data.paths, data.max_bytes) or lower train.seq_len"
+            )
+        if sequences_per_step < 1 or sequences_per_step % (micro_batch_size * world_size):
+            raise ValueError(
+                f"train.tokens_per_step: {sequences_per_step} sequences a step do not divide into {world_size} "
+                f"processes with micro-batches of {micro_batch_size}; change it or train.micro_batch_size"
+            )
+        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
+        self._share = sequences_per_step // world_size
+        self._first = rank * self._share
+        logger.info(
+            "training split: %d windows of %d tokens an epoch, the last %d tokens are in none",
+            *(self.windows, seq_len, len(tokens) - 1 - self.windows * seq_len),
+        )
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0)."""
+        windows = self._windows_of(step, self._first, self._share)
+        for chunk in windows.reshape(-1, self._micro_batch_size):
+            rows = np.stack([self._tokens[slice(*self._bounds(window))] for window in chunk.tolist()])
+            batch = torch.from_numpy(rows.astype(np.int64))
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def documents(self, step: int) -> list[str]:
+        """Names of the documents in a step's batch on all ranks, in the order of its sequences, each once."""
+        windows = self._windows_of(step, 0, self._sequences_per_step).tolist()
+        return list(dict.fromkeys(name for w in windows for name in self._tokens.documents(*self._bounds(w))))
+
+    def epoch(self, step: int) -> int:
+        """The epoch (from 0) that a step's first sequence belongs to."""
+        return step * self._sequences_per_step // self.windows
+
+    def _windows_of(self, step: int, first: int, count: int) -> np.ndarray:
+        samples = step * self._sequences_per_step + first + np.arange(count, dtype=np.int64)
+        epochs, positions = np.divmod(samples, self.windows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            positions[here] = permute(positions[here], self.windows, f"{self._seed} shuffle {epoch}")
+        return positions
+
+    def _bounds(self, window: int) -> tuple[int, int]:
+        return window * self._seq_len, (window + 1) * self._seq_len + 1
+
+
+def validation_batches(
+    tokens: Tokens,
+    seq_len: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_sequences: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's inputs and targets, int64 (batch_size, seq_len) each, from a split in order.
+
+    Over all ranks every token but the first is a target once; what fills up the last window and the last
+    batches is 0 as input and -100 as target. All ranks get the same number of batches. With `max_sequences`,
+    only so many windows, spread evenly over the split.
+    """
+    count = -(-(len(tokens) - 1) // seq_len)
+    windows = np.arange(count)
+    if max_sequences is not None and max_sequences < count:
+        windows = np.arange(max_sequences) * count // max_sequences
+    rounds = -(-len(windows) // (batch_size * world_size))
+    for number in range(rounds):
+        start = (number * world_size + rank) * batch_size
+        inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        targets = torch.full((batch_size, seq_len), IGNORED)
+        for row, window in enumerate(windows[start : start + batch_size].tolist()):
+            ids = torch.from_numpy(tokens[window * seq_len : (window + 1) * seq_len + 1].astype(np.int64))
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = ids[1:]
+        yield inputs, targets
+
+
+def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
+    """Where a shuffle of range(size) puts each position: int64 in and out, no table needed.
+
+    A Feistel network of 8 rounds permutes the smallest range of 4^k ≥ size; a result beyond `size` is put
+    in again until it is within (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = np.frombuffer(hashlib.blake2b(key.encode()).digest(), dtype="<u8")
+    out = positions.astype(np.uint64)
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        out[todo] = left << half | right
+        todo = out >= np.uint64(size)
+    return out.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 64-bit finalizer (Appleby)."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(33))

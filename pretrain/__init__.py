@@ -1,0 +1,1 @@
+"""The training run: configuration, the loop, checkpoints, metrics, and the commands around it."""

@@ -1,0 +1,121 @@
+"""Checkpoints: torch.distributed.checkpoint in safetensors files, beside a JSON file for everything that is no tensor.
+
+    checkpoints/step-00000200/   tensors by name: model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>
+                state.json         format, step, tokens, what the data and the settings were
+
+A checkpoint is written beside its place and renamed once it is whole: a folder without ``.tmp`` can be trusted.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from pretrain.build import Optimization
+from pretrain.distributed import World
+
+FORMAT = 1
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint below ``folder``."""
+    whole = [p for p in folder.glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists()]
+    return max(whole, default=None)
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: World) -> None:
+    """Write ``tensors`` and the JSON-able ``state`` to the folder ``path``, all of it or nothing.
+
+    Raises:
+        FileExistsError: ``path`` is there already; checkpoints are never overwritten.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; checkpoints are never overwritten")
+    temporary = path.with_suffix(".tmp")
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    with warnings.catch_warnings():  # it warns of being alone, which a single process is
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+    if world.is_main:
+        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        temporary.rename(path)
+    world.barrier()
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of the checkpoint at ``path``.
+
+    Raises:
+        ValueError: a format that this version does not read.
+    """
+    state = json.loads((path / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
+    return state
+
+
+def load(path: Path, model: nn.Module, optim: Optimization) -> None:
+    """Fill ``model`` and all of ``optim`` in place with the tensors of the checkpoint at ``path``.
+
+    Raises:
+        ValueError: the checkpoint's tensors are not those of this model and optimizer.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    stored = reader.read_metadata().state_dict_metadata
+    _make_room(optim, stored)
+    tensors = tensors_of(model, optim)
+    if unlike := sorted(tensors.keys() ^ stored.keys()):
+        raise ValueError(f"{path} is not of this model and optimizer: {', '.join(unlike[:4])} …")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+
+
+def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:
+    """Every tensor that the next step depends on, by name. Views, not copies."""
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, parameter in _named_parameters(optim.optimizer):
+        for key, value in optim.optimizer.state.get(parameter, {}).items():
+            # safetensors slices need a dimension, which torch's counters lack.
+            tensors[f"optim.{name}.{key}"] = value.detach().view(value.shape or 1)
+        if optim.masters is not None and optim.masters.holds(parameter):
+            tensors[f"master.{name}"] = parameter.detach()
+    if optim.grass is not None:
+        tensors |= {f"grass.{name}": gathered for name, gathered in optim.grass.gathered.items()}
+    return tensors
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    return [
+        named for group in optimizer.param_groups for named in zip(group["param_names"], group["params"], strict=True)
+    ]
+
+
+def _make_room(optim: Optimization, stored: Mapping[str, Any]) -> None:
+    """Give ``optim`` the state tensors that ``stored`` (name → metadata) has and a new optimizer lacks, unfilled."""
+    fused = any(group.get("fused") or group.get("capturable") for group in optim.optimizer.param_groups)
+    for name, parameter in _named_parameters(optim.optimizer):
+        for full in [k for k in stored if k.startswith(f"optim.{name}.")]:
+            key, meta = full.removeprefix(f"optim.{name}."), stored[full]
+            counter = key == "step"
+            device = torch.device("cpu") if counter and not fused else parameter.device
+            shape = () if counter else meta.size
+            optim.optimizer.state[parameter][key] = torch.empty(shape, dtype=meta.properties.dtype, device=device)
+    if optim.grass is not None:
+        for name, layer in optim.grass.layers.items():
+            if f"grass.{name}" in stored:
+                optim.grass.gathered[name] = torch.empty(stored[f"grass.{name}"].size, device=layer.weight.device)

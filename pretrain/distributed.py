@@ -1,0 +1,85 @@
+"""The processes of a run: who we are among them, and the few things they say to each other outside of DDP."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run. Alone, no process group exists and every call is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any_async(self, flag: bool) -> "PendingFlag":
+        """Start to find out whether any process has ``flag`` set; ask ``.result()`` later, so that no step waits."""
+        value = torch.tensor(int(flag), device=self.device)
+        return PendingFlag(value, dist.all_reduce(value, async_op=True) if self.size > 1 else None)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process' ``value`` on every process (pickled between our own processes)."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@dataclass
+class PendingFlag:
+    value: Tensor
+    work: Any
+
+    def result(self) -> bool:
+        if self.work is not None:
+            self.work.wait()
+        return bool(self.value.item())
+
+
+NOT_SET = PendingFlag(torch.tensor(0), None)
+
+
+def is_main_from_env() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size_from_env() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def connect(timeout: timedelta = timedelta(minutes=10)) -> World:
+    """Join the other processes that torchrun started, over NCCL with CUDA and gloo without."""
+    size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    return World(rank, size, device)
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

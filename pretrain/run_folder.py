@@ -1,0 +1,131 @@
+"""The folder a run leaves behind, and the rules that keep what is in it from being lost.
+
+A name that exists is resumed or refused. Whatever a resumed run no longer stands on (metric lines after the
+checkpoint, an older config.yaml) is moved aside under a name of its own, never dropped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from pretrain import checkpoint
+from pretrain.config import Config, ConfigError
+
+# What a resumed run may have different, section by section: how long, how fast and what is shown.
+MAY_CHANGE = {
+    "run": {"root"},
+    "model": {"attention"},
+    "data": {"root", "prompts"},
+    "train": {"steps", "resume", "compile", "micro_batch_size", "sample_tokens",
+              "checkpoint_every", "eval_every", "eval_sequences", "log_every"},
+    "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
+              "decay_share"},
+    "logger": {"wandb"},
+}  # fmt: skip
+
+
+class RunFolder:
+    """``runs/<name>/``: config.yaml, metrics.jsonl, train.log, checkpoints/, samples.md, summary.json."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.run.root) / config.run.name
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.log_file = self.path / "train.log"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples_file = self.path / "samples.md"
+        self.summary_file = self.path / "summary.json"
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        return checkpoint.latest(self.checkpoints)
+
+    def check(self, config: Config) -> list[str]:
+        """What the settings of an existing run differ in, a line each; [] for a new run.
+
+        Raises:
+            ConfigError: the run exists and ``config`` may not go on with it.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return []
+        if config.train.resume == "never":
+            raise ConfigError(
+                f"{self.path} exists; choose another run.name, or train.resume=auto to go on with that run"
+            )
+        if not self.config_file.exists():
+            raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
+        if self.latest_checkpoint is None:
+            return []
+        old, new = _flat(OmegaConf.load(self.config_file)), _flat(OmegaConf.structured(config))
+        changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+        refused = [k for k in changed if not _may_change(k)]
+        if refused:
+            lines = [f"{k} was {changed[k][0]}, is now {changed[k][1]}" for k in refused]
+            raise ConfigError(
+                f"{self.path} was trained with other settings; choose another run.name, or put these back:\n"
+                + "\n".join(lines)
+            )
+        return [f"{k}: {was} → {now}" for k, (was, now) in changed.items()]
+
+    def open(self, config: Config, step: int) -> None:
+        """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        if self.config_file.exists() and self.config_file.read_text() != text:
+            self.config_file.rename(_unused(self.path / "config.before.yaml"))
+        self.config_file.write_text(text)
+        self._set_metrics_after_aside(step)
+        for stale in (self.samples_file, self.summary_file):
+            if stale.exists():
+                stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
+
+    def _set_metrics_after_aside(self, step: int) -> None:
+        if not self.metrics_file.exists():
+            return
+        lines = self.metrics_file.read_text().splitlines(keepends=True)
+        keep = [line for line in lines if _step_of(line) <= step]
+        if len(keep) < len(lines):
+            aside = _unused(self.path / f"metrics.after-step-{step}.jsonl")
+            aside.write_text("".join(line for line in lines if _step_of(line) > step))
+            replacement = self.metrics_file.with_suffix(".tmp")
+            replacement.write_text("".join(keep))
+            replacement.replace(self.metrics_file)
+
+
+def _may_change(key: str) -> bool:
+    section, name = key.split(".")[:2]
+    return name in MAY_CHANGE.get(section, ())
+
+
+def _step_of(line: str) -> float:
+    """The step of a metric line; a line cut short by a crash counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, … that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    """``{"train.steps": 300, …}`` of a nested configuration."""
+    flat: dict[str, Any] = {}
+
+    def visit(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    visit(cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), "")
+    return flat

@@ -1,0 +1,50 @@
+"""Pretrain a LLaMA: ``torchrun … -m pretrain.train [hydra overrides]``, or ``./launch.sh [hydra overrides]``.
+
+Exit codes: 0 finished, 2 something to mend (one message says what), 85 stopped by a signal after saving.
+"""
+
+import signal
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from pretrain import distributed
+from pretrain.config import Config, load, to_config
+from pretrain.interrupt import EXIT_CODE, StopRequest
+from pretrain.metrics import log_to_terminal
+from pretrain.preflight import clear_errors, ready
+from pretrain.run_folder import RunFolder
+from pretrain.trainer import Trainer
+
+
+def run(config: Config) -> int:
+    """Train as ``config`` says; returns the exit code."""
+    stop = StopRequest()
+    log_to_terminal(is_main=distributed.is_main_from_env())
+    with clear_errors():
+        data = ready(config, distributed.world_size_from_env())
+        world = distributed.connect()
+        trainer = Trainer(config, world, data, RunFolder(config), stop)
+    stop.listen()
+    finished = trainer.fit()
+    distributed.disconnect()
+    return 0 if finished else EXIT_CODE
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def hydra_main(cfg: DictConfig) -> None:
+    sys.exit(run(to_config(cfg)))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+    overrides = sys.argv[1:]
+    if not any(o.startswith("-") for o in overrides):  # flags such as --help and --cfg are Hydra's to answer
+        with clear_errors():
+            load(overrides)
+    hydra_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The training loop: step, log, validate, save, and at the end write samples and a summary."""
+
+import json
+import logging
+import platform
+import resource
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.loader import TrainBatches, validation_batches
+from data.prepare import Prepared
+from optim.build import set_rates
+from optim.schedule import rate_factor
+from pretrain import checkpoint
+from pretrain.build import build_model, build_optimization, compile_blocks
+from pretrain.config import Config
+from pretrain.distributed import NOT_SET, World
+from pretrain.evaluate import evaluate
+from pretrain.flops import flops_per_token, parameter_counts
+from pretrain.generate import generate
+from pretrain.interrupt import StopRequest
+from pretrain.metrics import MetricLog, Stopwatch, log_to_file
+from pretrain.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One process of a run: its model, optimizer, data and place in the schedule.
+
+    Construction builds everything and resumes from the newest checkpoint; ``fit`` trains to the end.
+    """
+
+    def __init__(self, config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest):
+        self.config, self.world, self.data, self.folder, self.stop = config, world, data, folder, stop
+        train = config.train
+        resume_from = self._open_folder()
+        self.model = build_model(config, world.device)
+        self.optim = build_optimization(config, self.model)
+        self.rate = partial(
+            rate_factor, total=train.steps, schedule=config.optim.schedule, warmup=config.optim.warmup_steps,
+            final=config.optim.final_lr, decay_share=config.optim.decay_share,
+        )  # fmt: skip
+        self.batches = TrainBatches(
+            data.train, train.seq_len, train.tokens_per_step // train.seq_len, train.micro_batch_size,
+            train.seed, world.rank, world.size,
+        )  # fmt: skip
+        self.step, self.seconds = 0, 0.0
+        if resume_from is not None:
+            self._load(resume_from)
+        if train.compile:
+            compile_blocks(self.model, world.device)
+        self.parallel: nn.Module = self.model
+        if world.size > 1:
+            self.parallel = DistributedDataParallel(
+                self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+        self.flops_per_token = flops_per_token(self.model, train.seq_len)
+        self.watch = Stopwatch()
+        self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
+
+    # What a run does, from the outside in.
+
+    def fit(self) -> bool:
+        """Train to the last step. Returns False when a signal stopped the run, which is then saved."""
+        total = self.config.train.steps
+        if self.step >= total:
+            logger.info(
+                "%s is finished at step %d; raise train.steps or choose a new run.name", self.folder.path, self.step
+            )
+            return True
+        self.began = time.perf_counter()
+        if self.optim.grass and self.step == 0:
+            self.optim.grass.start(lambda: self._accumulate(0))
+        stopping = self.world.any_async(False)
+        for step in range(self.step, total):
+            asked = stopping.result()
+            # Every collective that is started is waited for: none may be left when the processes part.
+            stopping = self.world.any_async(bool(self.stop)) if not asked and step + 1 < total else NOT_SET
+            self._step_and_log(step)
+            if self._due(self.config.train.eval_every):
+                self.validate()
+            if self._due(self.config.train.checkpoint_every) or asked:
+                self.save()
+            if asked and self.step < total:
+                return self._stopped()
+        self._finish()
+        return True
+
+    def _step_and_log(self, step: int) -> None:
+        logged = (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
+        self.watch.start()
+        nats, grad_norm = self.train_step(step)
+        values = self._values(nats, grad_norm) if logged else {}
+        self.watch.stop(self.config.train.tokens_per_step)
+        self.step = step + 1
+        if logged:
+            self._log(values)
+
+    def train_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
+        set_rates(self.optim.optimizer, self.rate(step), self.optim.grass.rate_factor() if self.optim.grass else 1.0)
+        nats = self._accumulate(step)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = nn.utils.clip_grad_norm_(trainable, self.config.optim.clip or float("inf"))
+        self.optim.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return nats, grad_norm
+
+    def _accumulate(self, step: int) -> Tensor:
+        """Forward and backward of every micro-batch of ``step``; the gradient is that of the mean over all tokens."""
+        nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        # DDP averages over processes; the mean over tokens wants their sum.
+        scale = self.world.size / self.config.train.tokens_per_step
+        micro_batches = list(self.batches.micro_batches(step))
+        for i, (input_ids, targets) in enumerate(micro_batches):
+            with self._sync_gradients(last=i == len(micro_batches) - 1):
+                loss = self.parallel(
+                    input_ids.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
+                )
+                (loss * scale).backward()
+            nats += loss.detach()
+        return nats
+
+    def _sync_gradients(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()  # type: ignore[operator]
+
+    # What is written down.
+
+    def _values(self, nats: Tensor, grad_norm: Tensor) -> dict[str, float]:
+        """The numbers of a logged step: the one place in the loop that waits for the device."""
+        loss = (self.world.sum(nats) / self.config.train.tokens_per_step).item()
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {self.step + 1}; lower optim.lr or linear_lr"
+            )
+        return {"train/loss": loss, "train/grad_norm": grad_norm.item()}
+
+    def _log(self, values: dict[str, float]) -> None:
+        tokens_per_s, step_s = self.watch.lap()
+        rates = {f"train/lr_{g['name']}": g["lr"] for g in self.optim.optimizer.param_groups}
+        values |= {
+            "train/lr": rates["train/lr_linears"], **rates,
+            "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s,
+            "perf/tflops": tokens_per_s * self.flops_per_token / 1e12, "mem/peak_bytes": peak_bytes(self.world.device),
+        }  # fmt: skip
+        self._write(values, {"loss": values["train/loss"], "tokens/s": tokens_per_s})
+
+    def _write(self, values: dict[str, Any], shown: dict[str, float]) -> None:
+        if self.metrics:
+            self.metrics.write(self.step, self.tokens, values)
+            self.metrics.advance(self.step, shown)
+
+    def validate(self) -> dict[str, float]:
+        """Score the validation split and log it."""
+        train = self.config.train
+        batches = validation_batches(
+            self.data.val, train.seq_len, train.micro_batch_size, self.world.rank, self.world.size, train.eval_sequences
+        )
+        token_bytes = torch.as_tensor(self.data.tokenizer.token_bytes, dtype=torch.int64, device=self.world.device)
+        with torch.compiler.set_stance("force_eager"):  # the last batch is a shape of its own
+            score = evaluate(self.model, batches, token_bytes, self.world).metrics
+        self._write(score, {"val loss": score["val/loss"], "val perplexity": score["val/perplexity"]})
+        return score
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.train.tokens_per_step
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
+
+    # Beginning, saving, ending.
+
+    def _open_folder(self):
+        """Decide on the main process what to resume from, and make the folder ready there."""
+        resume_from = None
+        if self.world.is_main:
+            changes = self.folder.check(self.config)
+            resume_from = self.folder.latest_checkpoint
+            self.folder.open(self.config, step=checkpoint.read_state(resume_from)["step"] if resume_from else 0)
+            log_to_file(self.folder.log_file)
+            for change in changes:
+                logger.info("changed since the run began: %s", change)
+        return self.world.from_main(resume_from)
+
+    def _data_identity(self) -> dict[str, Any]:
+        return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
+
+    def _load(self, path) -> None:
+        state = checkpoint.read_state(path)
+        if state["data"] != self._data_identity():
+            raise ValueError(
+                f"{path} was trained on another corpus or tokenizer than {self.data.folder}; bring that one back, or "
+                "choose another run.name"
+            )
+        checkpoint.load(path, self.model, self.optim)
+        self.step, self.seconds = state["step"], state["seconds"]
+        if self.optim.grass:
+            self.optim.grass.resume(self.step)
+        logger.info("resumed from %s at step %d", path, self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        path = checkpoint.path_of(self.folder.checkpoints, self.step)
+        if path.exists():
+            return
+        tensors = checkpoint.tensors_of(self.model, self.optim)
+        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
+                 "world_size": self.world.size, "data": self._data_identity()}  # fmt: skip
+        checkpoint.save(path, tensors, state, self.world)
+        logger.info("saved %s", path)
+
+    def _stopped(self) -> bool:
+        logger.info("stopped by a signal at step %d; the same command goes on from here", self.step)
+        if self.metrics:
+            self.metrics.close({"stopped_at": self.step})
+        return False
+
+    def _finish(self) -> None:
+        self.save()
+        summary: dict[str, Any] = {**self.validate(), **parameter_counts(self.model)}
+        if not self.metrics:
+            return
+        seconds = self.seconds + time.perf_counter() - self.began
+        summary |= {
+            "steps": self.step, "tokens": self.tokens, "tokens_per_s": self.tokens / seconds, "wall_seconds": seconds,
+            "peak_bytes": peak_bytes(self.world.device), "world_size": self.world.size,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "machine": platform.platform(),
+        }  # fmt: skip
+        self._write_samples()
+        self.folder.summary_file.write_text(json.dumps(summary, indent=1) + "\n")
+        self.metrics.close(summary)
+        logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
+
+    def _write_samples(self) -> None:
+        """``samples.md``: what the model makes of a few prompts."""
+        tokenizer, parts = self.data.tokenizer, [f"# Samples of {self.config.run.name} at step {self.step}\n"]
+        if self.config.train.sample_tokens == 0:
+            return
+        self.model.eval()
+        for i, prompt in enumerate(self.config.data.prompts):
+            with torch.compiler.set_stance("force_eager"):
+                ids = generate(
+                    self.model, [tokenizer.bos_id, *tokenizer.encode(prompt)], self.config.train.sample_tokens,
+                    temperature=0.8, top_k=50, seed=self.config.train.seed + i, stop=tokenizer.eos_id,
+                )  # fmt: skip
+            parts.append(f"Prompt: `{prompt!r}`\n\n````text\n{tokenizer.decode(ids)}\n````\n")
+        self.folder.samples_file.write_text("\n".join(parts), encoding="utf-8")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: by CUDA's allocator, or, on a CPU, resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if platform.system() == "Darwin" else kilobytes * 1024

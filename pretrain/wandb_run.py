@@ -1,0 +1,90 @@
+"""W&B: online when logged in, else offline in the run's folder. It never makes a run wait for a network, or fail.
+
+The x axis of every chart is ``tokens``. A resumed run goes on with the same W&B run.
+"""
+
+import logging
+import netrc
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+
+from pretrain.config import Config
+
+logger = logging.getLogger(__name__)
+
+INIT_SECONDS = 20  # how long an online start may take before the run goes on offline
+
+
+class WandbRun:
+    """The W&B run of a training run; does nothing when disabled, or from the first failure on, which is said."""
+
+    def __init__(self, config: Config, folder: Path):
+        self._run: Any = None
+        mode = config.logger.wandb.mode
+        if mode == "auto":
+            mode = "online" if _logged_in() else "offline"
+        if mode == "disabled":
+            return
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                self._run = _start(config, folder, attempt)
+            except Exception as error:  # no network, no rights, a broken install: the run goes on without
+                logger.warning("W&B could not start %s: %s", attempt, error)
+            else:
+                where = "" if attempt == "online" else f", in {folder / 'wandb'}; wandb sync brings it online"
+                logger.info("W&B is %s%s", attempt, where)
+                return
+
+    def log(self, line: dict[str, Any]) -> None:
+        self._try(lambda: self._run.log(line))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._try(lambda: (self._run.summary.update(summary), self._run.finish()))
+
+    def _try(self, call: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call()
+        except Exception as error:  # a logger must not end a run, whatever it raises
+            logger.warning("W&B failed and is off from here on: %s", error)
+            self._run = None
+
+
+def _start(config: Config, folder: Path, mode: Any):
+    settings, id_file = config.logger.wandb, folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(wandb.sdk.lib.runid.generate_id())
+    run = wandb.init(
+        mode=mode,
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        name=config.run.name,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=str(folder),
+        config=asdict(config),
+        settings=wandb.Settings(silent=True, init_timeout=INIT_SECONDS, console="off"),
+    )
+    run.define_metric("tokens")
+    run.define_metric("*", step_metric="tokens")
+    return run
+
+
+def _logged_in() -> bool:
+    """Whether there is an API key, in the environment or where ``wandb login`` puts it; asks no server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    hosts = (urlsplit(wandb.Settings().base_url).netloc, "api.wandb.ai")
+    return any(known.authenticators(host) for host in hosts)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Formatting, types, the direction of imports, and the tests: ./test.sh [pytest arguments]
+# Sets up .venv when that is missing or out of date. `./test.sh -m slow` runs the slow tests, and only those.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/setup_env.sh
+source scripts/setup_env.sh
+setup_env dev requirements.txt requirements-dev.txt
+
+failed=()
+check() { # NAME PYTHON_ARGUMENTS...
+    local name=$1
+    shift
+    "$python" "$@" || failed+=("$name")
+}
+check "ruff check" -m ruff check .
+check "ruff format" -m ruff format --check .
+check "mypy" -m mypy
+check "lint-imports" -c 'import importlinter.cli as cli; cli.lint_imports_command(["--no-logo"])'
+if ((${#failed[@]})); then say "FAILED before the tests: ${failed[*]}"; fi
+check "pytest" -m pytest -q "$@" # last, so that its closing line is the last one
+exit $((${#failed[@]} > 0))

@@ -1,0 +1,410 @@
+"""The launcher, with small scripts as workers; launch.sh and test.sh, with recorders in the place of Python and pip."""
+
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# A worker that notes its starts and the signals it gets in <folder>/<rank>, and obeys after a moment.
+OBEDIENT = """
+import os, pathlib, signal, sys, time
+folder, code, moment = pathlib.Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rank = int(os.environ["RANK"])
+notes = (folder / str(rank)).open("a", buffering=1)
+def note(number, frame):
+    print(signal.Signals(number).name, file=notes)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, note)
+print("started", sys.stdout.isatty(), file=notes)
+while len((folder / str(rank)).read_text().splitlines()) < 1 + int(sys.argv[4]):
+    time.sleep(0.02)
+time.sleep(moment * (1 + rank))
+sys.exit(code)
+"""
+
+
+class Launch:
+    """``python -m pretrain.launch`` on a worker script."""
+
+    def __init__(self, root: Path, folder: Path):
+        self.root, self.folder = root, folder
+
+    def command(self, script: str, *arguments: object, flags: tuple = (), processes: int = 2) -> list[str]:
+        worker = self.folder / "worker.py"
+        worker.write_text(script)
+        flags = ("--nproc-per-node", processes, *flags)
+        return [str(x) for x in (sys.executable, "-m", "pretrain.launch", *flags, worker, *arguments)]
+
+    def start(self, *arguments: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+        environment = {k: v for k, v in os.environ.items() if k != "LOGLEVEL"} | {"OMP_NUM_THREADS": "1"} | (env or {})
+        return subprocess.Popen(
+            self.command(*arguments, **options),
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: object, **options) -> tuple[int, str, str]:
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def notes(self, lines: int = 0) -> list[list[str]]:
+        """What both workers noted, once each has noted so many lines."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            files = [self.folder / "0", self.folder / "1"]
+            notes = [file.read_text().splitlines() if file.exists() else [] for file in files]
+            if all(len(note) >= lines for note in notes):
+                return notes
+            time.sleep(0.05)
+        raise TimeoutError(f"the workers noted {notes}")
+
+
+@pytest.fixture
+def launch(root, tmp_path):
+    return Launch(root, tmp_path)
+
+
+def test_a_workers_output_and_exit_code_are_all_that_is_left_of_a_failed_run(launch):
+    script = """
+import os, sys, time
+if os.environ["RANK"] == "0":
+    print("a line")
+    sys.exit(print("data.paths: folder x holds no text", file=sys.stderr) or 3)
+time.sleep(60)
+"""
+    assert launch.run(script) == (3, "a line\n", "data.paths: folder x holds no text\n")
+
+
+def test_a_crash_shows_the_workers_own_traceback_once(launch):
+    code, out, err = launch.run("raise RuntimeError('boom')", processes=1)
+    assert (code, out) == (1, "")
+    assert err.startswith("Traceback") and err.endswith("RuntimeError: boom\n")
+    assert err.count("Traceback") == err.count("boom')") == 1
+    assert "ChildFailedError" not in err and "elastic" not in err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 85), (signal.SIGUSR1, 3), (signal.SIGHUP, 0)]
+)
+def test_a_signal_reaches_each_worker_once_and_each_ends_in_its_own_time(launch, number, code):
+    # Worker 1 takes longer: worker 0 leaving with a code must not have it signalled again, killed or restarted.
+    process = launch.start(OBEDIENT, launch.folder, code, 0.4, 1, flags=("--max-restarts", 2))
+    launch.notes(lines=1)
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == code
+    received = "SIGTERM" if number == signal.SIGHUP else number.name
+    assert launch.notes() == [["started False", received]] * 2
+
+
+def test_a_terminal_stays_a_terminal_and_its_ctrl_c_arrives_once_each_time(launch):
+    command = launch.command(OBEDIENT, launch.folder, 0, 0.1, 2)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(launch.root)
+        os.execve(command[0], command, os.environ | {"OMP_NUM_THREADS": "1"})
+    for presses in (1, 2):
+        launch.notes(lines=presses)
+        os.write(terminal, b"\x03")
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert launch.notes() == [["started True", "SIGINT", "SIGINT"]] * 2
+
+
+def test_a_worker_that_does_not_stop_is_killed_after_the_grace_time(launch):
+    process = launch.start(OBEDIENT, launch.folder, 0, 0, 9, env={"GRASS_GRACE_SECONDS": "0.5"})
+    launch.notes(lines=1)
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL
+    says = "launch: worker rank {} did not stop in time (GRASS_GRACE_SECONDS=0.5): killed\n"
+    assert err == says.format(0) + says.format(1)
+
+
+def test_a_killed_worker_is_named_even_if_another_fails_of_its_absence_and_the_run_starts_again(launch):
+    script = """
+import os, pathlib, signal, sys, time
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+    sys.exit(0)
+if os.environ["RANK"] == "1":
+    pathlib.Path(sys.argv[1]).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.001)
+sys.exit(1)
+"""
+    death = "launch: worker rank 1 was killed by SIGKILL (out of memory?): exit code 137\n"
+    again = "launch: starting the workers again (1 restarts left)\n"
+    assert launch.run(script, launch.folder / "a") == (137, "", death)
+    assert launch.run(script, launch.folder / "b", flags=("--max-restarts", 1)) == (0, "", death + again)
+
+
+@pytest.mark.parametrize(("node", "reason"), [(0, "EADDRINUSE"), (1, "timed out")])
+def test_nodes_that_cannot_meet_are_told_so_in_one_line(launch, node, reason):
+    with socket.socket() as taken:  # a port that node 0 cannot have, and where nobody answers node 1
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        flags = ("--nnodes", 2, "--node-rank", node, "--master-port", port, "--rdzv-conf", "timeout=1")
+        code, out, err = launch.run("", flags=flags)
+    assert (code, out) == (1, "")
+    waiting, error = err.splitlines()
+    assert waiting == f"launch: waiting for the other nodes (2 in all) at 127.0.0.1:{port}"
+    assert error.startswith("launch: the nodes did not find one another: check NNODES") and reason in error
+
+
+# Stands in for the base Python and for the one in .venv. Notes its arguments in $CALLS, without the two folders.
+RECORDER = r"""#!/usr/bin/env bash
+line="$*"
+echo "${line//$PWD\//}" >>"$CALLS"
+case "$*" in
+*version_info*) exit "${TOO_OLD:-0}" ;;
+*"import venv"*) exit "${NO_ENSUREPIP:-0}" ;;
+-V) echo "Python 3.8.1" ;;
+"-m venv "*) rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+*--no-build-isolation*) exit "${GPU_EXIT:-0}" ;;
+"-m pip install "*) echo "words of pip" && eval "${ON_PIP:-}" ;;
+"-m pretrain.preflight"*) echo "$WORLD_SIZE processes" && eval "${ON_PREFLIGHT:-}" ;;
+"-m pretrain.launch"*) echo "$$ ${OMP_WAIT_POLICY:-unset} ${OMP_NUM_THREADS:-unset}" ;;
+"-m ruff check"*) exit "${RUFF_EXIT:-0}" ;;
+"-m pytest"*) echo "1 passed" ;;
+esac
+"""
+MAKE_VENV = [
+    "-c import sys; sys.exit(sys.version_info < (3, 10))",
+    "-c import venv, ensurepip",
+    "-m venv --clear --without-pip .venv",
+    "-m ensurepip --default-pip",
+]
+INSTALL = "-m pip install --quiet --no-input --disable-pip-version-check --requirement=requirements.txt"
+PREFLIGHT = "-m pretrain.preflight"
+TRAIN = "-m pretrain.launch --nproc-per-node 1 -m pretrain.train"
+
+
+class Tree:
+    """A copy of the scripts in a folder with a space in its name, where Python, pip and the GPUs are not real."""
+
+    def __init__(self, root: Path, folder: Path):
+        self.folder, self.home = folder / "a tree", folder
+        for name in ("launch.sh", "test.sh", ".ci/run", "scripts/setup_env.sh"):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, self.folder / name)
+        for name in ("requirements.txt", "requirements-dev.txt", "requirements-gpu.txt"):
+            shutil.copy(root / name, self.folder)
+        (folder / "bin").mkdir()
+        self.script("python3", RECORDER)
+        self.script("nvidia-smi", '#!/bin/sh\nfor i in $GPUS; do echo "GPU $i: Some (UUID: GPU-$i)"; done\n')
+
+    def script(self, name: str, text: str) -> None:
+        file = self.home / "bin" / name
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def start(self, *arguments: str, script: str = "launch.sh", **env: str) -> subprocess.Popen:
+        path = f"{self.home / 'bin'}:{os.environ['PATH']}"
+        (self.home / "calls").write_text("")
+        return subprocess.Popen(
+            [self.folder / script, *arguments],
+            cwd=self.home,
+            env={"PATH": path, "CALLS": str(self.home / "calls")} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **options: str) -> tuple[int, str, str]:
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=30)
+        return process.returncode, out, err
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.home / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def tree(root, tmp_path):
+    return Tree(root, tmp_path)
+
+
+@pytest.fixture
+def ready(tree):
+    """A tree that is set up."""
+    assert tree.run()[0] == 0
+    return tree
+
+
+def test_the_first_run_sets_up_and_the_second_does_not(tree):
+    code, _, err = tree.run("train.steps=3", "run.name=two words")
+    overrides = " train.steps=3 run.name=two words"
+    assert code == 0
+    assert tree.calls == [*MAKE_VENV, INSTALL, PREFLIGHT + overrides, TRAIN + overrides]
+    assert [line.split()[0] for line in err.splitlines()] == ["Making", "Installing"]
+    assert tree.run("--cfg", "job")[::2] == (0, "")
+    assert tree.calls == [PREFLIGHT + " --cfg job", TRAIN + " --cfg job"]
+
+
+def test_python_takes_the_place_of_the_script(ready):
+    process = ready.start()
+    assert process.communicate(timeout=30)[0].splitlines()[1].split()[0] == str(process.pid)
+
+
+def test_changed_requirements_are_installed_and_a_touched_file_is_not(ready):
+    requirements = ready.folder / "requirements.txt"
+    os.utime(requirements, (1, 1))
+    ready.run()
+    assert ready.calls == [PREFLIGHT, TRAIN]
+    requirements.write_text(requirements.read_text() + "another\n")
+    ready.run()
+    assert ready.calls == ["-m pip --version", INSTALL, PREFLIGHT, TRAIN]
+
+
+def test_a_set_up_that_was_killed_is_started_afresh(tree):
+    assert tree.run(ON_PIP="kill -KILL $$")[0] == 1
+    assert tree.run()[0] == 0
+    assert tree.calls == [*MAKE_VENV, INSTALL, PREFLIGHT, TRAIN]
+
+
+def test_a_pip_that_fails_has_the_last_word_and_is_tried_again(tree):
+    code, _, err = tree.run(ON_PIP="exit 1")
+    assert code == 1 and "words of pip\n" in err and "pip could not install requirements.txt" in err
+    assert tree.calls[-1] == INSTALL
+    assert tree.run()[0] == 0
+    assert tree.calls == ["-m pip --version", INSTALL, PREFLIGHT, TRAIN]
+
+
+def test_a_venv_made_by_hand_is_kept(tree):
+    (tree.folder / ".venv/bin").mkdir(parents=True)
+    shutil.copy(tree.home / "bin/python3", tree.folder / ".venv/bin/python")
+    assert tree.run()[0] == 0
+    assert tree.calls == ["-m pip --version", INSTALL, PREFLIGHT, TRAIN]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"TOO_OLD": "1"}, "Python 3.10 or newer is needed, and python3 is Python 3.8.1"),
+        ({"NO_ENSUREPIP": "1"}, "apt install python3-venv"),
+        ({"PYTHON": "no-such-python"}, "there is no no-such-python: install Python 3.10 or newer"),
+        ({"NPROC": "two"}, "NPROC must be a positive number, not 'two'"),
+        ({"NNODES": "1-2"}, "NNODES must be a number or a range like 2:4, not '1-2'"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(tree, env, message):
+    code, out, err = tree.run(**env)
+    assert (code, out) == (1, "")
+    assert err.startswith("launch.sh: ") and err.count("\n") == 1 and message in err
+    assert not (tree.folder / ".venv").exists()
+
+
+def test_bad_settings_end_the_run_before_any_process_starts(ready):
+    assert ready.run("x=1", ON_PREFLIGHT="echo 'no key x' >&2; exit 2") == (2, "1 processes\n", "no key x\n")
+    assert ready.calls == [PREFLIGHT + " x=1"]
+
+
+def test_the_settings_are_checked_for_as_many_processes_as_there_will_be(ready):
+    assert ready.run(NNODES="2:3", NPROC="4")[1].startswith("12 processes\n")
+
+
+def test_a_signal_ends_the_preparation_too(ready):
+    # Everything that holds on to the output must be gone for communicate() to return.
+    process = ready.start(ON_PREFLIGHT="exec sleep 60")
+    while ready.calls != [PREFLIGHT]:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert ready.calls == [PREFLIGHT]
+
+
+@pytest.mark.parametrize(
+    ("env", "processes"),
+    [
+        ({"GPUS": ""}, 1),
+        ({"GPUS": "0 1 2 3"}, 4),
+        ({"GPUS": "0 1 2 3", "NPROC": "2"}, 2),
+        ({"GPUS": "", "NPROC": "2"}, 2),
+        ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": "0,2"}, 2),
+        ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2,GPU-3"}, 3),
+        ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": "3,-1,0"}, 1),
+        ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"GPUS": "0", "CUDA_VISIBLE_DEVICES": "0,1,2"}, 1),
+        ({"GPUS": "", "CUDA_VISIBLE_DEVICES": "0,1"}, 1),
+        ({"GPUS": "0", "CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, 2),
+    ],
+)
+def test_there_is_one_process_per_visible_gpu_or_as_many_as_asked_for(ready, env, processes):
+    assert ready.run(**env)[0] == 0
+    assert ready.calls[-1] == TRAIN.replace("1", str(processes))
+
+
+def test_torchruns_variables_become_its_flags(ready):
+    node = {"NODE_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+    ready.run(NNODES="2", **node)
+    flags = "--nnodes 2 --node-rank 1 --master-addr host --master-port 29500"
+    assert ready.calls[-1] == TRAIN.replace("1 ", f"1 {flags} ")
+    ready.run(NNODES="1:4", RDZV_ENDPOINT="host:1234", RDZV_ID="job", MAX_RESTARTS="3")
+    flags = "--nnodes 1:4 --rdzv-backend c10d --rdzv-endpoint host:1234 --rdzv-id job --max-restarts 3"
+    assert ready.calls[-1] == TRAIN.replace("1 ", f"1 {flags} ")
+    ready.run(**node)  # a single node needs no address, and a port could be taken
+    assert ready.calls[-1] == TRAIN
+
+
+def test_on_a_cpu_the_processes_share_the_cores(ready):
+    ready.script("nproc", "#!/bin/sh\necho 12\n")
+    for env, threads in [
+        ({}, "PASSIVE 12"),
+        ({"NPROC": "5"}, "PASSIVE 2"),
+        ({"NPROC": "16"}, "PASSIVE 1"),
+        ({"NPROC": "5", "OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE 7"),
+        ({"GPUS": "0"}, "unset unset"),
+    ]:
+        assert ready.run(**env)[1].endswith(f" {threads}\n"), env
+
+
+def test_gpu_requirements_are_tried_once_and_their_failure_is_survived_and_said(ready):
+    def tried() -> bool:
+        return any("--no-build-isolation" in call for call in ready.calls)
+
+    for first in (True, False):
+        code, _, err = ready.run(GPUS="0", GPU_EXIT="1")
+        assert (code, tried(), ready.calls[-1]) == (0, first, TRAIN)
+        assert "rm .venv/.failed-gpu to try again" in err
+    (ready.folder / ".venv/.failed-gpu").unlink()
+    for first in (True, False):
+        code, _, err = ready.run(GPUS="0")
+        assert (code, tried(), "flash-attn" in err) == (0, first, False)
+    with (ready.folder / "requirements-gpu.txt").open("a") as file:
+        file.write("# changed\n")
+    ready.run(GPUS="0")
+    assert tried()
+
+
+def test_gpu_requirements_that_take_too_long_are_given_up(ready):
+    code, _, err = ready.run(GPUS="0", ON_PIP="exec sleep 60", GRASS_GPU_SETUP_SECONDS="0.2")
+    assert code == 0 and "Going on without flash-attn" in err
+
+
+@pytest.mark.parametrize("script", ["test.sh", ".ci/run"])
+def test_the_tests_run_last_and_any_failed_check_fails(tree, script):
+    arguments = () if script == ".ci/run" else ("-k", "name")
+    code, out, _ = tree.run(*arguments, script=script)
+    assert code == 0 and out.endswith("1 passed\n")
+    checks = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
+    assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} --requirement=requirements-dev.txt", checks[0]]
+    assert tree.calls[6:8] == checks[1:] and "lint_imports" in tree.calls[8]
+    assert tree.calls[9:] == [" ".join(["-m pytest -q", *arguments])]
+    code, out, err = tree.run(script=script, RUFF_EXIT="1")
+    assert code == 1 and out.endswith("1 passed\n") and err == "FAILED before the tests: ruff check\n"

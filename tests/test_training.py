@@ -1,0 +1,244 @@
+"""Whole runs of a tiny model: what they leave, resuming to the bit, and one process against two."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint
+from pretrain.config import ConfigError, load
+from pretrain.distributed import World
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
+from pretrain.trainer import Trainer
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+TINY = [
+    "data=text", "model.vocab_size=400", "model.hidden_size=32", "model.intermediate_size=48",
+    "model.num_hidden_layers=2", "model.num_attention_heads=2", "optim.warmup_steps=2", "train.steps=8",
+    "train.tokens_per_step=256", "train.micro_batch_size=2",
+    "train.seq_len=32", "train.eval_sequences=4", "train.log_every=1", "train.checkpoint_every=0", "train.eval_every=0",
+    "train.compile=false", "train.sample_tokens=4", "logger.wandb.mode=disabled",
+]  # fmt: skip
+GRASS = ["optim.rank=8", "optim.refresh_every=7"]
+LOGGED = [
+    "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/tflops",
+    "mem/peak_bytes",
+]  # fmt: skip
+SAMPLED = "multinomial_norm_with_replacement"
+
+
+@pytest.fixture(scope="session")
+def corpus(root, tmp_path_factory):
+    """Overrides for a small corpus of real text: a few of the project's own files."""
+    prepared = tmp_path_factory.mktemp("prepared")
+    return [f"data.paths=[{root / 'models'},{root / 'optim'}]", f"data.root={prepared}", "data.validation_share=0.2"]
+
+
+@pytest.fixture(autouse=True)
+def logging_of_a_run():
+    """Log as a run does, and undo what it set up."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.setLevel(logging.INFO)
+    yield
+    root.handlers, root.level = handlers, level
+
+
+@pytest.fixture
+def overrides(corpus, tmp_path):
+    """Overrides of a run in a folder of its own, later ones winning."""
+    return lambda *more, grass=GRASS: [*TINY, *corpus, f"run.root={tmp_path}", "run.name=run", *grass, *more]
+
+
+def train(overrides, stop=None):
+    """Run in this process; returns the run's folder and the trainer."""
+    config = load(overrides)
+    folder = RunFolder(config)
+    trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest() if stop is None else stop)
+    trainer.fit()
+    return folder, trainer
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def state(trainer):
+    return {name: tensor.clone() for name, tensor in checkpoint.tensors_of(trainer.model, trainer.optim).items()}
+
+
+def test_a_run_leaves_what_it_promises(overrides):
+    folder, _ = train(overrides("train.eval_every=4", "train.checkpoint_every=4"))
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    training, validation = [x for x in lines if "train/loss" in x], [x for x in lines if "val/loss" in x]
+    assert [x["step"] for x in training] == list(range(1, 9))
+    assert [x["step"] for x in validation] == [4, 8]
+    for name in [
+        "step",
+        "tokens",
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "perf/tokens_per_s",
+        "perf/step_s",
+        "perf/tflops",
+        "mem/peak_bytes",
+    ]:
+        assert all(isinstance(x[name], int | float) for x in training)
+    assert training[-1]["tokens"] == 8 * 256
+    assert {"val/loss", "val/perplexity", "val/bits_per_byte"} <= validation[0].keys()
+    assert losses(folder)[8] < losses(folder)[1]
+    summary = json.loads(folder.summary_file.read_text())
+    assert summary["val/loss"] == validation[-1]["val/loss"]
+    assert summary["tokens"] == 2048 and summary["versions"]["torch"] == torch.__version__
+    assert summary["trainable"] < summary["parameters"]
+    assert folder.samples_file.read_text().count("````text") == 3
+    assert [p.name for p in sorted(folder.checkpoints.iterdir())] == ["step-00000004", "step-00000008"]
+    assert "step 8 · loss" in folder.log_file.read_text()
+
+
+class StopAfter(StopRequest):
+    """A request to stop that comes during step ``step - 1``, so that ``step`` is the last one."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.left = step - 1
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.mark.parametrize(
+    "grass",
+    [
+        GRASS,
+        ["optim=adamw"],
+        [*GRASS, "optim.score=exact", "optim.state_at_refresh=reset"],
+        [*GRASS, "optim.probe_steps=3", "optim.stagger=true"],
+        [
+            *GRASS,
+            "optim.selection=multinomial_norm_with_replacement",
+            "train.dtype=bfloat16",
+            "optim.state_dtype=float32",
+        ],
+        [*GRASS, "train.dtype=bfloat16", "optim.master_weights=true"],
+    ],
+    ids=["grass", "adamw", "exact-reset", "staggered-probes", "bf16-sampled", "bf16-masters"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
+    """20 steps, stopped in the middle of a window and of its probes, all objects anew, 20 more."""
+    whole_folder, whole = train(overrides("run.name=whole", "train.steps=40", grass=grass))
+    halves = overrides("run.name=halves", "train.steps=40", grass=grass)
+    folder, first = train(halves, StopAfter(20))
+    assert first.step == 20
+    folder, second = train(halves)
+    assert len(losses(folder)) == 40
+    assert losses(folder) == losses(whole_folder)
+    expected, resumed = state(whole), state(second)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_two_processes_and_accumulation_equal_one_process(overrides, root, tmp_path):
+    common = overrides("train.dtype=float64", "train.steps=12")
+    train([*common, "run.name=one", "train.micro_batch_size=8"])
+    command = [sys.executable, "-m", "pretrain.launch", "--nproc-per-node", "2", "-m", "pretrain.train"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, micro in (("two", 4), ("accumulated", 1)):
+        subprocess.run(
+            [*command, *common, f"run.name={name}", f"train.micro_batch_size={micro}"], cwd=root, env=env, check=True
+        )
+    one, two, accumulated = (losses(RunFolder(load([*common, f"run.name={n}"]))) for n in ("one", "two", "accumulated"))
+    assert one.keys() == two.keys() == accumulated.keys()
+    for step, loss in one.items():
+        assert abs(loss - two[step]) < 1e-10
+        assert abs(loss - accumulated[step]) < 1e-10
+    values = {n: json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")}
+    for name in ("val/loss", "val/bits_per_byte"):
+        assert abs(values["one"][name] - values["two"][name]) < 1e-10
+
+
+def test_metric_lines_after_the_checkpoint_are_moved_aside(overrides):
+    folder, _ = train(overrides("train.checkpoint_every=4", "train.steps=6"))
+    (folder.checkpoints / "step-00000006").rename(folder.path / "elsewhere")
+    train(overrides("train.checkpoint_every=4", "train.steps=6"))
+    assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
+    aside = folder.path / "metrics.after-step-4.jsonl"
+    assert {json.loads(line)["step"] for line in aside.read_text().splitlines()} == {5, 6}
+    assert (folder.path / "summary.before.json").exists()
+
+
+def test_a_finished_run_is_left_alone(overrides):
+    folder, _ = train(overrides())
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file() and p.suffix != ".log"}
+    train(overrides())
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file() and p.suffix != ".log"} == before
+
+
+def test_a_resumed_run_may_change_steps_and_rates_and_nothing_else(overrides):
+    folder, _ = train(overrides())
+    train(overrides("train.steps=10", "optim.lr=1e-3"))
+    assert max(losses(folder)) == 10
+    assert "optim.lr: 0.003 → 0.001" in folder.log_file.read_text()
+    assert "steps: 8" in (folder.path / "config.before.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"optim\.rank was 8, is now 4"):
+        train(overrides("train.steps=12", "optim.rank=4"))
+    with pytest.raises(ConfigError, match=r"choose another run\.name"):
+        train(overrides("train.resume=never"))
+
+
+def test_another_corpus_or_tokenizer_is_refused_on_resume(overrides, root, tmp_path):
+    train(overrides())
+    with pytest.raises(ConfigError, match=r"data\.paths was"):
+        train(overrides("train.steps=10", f"data.paths=[{root / 'pretrain'}]"))
+    text = tmp_path / "text"
+    text.mkdir()
+    for file in (root / "optim").glob("*.py"):
+        (text / file.name).write_bytes(file.read_bytes())
+    own = [f"data.paths=[{text}]", "run.name=own"]
+    train(overrides(*own))
+    (text / "more.py").write_text("print('more')\n" * 400)
+    with pytest.raises(ValueError, match="another corpus or tokenizer"):
+        train(overrides(*own, "train.steps=10"))
+
+
+def test_a_nonfinite_loss_stops_the_run(overrides):
+    with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
+        train(overrides("optim.lr=1e18", "optim.linear_lr=1e18", "optim.clip=0", "train.steps=30"))
+
+
+def run_cli(root: Path, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain.train", *arguments], cwd=root, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_signal_saves_and_exits_with_its_own_code(overrides, root, tmp_path):
+    command = [sys.executable, "-m", "pretrain.train", *overrides("train.steps=100000")]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 3 ·" in line:
+            process.terminate()
+            break
+    assert "goes on from here" in process.stderr.read()
+    assert process.wait(60) == 85
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_bad_settings_give_one_message_with_every_problem_and_no_traceback(overrides, root):
+    result = run_cli(root, *overrides("optim.ranc=3", "train.steps=many", "model=llama_nono"))
+    assert result.returncode == 2
+    assert "did you mean optim.rank?" in result.stderr
+    assert "train.steps=many: Value 'many'" in result.stderr
+    assert "did you mean llama_nano?" in result.stderr
+    assert "Traceback" not in result.stderr
