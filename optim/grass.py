@@ -12,6 +12,7 @@ before the forward that uses them. What the choice needs is gathered by the back
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,7 @@ class Grass:
         count = len(self.layers)
         self._offsets = {name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)}
         self._before: dict[GrassLinear, Tensor] = {}
+        self._said_reset = False
         for layer in self.layers.values():
             layer.scaled = selection.endswith(WITH_REPLACEMENT)
         optimizer.register_step_pre_hook(self._before_step)
@@ -196,7 +198,11 @@ class Grass:
         state = self.optimizer.state.get(layer.rows)
         if not state:
             return
-        if self.state_at_refresh == "reset" or not moments.can_be_carried(state, layer.rows.shape):
+        carried = self.state_at_refresh == "carry"
+        if carried and not moments.can_be_carried(state, layer.rows.shape):
+            self._say_reset(state)
+            carried = False
+        if not carried:
             del self.optimizer.state[layer.rows]
             return
         change = moments.Change(old_index, layer.index, old_scale, layer.scale, layer.dim)
@@ -204,6 +210,14 @@ class Grass:
         elements = self.probe_steps * layer.weight.numel() // layer.selectable
         mean_square = norms[layer.index].square() / elements
         moments.carry(state, change, self.new_second_moment, mean_square)
+
+    def _say_reset(self, state: dict[str, Any]) -> None:
+        if not self._said_reset:
+            logger.warning(
+                "the state of %s (%s) does not belong to single rows and cannot be carried: every refresh resets it",
+                *(type(self.optimizer).__name__, ", ".join(state)),
+            )
+        self._said_reset = True
 
 
 def _require_agreement(indices: list[Tensor], device: torch.device) -> None:

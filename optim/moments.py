@@ -42,7 +42,8 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: Tensor) -> None:
     """Make ``state`` that of the new rows, in place.
 
-    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square.
+    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, and the mean
+    over the rows selected before is that of G itself.
 
     Args:
         state: the inner optimizer's state of ``rows``; tensors of the rows' shape are moments.
@@ -51,17 +52,17 @@ def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: 
     """
     position = torch.searchsorted(change.old_index, change.new_index).clamp_max(len(change.old_index) - 1)
     stays = change.old_index[position] == change.new_index
-    ratio = change.new_scale / change.old_scale[position]
     for name, moment in state.items():
         if not torch.is_tensor(moment) or moment.ndim == 0:
             continue
         second = name in SECOND_MOMENTS
         along = [-1 if d == change.dim else 1 for d in range(moment.ndim)]
-        factor = (ratio.square() if second else ratio).view(along).to(moment.dtype)
-        kept = moment.index_select(change.dim, position) * factor
-        fresh = torch.zeros((), dtype=moment.dtype, device=moment.device)
+        old_scale, new_scale = ((s**2 if second else s).view(along) for s in (change.old_scale, change.new_scale))
+        of_gradient = moment / old_scale
+        kept = of_gradient.index_select(change.dim, position)
+        fresh = torch.zeros_like(kept)
         if second and new_second_moment == "mean":
-            fresh = moment.mean(change.dim, keepdim=True)
+            fresh = of_gradient.mean(change.dim, keepdim=True).expand_as(kept)
         elif second and new_second_moment == "score":
-            fresh = (score * change.new_scale.square()).view(along).to(moment.dtype)
-        moment.copy_(torch.where(stays.view(along), kept, fresh))
+            fresh = score.view(along).expand_as(kept)
+        moment.copy_(torch.where(stays.view(along), kept, fresh) * new_scale)
