@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Allocations
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.grass_linear import GrassLinear, convert_linears
@@ -74,27 +74,12 @@ def test_fold_sums_the_scaled_steps_of_a_repeated_row_and_decays_once(side):
     assert torch.equal(layer.rows, layer.weight.index_select(layer.dim, index))
 
 
-class _Allocations(TorchDispatchMode):
-    """Records the shape of every tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.shapes.add(tuple(tensor.shape))
-        return result
-
-
 def shapes_of_backward(side, probe=None):
     layer, x, grad_y = layer_and_data(side)
     if probe:
         layer.start_probe(key=1, width=None if probe == "exact" else 2)
     y = layer(x)
-    with _Allocations() as allocations:
+    with Allocations() as allocations:
         y.backward(grad_y)
     return allocations.shapes
 

@@ -1,0 +1,176 @@
+"""The sketch: how well it estimates, that it adds up over micro-batches, processes and steps, and what it costs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Allocations
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.grass_linear import GrassLinear, convert_linears
+from models.llama import Llama
+from optim.grass import Grass
+from optim.selection import SELECTIONS
+
+
+def sketch_of(selected, other, key, width):
+    """What a backward sketches of the gradient ``selectedᵀ @ other``."""
+    layer = GrassLinear(nn.Parameter(torch.zeros(selected.shape[1], other.shape[1], dtype=other.dtype)), 1, "rows")
+    layer.start_probe(key, width)
+    for x, dy in zip(other.split(8), selected.split(8), strict=True):
+        layer(x).backward(dy)
+    return layer.stop_probe()
+
+
+def test_the_relative_error_of_the_norms_falls_as_one_over_the_root_of_the_width():
+    """For random gradients it is 1/√(2k)."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(64, size, generator=generator, dtype=torch.float64) for size in (256, 96))
+    norms = (dy.T @ x).norm(dim=1)
+    widths, errors = [4, 16, 64, 256], []
+    for width in widths:
+        estimates = torch.stack([sketch_of(dy, x, key, width).norm(dim=1) / width**0.5 for key in range(20)])
+        errors.append((estimates / norms - 1).square().mean().sqrt())
+    log_k, log_error = torch.tensor(widths).log().double(), torch.stack(errors).log()
+    slope = torch.linalg.lstsq(torch.stack([log_k, torch.ones(4)], 1), log_error.unsqueeze(1)).solution[0].item()
+    assert slope == pytest.approx(-0.5, abs=0.04)
+    assert errors[1].item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+def test_micro_batches_sketched_apart_add_up_exactly():
+    """In whole numbers, which fp32 adds without rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randint(-3, 4, (16, size), generator=generator).float() for size in (40, 24))
+    whole = sketch_of(dy, x, key=5, width=8)
+    assert torch.equal(whole, sketch_of(dy[:8], x[:8], 5, 8) + sketch_of(dy[8:], x[8:], 5, 8))
+    assert whole.abs().max() > 0
+
+
+# Choosing the same rows, however the batch is dealt out.
+
+BATCH = 16
+
+
+def chosen_rows(selection, score, world_size, rank, micro_batches):
+    """The rows of three windows: the batch of BATCH dealt to processes and, there, to micro-batches."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 24, bias=False)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / 4)
+    layers = convert_linears(model, rank=6, patterns=["*"])
+    assert {layer.side for layer in layers.values()} == {"rows", "columns"}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    grass = Grass(
+        model, optimizer, refresh_every=3, selection=selection, score=score, probe_steps=2, state_at_refresh="carry"
+    )
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
+
+    def backward(step):
+        data = torch.randn(BATCH, 24, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for part in data.chunk(world_size)[rank].chunk(micro_batches):
+            loss = (parallel(part) - part.roll(1, 1)).square().sum() * world_size / BATCH
+            loss.backward()
+
+    grass.start(lambda: backward(0))
+    chosen = []
+    for step in range(7):
+        chosen.append([layer.index.tolist() for layer in layers.values()])
+        backward(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return chosen
+
+
+def _of_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {
+        (selection, micro): chosen_rows(selection, "sketch", 2, rank, micro)
+        for selection in SELECTIONS
+        for micro in (1, 4)
+    }
+    found["exact"] = chosen_rows("top_r", "exact", 2, rank, 2)
+    torch.save(found, f"{folder}/rank-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(_of_two_processes, (str(folder),), nprocs=2)
+    found = [torch.load(folder / f"rank-{rank}") for rank in range(2)]
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_with_sketch_two_processes_choose_as_one_with_the_whole_batch(two_processes, selection):
+    expected = chosen_rows(selection, "sketch", 1, 0, 1)
+    assert (expected[0] == expected[-1]) == (selection == "frozen")
+    assert two_processes[selection, 1] == expected
+    assert two_processes[selection, 4] == expected
+    assert chosen_rows(selection, "sketch", 1, 0, 4) == expected
+
+
+def test_with_exact_processes_choose_as_one_does_at_the_same_micro_batch_size(two_processes):
+    assert two_processes["exact"] == chosen_rows("top_r", "exact", 1, 0, 4)
+    assert two_processes["exact"] != chosen_rows("top_r", "exact", 1, 0, 1)
+
+
+# What it costs.
+
+
+def test_a_probed_step_takes_at_most_a_tenth_more_flops_at_60m():
+    with torch.device("meta"):
+        model = Llama(
+            vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+            max_position_embeddings=1024,
+        )  # fmt: skip
+        ids = torch.zeros(2, 256, dtype=torch.int64)
+        layers = convert_linears(model, rank=128)
+
+    def step_flops(probe_width):
+        for layer in layers.values() if probe_width else ():
+            layer.start_probe(key=1, width=probe_width)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, ids).backward()
+        for layer in layers.values() if probe_width else ():
+            layer.stop_probe()
+        return counter.get_total_flops()
+
+    regular = step_flops(None)
+    tokens = ids.numel()
+    extra = sum(2 * tokens * 16 * (layer.in_features + layer.out_features) for layer in layers.values())
+    assert step_flops(16) == regular + extra
+    assert 1 < step_flops(32) / regular <= 1.10
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_a_refresh_with_sketch_makes_no_tensor_of_a_full_gradient_s_shape(side):
+    def shapes_of_a_refresh_step(score):
+        model = Llama(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16,
+        )  # fmt: skip
+        model.init_weights(seed=0)
+        layers = convert_linears(model, rank=4, side=side)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        grass = Grass(model, optimizer, refresh_every=2, score=score, sketch_width=3, state_at_refresh="carry")
+        ids = torch.zeros(3, 7, dtype=torch.int64)
+        grass.start(lambda: model(ids, ids).backward())
+        with Allocations() as allocations:
+            for _ in range(2):
+                model(ids, ids).backward()
+                optimizer.step()
+                model.zero_grad()
+        return allocations.shapes, {
+            tuple(s) for layer in layers.values() for s in (layer.weight.shape, layer.weight.mT.shape)
+        }
+
+    shapes, full = shapes_of_a_refresh_step("sketch")
+    assert full == {(16, 16), (16, 24), (24, 16)}
+    assert not shapes & full
+    shapes, _ = shapes_of_a_refresh_step("exact")
+    assert shapes & full  # the detector does detect
