@@ -1,7 +1,7 @@
 """Sentencepiece tokenizers: byte-pair encoding that gives every text back exactly, and its training.
 
-A line break and the indentation behind it are one token, as suits source code, and a boundary no other
-token crosses; whatever has no piece of its own is written as UTF-8 bytes.
+A line break is one token, and so are four spaces, as suits source code; no other token crosses a line break.
+Whatever has no piece of its own is written as UTF-8 bytes.
 """
 
 import hashlib
@@ -16,11 +16,7 @@ import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # sentencepiece's sign for a space
-LINE_BREAKS = [
-    *("\n" + 4 * level * SPACE for level in range(9)),
-    *("\n\n" + 4 * level * SPACE for level in range(9)),
-    "\n\n\n",
-]
+OWN_PIECES = ["\n", 4 * SPACE]
 TRAINING_BYTES = 32_000_000
 
 
@@ -93,11 +89,10 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int, see
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            user_defined_symbols=LINE_BREAKS,
+            user_defined_symbols=OWN_PIECES,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
             max_sentence_length=2**30,
             num_threads=4,  # a constant: the model file records it, though the pieces do not depend on it
             minloglevel=2,

@@ -81,13 +81,11 @@ def test_batches_and_threads_do_not_change_the_tokens(tokenizer, texts):
         assert [ids.tolist() for ids in tokenizer.encode_batch(sample, threads)] == one_by_one
 
 
-def test_a_line_break_with_its_indentation_is_one_token(tokenizer):
+def test_a_line_break_is_one_token_and_so_are_four_spaces(tokenizer):
     for levels in range(9):
-        assert len(tokenizer.encode("\n" + " " * 4 * levels)) == 1
-    assert tokenizer.encode("x:\n        return")[-2:] == [
-        *tokenizer.encode("\n        "),
-        *tokenizer.encode("return"),
-    ]
+        assert len(tokenizer.encode("\n" + " " * 4 * levels)) == 1 + levels
+    parts = ["\n", "    ", "    ", "return"]
+    assert tokenizer.encode("x:" + "".join(parts))[-4:] == [tokenizer.encode(part)[0] for part in parts]
 
 
 def test_training_is_a_function_of_the_set_of_texts(tokenizer, texts, tmp_path):
