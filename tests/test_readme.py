@@ -1,0 +1,70 @@
+"""The README's commands run as they stand, only smaller, and what it names exists."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.llama import Llama
+from pretrain.config import CONF
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+# ./test.sh is what runs this test.
+COMMANDS = [" ".join(shlex.split(line, comments=True)) for line in BASH if not line.startswith("./test.sh")]
+SMALLER = [
+    "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+    "train.seq_len=32", "train.micro_batch_size=1", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
+    "train.eval_sequences=2", "train.sample_tokens=2", "optim.warmup_steps=1", "data.max_bytes=2000000",
+    "logger.wandb.mode=disabled",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command, tmp_path, tmp_path_factory):
+    smaller = [*SMALLER, f"run.root={tmp_path}", f"data.root={tmp_path_factory.getbasetemp() / 'readme-prepared'}"]
+    if "optim=adamw" not in command:
+        smaller.append("optim.rank=8")
+    words = [word for word in command.split() if not word.startswith(("train.", "optim.rank"))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*words, *smaller], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (run,) = (p for p in tmp_path.iterdir() if (p / "config.yaml").exists())
+    for name in ("config.yaml", "metrics.jsonl", "train.log", "samples.md", "summary.json", "checkpoints"):
+        assert (run / name).exists()
+        assert f"`{name}" in README
+
+
+def test_the_python_block_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    model = Llama(
+        vocab_size=16, hidden_size=128, intermediate_size=160, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    model.init_weights(0)
+    batches = [torch.randint(0, 16, (2, 8)) for _ in range(3)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    exec(
+        code,
+        {
+            "torch": torch, "model": model, "batches": batches, "first_batch": batches[0],
+            "loss_of": lambda model, ids: model(ids, ids) / ids.numel(),
+        },
+    )  # fmt: skip
+    after = dict(model.named_parameters())
+    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_tables_name_what_there_is():
+    for group in ("model", "optim", "data", "logger"):
+        (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, re.M)
+        named = re.findall(r"`([\w_]+)`", row)
+        assert sorted(named) == sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    for folder in re.findall(r"^\| `([\w/.]+/|docs/[\w.]+)` \|", README, re.M):
+        if folder not in ("checkpoints/", "wandb/"):
+            assert (ROOT / folder).exists(), folder
