@@ -1,8 +1,10 @@
 """From names and numbers to an optimizer: the parameter groups and the inner optimizer."""
 
 import inspect
+import logging
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,7 +12,15 @@ from torch import nn
 
 from models.grass_linear import ATTENTION_AND_MLP, GrassLinear
 
-INNER_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
+logger = logging.getLogger(__name__)
+
+INNER_OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adam": "torch.optim.Adam",
+    "sgd": "torch.optim.SGD",
+    "adafactor": "torch.optim.Adafactor",
+    "adamw8bit": "torchao.optim.AdamW8bit",
+}
 
 
 def parameter_groups(
@@ -50,20 +60,66 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """The optimizer ``name`` over ``groups``, fused where torch has it; an option it does not know is left out.
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class that ``name`` stands for: a key of INNER_OPTIMIZERS or a dotted path such as torch.optim.NAdam.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a path that leads to no torch.optim.Optimizer.
     """
-    if name not in INNER_OPTIMIZERS:
-        raise ValueError(f"optim.inner={name!r} is unknown; choose from {', '.join(INNER_OPTIMIZERS)}")
-    cls = INNER_OPTIMIZERS[name]
+    path = INNER_OPTIMIZERS.get(name, name)
+    module_name, _, class_name = path.rpartition(".")
+    if not module_name:
+        raise ValueError(
+            f"optim.inner={name} is unknown; choose from {', '.join(INNER_OPTIMIZERS)}, or give the dotted path of a "
+            "torch.optim.Optimizer"
+        )
+    try:
+        cls = getattr(import_module(module_name), class_name, None)
+    except ImportError as error:
+        mend = "pip install -r requirements-extra.txt" if name in INNER_OPTIMIZERS else "check the path"
+        raise ValueError(f"optim.inner={name}: cannot import {module_name} ({error}); {mend}") from None
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"optim.inner={name}: {path} is not a torch.optim.Optimizer; check the path")
+    return cls
+
+
+def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """The optimizer ``name`` over ``groups``; an option it does not take is left out, and what it got is logged.
+
+    Adam and AdamW are fused. SGD is not: its fused step cannot start the momentum of reset rows beside running ones.
+
+    Raises:
+        ValueError: an unknown name, or weight decay for an optimizer that has none.
+    """
+    cls = optimizer_class(name)
     known = inspect.signature(cls).parameters
-    return cls(groups, **{k: v for k, v in ({"fused": True} | options).items() if k in known})
+    if cls is not torch.optim.SGD:
+        options = {"fused": True} | options
+    # Adafactor's eps is a pair of other meaning.
+    taken = {
+        k: v for k, v in options.items() if k in known and isinstance(known[k].default, tuple) == isinstance(v, tuple)
+    }
+    if "weight_decay" not in known and any(group.get("weight_decay") for group in groups):
+        raise ValueError(f"optim.weight_decay: {cls.__name__} (optim.inner={name}) has none; set it to 0")
+    logger.info("%s with %s", cls.__name__, ", ".join(f"{k}={v}" for k, v in taken.items()) or "its defaults")
+    return cls(groups, **taken)
+
+
+def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    """What decoupled weight decay multiplies a parameter of ``group`` by in a step; 1 where decay is not decoupled."""
+    decoupled = (
+        isinstance(optimizer, torch.optim.Adafactor | torch.optim.Muon)
+        or group.get("decoupled_weight_decay", False)
+        or getattr(optimizer, "is_adamw", False)  # torchao's
+    )
+    return 1.0 - float(group["lr"]) * group["weight_decay"] if decoupled else 1.0
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float, linears: float = 1.0) -> None:
     """Give every group its peak rate times ``factor``, the linears' times ``linears`` as well."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor * (linears if group["name"] == "linears" else 1.0)
+        lr = group["peak_lr"] * factor * (linears if group["name"] == "linears" else 1.0)
+        if torch.is_tensor(group["lr"]):  # torchao wants its own tensor filled
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.counter_rng import key
 from models.grass_linear import GrassLinear
 from optim import moments
+from optim.build import decay_factor
 from optim.selection import WITH_REPLACEMENT, select
 
 logger = logging.getLogger(__name__)
@@ -127,13 +128,8 @@ class Grass:
 
     def _decay_factors(self) -> dict[Tensor, float]:
         """What decoupled weight decay multiplied each parameter by in the step just made."""
-        adafactor = isinstance(self.optimizer, torch.optim.Adafactor)
-        return {
-            p: 1.0 - float(group["lr"]) * group["weight_decay"]
-            for group in self.optimizer.param_groups
-            if adafactor or group.get("decoupled_weight_decay")
-            for p in group["params"]
-        }
+        groups = self.optimizer.param_groups
+        return {p: decay_factor(self.optimizer, group) for group in groups for p in group["params"]}
 
     # Probing: the backward of the steps before a refresh gathers what the scores need.
 

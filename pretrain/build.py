@@ -43,7 +43,7 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
     optim = config.optim
     alpha = optim.alpha if isinstance(optim, GrassConfig) else 1.0
     groups = parameter_groups(model, lr=optim.lr, linear_lr=optim.linear_lr * alpha, weight_decay=optim.weight_decay)
-    optimizer = inner_optimizer(optim.inner, groups, betas=tuple(optim.betas), eps=optim.eps)
+    optimizer = inner_optimizer(optim.inner, groups, betas=tuple(optim.betas), eps=optim.eps, momentum=optim.momentum)
     masters = MasterWeights(optimizer) if optim.master_weights else None
     grass = None
     if isinstance(optim, GrassConfig):

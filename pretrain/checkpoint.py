@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pretrain.build import Optimization
 from pretrain.distributed import World
@@ -90,8 +92,9 @@ def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for name, parameter in _named_parameters(optim.optimizer):
         for key, value in optim.optimizer.state.get(parameter, {}).items():
-            # safetensors slices need a dimension, which torch's counters lack.
-            tensors[f"optim.{name}.{key}"] = value.detach().view(value.shape or 1)
+            for part, tensor in _parts(key, value).items():
+                # safetensors slices need a dimension, which torch's counters lack.
+                tensors[f"optim.{name}.{part}"] = tensor.detach().view(tensor.shape or 1)
         if optim.masters is not None and optim.masters.holds(parameter):
             tensors[f"master.{name}"] = parameter.detach()
     if optim.grass is not None:
@@ -105,16 +108,31 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tenso
     ]
 
 
+def _parts(key: str, value: Any) -> dict[str, Tensor]:
+    """The tensor of one state by its key; of torchao's quantised ones the tensors inside, as key.codes and the like."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; only tensors go into a checkpoint")
+    if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+        return {f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+    return {key: value}
+
+
 def _make_room(optim: Optimization, stored: Mapping[str, Any]) -> None:
     """Give ``optim`` the state tensors that ``stored`` (name → metadata) has and a new optimizer lacks, unfilled."""
-    fused = any(group.get("fused") or group.get("capturable") for group in optim.optimizer.param_groups)
-    for name, parameter in _named_parameters(optim.optimizer):
+    optimizer: Any = optim.optimizer
+    fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for name, parameter in _named_parameters(optimizer):
+        state = optimizer.state[parameter]
         for full in [k for k in stored if k.startswith(f"optim.{name}.")]:
-            key, meta = full.removeprefix(f"optim.{name}."), stored[full]
-            counter = key == "step"
+            key, _, part = full.removeprefix(f"optim.{name}.").partition(".")
+            if part:
+                if key not in state:  # torchao's own way to make one
+                    state[key] = optimizer._new_buffer(parameter, key == "exp_avg")
+                continue
+            size, dtype = stored[full].size, stored[full].properties.dtype
+            counter = size == (1,) and parameter.shape != (1,)
             device = torch.device("cpu") if counter and not fused else parameter.device
-            shape = () if counter else meta.size
-            optim.optimizer.state[parameter][key] = torch.empty(shape, dtype=meta.properties.dtype, device=device)
+            state[key] = torch.empty(() if counter else size, dtype=dtype, device=device)
     if optim.grass is not None:
         for name, layer in optim.grass.layers.items():
             if f"grass.{name}" in stored:

@@ -22,7 +22,7 @@ from data.settings import problems as data_problems
 from models.attention import resolve_backend
 from models.grass_linear import convert_linears
 from models.llama import Llama
-from optim.build import INNER_OPTIMIZERS
+from optim.build import optimizer_class
 from optim.grass import SCORES
 from optim.moments import NEW_SECOND_MOMENTS, POLICIES
 from optim.schedule import SCHEDULES
@@ -66,12 +66,13 @@ class OptimConfig:
     """Full-rank training; Grass adds its own keys to these."""
 
     name: str
-    inner: str  # the torch.optim optimizer that steps on the trainable parameters
+    inner: str  # adamw | adam | sgd | adafactor | adamw8bit | the dotted path of a torch.optim.Optimizer
     lr: float  # peak rate of embeddings, head and norms
     linear_lr: float  # peak rate of the attention and MLP linears
-    weight_decay: float  # decoupled, on matrices
-    betas: list[float]
+    weight_decay: float  # on matrices, and as the inner optimizer applies it: decoupled or not
+    betas: list[float]  # of those that have them, as are eps and momentum
     eps: float
+    momentum: float
     clip: float  # global gradient norm; 0 for none
     schedule: str  # cosine | wsd | constant
     warmup_steps: int
@@ -283,8 +284,11 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
 
 def _optim_problems(config: Config) -> list[str]:
     optim, train = config.optim, config.train
-    problems = _one_of("optim.inner", optim.inner, INNER_OPTIMIZERS)
-    problems += _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    problems = _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    try:
+        optimizer_class(optim.inner)
+    except ValueError as error:
+        problems.append(str(error))
     for name in ("lr", "linear_lr"):
         if getattr(optim, name) <= 0:
             problems.append(f"optim.{name}={getattr(optim, name)} must be greater than 0")
@@ -297,6 +301,8 @@ def _optim_problems(config: Config) -> list[str]:
         )
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
         problems.append(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
+    if not 0 <= optim.momentum < 1:
+        problems.append(f"optim.momentum={optim.momentum} must be in [0, 1)")
     if isinstance(optim, GrassConfig):
         problems += _positive("optim", optim, "refresh_every", "sketch_width", "probe_steps") + _one_of(
             "optim.selection", optim.selection, SELECTIONS

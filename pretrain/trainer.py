@@ -144,7 +144,7 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         tokens_per_s, step_s = self.watch.lap()
-        rates = {f"train/lr_{g['name']}": g["lr"] for g in self.optim.optimizer.param_groups}
+        rates = {f"train/lr_{g['name']}": float(g["lr"]) for g in self.optim.optimizer.param_groups}
         values |= {
             "train/lr": rates["train/lr_linears"], **rates,
             "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s,

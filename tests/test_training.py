@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what they leave, resuming to the bit, and one process against two."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ LOGGED = [
     "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/tflops",
     "mem/peak_bytes",
 ]  # fmt: skip
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="see requirements-extra.txt")
 SAMPLED = "multinomial_norm_with_replacement"
 
 
@@ -131,8 +133,21 @@ class StopAfter(StopRequest):
             "optim.state_dtype=float32",
         ],
         [*GRASS, "train.dtype=bfloat16", "optim.master_weights=true"],
+        [*GRASS, "optim.inner=sgd", "optim.weight_decay=0.1"],
+        [*GRASS, "optim.inner=adafactor", "optim.stagger=true"],
+        pytest.param([*GRASS, "optim.inner=adamw8bit"], marks=needs_torchao),
     ],
-    ids=["grass", "adamw", "exact-reset", "staggered-probes", "bf16-sampled", "bf16-masters"],
+    ids=[
+        "grass",
+        "adamw",
+        "exact-reset",
+        "staggered-probes",
+        "bf16-sampled",
+        "bf16-masters",
+        "sgd",
+        "adafactor",
+        "8bit",
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
     """20 steps, stopped in the middle of a window and of its probes, all objects anew, 20 more."""
