@@ -28,6 +28,7 @@ def run(config: Config) -> int:
         trainer = Trainer(config, world, data, RunFolder(config), stop)
     stop.listen()
     finished = trainer.fit()
+    del trainer  # the last to let go of gloo's process group must not be DDP: it holds the interpreter's lock meanwhile
     distributed.disconnect()
     return 0 if finished else EXIT_CODE
 
