@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.counter_rng import random_signs
+from models.counter_rng import random_signs, round_stochastically
 
 logger = logging.getLogger(__name__)
 
@@ -129,29 +129,58 @@ class GrassLinear(nn.Module):
         """The size of the selected dimension: how many rows (or columns) there are to choose from."""
         return self.weight.shape[self.dim]
 
+    def positions(self) -> Tensor:
+        """Where the elements of ``rows`` stand in the flattened weight: int64 of the shape of ``rows``."""
+        out, width = self.weight.shape
+        index, other = self.index, torch.arange(width if self.dim == 0 else out, device=self.index.device)
+        return index[:, None] * width + other if self.dim == 0 else other[:, None] * width + index
+
     @torch.no_grad()
-    def fold(self, before: Tensor | None = None, decay: float = 1.0) -> None:
+    def fold(
+        self,
+        before: Tensor | None = None,
+        decay: float = 1.0,
+        stepped: Tensor | None = None,
+        rounding_key: int = 0,
+    ) -> None:
         """Write a step on ``rows`` back: weight[index] = rows, rounded to the weight's dtype.
+
+        A step made on a float32 copy of bfloat16 rows comes as ``stepped`` and is rounded stochastically by
+        ``rounding_key``, so that no update is too small. float32 rows of a bfloat16 weight are master copies: they keep
+        what the weight, rounded to nearest, cannot hold.
 
         With weighted rows (``scaled``) the step Δ of every draw counts ρ times and a row drawn twice takes both steps:
         w ← decay·w + Σ ρΔ, where ``before`` is ``rows`` as it was and ``decay`` what the step multiplied it by.
         """
+        after = self.rows if stepped is None else stepped
         if self.scaled:
             assert before is not None
             scale = self.scale.unsqueeze(1 - self.dim)
             kept = before.float() * decay
-            steps = (self.rows - kept) * scale
+            steps = (after - kept) * scale
             first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
             summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)
-            self.rows.copy_(kept + summed.index_select(self.dim, first))
+            after = kept + summed.index_select(self.dim, first)
+        if after is not self.rows:
+            self.rows.copy_(round_stochastically(after, self.rows.dtype, rounding_key, self.positions()))
         self.weight.index_copy_(self.dim, self.index, self.rows.to(self.weight.dtype))
 
     @torch.no_grad()
-    def select(self, index: Tensor, scale: Tensor | None = None) -> None:
-        """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``."""
+    def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
+        """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``.
+
+        Master copies of rows that leave are rounded stochastically into the weight; rows that stay keep theirs.
+        """
+        old_index, masters = self.index.clone(), self.rows.detach().clone()
+        if self.rows.dtype != self.weight.dtype:
+            rounded = round_stochastically(masters, self.weight.dtype, rounding_key, self.positions())
+            self.weight.index_copy_(self.dim, old_index, rounded)
         self.index.copy_(index)
         self.scale.copy_(scale) if scale is not None else self.scale.fill_(1)
-        self.rows.copy_(self.weight.index_select(self.dim, self.index))
+        position, stays = positions_among(old_index, self.index)
+        loaded = self.weight.index_select(self.dim, self.index).to(self.rows.dtype)
+        self.rows.copy_(torch.where(stays.unsqueeze(1 - self.dim), masters.index_select(self.dim, position), loaded))
+        self.weight.index_copy_(self.dim, self.index, self.rows.to(self.weight.dtype))
 
     def start_probe(self, key: int, width: int | None) -> None:
         """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).
@@ -170,6 +199,12 @@ class GrassLinear(nn.Module):
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
         self.probe = self.probe_key = None
         return gathered.detach()
+
+
+def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of ``new`` where it first stands in the sorted ``old``, and whether it does (else the place is void)."""
+    position = torch.searchsorted(old, new).clamp_max(len(old) - 1)
+    return position, old[position] == new
 
 
 def convert_linears(

@@ -3,6 +3,8 @@
 The inner optimizer steps on each layer's small ``rows`` parameter like on any other. After its step a hook folds the
 rows into the weights, and every ``refresh_every`` steps chooses the rows of the next window, so that they are in place
 before the forward that uses them. What the choice needs is gathered by the backward of the steps just before it.
+bfloat16 rows are stepped on in float32 and rounded stochastically; float32 rows of a bfloat16 weight are its master
+copies for as long as they are selected, and rounded stochastically when they leave.
 
     layers = convert_linears(model, rank=64)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -18,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.counter_rng import key
+from models.counter_rng import key, round_stochastically
 from models.grass_linear import GrassLinear
 from optim import moments
 from optim.build import decay_factor
+from optim.lent_precision import lend, take_back
 from optim.selection import WITH_REPLACEMENT, select
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,8 @@ class Grass:
         seed: the run's seed.
 
     Raises:
-        ValueError: a model without GrassLinear layers, or stagger with refresh_warmup (there is no common refresh).
+        ValueError: a model without GrassLinear layers, an optimizer that does not hold their rows, or stagger with
+            refresh_warmup (there is no common refresh).
     """
 
     def __init__(
@@ -69,6 +73,12 @@ class Grass:
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, GrassLinear)}
         if not self.layers:
             raise ValueError("the model has no GrassLinear layer; call convert_linears first")
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if strangers := [name for name, layer in self.layers.items() if layer.rows not in held]:
+            raise ValueError(
+                f"the optimizer does not step on the rows of {strangers[0]}; build it after convert_linears, and with "
+                "master weights keep the rows in float32 (optim.state_dtype=float32)"
+            )
         if stagger and refresh_warmup:
             raise ValueError("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
         self.model, self.optimizer = model, optimizer
@@ -84,6 +94,10 @@ class Grass:
         self._offsets = {name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)}
         self._before: dict[GrassLinear, Tensor] = {}
         self._said_reset = False
+        # Rows that are stepped on in float32 and kept, moments and all, in less.
+        low = (torch.bfloat16, torch.float16)
+        self._low_precision = {layer.rows: name for name, layer in self.layers.items() if layer.rows.dtype in low}
+        self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
         for layer in self.layers.values():
             layer.scaled = selection.endswith(WITH_REPLACEMENT)
         optimizer.register_step_pre_hook(self._before_step)
@@ -112,15 +126,25 @@ class Grass:
 
     def _before_step(self, *_) -> None:
         self._before = {layer: layer.rows.detach().clone() for layer in self.layers.values() if layer.scaled}
+        self._stand_ins = lend(self.optimizer, self._low_precision)
 
     def _after_step(self, *_) -> None:
+        take_back(self.optimizer, self._stand_ins, self._round_state)
         decay = self._decay_factors() if self._before else {}
-        for layer in self.layers.values():
-            layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0))
+        for name, layer in self.layers.items():
+            stepped = self._stand_ins.pop(layer.rows, None)
+            layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0), stepped, self._rounding_key(name))
         self.steps += 1
         self._gather()
         self._refresh([name for name in self.layers if self._steps_to_refresh(name) == self.refresh_every])
         self._start_probes(self._probing)
+
+    def _rounding_key(self, name: str, *what: str) -> int:
+        return key(self.seed, "round", self.steps, name, *what)
+
+    def _round_state(self, rows: nn.Parameter, what: str, value: Tensor) -> Tensor:
+        name = self._low_precision[rows]
+        return round_stochastically(value, rows.dtype, self._rounding_key(name, what), self.layers[name].positions())
 
     def _steps_to_refresh(self, name: str) -> int:
         """Updates until the rows of ``name`` are chosen next: 1 … K, K right after (or at) a refresh."""
@@ -190,7 +214,7 @@ class Grass:
 
     def _change_rows(self, name: str, layer: GrassLinear, index: Tensor, scale: Tensor | None, norms: Tensor) -> None:
         old_index, old_scale = layer.index.clone(), layer.scale.clone()
-        layer.select(index, scale)
+        layer.select(index, scale, self._rounding_key(name))
         state = self.optimizer.state.get(layer.rows)
         if not state:
             return

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.grass_linear import positions_among
+
 POLICIES = ("reset", "carry")
 NEW_SECOND_MOMENTS = ("mean", "score", "zero")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # what torch.optim calls averages of squares
@@ -50,8 +52,7 @@ def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: 
         new_second_moment: a name of NEW_SECOND_MOMENTS.
         score: (r,) estimated mean square of a gradient element of each new row, for "score".
     """
-    position = torch.searchsorted(change.old_index, change.new_index).clamp_max(len(change.old_index) - 1)
-    stays = change.old_index[position] == change.new_index
+    position, stays = positions_among(change.old_index, change.new_index)
     for name, moment in state.items():
         if not torch.is_tensor(moment) or moment.ndim == 0:
             continue

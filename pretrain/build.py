@@ -33,7 +33,8 @@ def build_model(config: Config, device: torch.device) -> Llama:
     model.init_weights(config.train.seed)
     if isinstance(config.optim, GrassConfig):
         optim = config.optim
-        state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else None
+        masters = optim.master_weights and config.train.dtype == "bfloat16"
+        state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
         convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype)
     return model
 

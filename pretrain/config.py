@@ -96,7 +96,7 @@ class GrassConfig(OptimConfig):
     state_at_refresh: str  # reset | carry
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
-    state_dtype: str | None  # dtype of rows and moments; the model's when null
+    state_dtype: str | None  # dtype of rows and moments; when null the model's, or float32 with master_weights
 
 
 @dataclass(kw_only=True)
@@ -314,6 +314,8 @@ def _optim_problems(config: Config) -> list[str]:
             problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
         if optim.state_dtype is not None:
             problems += _one_of("optim.state_dtype", optim.state_dtype, DTYPES)
+        if optim.master_weights and optim.state_dtype == "bfloat16":
+            problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")
         if optim.alpha <= 0:
             problems.append(f"optim.alpha={optim.alpha} must be greater than 0")
     return problems

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain import checkpoint
 from pretrain.config import ConfigError, load
@@ -163,23 +164,49 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_two_processes_and_accumulation_equal_one_process(overrides, root, tmp_path):
+def launch(root, processes, overrides):
+    """Run in processes of their own; returns the run's folder."""
+    command = [sys.executable, "-m", "pretrain.launch", "--nproc-per-node", str(processes), "-m", "pretrain.train"]
+    subprocess.run(
+        [*command, *overrides], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120
+    )
+    return RunFolder(load(overrides))
+
+
+def assert_same_losses(folder, other, tolerance=0.0):
+    ours, theirs = losses(folder), losses(other)
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[step] - theirs[step]) for step in ours) <= tolerance
+
+
+def test_two_processes_and_accumulation_equal_one_process(overrides, root):
     common = overrides("train.dtype=float64", "train.steps=12")
-    train([*common, "run.name=one", "train.micro_batch_size=8"])
-    command = [sys.executable, "-m", "pretrain.launch", "--nproc-per-node", "2", "-m", "pretrain.train"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, micro in (("two", 4), ("accumulated", 1)):
-        subprocess.run(
-            [*command, *common, f"run.name={name}", f"train.micro_batch_size={micro}"], cwd=root, env=env, check=True
-        )
-    one, two, accumulated = (losses(RunFolder(load([*common, f"run.name={n}"]))) for n in ("one", "two", "accumulated"))
-    assert one.keys() == two.keys() == accumulated.keys()
-    for step, loss in one.items():
-        assert abs(loss - two[step]) < 1e-10
-        assert abs(loss - accumulated[step]) < 1e-10
-    values = {n: json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")}
-    for name in ("val/loss", "val/bits_per_byte"):
-        assert abs(values["one"][name] - values["two"][name]) < 1e-10
+    one, _ = train([*common, "run.name=one", "train.micro_batch_size=8"])
+    two = launch(root, 2, [*common, "run.name=two", "train.micro_batch_size=4"])
+    accumulated = launch(root, 2, [*common, "run.name=accumulated", "train.micro_batch_size=1"])
+    for folder in (two, accumulated):
+        assert_same_losses(folder, one, tolerance=1e-10)
+        ours, theirs = (json.loads(f.summary_file.read_text()) for f in (folder, one))
+        for name in ("val/loss", "val/bits_per_byte"):
+            assert abs(ours[name] - theirs[name]) < 1e-10
+
+
+def test_two_processes_resume_to_the_bit_and_one_goes_on_from_them(overrides, root):
+    common = overrides("train.dtype=float64", "optim.schedule=constant", "train.micro_batch_size=4")
+    whole = launch(root, 2, [*common, "run.name=whole", "train.steps=12"])
+    launch(root, 2, [*common, "run.name=halves", "train.steps=6"])
+    halves = launch(root, 2, [*common, "run.name=halves", "train.steps=12"])
+    assert_same_losses(halves, whole)
+    expected, resumed = (tensors_in(f.latest_checkpoint) for f in (whole, halves))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    alone, _ = train([*common, "run.name=alone", "train.steps=16"])
+    halves, _ = train([*common, "run.name=halves", "train.steps=16"])
+    assert_same_losses(halves, alone, tolerance=1e-10)
+
+
+def tensors_in(path):
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_metric_lines_after_the_checkpoint_are_moved_aside(overrides):
