@@ -24,6 +24,7 @@ from models.counter_rng import key, round_stochastically
 from models.grass_linear import GrassLinear
 from optim import moments
 from optim.build import decay_factor
+from optim.history import SelectionHistory
 from optim.lent_precision import lend, take_back
 from optim.selection import WITH_REPLACEMENT, select
 
@@ -90,6 +91,7 @@ class Grass:
         self.steps = 0
         # Probes of the window so far, averaged over processes; part of a checkpoint.
         self.gathered: dict[str, Tensor] = {}
+        self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
         count = len(self.layers)
         self._offsets = {name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)}
         self._before: dict[GrassLinear, Tensor] = {}
@@ -113,7 +115,7 @@ class Grass:
         self._start_probes(self._probing)
 
     def resume(self, steps: int) -> None:
-        """Go on after ``steps`` updates, with layers, moments and ``gathered`` loaded from a checkpoint."""
+        """Go on after ``steps`` updates, with layers, moments, ``gathered`` and ``history`` loaded from a checkpoint."""
         self.steps = steps
         self._start_probes(self._probing)
 
@@ -205,6 +207,7 @@ class Grass:
             if not usable:
                 logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, name)
             self._change_rows(name, layer, index.to(layer.index.device), scale, norm)
+            self.history.note(name, self.steps, index, scores)
             chosen.append(index)
         _require_agreement(chosen, norms[0].device)
 

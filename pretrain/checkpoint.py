@@ -1,6 +1,7 @@
 """Checkpoints: torch.distributed.checkpoint in safetensors files, beside a JSON file for everything that is no tensor.
 
-    checkpoints/step-00000200/   tensors by name: model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>
+    checkpoints/step-00000200/   tensors by name: model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>,
+                             history.<layer>.<rows or latest>
                 state.json         format, step, tokens, what the data and the settings were
 
 A checkpoint is written beside its place and renamed once it is whole: a folder without ``.tmp`` can be trusted.
@@ -99,6 +100,7 @@ def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:
             tensors[f"master.{name}"] = parameter.detach()
     if optim.grass is not None:
         tensors |= {f"grass.{name}": gathered for name, gathered in optim.grass.gathered.items()}
+        tensors |= {f"history.{name}": tensor for name, tensor in optim.grass.history.tensors().items()}
     return tensors
 
 

@@ -51,6 +51,7 @@ class MetricLog:
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int):
         self._file = folder.metrics_file.open("a", encoding="utf-8")
+        self._selection_file = folder.selection_file
         self._wandb = WandbRun(config, folder.path)
         self._bar = _progress_bar(config.train.steps, first_step)
 
@@ -59,6 +60,12 @@ class MetricLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._wandb.log(line)
+
+    def write_selection(self, step: int, layers: dict[str, Any]) -> None:
+        """A line of ``selection.jsonl``: what the refreshes since the last one chose, by layer."""
+        if layers:
+            with self._selection_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "layers": layers}) + "\n")
 
     def advance(self, step: int, shown: dict[str, float]) -> None:
         """Move the bar to ``step``, or, without a terminal, say ``shown`` in a plain line."""

@@ -33,6 +33,7 @@ class RunFolder:
         self.path = Path(config.run.root) / config.run.name
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.selection_file = self.path / "selection.jsonl"
         self.log_file = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
         self.samples_file = self.path / "samples.md"
@@ -41,6 +42,11 @@ class RunFolder:
     @property
     def latest_checkpoint(self) -> Path | None:
         return checkpoint.latest(self.checkpoints)
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
+        newest = self.latest_checkpoint
+        return self.summary_file.exists() and newest is not None and checkpoint.read_state(newest)["step"] >= steps
 
     def check(self, config: Config) -> list[str]:
         """What the settings of an existing run differ in, a line each; [] for a new run.
@@ -76,22 +82,23 @@ class RunFolder:
         if self.config_file.exists() and self.config_file.read_text() != text:
             self.config_file.rename(_unused(self.path / "config.before.yaml"))
         self.config_file.write_text(text)
-        self._set_metrics_after_aside(step)
+        for lines in (self.metrics_file, self.selection_file):
+            self._set_lines_after_aside(lines, step)
         for stale in (self.samples_file, self.summary_file):
             if stale.exists():
                 stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
 
-    def _set_metrics_after_aside(self, step: int) -> None:
-        if not self.metrics_file.exists():
+    def _set_lines_after_aside(self, file: Path, step: int) -> None:
+        if not file.exists():
             return
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
+        lines = file.read_text().splitlines(keepends=True)
         keep = [line for line in lines if _step_of(line) <= step]
         if len(keep) < len(lines):
-            aside = _unused(self.path / f"metrics.after-step-{step}.jsonl")
+            aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
             aside.write_text("".join(line for line in lines if _step_of(line) > step))
-            replacement = self.metrics_file.with_suffix(".tmp")
+            replacement = file.with_suffix(".tmp")
             replacement.write_text("".join(keep))
-            replacement.replace(self.metrics_file)
+            replacement.replace(file)
 
 
 def _may_change(key: str) -> bool:

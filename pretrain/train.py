@@ -3,6 +3,7 @@
 Exit codes: 0 finished, 2 something to mend (one message says what), 85 stopped by a signal after saving.
 """
 
+import logging
 import signal
 import sys
 
@@ -17,6 +18,8 @@ from pretrain.preflight import clear_errors, ready
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def run(config: Config) -> int:
     """Train as ``config`` says; returns the exit code."""
@@ -24,8 +27,14 @@ def run(config: Config) -> int:
     log_to_terminal(is_main=distributed.is_main_from_env())
     with clear_errors():
         data = ready(config, distributed.world_size_from_env())
-        world = distributed.connect()
-        trainer = Trainer(config, world, data, RunFolder(config), stop)
+        world, folder = distributed.connect(), RunFolder(config)
+        if world.from_main(folder.is_finished(config.train.steps)):
+            logger.info(
+                "%s is finished at step %d; raise train.steps or choose a new run.name", folder.path, config.train.steps
+            )
+            distributed.disconnect()
+            return 0
+        trainer = Trainer(config, world, data, folder, stop)
     stop.listen()
     finished = trainer.fit()
     del trainer  # the last to let go of gloo's process group must not be DDP: it holds the interpreter's lock meanwhile

@@ -70,11 +70,6 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last step. Returns False when a signal stopped the run, which is then saved."""
         total = self.config.train.steps
-        if self.step >= total:
-            logger.info(
-                "%s is finished at step %d; raise train.steps or choose a new run.name", self.folder.path, self.step
-            )
-            return True
         self.began = time.perf_counter()
         if self.optim.grass and self.step == 0:
             self.optim.grass.start(lambda: self._accumulate(0))
@@ -150,7 +145,12 @@ class Trainer:
             "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s,
             "perf/tflops": tokens_per_s * self.flops_per_token / 1e12, "mem/peak_bytes": peak_bytes(self.world.device),
         }  # fmt: skip
+        if self.optim.grass:
+            values |= self.optim.grass.history.means()
         self._write(values, {"loss": values["train/loss"], "tokens/s": tokens_per_s})
+        if self.optim.grass and self.metrics:
+            logged_before = (self.step - 1) // self.config.train.log_every * self.config.train.log_every
+            self.metrics.write_selection(self.step, self.optim.grass.history.by_layer(since=logged_before))
 
     def _write(self, values: dict[str, Any], shown: dict[str, float]) -> None:
         if self.metrics:

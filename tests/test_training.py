@@ -64,6 +64,7 @@ def train(overrides, stop=None):
     """Run in this process; returns the run's folder and the trainer."""
     config = load(overrides)
     folder = RunFolder(config)
+    assert not folder.is_finished(config.train.steps)
     trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest() if stop is None else stop)
     trainer.fit()
     return folder, trainer
@@ -223,18 +224,20 @@ def test_metric_lines_after_the_checkpoint_are_moved_aside(overrides):
     assert (folder.path / "summary.before.json").exists()
 
 
-def test_a_finished_run_is_left_alone(overrides):
+def test_a_finished_run_is_left_alone(overrides, root):
     folder, _ = train(overrides())
-    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file() and p.suffix != ".log"}
-    train(overrides())
-    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file() and p.suffix != ".log"} == before
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    result = run_cli(root, *overrides())
+    assert result.returncode == 0
+    assert "is finished at step 8; raise train.steps or choose a new run.name" in result.stderr
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
 
 
 def test_a_resumed_run_may_change_steps_and_rates_and_nothing_else(overrides):
     folder, _ = train(overrides())
     train(overrides("train.steps=10", "optim.lr=1e-3"))
     assert max(losses(folder)) == 10
-    assert "optim.lr: 0.003 → 0.001" in folder.log_file.read_text()
+    assert "optim.lr: 0.006 → 0.001" in folder.log_file.read_text()
     assert "steps: 8" in (folder.path / "config.before.yaml").read_text()
     with pytest.raises(ConfigError, match=r"optim\.rank was 8, is now 4"):
         train(overrides("train.steps=12", "optim.rank=4"))

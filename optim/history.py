@@ -1,0 +1,72 @@
+"""What the selections of a run were: how much of the gradient they caught, which rows came in, which ever had a turn.
+
+Kept on the CPU, where the rows are chosen, and part of a checkpoint.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+NEVER, BEFORE, NOW = 0, 1, 2
+
+
+class SelectionHistory:
+    """The latest refresh of each layer, and which of its rows were ever selected.
+
+    rows    by layer (m,) uint8: whether a row was NEVER selected, BEFORE, or is NOW
+    latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm that the selection
+            catches, √(Σ selected g² / Σ g²) by the scores, NaN where they were of no use; the rows that it brought in
+
+    Args:
+        selectable: the number of rows m of each layer.
+    """
+
+    def __init__(self, selectable: Mapping[str, int]):
+        self.rows = {name: torch.full((m,), NEVER, dtype=torch.uint8) for name, m in selectable.items()}
+        self.latest = {name: torch.full((3,), torch.nan, dtype=torch.float64) for name in selectable}
+
+    def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
+        """A refresh of ``name`` after ``step`` updates chose ``index`` (r,), which may repeat, by ``scores`` (m,)."""
+        rows, chosen, squares = self.rows[name], index.unique(), scores.double().square()
+        changed = (rows[chosen] != NOW).sum()
+        rows[rows == NOW] = BEFORE
+        rows[chosen] = NOW
+        captured = (squares[chosen].sum() / squares.sum()).sqrt()
+        self.latest[name].copy_(torch.stack([torch.tensor(step), captured, changed]))
+
+    def means(self) -> dict[str, float]:
+        """Means over the layers, for a metric line; before the first refresh nothing.
+
+        captured  share of the gradient's norm that the latest selection catches
+        changed   share of the selected rows that it brought in
+        coverage  share of all rows that were ever selected
+        """
+        latest = torch.stack(list(self.latest.values()))
+        now = torch.stack([(rows == NOW).sum() for rows in self.rows.values()])
+        ever = torch.stack([(rows != NEVER).double().mean() for rows in self.rows.values()])
+        means = {"captured": latest[:, 1].nanmean(), "changed": (latest[:, 2] / now).mean(), "coverage": ever.mean()}
+        return {f"grass/{name}": mean.item() for name, mean in means.items() if not mean.isnan()}
+
+    def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
+        """What each layer's latest refresh was, of those after update ``since``: share and numbers of rows.
+
+        The first choice of a run, made before its first update, counts as after update 0.
+        """
+        found: dict[str, dict[str, float | int | None]] = {}
+        for name, rows in self.rows.items():
+            step, captured, changed = self.latest[name].tolist()
+            if step > since or since == 0 == step:
+                found[name] = {
+                    "captured": round(captured, 4) if captured == captured else None,
+                    "changed": int(changed),
+                    "selected": int((rows == NOW).sum()),
+                    "ever_selected": int((rows != NEVER).sum()),
+                    "rows": len(rows),
+                }
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, to be filled in place on resuming."""
+        rows = {f"{name}.rows": tensor for name, tensor in self.rows.items()}
+        return rows | {f"{name}.latest": tensor for name, tensor in self.latest.items()}
