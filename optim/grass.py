@@ -115,7 +115,7 @@ class Grass:
         self._start_probes(self._probing)
 
     def resume(self, steps: int) -> None:
-        """Go on after ``steps`` updates, with layers, moments, ``gathered`` and ``history`` loaded from a checkpoint."""
+        """Go on after ``steps`` updates; layers, moments, ``gathered`` and ``history`` are loaded from a checkpoint."""
         self.steps = steps
         self._start_probes(self._probing)
 

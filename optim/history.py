@@ -36,7 +36,7 @@ class SelectionHistory:
         self.latest[name].copy_(torch.stack([torch.tensor(step), captured, changed]))
 
     def means(self) -> dict[str, float]:
-        """Means over the layers, for a metric line; before the first refresh nothing.
+        """Means over the layers, for a metric line; what is not known is left out.
 
         captured  share of the gradient's norm that the latest selection catches
         changed   share of the selected rows that it brought in

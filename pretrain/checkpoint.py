@@ -1,7 +1,7 @@
 """Checkpoints: torch.distributed.checkpoint in safetensors files, beside a JSON file for everything that is no tensor.
 
     checkpoints/step-00000200/   tensors by name: model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>,
-                             history.<layer>.<rows or latest>
+                                 history.<layer>.<rows or latest>
                 state.json         format, step, tokens, what the data and the settings were
 
 A checkpoint is written beside its place and renamed once it is whole: a folder without ``.tmp`` can be trusted.

@@ -75,6 +75,16 @@ def losses(folder):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+def selections(folder):
+    """What a run shows of its selections: in its metric lines, and by layer."""
+    means = [
+        {name: value for name, value in json.loads(line).items() if name.startswith("grass/")}
+        for line in folder.metrics_file.read_text().splitlines()
+    ]
+    lines = folder.selection_file.read_text().splitlines() if folder.selection_file.exists() else []
+    return [line for line in means if line], [json.loads(line) for line in lines]
+
+
 def state(trainer):
     return {name: tensor.clone() for name, tensor in checkpoint.tensors_of(trainer.model, trainer.optim).items()}
 
@@ -107,6 +117,23 @@ def test_a_run_leaves_what_it_promises(overrides):
     assert folder.samples_file.read_text().count("````text") == 3
     assert [p.name for p in sorted(folder.checkpoints.iterdir())] == ["step-00000004", "step-00000008"]
     assert "step 8 · loss" in folder.log_file.read_text()
+
+
+def test_a_run_shows_what_its_selections_catch_change_and_cover(overrides):
+    folder, trainer = train(overrides("train.log_every=4", "train.steps=11", "optim.refresh_every=3"))
+    means, lines = selections(folder)
+    assert len(means) == 3 and all(0 < line[f"grass/{n}"] <= 1 for line in means for n in ("captured", "coverage"))
+    assert means[0]["grass/coverage"] < means[-1]["grass/coverage"]
+    # Refreshes after updates 0, 3, 6 and 9: the latest of each log interval is told.
+    assert [line["step"] for line in lines] == [4, 8, 11]
+    layers = trainer.optim.grass.layers
+    for line in lines:
+        assert line["layers"].keys() == layers.keys()
+        for name, layer in line["layers"].items():
+            assert layer["changed"] <= layer["selected"] == 8 <= layer["ever_selected"]
+            assert layer["rows"] == layers[name].selectable
+    dense, _ = train(overrides("run.name=dense", grass=["optim=adamw"]))
+    assert not dense.selection_file.exists()
 
 
 class StopAfter(StopRequest):
@@ -164,6 +191,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
     folder, second = train(halves)
     assert len(losses(folder)) == 40
     assert losses(folder) == losses(whole_folder)
+    assert selections(folder) == selections(whole_folder)
     expected, resumed = state(whole), state(second)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
@@ -215,12 +243,15 @@ def tensors_in(path):
 
 
 def test_metric_lines_after_the_checkpoint_are_moved_aside(overrides):
-    folder, _ = train(overrides("train.checkpoint_every=4", "train.steps=6"))
+    grass = ["optim.rank=8", "optim.refresh_every=1"]
+    folder, _ = train(overrides("train.checkpoint_every=4", "train.steps=6", grass=grass))
     (folder.checkpoints / "step-00000006").rename(folder.path / "elsewhere")
-    train(overrides("train.checkpoint_every=4", "train.steps=6"))
+    train(overrides("train.checkpoint_every=4", "train.steps=6", grass=grass))
     assert sorted(losses(folder)) == [1, 2, 3, 4, 5, 6]
-    aside = folder.path / "metrics.after-step-4.jsonl"
-    assert {json.loads(line)["step"] for line in aside.read_text().splitlines()} == {5, 6}
+    assert [line["step"] for line in selections(folder)[1]] == [1, 2, 3, 4, 5, 6]
+    for kind in ("metrics", "selection"):
+        aside = folder.path / f"{kind}.after-step-4.jsonl"
+        assert {json.loads(line)["step"] for line in aside.read_text().splitlines()} == {5, 6}
     assert (folder.path / "summary.before.json").exists()
 
 
