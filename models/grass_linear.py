@@ -9,7 +9,7 @@ Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass``
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 
 import torch
@@ -207,16 +207,22 @@ def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     return position, old[position] == new
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob names this module, by its full name or by the last part of it."""
+    return fnmatch(name, pattern) or fnmatch(name.rpartition(".")[2], pattern)
+
+
 def convert_linears(
     model: nn.Module,
     rank: int,
     patterns: Sequence[str] = ATTENTION_AND_MLP,
-    side: str = "auto",
+    side: str | Mapping[str, str] = "auto",
     state_dtype: torch.dtype | None = None,
 ) -> dict[str, GrassLinear]:
     """Swap in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` for GrassLinear.
 
-    Weights are shared, not copied. What was converted and what was left is logged.
+    Weights are shared, not copied. What was converted and what was left is logged. ``side`` is one for all, or one for
+    each glob of names that it maps, the last match winning and "auto" without any.
 
     Returns:
         The new layers by module name, in model order.
@@ -227,18 +233,21 @@ def convert_linears(
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     problems: dict[str, list[str]] = {}  # message → names of the layers it is about
-    for p in patterns:
-        if not any(fnmatch(name, p) for name in linears):
-            problems[f"pattern {p!r} matches no linear layer ({', '.join(linears) or 'the model has none'})"] = []
+    sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
+    for p in [*patterns, *sides]:
+        if not any(matches(name, p) for name in linears):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
+            problems[f"pattern {p!r} matches no linear layer of the model, which has {known}"] = []
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers: dict[str, GrassLinear] = {}
     for name, linear in linears.items():
-        if not any(fnmatch(name, p) for p in patterns):
+        if not any(matches(name, p) for p in patterns):
             continue
         try:
             if linear.bias is not None or holders[id(linear.weight)] > 1:
                 raise ValueError("has a bias or a tied weight and cannot be converted; narrow the patterns")
-            layers[name] = GrassLinear(linear.weight, rank, side, state_dtype)
+            side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
+            layers[name] = GrassLinear(linear.weight, rank, side_of_this, state_dtype)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if problems:

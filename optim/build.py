@@ -3,14 +3,13 @@
 import inspect
 import logging
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from models.grass_linear import ATTENTION_AND_MLP, GrassLinear
+from models.grass_linear import ATTENTION_AND_MLP, GrassLinear, matches
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def parameter_groups(
         p
         for name, module in model.named_modules()
         if isinstance(module, GrassLinear)
-        or (isinstance(module, nn.Linear) and any(fnmatch(name, q) for q in patterns))
+        or (isinstance(module, nn.Linear) and any(matches(name, q) for q in patterns))
         for p in module.parameters()
         if p.requires_grad
     }

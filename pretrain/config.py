@@ -92,7 +92,7 @@ class GrassConfig(OptimConfig):
     sketch_width: int
     probe_steps: int  # the last steps before a refresh whose gradients are scored
     stagger: bool  # refresh the layers in turn
-    side: str  # auto | rows | columns
+    side: Any  # auto | rows | columns, or one of these for each glob of names: {down_proj: columns}
     state_at_refresh: str  # reset | carry
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh

@@ -45,6 +45,8 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("optim.schedule=line", r"optim\.schedule=line is unknown"),
         ("optim.patterns=[mlp]", r"pattern 'mlp' matches no linear layer"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=.* must be two numbers"),
+        ("optim.inner=adamax", r"optim\.inner=adamax is unknown; choose from adamw, .* or give the dotted path"),
+        ("optim.momentum=1", r"optim\.momentum=1\.0 must be in \[0, 1\)"),
         ("optim.lr=0", r"optim\.lr=0\.0 must be greater than 0"),
         ("optim.warmup_steps=100000", r"optim\.warmup_steps=100000 leaves nothing"),
         ("model.hidden_size=250", r"model\.hidden_size=250"),

@@ -201,9 +201,15 @@ def test_conversion_shares_weights_takes_the_smaller_side_and_says_what_it_left(
     assert "converted 3 of 4" in caplog.text and "0.lm_head" in caplog.text
 
 
+def test_the_side_can_be_given_for_each_pattern():
+    layers = convert_linears(nn.ModuleList([Tiny()]), rank=2, side={"*.self_attn.*": "columns", "k_proj": "rows"})
+    assert [layer.side for layer in layers.values()] == ["columns", "rows", "columns"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"rank": 2, "side": {"*.down_proj": "rows"}}, r"pattern '\*\.down_proj' matches no linear layer"),
         ({"rank": 2, "patterns": ["*.nothing"]}, "matches no linear layer"),
         ({"rank": 5}, "0.self_attn.k_proj: optim.rank=5 must be between 1 and 4"),
         ({"rank": 0}, "optim.rank=0 must be between 1 and"),

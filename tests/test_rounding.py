@@ -11,6 +11,7 @@ from models.grass_linear import GrassLinear, convert_linears
 from optim.build import inner_optimizer, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
+from pretrain.config import ConfigError, check, load
 
 BF16 = torch.bfloat16
 SIDES = ["rows", "columns"]
@@ -183,6 +184,8 @@ def test_master_weights_refuse_bf16_rows():
     MasterWeights(optimizer)
     with pytest.raises(ValueError, match=r"optim\.state_dtype=float32"):
         Grass(model, optimizer, refresh_every=10)
+    with pytest.raises(ConfigError, match=r"set optim\.state_dtype=float32 or null"):
+        check(load(["train.dtype=bfloat16", "optim.master_weights=true", "optim.state_dtype=bfloat16"]))
 
 
 def _train_as(rank, folder):

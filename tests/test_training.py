@@ -64,7 +64,6 @@ def train(overrides, stop=None):
     """Run in this process; returns the run's folder and the trainer."""
     config = load(overrides)
     folder = RunFolder(config)
-    assert not folder.is_finished(config.train.steps)
     trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest() if stop is None else stop)
     trainer.fit()
     return folder, trainer
@@ -296,10 +295,18 @@ def test_a_nonfinite_loss_stops_the_run(overrides):
         train(overrides("optim.lr=1e18", "optim.linear_lr=1e18", "optim.clip=0", "train.steps=30"))
 
 
-def run_cli(root: Path, *arguments):
+def run_cli(root: Path, *arguments, env=None):
     return subprocess.run(
-        [sys.executable, "-m", "pretrain.train", *arguments], cwd=root, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-m", "pretrain.train", *arguments],
+        cwd=root, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_machine_without_a_compiler_trains_and_says_so(overrides, root, tmp_path):
+    env = {**os.environ, "CXX": "/nonexistent", "PATH": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
+    result = run_cli(root, *overrides("train.compile=true"), env=env)
+    assert result.returncode == 0
+    assert "torch.compile does not work here, going on without it" in result.stderr
 
 
 def test_a_signal_saves_and_exits_with_its_own_code(overrides, root, tmp_path):
