@@ -156,7 +156,7 @@ class GrassLinear(nn.Module):
         if self.scaled:
             assert before is not None
             scale = self.scale.unsqueeze(1 - self.dim)
-            kept = before.float() * decay
+            kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
             steps = (after - kept) * scale
             first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
             summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)

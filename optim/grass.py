@@ -13,6 +13,7 @@ copies for as long as they are selected, and rounded stochastically when they le
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,7 +46,7 @@ class Grass:
             which is not the norm of their sum; "sketch" estimates the norms of the true sum, at a fraction of the cost.
         sketch_width: k, columns of the sketch; the relative error of a norm is about 1/√(2k).
         probe_steps: how many of the last steps of a window feed the score.
-        stagger: refresh the layers in turn, spread over the window, instead of all at once.
+        stagger: refresh the model's blocks in turn, spread over the window, instead of all at once.
         state_at_refresh, new_second_moment: what happens to moments, see optim.moments.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
         seed: the run's seed.
@@ -92,8 +93,7 @@ class Grass:
         # Probes of the window so far, averaged over processes; part of a checkpoint.
         self.gathered: dict[str, Tensor] = {}
         self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
-        count = len(self.layers)
-        self._offsets = {name: i * refresh_every // count if stagger else 0 for i, name in enumerate(self.layers)}
+        self._offsets = _offsets(list(self.layers), refresh_every) if stagger else dict.fromkeys(self.layers, 0)
         self._before: dict[GrassLinear, Tensor] = {}
         self._said_reset = False
         # Rows that are stepped on in float32 and kept, moments and all, in less.
@@ -241,6 +241,16 @@ class Grass:
                 *(type(self.optimizer).__name__, ", ".join(state)),
             )
         self._said_reset = True
+
+
+def _offsets(names: list[str], refresh_every: int) -> dict[str, int]:
+    """How many steps early each layer refreshes when the blocks take turns, in model order.
+
+    The layers of a block go together, so that a compiled block knows two states, with its probes and without.
+    """
+    blocks = {name: re.sub(r"(\.\d+)\..*", r"\1", name) for name in names}
+    turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
+    return {name: turns[block] * refresh_every // len(turns) for name, block in blocks.items()}
 
 
 def _require_agreement(indices: list[Tensor], device: torch.device) -> None:

@@ -175,3 +175,15 @@ def test_master_weights_keep_updates_that_bf16_would_lose():
 
     assert torch.equal(trained(masters=False), torch.ones(64, dtype=torch.bfloat16))
     assert torch.equal(trained(masters=True), torch.full((64,), 1 - 64 * 2**-12, dtype=torch.bfloat16))
+
+
+def test_staggered_blocks_refresh_in_turn_with_all_their_layers():
+    model, layers, optimizer, _ = grass_of(4, refresh_every=4, stagger=True, selection="uniform")
+    changed = {}
+    for step in range(8):
+        before = {name: layer.index.clone() for name, layer in layers.items()}
+        train(model, optimizer, 1, first=step)
+        moved = [name for name, layer in layers.items() if not torch.equal(layer.index, before[name])]
+        changed[step + 1] = {name.split(".")[1] for name in moved}
+    # Two blocks, a window of four: block 1 is two steps ahead of block 0.
+    assert changed == {1: set(), 2: {"1"}, 3: set(), 4: {"0"}, 5: set(), 6: {"1"}, 7: set(), 8: {"0"}}
