@@ -9,7 +9,7 @@ from data.shards import sha256
 from data.sources import SourceFile, stdlib_files, text_files
 from data.tokenizer import Tokenizer
 
-FORMAT = 1  # of the folder; also to be raised when the same settings would give other tokens
+FORMAT = 2  # of the folder; also to be raised when the same settings would give other tokens
 
 
 @dataclass(kw_only=True)

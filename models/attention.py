@@ -4,7 +4,6 @@ Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_back
 into what will run, before any compute; `attention` takes only its answer.
 """
 
-import functools
 import logging
 
 import torch
@@ -47,9 +46,13 @@ def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache
+_said: set[str] = set()
+
+
 def _log_once(line: str) -> None:
-    log.info(line)
+    if log.isEnabledFor(logging.INFO) and line not in _said:
+        _said.add(line)
+        log.info(line)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:

@@ -191,7 +191,7 @@ class GrassLinear(nn.Module):
         """
         shape = (self.selectable,) if width is None else (self.selectable, width)
         self.probe = torch.zeros(shape, device=self.weight.device, requires_grad=True)
-        self.probe_key = torch.tensor(key, device=self.weight.device)
+        self.probe_key = torch.full((), key, device=self.weight.device)  # a fill: no copy that waits
 
     def stop_probe(self) -> Tensor:
         """End the probe and return what it gathered: (m,) squared norms or the (m, k) sketch, float32."""

@@ -8,10 +8,11 @@ from torch import nn
 
 from models.grass_linear import convert_linears
 from models.llama import Llama
+from optim.baselines import projected_optimizer
 from optim.build import inner_optimizer, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
-from pretrain.config import DTYPES, Config, GrassConfig, model_arguments
+from pretrain.config import DTYPES, BaselineConfig, Config, GrassConfig, model_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,14 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
     optim = config.optim
     alpha = optim.alpha if isinstance(optim, GrassConfig) else 1.0
     groups = parameter_groups(model, lr=optim.lr, linear_lr=optim.linear_lr * alpha, weight_decay=optim.weight_decay)
-    optimizer = inner_optimizer(optim.inner, groups, betas=tuple(optim.betas), eps=optim.eps, momentum=optim.momentum)
+    options = {"betas": tuple(optim.betas), "eps": optim.eps, "momentum": optim.momentum}
+    if isinstance(optim, BaselineConfig):
+        optimizer = projected_optimizer(
+            optim.inner, groups, rank=optim.rank, update_gap=optim.update_gap, scale=optim.scale,
+            scale_type=optim.scale_type, **options,
+        )  # fmt: skip
+    else:
+        optimizer = inner_optimizer(optim.inner, groups, **options)
     masters = MasterWeights(optimizer) if optim.master_weights else None
     grass = None
     if isinstance(optim, GrassConfig):

@@ -8,6 +8,7 @@ A checkpoint is written beside its place and renamed once it is whole: a folder 
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -55,17 +57,37 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: W
         dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        for file in [*temporary.iterdir(), temporary]:
+            _to_disk(file)
         temporary.rename(path)
+        _to_disk(path.parent)
     world.barrier()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk: a rename may otherwise get there first."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _damaged(path: Path, error: BaseException) -> ValueError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path} is damaged ({first}); move it away to go on from the checkpoint before it")
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON state of the checkpoint at ``path``.
 
     Raises:
-        ValueError: a format that this version does not read.
+        ValueError: a damaged file, or a format that this version does not read.
     """
-    state = json.loads((path / "state.json").read_text())
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except ValueError as error:
+        raise _damaged(path, error) from None
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
     return state
@@ -75,17 +97,23 @@ def load(path: Path, model: nn.Module, optim: Optimization) -> None:
     """Fill ``model`` and all of ``optim`` in place with the tensors of the checkpoint at ``path``.
 
     Raises:
-        ValueError: the checkpoint's tensors are not those of this model and optimizer.
+        ValueError: a damaged checkpoint, or one whose tensors are not those of this model and optimizer.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
-    stored = reader.read_metadata().state_dict_metadata
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
     _make_room(optim, stored)
     tensors = tensors_of(model, optim)
     if unlike := sorted(tensors.keys() ^ stored.keys()):
         raise ValueError(f"{path} is not of this model and optimizer: {', '.join(unlike[:4])} …")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        except (SafetensorError, dcp.api.CheckpointException) as error:
+            raise _damaged(path, error) from None
 
 
 def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:

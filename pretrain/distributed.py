@@ -28,10 +28,19 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def any_async(self, flag: bool) -> "PendingFlag":
-        """Start to find out whether any process has ``flag`` set; ask ``.result()`` later, so that no step waits."""
-        value = torch.tensor(int(flag), device=self.device)
-        return PendingFlag(value, dist.all_reduce(value, async_op=True) if self.size > 1 else None)
+    def any(self, flag: bool) -> bool:
+        """Whether any process has ``flag`` set. Between the hosts only: no device is waited for."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value)
+        return bool(value)
+
+    def upload(self, batch: Tensor) -> Tensor:
+        """``batch`` on this process' device, without waiting for what the device is doing."""
+        if self.device.type != "cuda":
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
 
     def from_main(self, value: Any) -> Any:
         """The main process' ``value`` on every process (pickled between our own processes)."""
@@ -45,20 +54,6 @@ class World:
             dist.barrier()
 
 
-@dataclass
-class PendingFlag:
-    value: Tensor
-    work: Any
-
-    def result(self) -> bool:
-        if self.work is not None:
-            self.work.wait()
-        return bool(self.value.item())
-
-
-NOT_SET = PendingFlag(torch.tensor(0), None)
-
-
 def is_main_from_env() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -68,15 +63,21 @@ def world_size_from_env() -> int:
 
 
 def connect(timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Join the other processes that torchrun started, over NCCL with CUDA and gloo without."""
+    """Join the other processes that torchrun started: tensors on the CPU over gloo, on CUDA devices over NCCL.
+
+    Raises:
+        ValueError: more processes on this machine than it has GPUs.
+    """
     size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower NPROC")
         torch.cuda.set_device(device)
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return World(rank, size, device)
 
 

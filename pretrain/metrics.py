@@ -26,7 +26,7 @@ class Stopwatch:
 
     def __init__(self, clock=time.perf_counter):
         self._clock = clock
-        self._seconds = 0.0
+        self.total_seconds = self._seconds = 0.0
         self._tokens = self._steps = 0
         self._since: float | None = None
 
@@ -36,7 +36,8 @@ class Stopwatch:
     def stop(self, tokens: int) -> None:
         """End the step that ``start`` began; it trained on ``tokens``."""
         assert self._since is not None
-        self._seconds += self._clock() - self._since
+        seconds = self._clock() - self._since
+        self._seconds, self.total_seconds = self._seconds + seconds, self.total_seconds + seconds
         self._tokens, self._steps = self._tokens + tokens, self._steps + 1
 
     def lap(self) -> tuple[float, float]:

@@ -13,7 +13,8 @@ from dataclasses import fields
 
 from data.prepare import Prepared, prepare
 from data.settings import DataSettings
-from pretrain.config import Config, ConfigError, check, load
+from pretrain.check import check
+from pretrain.config import Config, ConfigError, load
 from pretrain.distributed import world_size_from_env
 from pretrain.metrics import log_to_terminal
 from pretrain.run_folder import RunFolder
@@ -29,33 +30,42 @@ def ready(config: Config, world_size: int) -> Prepared:
     """
     check(config, world_size)
     RunFolder(config).check(config)
-    data = prepare(DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)}))
-    if data.tokenizer.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"the tokenizer of {data.folder} has {data.tokenizer.vocab_size} tokens, "
-            f"the model {config.model.vocab_size}; set model.vocab_size={data.tokenizer.vocab_size}, "
-            "or leave data.vocab_size and data.tokenizer unset"
-        )
-    return data
+    return prepare(DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)}))
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn an error that the user can mend into its message on standard error and exit code 2."""
+    """Turn an error that the user can mend into its message on standard error and exit code 2.
+
+    GRASS_TRACEBACK=1 shows where it came from.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("GRASS_TRACEBACK"):
+            raise
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE)
 
 
+def only_asks_hydra(arguments: list[str]) -> bool:
+    """Whether there is a flag such as --help or --cfg among the arguments, which Hydra answers without a run.
+
+    Raises:
+        ConfigError: the flags of a multirun, which one launch cannot be.
+    """
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError("one launch is one run: call ./launch.sh once for each setting instead of -m")
+    return any(argument.startswith("-") for argument in arguments)
+
+
 def main() -> None:
     overrides = sys.argv[1:]
-    if any(o.startswith("-") for o in overrides):  # flags such as --cfg are for Hydra to answer
-        return
     log_to_terminal(is_main=True)
     with clear_errors():
+        if only_asks_hydra(overrides):
+            return
         ready(load(overrides), world_size_from_env())
 
 

@@ -5,9 +5,12 @@ checkpoint, an older config.yaml) is moved aside under a name of its own, never 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pretrain import checkpoint
@@ -38,6 +41,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
+        self._lock = FileLock(self.path / ".lock")
 
     @property
     def latest_checkpoint(self) -> Path | None:
@@ -54,7 +58,7 @@ class RunFolder:
         Raises:
             ConfigError: the run exists and ``config`` may not go on with it.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or all(p.name == ".lock" for p in self.path.iterdir()):
             return []
         if config.train.resume == "never":
             raise ConfigError(
@@ -65,7 +69,8 @@ class RunFolder:
         if self.latest_checkpoint is None:
             return []
         old, new = _flat(OmegaConf.load(self.config_file)), _flat(OmegaConf.structured(config))
-        changed = {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+        # A key that only one of them has belongs to another version of this program, which is no change of settings.
+        changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
         refused = [k for k in changed if not _may_change(k)]
         if refused:
             lines = [f"{k} was {changed[k][0]}, is now {changed[k][1]}" for k in refused]
@@ -75,6 +80,20 @@ class RunFolder:
             )
         return [f"{k}: {was} → {now}" for k, (was, now) in changed.items()]
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder.
+
+        Raises:
+            ConfigError: a run is at work there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._lock.acquire(timeout=0):
+                yield
+        except Timeout:
+            raise ConfigError(f"another run is at work in {self.path}; choose another run.name") from None
+
     def open(self, config: Config, step: int) -> None:
         """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -83,19 +102,21 @@ class RunFolder:
             self.config_file.rename(_unused(self.path / "config.before.yaml"))
         self.config_file.write_text(text)
         for lines in (self.metrics_file, self.selection_file):
-            self._set_lines_after_aside(lines, step)
+            self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
         for stale in (self.samples_file, self.summary_file):
             if stale.exists():
                 stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
 
-    def _set_lines_after_aside(self, file: Path, step: int) -> None:
+    def _set_lines_after_aside(self, file: Path, step: int, ends_at: int) -> None:
         if not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
-        keep = [line for line in lines if _step_of(line) <= step]
+        # The last checkpoint comes before the last validation, which is then made again.
+        again = [step == ends_at == _step_of(line) and '"val/loss"' in line for line in lines]
+        keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
         if len(keep) < len(lines):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
-            aside.write_text("".join(line for line in lines if _step_of(line) > step))
+            aside.write_text("".join(line for line in lines if line not in keep))
             replacement = file.with_suffix(".tmp")
             replacement.write_text("".join(keep))
             replacement.replace(file)

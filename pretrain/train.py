@@ -6,6 +6,7 @@ Exit codes: 0 finished, 2 something to mend (one message says what), 85 stopped 
 import logging
 import signal
 import sys
+from contextlib import nullcontext
 
 import hydra
 from omegaconf import DictConfig
@@ -14,7 +15,7 @@ from pretrain import distributed
 from pretrain.config import Config, load, to_config
 from pretrain.interrupt import EXIT_CODE, StopRequest
 from pretrain.metrics import log_to_terminal
-from pretrain.preflight import clear_errors, ready
+from pretrain.preflight import clear_errors, only_asks_hydra, ready
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Trainer
 
@@ -34,9 +35,10 @@ def run(config: Config) -> int:
             )
             distributed.disconnect()
             return 0
-        trainer = Trainer(config, world, data, folder, stop)
-    stop.listen()
-    finished = trainer.fit()
+        with folder.locked() if world.is_main else nullcontext():
+            trainer = Trainer(config, world, data, folder, stop)
+            stop.listen()
+            finished = trainer.fit()
     del trainer  # the last to let go of gloo's process group must not be DDP: it holds the interpreter's lock meanwhile
     distributed.disconnect()
     return 0 if finished else EXIT_CODE
@@ -50,8 +52,8 @@ def hydra_main(cfg: DictConfig) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     overrides = sys.argv[1:]
-    if not any(o.startswith("-") for o in overrides):  # flags such as --help and --cfg are Hydra's to answer
-        with clear_errors():
+    with clear_errors():
+        if not only_asks_hydra(overrides):
             load(overrides)
     hydra_main()
 

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import platform
 import resource
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.build import build_model, build_optimization, compile_blocks
 from pretrain.config import Config
-from pretrain.distributed import NOT_SET, World
+from pretrain.distributed import World
 from pretrain.evaluate import evaluate
 from pretrain.flops import flops_per_token, parameter_counts
 from pretrain.generate import generate
@@ -40,7 +42,8 @@ class Trainer:
     def __init__(self, config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest):
         self.config, self.world, self.data, self.folder, self.stop = config, world, data, folder, stop
         train = config.train
-        resume_from = self._open_folder()
+        self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
+        changes, resume_from = self._look_into_folder()
         self.model = build_model(config, world.device)
         self.optim = build_optimization(config, self.model)
         self.rate = partial(
@@ -48,12 +51,14 @@ class Trainer:
             final=config.optim.final_lr, decay_share=config.optim.decay_share,
         )  # fmt: skip
         self.batches = TrainBatches(
-            data.train, train.seq_len, train.tokens_per_step // train.seq_len, train.micro_batch_size,
+            data.train, train.seq_len, train.tokens_per_step // train.seq_len, self.micro_batch_size,
             train.seed, world.rank, world.size,
         )  # fmt: skip
+        self.watch = Stopwatch()
         self.step, self.seconds = 0, 0.0
         if resume_from is not None:
             self._load(resume_from)
+        self._open_folder(changes)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(self.model, world.device)
         self.parallel: nn.Module = self.model
@@ -62,7 +67,6 @@ class Trainer:
                 self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
-        self.watch = Stopwatch()
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
 
     # What a run does, from the outside in.
@@ -73,13 +77,10 @@ class Trainer:
         self.began = time.perf_counter()
         if self.optim.grass and self.step == 0:
             self.optim.grass.start(lambda: self._accumulate(0))
-        stopping = self.world.any_async(False)
         for step in range(self.step, total):
-            asked = stopping.result()
-            # Every collective that is started is waited for: none may be left when the processes part.
-            stopping = self.world.any_async(bool(self.stop)) if not asked and step + 1 < total else NOT_SET
             self._step_and_log(step)
-            if self._due(self.config.train.eval_every):
+            asked = self.world.any(bool(self.stop))
+            if self._due(self.config.train.eval_every) and not asked:
                 self.validate()
             if self._due(self.config.train.checkpoint_every) or asked:
                 self.save()
@@ -91,10 +92,10 @@ class Trainer:
     def _step_and_log(self, step: int) -> None:
         logged = (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
         self.watch.start()
-        nats, grad_norm = self.train_step(step)
-        values = self._values(nats, grad_norm) if logged else {}
-        self.watch.stop(self.config.train.tokens_per_step)
+        self.sums = self.train_step(step)
         self.step = step + 1
+        values = self._values() if logged else {}
+        self.watch.stop(self.config.train.tokens_per_step)
         if logged:
             self._log(values)
 
@@ -116,9 +117,7 @@ class Trainer:
         micro_batches = list(self.batches.micro_batches(step))
         for i, (input_ids, targets) in enumerate(micro_batches):
             with self._sync_gradients(last=i == len(micro_batches) - 1):
-                loss = self.parallel(
-                    input_ids.to(self.world.device, non_blocking=True), targets.to(self.world.device, non_blocking=True)
-                )
+                loss = self.parallel(self.world.upload(input_ids), self.world.upload(targets))
                 (loss * scale).backward()
             nats += loss.detach()
         return nats
@@ -128,12 +127,14 @@ class Trainer:
 
     # What is written down.
 
-    def _values(self, nats: Tensor, grad_norm: Tensor) -> dict[str, float]:
-        """The numbers of a logged step: the one place in the loop that waits for the device."""
-        loss = (self.world.sum(nats) / self.config.train.tokens_per_step).item()
-        if not torch.isfinite(torch.tensor(loss)):
+    def _values(self) -> dict[str, float]:
+        """The numbers of the latest step, which wait for the device: asked for when it is logged or saved."""
+        nats, grad_norm = self.sums
+        loss = self.world.sum(nats.clone()).item() / self.config.train.tokens_per_step
+        if not math.isfinite(loss) or not math.isfinite(grad_norm.item()):
             raise FloatingPointError(
-                f"the training loss is {loss} at step {self.step + 1}; lower optim.lr or linear_lr"
+                f"the training loss is {loss} and the gradient's norm {grad_norm.item()} at step {self.step}: "
+                f"lower optim.lr or optim.linear_lr; {self.folder.checkpoints} holds the steps before"
             )
         return {"train/loss": loss, "train/grad_norm": grad_norm.item()}
 
@@ -161,10 +162,10 @@ class Trainer:
         """Score the validation split and log it."""
         train = self.config.train
         batches = validation_batches(
-            self.data.val, train.seq_len, train.micro_batch_size, self.world.rank, self.world.size, train.eval_sequences
+            self.data.val, train.seq_len, self.micro_batch_size, self.world.rank, self.world.size, train.eval_sequences
         )
         token_bytes = torch.as_tensor(self.data.tokenizer.token_bytes, dtype=torch.int64, device=self.world.device)
-        with torch.compiler.set_stance("force_eager"):  # the last batch is a shape of its own
+        with torch.compiler.set_stance("force_eager"):  # no second, gradient-free graph to compile
             score = evaluate(self.model, batches, token_bytes, self.world).metrics
         self._write(score, {"val loss": score["val/loss"], "val perplexity": score["val/perplexity"]})
         return score
@@ -178,22 +179,26 @@ class Trainer:
 
     # Beginning, saving, ending.
 
-    def _open_folder(self):
-        """Decide on the main process what to resume from, and make the folder ready there."""
-        resume_from = None
+    def _look_into_folder(self) -> tuple[list[str], Path | None]:
+        """What changed since the run began and what to resume from, as the main process finds it."""
+        found: tuple[list[str], Path | None] = ([], None)
         if self.world.is_main:
-            changes = self.folder.check(self.config)
-            resume_from = self.folder.latest_checkpoint
-            self.folder.open(self.config, step=checkpoint.read_state(resume_from)["step"] if resume_from else 0)
+            found = self.folder.check(self.config), self.folder.latest_checkpoint
+        return self.world.from_main(found)
+
+    def _open_folder(self, changes: list[str]) -> None:
+        if self.world.is_main:
+            self.folder.open(self.config, self.step)
             log_to_file(self.folder.log_file)
-            for change in changes:
-                logger.info("changed since the run began: %s", change)
-        return self.world.from_main(resume_from)
+        for change in changes:
+            logger.info("changed since the run began: %s", change)
+        if self.step:
+            logger.info("going on from step %d", self.step)
 
     def _data_identity(self) -> dict[str, Any]:
         return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
 
-    def _load(self, path) -> None:
+    def _load(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         if state["data"] != self._data_identity():
             raise ValueError(
@@ -202,18 +207,22 @@ class Trainer:
             )
         checkpoint.load(path, self.model, self.optim)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.watch.total_seconds = state["training_seconds"]
         if self.optim.grass:
             self.optim.grass.resume(self.step)
-        logger.info("resumed from %s at step %d", path, self.step)
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one."""
         path = checkpoint.path_of(self.folder.checkpoints, self.step)
         if path.exists():
             return
+        if self.step:
+            self._values()  # raises before a state that is not finite could be saved
         tensors = checkpoint.tensors_of(self.model, self.optim)
-        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
-                 "world_size": self.world.size, "data": self._data_identity()}  # fmt: skip
+        state = {
+            "step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
+            "training_seconds": self.watch.total_seconds, "world_size": self.world.size, "data": self._data_identity(),
+        }  # fmt: skip
         checkpoint.save(path, tensors, state, self.world)
         logger.info("saved %s", path)
 
@@ -230,13 +239,16 @@ class Trainer:
             return
         seconds = self.seconds + time.perf_counter() - self.began
         summary |= {
-            "steps": self.step, "tokens": self.tokens, "tokens_per_s": self.tokens / seconds, "wall_seconds": seconds,
+            "steps": self.step, "tokens": self.tokens, "tokens_per_s": self.tokens / self.watch.total_seconds,
+            "training_seconds": self.watch.total_seconds, "wall_seconds": seconds,
             "peak_bytes": peak_bytes(self.world.device), "world_size": self.world.size,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "machine": platform.platform(),
         }  # fmt: skip
         self._write_samples()
-        self.folder.summary_file.write_text(json.dumps(summary, indent=1) + "\n")
+        unfinished = self.folder.summary_file.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(summary, indent=1) + "\n")
+        unfinished.replace(self.folder.summary_file)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import wandb
-
 from pretrain.config import Config
 
 logger = logging.getLogger(__name__)
@@ -58,6 +56,8 @@ class WandbRun:
 
 
 def _start(config: Config, folder: Path, mode: Any):
+    import wandb  # here, so that a broken install is one more thing that ends nothing
+
     settings, id_file = config.logger.wandb, folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(wandb.sdk.lib.runid.generate_id())
@@ -86,5 +86,5 @@ def _logged_in() -> bool:
         known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
-    hosts = (urlsplit(wandb.Settings().base_url).netloc, "api.wandb.ai")
-    return any(known.authenticators(host) for host in hosts)
+    hosts = ("api.wandb.ai", "api.forge.coreweave.com", urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc)
+    return any(host in known.hosts for host in hosts)

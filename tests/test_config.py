@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import CONF, Config, ConfigError, GrassConfig, OptimConfig, check, load
+from pretrain.check import check
+from pretrain.config import CONF, Config, ConfigError, GrassConfig, OptimConfig, load
 from pretrain.preflight import ready
 
 GROUP_OPTIONS = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
@@ -52,7 +53,15 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("model.hidden_size=250", r"model\.hidden_size=250"),
         ("model.attention=flash", r"model\.attention=flash: flash-attn needs"),
         ("logger.wandb.mode=maybe", r"logger\.wandb\.mode=maybe is unknown"),
-        ("run.name='a:b'", r"run\.name='a:b' cannot be a folder's name"),
+        ("run.name='a:b'", r"run\.name='a:b' cannot be a folder below"),
+        ("run.name=../elsewhere", r"run\.name='\.\./elsewhere' cannot be a folder below"),
+        ("optim.linear_lr=nan", r"optim\.linear_lr=nan must be greater than 0 and finite"),
+        ("optim.final_lr=5", r"optim\.final_lr=5\.0 must be between 0 and 1"),
+        ("optim.refresh_warmup=-5", r"optim\.refresh_warmup=-5 must be between 0 and optim\.refresh_every"),
+        ("optim.probe_steps=1000", r"optim\.probe_steps=1000 must be between 1 and"),
+        ("optim.patterns=[]", r"optim\.patterns=\[\] names no layer"),
+        ("train.checkpoint_every=-1", r"train\.checkpoint_every=-1 must be at least 0"),
+        ("data.vocab_size=500", r"data\.vocab_size=500 is not model\.vocab_size=4096"),
         ("data.validation_share=2", r"data\.validation_share"),
     ],
 )
@@ -70,6 +79,13 @@ def test_all_problems_come_at_once():
         load(["optim.ranc=8", "train.steps=many", "model=llama_9b", "nothing=1"])
     for part in ("optim.rank", "'many'", "llama_7b", "nothing=1"):
         assert part in str(error.value)
+
+
+def test_a_key_added_with_a_plus_must_be_known_too():
+    with pytest.raises(ConfigError, match=r"train\.stepz is no key of the configuration; did you mean train\.steps"):
+        load(["+train.stepz=3"])
+    with pytest.raises(ConfigError, match=r"optm=grass: .*did you mean optim\?"):
+        load(["optm=grass"])
 
 
 def test_divisibility_counts_the_processes():
@@ -103,7 +119,7 @@ def test_a_vocabulary_mismatch_and_a_truncated_shard_are_refused(tmp_path, root)
     tokenizer = f"data.tokenizer={prepared.folder / 'tokenizer.model'}"
     with pytest.raises(ValueError, match="has 400 tokens; set it to 400"):
         ready(text(tmp_path, *own, tokenizer), 1)
-    with pytest.raises(ConfigError, match=r"has 400 tokens, the model 4096; set model\.vocab_size=400"):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size=400 is not model\.vocab_size=4096"):
         ready(text(tmp_path, *own, tokenizer, "data.vocab_size=400"), 1)
     shard = next(prepared.folder.glob("train*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])

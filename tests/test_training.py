@@ -64,8 +64,9 @@ def train(overrides, stop=None):
     """Run in this process; returns the run's folder and the trainer."""
     config = load(overrides)
     folder = RunFolder(config)
-    trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest() if stop is None else stop)
-    trainer.fit()
+    with folder.locked():
+        trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest() if stop is None else stop)
+        trainer.fit()
     return folder, trainer
 
 
@@ -82,6 +83,11 @@ def selections(folder):
     ]
     lines = folder.selection_file.read_text().splitlines() if folder.selection_file.exists() else []
     return [line for line in means if line], [json.loads(line) for line in lines]
+
+
+def files_of(folder):
+    """All that a run left, but for its log: in these tests earlier runs of the process still write to it."""
+    return {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file() and p != folder.log_file}
 
 
 def state(trainer):
@@ -136,11 +142,11 @@ def test_a_run_shows_what_its_selections_catch_change_and_cover(overrides):
 
 
 class StopAfter(StopRequest):
-    """A request to stop that comes during step ``step - 1``, so that ``step`` is the last one."""
+    """A request to stop that comes during step ``step``, which is then the last one."""
 
     def __init__(self, step):
         super().__init__()
-        self.left = step - 1
+        self.left = step
 
     def __bool__(self):
         self.left -= 1
@@ -256,11 +262,11 @@ def test_metric_lines_after_the_checkpoint_are_moved_aside(overrides):
 
 def test_a_finished_run_is_left_alone(overrides, root):
     folder, _ = train(overrides())
-    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    before = files_of(folder)
     result = run_cli(root, *overrides())
     assert result.returncode == 0
     assert "is finished at step 8; raise train.steps or choose a new run.name" in result.stderr
-    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+    assert files_of(folder) == before
 
 
 def test_a_resumed_run_may_change_steps_and_rates_and_nothing_else(overrides):
@@ -329,3 +335,61 @@ def test_bad_settings_give_one_message_with_every_problem_and_no_traceback(overr
     assert "train.steps=many: Value 'many'" in result.stderr
     assert "did you mean llama_nano?" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_two_runs_never_share_a_folder(overrides):
+    config = load(overrides())
+    with RunFolder(config).locked(), pytest.raises(ConfigError, match=r"another run is at work .* another run\.name"):
+        train(overrides())
+    train(overrides())
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(overrides, root):
+    folder, _ = train(overrides("train.checkpoint_every=4"))
+    newest = folder.latest_checkpoint
+    for file, message in (("state.json", "step-00000008 is damaged"), ("*.safetensors", "step-00000008 is damaged")):
+        (damaged,) = newest.glob(file)
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[: len(whole) // 3])
+        before = files_of(folder)
+        with pytest.raises(ValueError, match=message):
+            train(overrides("train.checkpoint_every=4", "train.steps=12"))
+        assert files_of(folder) == before
+        damaged.write_bytes(whole)
+    newest.rename(folder.path / "aside")
+    train(overrides("train.checkpoint_every=4", "train.steps=12"))
+    assert sorted(losses(folder)) == list(range(1, 13))
+
+
+def test_a_run_killed_before_its_summary_validates_again_and_repeats_no_line(overrides):
+    folder, _ = train(overrides())
+    folder.summary_file.unlink()
+    train(overrides())
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [8]
+    assert folder.summary_file.exists()
+
+
+def test_a_run_of_an_older_version_may_lack_new_keys(overrides):
+    folder, _ = train(overrides())
+    text = folder.config_file.read_text()
+    assert "  sketch_width: 16\n" in text
+    folder.config_file.write_text(text.replace("  sketch_width: 16\n", ""))
+    train(overrides("train.steps=10"))
+    assert max(losses(folder)) == 10
+
+
+def test_with_masters_the_weights_are_the_rows_rounded_at_every_step(overrides):
+    config = load(overrides("train.dtype=bfloat16", "optim.master_weights=true", "optim.refresh_every=2"))
+    trainer = Trainer(config, ALONE, ready(config, 1), RunFolder(config), StopRequest())
+    trainer.optim.grass.start(lambda: trainer._accumulate(0))
+    for step in range(6):
+        for layer in trainer.optim.grass.layers.values():
+            assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows.bfloat16())
+        trainer.train_step(step)
+
+
+def test_one_launch_is_one_run(root):
+    result = run_cli(root, "-m", "train.steps=2,3")
+    assert result.returncode == 2
+    assert "one launch is one run" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,169 @@
+"""Holds the settings of a run against each other and against the model they describe, before anything is built."""
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.settings import problems as data_problems
+from models.attention import resolve_backend
+from models.grass_linear import convert_linears
+from models.llama import Llama
+from optim.baselines import PROJECTED, SCALE_TYPES
+from optim.build import optimizer_class, parameter_groups
+from optim.grass import SCORES
+from optim.moments import NEW_SECOND_MOMENTS, POLICIES
+from optim.schedule import SCHEDULES
+from optim.selection import SELECTIONS
+from pretrain.config import DTYPES, BaselineConfig, Config, ConfigError, GrassConfig, OptimConfig, model_arguments
+
+
+def check(config: Config, world_size: int = 1) -> None:
+    """Hold the settings against each other and against the model they describe, built without memory.
+
+    Raises:
+        ConfigError: lists every problem with its key and the mend.
+    """
+    logging.disable(logging.INFO)  # what is looked at here is built again for the run, which says it then
+    try:
+        problems = [*_run_problems(config), *_train_problems(config, world_size), *_optim_problems(config.optim)]
+        if isinstance(config.optim, GrassConfig):
+            problems += _grass_problems(config.optim)
+        problems += _baseline_problems(config.optim)
+        if 0 <= config.train.steps <= config.optim.warmup_steps:
+            problems.append(
+                f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
+                "lower it"
+            )
+        problems += [*_model_problems(config), *data_problems(config.data)]
+    finally:
+        logging.disable(logging.NOTSET)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _at_least(least: int, section: str, node: Any, *names: str) -> list[str]:
+    values = {name: getattr(node, name) for name in names}
+    return [f"{section}.{n}={v} must be at least {least}" for n, v in values.items() if v is not None and v < least]
+
+
+def _within(low: float, high: float, node: Any, *names: str) -> list[str]:
+    values = {name: getattr(node, name) for name in names}
+    return [f"optim.{n}={v} must be between {low:g} and {high:g}" for n, v in values.items() if not low <= v <= high]
+
+
+def _one_of(key: str, value: str, known: Iterable[str]) -> list[str]:
+    return [] if value in known else [f"{key}={value} is unknown; choose from {', '.join(known)}"]
+
+
+def _run_problems(config: Config) -> list[str]:
+    name, parts = config.run.name, Path(config.run.name).parts
+    forbidden = set('\\:*?"<>|') & set(name)
+    if not name.strip() or forbidden or name.startswith("/") or not parts or ".." in parts:
+        return [f"run.name={name!r} cannot be a folder below run.root; use letters, digits, - and _"]
+    return []
+
+
+def _train_problems(config: Config, world_size: int) -> list[str]:
+    train, model = config.train, config.model
+    counts = ("steps", "tokens_per_step", "micro_batch_size", "seq_len", "log_every", "eval_sequences")
+    problems = _at_least(1, "train", train, *counts)
+    if not problems and train.tokens_per_step % ((train.micro_batch_size or 1) * train.seq_len * world_size):
+        problems.append(
+            f"train.tokens_per_step={train.tokens_per_step} is not divisible by micro_batch_size × seq_len × processes"
+            f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"
+        )
+    problems += _at_least(0, "train", train, "checkpoint_every", "eval_every", "sample_tokens")
+    problems += _one_of("train.dtype", train.dtype, DTYPES) + _one_of("train.resume", train.resume, ("auto", "never"))
+    problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
+    if train.seq_len > model.max_position_embeddings:
+        problems.append(
+            f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}; shorten it or choose a model with more positions"
+        )
+    return problems
+
+
+def _optim_problems(optim: OptimConfig) -> list[str]:
+    problems = _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    try:
+        optimizer_class(optim.inner)
+    except ValueError as error:
+        problems.append(str(error))
+    for name in ("lr", "linear_lr", "alpha"):
+        rate = getattr(optim, name, 1.0)
+        if not 0 < rate < math.inf:
+            problems.append(f"optim.{name}={rate} must be greater than 0 and finite")
+    problems += _at_least(0, "optim", optim, "warmup_steps")
+    problems += _within(0, 1, optim, "final_lr", "decay_share", "eps")
+    problems += _within(0, math.inf, optim, "weight_decay", "clip")
+    if not 0 <= optim.momentum < 1:
+        problems.append(f"optim.momentum={optim.momentum} must be in [0, 1)")
+    if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
+        problems.append(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
+    return problems
+
+
+def _grass_problems(optim: GrassConfig) -> list[str]:
+    problems = _at_least(1, "optim", optim, "refresh_every", "sketch_width")
+    problems += _one_of("optim.selection", optim.selection, SELECTIONS)
+    problems += _one_of("optim.score", optim.score, SCORES)
+    problems += _one_of("optim.state_at_refresh", optim.state_at_refresh, POLICIES)
+    problems += _one_of("optim.new_second_moment", optim.new_second_moment, NEW_SECOND_MOMENTS)
+    if not 1 <= optim.probe_steps <= max(1, optim.refresh_every):
+        problems.append(f"optim.probe_steps={optim.probe_steps} must be between 1 and optim.refresh_every")
+    if not 0 <= optim.refresh_warmup <= max(1, optim.refresh_every):
+        problems.append(f"optim.refresh_warmup={optim.refresh_warmup} must be between 0 and optim.refresh_every")
+    if optim.stagger and optim.refresh_warmup:
+        problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
+    if optim.state_dtype is not None:
+        problems += _one_of("optim.state_dtype", optim.state_dtype, DTYPES)
+    if optim.master_weights and optim.state_dtype == "bfloat16":
+        problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")
+    if not optim.patterns:
+        problems.append("optim.patterns=[] names no layer to train with Grass; name some, or set optim=adamw")
+    return problems
+
+
+def _baseline_problems(optim: OptimConfig) -> list[str]:
+    if not isinstance(optim, BaselineConfig):
+        projects = optim.inner in PROJECTED
+        return [f"optim.inner={optim.inner} needs keys of its own; use optim={optim.inner}"] if projects else []
+    if optim.inner not in PROJECTED:
+        return [f"optim.inner={optim.inner} does not project; use {', '.join(PROJECTED)}, or optim=adamw"]
+    problems = _at_least(1, "optim", optim, "update_gap")
+    if not 0 < optim.scale < math.inf:
+        problems.append(f"optim.scale={optim.scale} must be greater than 0 and finite")
+    if optim.inner == "apollo":
+        problems += _one_of("optim.scale_type", str(optim.scale_type), SCALE_TYPES)
+    elif optim.scale_type is not None:
+        problems.append(f"optim.scale_type={optim.scale_type} is for APOLLO; leave it null with {optim.inner}")
+    return problems
+
+
+def _model_problems(config: Config) -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problems = []
+    try:
+        with torch.device("meta"):
+            model = Llama(**model_arguments(config))
+        if isinstance(config.optim, GrassConfig):
+            convert_linears(model, config.optim.rank, config.optim.patterns, config.optim.side)
+        if isinstance(config.optim, BaselineConfig):
+            linears = parameter_groups(model, lr=1.0, linear_lr=1.0)[0]["params"]
+            problems += _within(1, min(min(p.shape) for _, p in linears), config.optim, "rank")
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32))
+    except ValueError as error:
+        problems.append(str(error))
+    if config.data.vocab_size != config.model.vocab_size:
+        problems.append(
+            f"data.vocab_size={config.data.vocab_size} is not model.vocab_size={config.model.vocab_size}: "
+            "the tokenizer and the model must agree; set them to the same"
+        )
+    return problems
