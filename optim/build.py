@@ -19,6 +19,17 @@ INNER_OPTIMIZERS = {
     "sgd": "torch.optim.SGD",
     "adafactor": "torch.optim.Adafactor",
     "adamw8bit": "torchao.optim.AdamW8bit",
+    "muon": "optim.baselines.MuonAndAdamW",
+    "galore": "galore_torch.GaLoreAdamW",
+    "apollo": "apollo_torch.APOLLOAdamW",
+    "fira": "pytorch_optimizer.Fira",
+}
+# Where a package that is not among the requirements of a run is pinned.
+REQUIREMENTS = {
+    "torchao": "requirements-extra.txt",
+    "galore_torch": "requirements-baselines.txt",
+    "apollo_torch": "requirements-baselines.txt",
+    "pytorch_optimizer": "requirements-baselines.txt",
 }
 
 
@@ -75,7 +86,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     try:
         cls = getattr(import_module(module_name), class_name, None)
     except ImportError as error:
-        mend = "pip install -r requirements-extra.txt" if name in INNER_OPTIMIZERS else "check the path"
+        file = REQUIREMENTS.get(module_name.partition(".")[0])
+        mend = f"pip install -r {file}" if file else "check the path"
         raise ValueError(f"optim.inner={name}: cannot import {module_name} ({error}); {mend}") from None
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"optim.inner={name}: {path} is not a torch.optim.Optimizer; check the path")
@@ -100,7 +112,8 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
     }
     if "weight_decay" not in known and any(group.get("weight_decay") for group in groups):
         raise ValueError(f"optim.weight_decay: {cls.__name__} (optim.inner={name}) has none; set it to 0")
-    logger.info("%s with %s", cls.__name__, ", ".join(f"{k}={v}" for k, v in taken.items()) or "its defaults")
+    given = ", ".join(f"{k}={v}" for k, v in taken.items()) or "its defaults"
+    logger.info("%s with %s", INNER_OPTIMIZERS.get(name, name), given)
     return cls(groups, **taken)
 
 

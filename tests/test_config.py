@@ -1,11 +1,14 @@
 """Configurations: every YAML file composes, and everything wrong with one is said at once, before any compute."""
 
+import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from optim.build import INNER_OPTIMIZERS, REQUIREMENTS
 from pretrain.check import check
 from pretrain.config import CONF, Config, ConfigError, GrassConfig, OptimConfig, load
 from pretrain.preflight import ready
@@ -14,12 +17,15 @@ GROUP_OPTIONS = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
 
 
 @pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS, ids=[f"{g}={o}" for g, o in GROUP_OPTIONS])
-def test_every_yaml_composes_with_the_defaults_and_passes_the_check(group, option, tmp_path):
+def test_every_yaml_composes_with_the_defaults_and_passes_the_check_if_its_package_is_there(group, option, tmp_path):
     (tmp_path / "some.txt").write_text("text")
     paths = [f"data.paths=[{tmp_path}]"] if option == "text" else []
     config = load([f"{group}={option}", *paths])
     assert isinstance(config, Config)
-    check(config)
+    package = INNER_OPTIMIZERS[config.optim.inner].partition(".")[0]
+    absent = importlib.util.find_spec(package) is None
+    with pytest.raises(ConfigError, match=REQUIREMENTS[package]) if absent else nullcontext():
+        check(config)
 
 
 def test_the_optimizers_have_schemas_of_their_own():

@@ -1,0 +1,137 @@
+"""What Grass is compared with: GaLore, APOLLO and Fira from packages of their own, and torch's Muon.
+
+Each gets what every optimizer here gets: the same parameter groups, rates, schedule, clipping and checkpoints. This
+file makes them fit; the methods themselves are the packages'.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.build import inner_optimizer
+
+# By the name of the optimizer: what else its package wants of a group that is projected.
+PROJECTED: dict[str, dict[str, Any]] = {
+    "galore": {"proj_type": "std"},
+    "apollo": {"proj_type": "std", "proj": "random"},
+    "fira": {"projection_type": "std"},
+}
+SCALE_TYPES = ("channel", "tensor")
+CHANGING = ("ortho_matrix", "seed", "last_svd_step")  # attributes of projectors; the others are settings of the group
+
+
+def projected_optimizer(
+    name: str, groups: list[dict[str, Any]], *, rank: int, update_gap: int, scale: float, scale_type: str | None = None,
+    **options: Any,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """The optimizer ``name`` of PROJECTED, which projects the gradients of the group "linears" and of no other.
+
+    Args:
+        groups: of ``optim.build.parameter_groups``.
+        rank: of the projected gradients.
+        update_gap: steps between two projections.
+        scale: multiplies the projected update; as its square root in APOLLO.
+        scale_type: of APOLLO: "channel", or "tensor" for APOLLO-Mini.
+        options: of the optimizer itself, such as betas.
+    """
+    projection = {"rank": rank, "update_proj_gap": update_gap, "scale": scale, **PROJECTED[name]}
+    if scale_type is not None:
+        projection["scale_type"] = scale_type
+    groups = [group | projection if group["name"] == "linears" else group for group in groups]
+    optimizer = inner_optimizer(name, groups, no_deprecation_warning=True, **options)
+    StateInTensors(optimizer)
+    return optimizer
+
+
+class StateInTensors:
+    """Between steps the state of ``optimizer`` is tensors only, so that checkpoints hold it; attached by step hooks.
+
+    The packages keep numbers and a projector object in a parameter's state, and Fira its step count in the group. After
+    a step each of these becomes tensors, by the names ``projector_…`` and ``group_step``; before the next one the
+    projector is built again around them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer: Any = optimizer
+        self._pack()
+        optimizer.register_step_pre_hook(self._unpack)
+        optimizer.register_step_post_hook(self._pack)
+
+    def _pack(self, *_) -> None:
+        for group in self.optimizer.param_groups:
+            for state in filter(None, map(self.optimizer.state.get, group["params"])):
+                if "projector" in state:
+                    attributes = vars(state.pop("projector"))
+                    for name in attributes.keys() & CHANGING:
+                        state[f"projector_{name}"] = torch.as_tensor(attributes[name]).contiguous()
+                if "step" in group:
+                    state["group_step"] = group["step"]
+                state |= {name: torch.tensor(value) for name, value in state.items() if isinstance(value, int)}
+
+    def _unpack(self, *_) -> None:
+        place = 0
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                place += 1
+                state = self.optimizer.state[p]
+                state |= {name: int(value) for name, value in state.items() if not value.is_floating_point()}
+                if "group_step" in state:
+                    group["step"] = state.pop("group_step")
+                if "proj" in group:  # APOLLO's own numbering, given to master weights as well
+                    state.setdefault("seed", place)
+                changed = {name: state.pop(f"projector_{name}") for name in CHANGING if f"projector_{name}" in state}
+                if changed:
+                    state["projector"] = self._projector(group, state)
+                    vars(state["projector"]).update(changed)
+
+    def _projector(self, group: dict[str, Any], state: dict[str, Any]) -> Any:
+        """A projector as the package makes it at its first step."""
+        if hasattr(self.optimizer, "_initialize_projector"):  # APOLLO
+            return self.optimizer._initialize_projector(group, state)
+        settings = ("rank", "update_proj_gap", "scale", "proj_type", "projection_type")
+        projector = vars(sys.modules[type(self.optimizer).__module__])["GaLoreProjector"]
+        return projector(**{name: group[name] for name in settings if name in group})
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the group named "linears" and AdamW for the others: Muon takes hidden matrices only.
+
+    Muon's step is scaled to the size of AdamW's ("match_rms_adamw"; Liu et al., arXiv 2502.16982), so that rates and
+    decay mean what they mean there. Both parts step on the groups and the state of this optimizer.
+    """
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ):
+        common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        linears = [group for group in params if group["name"] == "linears"]
+        others = [group for group in params if group["name"] != "linears"]
+        self.parts: list[torch.optim.Optimizer] = []
+        if linears:
+            self.parts.append(torch.optim.Muon(linears, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True, **common))
+        for group in linears:
+            group["decoupled_weight_decay"] = True  # as AdamW marks its own
+        super().__init__(params, {})
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
