@@ -65,8 +65,8 @@ class StateInTensors:
             for state in filter(None, map(self.optimizer.state.get, group["params"])):
                 if "projector" in state:
                     attributes = vars(state.pop("projector"))
-                    for name in attributes.keys() & CHANGING:
-                        state[f"projector_{name}"] = torch.as_tensor(attributes[name]).contiguous()
+                    changing = {f"projector_{name}": attributes[name] for name in CHANGING if name in attributes}
+                    state |= {name: torch.as_tensor(value).contiguous() for name, value in changing.items()}
                 if "step" in group:
                     state["group_step"] = group["step"]
                 state |= {name: torch.tensor(value) for name, value in state.items() if isinstance(value, int)}

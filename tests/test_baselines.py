@@ -175,8 +175,6 @@ def test_the_groups_have_the_keys_that_the_package_documents(name, monkeypatch):
 @pytest.mark.parametrize("name", installed(*PROJECTED, *FULL))
 def test_what_a_checkpoint_holds_goes_on_to_the_bit(name, dtype, tmp_path):
     """Saved between two projections, loaded into objects anew; the projection after that is met as well."""
-    if name == "adamw8bit" and dtype != "float32":
-        pytest.skip("torchao's state does not go with master weights")
     more = ["train.dtype=bfloat16", "optim.master_weights=true"] if dtype != "float32" else []
     config = configuration(name, *more)
     model, optim = build(config)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from models.llama import Llama
-from pretrain.config import CONF
+from pretrain.check import check
+from pretrain.config import CONF, load
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +20,7 @@ BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for lin
 COMMANDS = [" ".join(shlex.split(line, comments=True)) for line in BASH if not line.startswith("./test.sh")]
 SMALLER = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
-    "train.seq_len=32", "train.micro_batch_size=1", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
+    "train.seq_len=32", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
     "train.eval_sequences=2", "train.sample_tokens=2", "optim.warmup_steps=1", "data.max_bytes=2000000",
     "logger.wandb.mode=disabled",
 ]  # fmt: skip
@@ -30,14 +31,15 @@ def test_the_commands_run(command, tmp_path, tmp_path_factory):
     smaller = [*SMALLER, f"run.root={tmp_path}", f"data.root={tmp_path_factory.getbasetemp() / 'readme-prepared'}"]
     if "optim=adamw" not in command:
         smaller.append("optim.rank=8")
-    words = [word for word in command.split() if not word.startswith(("train.", "optim.rank"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*words, *smaller], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        [*command.split(), *smaller], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     (run,) = (p for p in tmp_path.iterdir() if (p / "config.yaml").exists())
-    for name in ("config.yaml", "metrics.jsonl", "train.log", "samples.md", "summary.json", "checkpoints"):
-        assert (run / name).exists()
-        assert f"`{name}" in README
+    table = README.split("### What you should see")[1].split("## Settings")[0]
+    for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
+        assert (run / name).exists() or name in ("wandb/", "selection.jsonl"), name
 
 
 def test_the_python_block_runs():
@@ -58,6 +60,20 @@ def test_the_python_block_runs():
     )  # fmt: skip
     after = dict(model.named_parameters())
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_pass_the_check_as_they_stand(command):
+    overrides = [word for word in command.split() if "=" in word and not word.startswith("--")]
+    check(load(overrides))
+
+
+def test_the_ten_overrides_pass_the_check():
+    rows = README.split("The ten overrides people use:")[1].split("##")[0]
+    overrides = re.findall(r"^\| `([^`]+)` \|", rows, re.M)
+    assert len(overrides) == 10
+    for override in overrides:
+        check(load(["train.steps=1000", *override.split()]))
 
 
 def test_the_tables_name_what_there_is():
