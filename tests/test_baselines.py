@@ -207,6 +207,13 @@ def test_the_others_are_full_rank_configurations(name):
     assert configuration(name).optim.inner == name
 
 
+@pytest.mark.parametrize("name", [*PROJECTED, *FULL, "adamw"])
+def test_schedule_clipping_and_decay_are_those_of_grass(name):
+    ours, theirs = load([]).optim, configuration(name).optim
+    for key in ("schedule", "warmup_steps", "final_lr", "decay_share", "clip", "weight_decay", "master_weights"):
+        assert getattr(theirs, key) == getattr(ours, key), key
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
