@@ -80,10 +80,10 @@ class Trainer:
         for step in range(self.step, total):
             self._step_and_log(step)
             asked = self.world.any(bool(self.stop))
-            if self._due(self.config.train.eval_every) and not asked:
-                self.validate()
             if self._due(self.config.train.checkpoint_every) or asked:
                 self.save()
+            if self._due(self.config.train.eval_every):
+                self.validate()
             if asked and self.step < total:
                 return self._stopped()
         self._finish()
