@@ -111,8 +111,8 @@ class RunFolder:
         if not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
-        # The last checkpoint comes before the last validation, which is then made again.
-        again = [step == ends_at == _step_of(line) and '"val/loss"' in line for line in lines]
+        # The first and the last validation have no checkpoint behind them, and are made again.
+        again = [step in (0, ends_at) and _step_of(line) == step and '"val/loss"' in line for line in lines]
         keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
         if len(keep) < len(lines):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))

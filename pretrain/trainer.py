@@ -77,6 +77,8 @@ class Trainer:
         self.began = time.perf_counter()
         if self.optim.grass and self.step == 0:
             self.optim.grass.start(lambda: self._accumulate(0))
+        if self.step == 0 and self.config.train.eval_every:
+            self.validate()
         for step in range(self.step, total):
             self._step_and_log(step)
             asked = self.world.any(bool(self.stop))

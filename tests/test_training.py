@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -99,7 +100,8 @@ def test_a_run_leaves_what_it_promises(overrides):
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     training, validation = [x for x in lines if "train/loss" in x], [x for x in lines if "val/loss" in x]
     assert [x["step"] for x in training] == list(range(1, 9))
-    assert [x["step"] for x in validation] == [4, 8]
+    assert [x["step"] for x in validation] == [0, 4, 8]
+    assert abs(validation[0]["val/loss"] - math.log(400)) < 0.05  # before training every token is as likely
     for name in [
         "step",
         "tokens",
@@ -116,7 +118,7 @@ def test_a_run_leaves_what_it_promises(overrides):
     assert {"val/loss", "val/perplexity", "val/bits_per_byte"} <= validation[0].keys()
     assert losses(folder)[8] < losses(folder)[1]
     summary = json.loads(folder.summary_file.read_text())
-    assert summary["val/loss"] == validation[-1]["val/loss"]
+    assert summary["val/loss"] == validation[-1]["val/loss"] < validation[0]["val/loss"]
     assert summary["tokens"] == 2048 and summary["versions"]["torch"] == torch.__version__
     assert summary["trainable"] < summary["parameters"]
     assert folder.samples_file.read_text().count("````text") == 3
@@ -393,3 +395,12 @@ def test_one_launch_is_one_run(root):
     result = run_cli(root, "-m", "train.steps=2,3")
     assert result.returncode == 2
     assert "one launch is one run" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_and_repeats_no_line(overrides):
+    folder, _ = train(overrides("train.eval_every=4"))
+    (folder.checkpoints / "step-00000008").rename(folder.path / "elsewhere")
+    train(overrides("train.eval_every=4"))
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 4, 8]
+    assert sorted(losses(folder)) == list(range(1, 9))
