@@ -11,7 +11,8 @@ from models.grass_linear import GrassLinear, convert_linears
 from optim.build import inner_optimizer, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
-from pretrain.config import ConfigError, check, load
+from pretrain.check import check
+from pretrain.config import ConfigError, load
 
 BF16 = torch.bfloat16
 SIDES = ["rows", "columns"]
