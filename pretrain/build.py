@@ -12,6 +12,7 @@ from optim.baselines import projected_optimizer
 from optim.build import inner_optimizer, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
+from optim.norm_growth import NormGrowthLimiter
 from pretrain.config import DTYPES, BaselineConfig, Config, GrassConfig, model_arguments
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Optimization:
-    """The inner optimizer and what steps along with it, attached by hooks."""
+    """The inner optimizer, what steps along with it by hooks, and what is done to the gradients before a step."""
 
     optimizer: torch.optim.Optimizer
     masters: MasterWeights | None
     grass: Grass | None
+    limiter: NormGrowthLimiter | None
 
 
 def build_model(config: Config, device: torch.device) -> Llama:
@@ -45,6 +47,7 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
     optim = config.optim
     alpha = optim.alpha if isinstance(optim, GrassConfig) else 1.0
     groups = parameter_groups(model, lr=optim.lr, linear_lr=optim.linear_lr * alpha, weight_decay=optim.weight_decay)
+    linears = [p for group in groups if group["name"] == "linears" for _, p in group["params"]]
     options = {"betas": tuple(optim.betas), "eps": optim.eps, "momentum": optim.momentum}
     if isinstance(optim, BaselineConfig):
         optimizer = projected_optimizer(
@@ -63,7 +66,8 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
             state_at_refresh=optim.state_at_refresh, new_second_moment=optim.new_second_moment,
             refresh_warmup=optim.refresh_warmup,
         )  # fmt: skip
-    return Optimization(optimizer, masters, grass)
+    limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
+    return Optimization(optimizer, masters, grass, limiter)
 
 
 def compile_blocks(model: Llama, device: torch.device) -> bool:

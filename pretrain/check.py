@@ -100,6 +100,8 @@ def _optim_problems(optim: OptimConfig) -> list[str]:
     problems += _at_least(0, "optim", optim, "warmup_steps")
     problems += _within(0, 1, optim, "final_lr", "decay_share", "eps")
     problems += _within(0, math.inf, optim, "weight_decay", "clip")
+    if optim.norm_growth != 0 and not 1 < optim.norm_growth < math.inf:
+        problems.append(f"optim.norm_growth={optim.norm_growth} must be greater than 1, or 0 for none")
     if not 0 <= optim.momentum < 1:
         problems.append(f"optim.momentum={optim.momentum} must be in [0, 1)")
     if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):

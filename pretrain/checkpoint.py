@@ -129,6 +129,8 @@ def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:
     if optim.grass is not None:
         tensors |= {f"grass.{name}": gathered for name, gathered in optim.grass.gathered.items()}
         tensors |= {f"history.{name}": tensor for name, tensor in optim.grass.history.tensors().items()}
+    if optim.limiter is not None:
+        tensors["norm_growth"] = optim.limiter.norms
     return tensors
 
 

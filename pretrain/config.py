@@ -64,6 +64,7 @@ class OptimConfig:
     eps: float
     momentum: float
     clip: float  # global gradient norm; 0 for none
+    norm_growth: float  # how much the norm of a linear's gradient may grow from step to step, say 1.01; 0 for any
     schedule: str  # cosine | wsd | constant
     warmup_steps: int
     final_lr: float  # as a share of the peak

@@ -107,6 +107,8 @@ class Trainer:
         nats = self._accumulate(step)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         grad_norm = nn.utils.clip_grad_norm_(trainable, self.config.optim.clip or float("inf"))
+        if self.optim.limiter:
+            self.optim.limiter()
         self.optim.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return nats, grad_norm

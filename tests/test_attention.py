@@ -215,7 +215,7 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_the_backend_that_runs_is_said_once(caplog):
-    attention_module._log_once.cache_clear()
+    attention_module._said.clear()
     with caplog.at_level(logging.INFO, logger="models.attention"):
         for _ in range(3):
             resolve_backend("auto", CPU, torch.float32)

@@ -54,6 +54,7 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("optim.betas=[0.9,1.0]", r"optim\.betas=.* must be two numbers"),
         ("optim.inner=adamax", r"optim\.inner=adamax is unknown; choose from adamw, .* or give the dotted path"),
         ("optim.momentum=1", r"optim\.momentum=1\.0 must be in \[0, 1\)"),
+        ("optim.norm_growth=0.5", r"optim\.norm_growth=0\.5 must be greater than 1, or 0 for none"),
         ("optim.lr=0", r"optim\.lr=0\.0 must be greater than 0"),
         ("optim.warmup_steps=100000", r"optim\.warmup_steps=100000 leaves nothing"),
         ("model.hidden_size=250", r"model\.hidden_size=250"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from data.prepare import DataSettings, Prepared, load, prepare
-from data.settings import problems
+from data.settings import FORMAT, problems
 from data.sources import read_documents, stdlib_files
 
 REPO = Path(__file__).resolve().parent.parent
@@ -259,7 +259,7 @@ def swap_case(path: Path) -> None:
         ("manifest.json", truncate),
         ("manifest.json", Path.unlink),
         ("manifest.json", lambda path: path.write_text("[]")),
-        ("manifest.json", lambda path: path.write_text('{"format": 1}')),
+        ("manifest.json", lambda path: path.write_text(json.dumps({"format": FORMAT}))),
     ],
 )
 def test_a_damaged_preparation_is_refused_naming_the_file_and_the_mend(settings, file, damage):
@@ -278,7 +278,7 @@ def test_another_format_is_refused(settings):
     folder = prepare(settings).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads 1; delete the folder"):
+    with pytest.raises(ValueError, match=f"has format 99, this version reads {FORMAT}; delete the folder"):
         load(folder)
 
 

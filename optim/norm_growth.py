@@ -1,0 +1,34 @@
+"""A limit on how fast the norm of a gradient may grow, for use in place of clipping.
+
+Fira's norm-growth limiter (arXiv 2410.01623): a gradient whose norm exceeds γ times that of the step before is scaled
+down to it. One scalar a matrix.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class NormGrowthLimiter:
+    """Limits the norm of each parameter's gradient to ``limit`` times what it was after the call before.
+
+    Args:
+        parameters: whose gradients are limited, each by itself.
+        limit: γ > 1; 1.01 in Fira and APOLLO.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], limit: float):
+        self.parameters, self.limit = list(parameters), limit
+        # (number of parameters,) float32, on their device; part of a checkpoint. The first gradients are not limited.
+        self.norms = torch.full((len(self.parameters),), torch.inf, device=self.parameters[0].device)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Scale the gradients in place; waits for no device. Every parameter must have one."""
+        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+        factors = (self.limit * self.norms / norms).nan_to_num(nan=1.0).clamp_max(1.0)
+        torch._foreach_mul_(gradients, [factor.to(g.dtype) for factor, g in zip(factors, gradients, strict=True)])
+        limited = norms * factors
+        self.norms.copy_(torch.where(limited > 0, limited, torch.inf))  # nothing can grow from zero
