@@ -200,8 +200,8 @@ class Tree:
         for name in ("launch.sh", "test.sh", ".ci/run", "scripts/setup_env.sh"):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, self.folder / name)
-        for name in ("requirements.txt", "requirements-dev.txt", "requirements-gpu.txt"):
-            shutil.copy(root / name, self.folder)
+        for file in root.glob("requirements*.txt"):
+            shutil.copy(file, self.folder)
         (folder / "bin").mkdir()
         self.script("python3", RECORDER)
         self.script("nvidia-smi", '#!/bin/sh\nfor i in $GPUS; do echo "GPU $i: Some (UUID: GPU-$i)"; done\n')
@@ -403,7 +403,8 @@ def test_the_tests_run_last_and_any_failed_check_fails(tree, script):
     code, out, _ = tree.run(*arguments, script=script)
     assert code == 0 and out.endswith("1 passed\n")
     checks = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
-    assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} --requirement=requirements-dev.txt", checks[0]]
+    optional = " ".join(f"--requirement=requirements-{name}.txt" for name in ("dev", "extra", "baselines"))
+    assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} {optional}", checks[0]]
     assert tree.calls[6:8] == checks[1:] and "lint_imports" in tree.calls[8]
     assert tree.calls[9:] == [" ".join(["-m pytest -q", *arguments])]
     code, out, err = tree.run(script=script, RUFF_EXIT="1")
