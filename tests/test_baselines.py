@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optim.baselines import PROJECTED, MuonAndAdamW, projected_optimizer
-from optim.build import INNER_OPTIMIZERS, REQUIREMENTS, inner_optimizer, parameter_groups, set_rates
+from optim.build import INNER_OPTIMIZERS, inner_optimizer, parameter_groups, set_rates
 from pretrain import checkpoint
 from pretrain.build import build_model, build_optimization
 from pretrain.check import check
@@ -25,21 +25,6 @@ RANK, GAP = 8, 5
 PROJECTION = [f"optim.rank={RANK}", f"optim.update_gap={GAP}"]
 FULL = ["muon", "adafactor", "adamw8bit"]
 IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
-
-
-def installed(*names):
-    """Each name as a parameter, which is skipped where its package is not installed."""
-    package = {name: INNER_OPTIMIZERS[name].partition(".")[0] for name in names}
-    return [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(
-                importlib.util.find_spec(package[name]) is None,
-                reason=f"{package[name]} is not installed: {REQUIREMENTS.get(package[name])}",
-            ),
-        )
-        for name in names
-    ]
 
 
 def configuration(name, *more):
@@ -63,7 +48,7 @@ def train(model, optimizers, steps):
     return losses
 
 
-@pytest.mark.parametrize("name", installed(*PROJECTED, *FULL))
+@pytest.mark.parametrize("name", [*PROJECTED, *FULL])
 def test_it_learns(name):
     config = configuration(name)
     check(config)
@@ -83,7 +68,7 @@ DOCUMENTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", installed(*PROJECTED))
+@pytest.mark.parametrize("name", [*PROJECTED])
 def test_it_is_the_package_used_as_documented(name):
     """Up to rounding: a matrix that comes out of an SVD is laid out anew when it becomes state."""
     config = configuration(name)
@@ -127,7 +112,7 @@ def test_muon_is_torch_s_muon_and_adamw_side_by_side_to_the_bit():
         assert torch.equal(parameter, named[key]), key
 
 
-@pytest.mark.parametrize("name", installed(*PROJECTED))
+@pytest.mark.parametrize("name", [*PROJECTED])
 def test_the_linears_are_projected_and_nothing_else(name):
     model, optim = build(configuration(name))
     train(model, [optim.optimizer], 2)
@@ -172,7 +157,7 @@ def test_the_groups_have_the_keys_that_the_package_documents(name, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16 with master weights"])
-@pytest.mark.parametrize("name", installed(*PROJECTED, *FULL))
+@pytest.mark.parametrize("name", [*PROJECTED, *FULL])
 def test_what_a_checkpoint_holds_goes_on_to_the_bit(name, dtype, tmp_path):
     """Saved between two projections, loaded into objects anew; the projection after that is met as well."""
     more = ["train.dtype=bfloat16", "optim.master_weights=true"] if dtype != "float32" else []

@@ -1,6 +1,5 @@
 """Every inner optimizer under Grass against the same optimizer on the selected rows alone, and on the dense model."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -11,9 +10,6 @@ from models.grass_linear import GrassLinear, convert_linears
 from optim.build import inner_optimizer, optimizer_class, parameter_groups, set_rates
 from optim.grass import Grass
 
-needs_torchao = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed: requirements-extra.txt"
-)
 # The optimizer by name, and its class as anyone would call it with lr, weight_decay and what is given here.
 INNER = {
     "adamw": lambda p, **kw: torch.optim.AdamW(p, betas=(0.9, 0.99), eps=1e-8, **kw),
@@ -127,7 +123,6 @@ def test_decay_in_the_gradient_is_part_of_the_step_and_counts_rho_times():
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
-@needs_torchao
 def test_8_bit_adamw_steps_on_the_rows_as_it_does_alone_and_has_quantised_moments():
     weight = torch.randn(64, 256)
     layer = GrassLinear(nn.Parameter(weight.clone()), rank=32)

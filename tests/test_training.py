@@ -1,6 +1,5 @@
 """Whole runs of a tiny model: what they leave, resuming to the bit, and one process against two."""
 
-import importlib.util
 import json
 import logging
 import math
@@ -34,7 +33,6 @@ LOGGED = [
     "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/tflops",
     "mem/peak_bytes",
 ]  # fmt: skip
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="see requirements-extra.txt")
 SAMPLED = "multinomial_norm_with_replacement"
 
 
@@ -174,7 +172,7 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.norm_growth=1.01", "optim.clip=0"],
         [*GRASS, "optim.inner=sgd", "optim.weight_decay=0.1"],
         [*GRASS, "optim.inner=adafactor", "optim.stagger=true"],
-        pytest.param([*GRASS, "optim.inner=adamw8bit"], marks=needs_torchao),
+        [*GRASS, "optim.inner=adamw8bit"],
     ],
     ids=[
         "grass",
