@@ -197,19 +197,24 @@ class Grass:
         if not names:
             return
         norms = [self._norms(self.gathered.pop(name)) for name in names]
+        for name, norm, (index, scale) in zip(names, norms, self.choose(names, norms), strict=True):
+            layer = self.layers[name]
+            self._change_rows(name, layer, index.to(layer.index.device), scale, norm)
+
+    def choose(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """What the host decides: the sorted index (r,) of each layer and its ρ (r,) or None, from row norms (m,)."""
         on_cpu = torch.cat(norms).cpu().split([n.numel() for n in norms])  # one wait for the device, not one a layer
         chosen = []
-        for name, norm, scores in zip(names, norms, on_cpu, strict=True):
-            layer = self.layers[name]
+        for name, scores in zip(names, on_cpu, strict=True):
             index, scale, usable = select(
-                self.selection, scores, layer.rank, key(self.seed, "select", self.steps, name)
+                self.selection, scores, self.layers[name].rank, key(self.seed, "select", self.steps, name)
             )
             if not usable:
                 logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, name)
-            self._change_rows(name, layer, index.to(layer.index.device), scale, norm)
             self.history.note(name, self.steps, index, scores)
-            chosen.append(index)
-        _require_agreement(chosen, norms[0].device)
+            chosen.append((index, scale))
+        _require_agreement([index for index, _ in chosen], norms[0].device)
+        return chosen
 
     def _norms(self, gathered: Tensor) -> Tensor:
         """Row norms (m,) from squared norms (m,) or from a sketch (m, k)."""

@@ -6,7 +6,6 @@ import math
 import platform
 import resource
 import time
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from pretrain.generate import generate
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
 from pretrain.run_folder import RunFolder
+from pretrain.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(
                 self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
+        self.update = Update(config, world, self.model, self.parallel, self.optim)
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
 
@@ -76,7 +77,7 @@ class Trainer:
         total = self.config.train.steps
         self.began = time.perf_counter()
         if self.optim.grass and self.step == 0:
-            self.optim.grass.start(lambda: self._accumulate(0))
+            self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0)))
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
         for step in range(self.step, total):
@@ -104,30 +105,7 @@ class Trainer:
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
         set_rates(self.optim.optimizer, self.rate(step), self.optim.grass.rate_factor() if self.optim.grass else 1.0)
-        nats = self._accumulate(step)
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = nn.utils.clip_grad_norm_(trainable, self.config.optim.clip or float("inf"))
-        if self.optim.limiter:
-            self.optim.limiter()
-        self.optim.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        return nats, grad_norm
-
-    def _accumulate(self, step: int) -> Tensor:
-        """Forward and backward of every micro-batch of ``step``; the gradient is that of the mean over all tokens."""
-        nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        # DDP averages over processes; the mean over tokens wants their sum.
-        scale = self.world.size / self.config.train.tokens_per_step
-        micro_batches = list(self.batches.micro_batches(step))
-        for i, (input_ids, targets) in enumerate(micro_batches):
-            with self._sync_gradients(last=i == len(micro_batches) - 1):
-                loss = self.parallel(self.world.upload(input_ids), self.world.upload(targets))
-                (loss * scale).backward()
-            nats += loss.detach()
-        return nats
-
-    def _sync_gradients(self, last: bool) -> AbstractContextManager:
-        return nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()  # type: ignore[operator]
+        return self.update(self.batches.micro_batches(step))
 
     # What is written down.
 

@@ -384,7 +384,7 @@ def test_a_run_of_an_older_version_may_lack_new_keys(overrides):
 def test_with_masters_the_weights_are_the_rows_rounded_at_every_step(overrides):
     config = load(overrides("train.dtype=bfloat16", "optim.master_weights=true", "optim.refresh_every=2"))
     trainer = Trainer(config, ALONE, ready(config, 1), RunFolder(config), StopRequest())
-    trainer.optim.grass.start(lambda: trainer._accumulate(0))
+    trainer.optim.grass.start(lambda: trainer.update.accumulate(trainer.batches.micro_batches(0)))
     for step in range(6):
         for layer in trainer.optim.grass.layers.values():
             assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows.bfloat16())

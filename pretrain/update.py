@@ -1,0 +1,56 @@
+"""One update of the weights: forward and backward of the micro-batches, clipping, the optimizer's step.
+
+What a run does again and again, and what the planner walks through without memory.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.build import Optimization
+from pretrain.config import Config
+from pretrain.distributed import World
+
+MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 (micro_batch_size, seq_len) each
+
+
+class Update:
+    """The update of one process.
+
+    Args:
+        model: whose parameters are trained.
+        parallel: what is called in a forward: the model, or what wraps it for several processes.
+        optim: of ``pretrain.build.build_optimization``.
+    """
+
+    def __init__(self, config: Config, world: World, model: nn.Module, parallel: nn.Module, optim: Optimization):
+        self.config, self.world, self.model, self.parallel, self.optim = config, world, model, parallel, optim
+
+    def __call__(self, micro_batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
+        nats = self.accumulate(micro_batches)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        grad_norm = nn.utils.clip_grad_norm_(trainable, self.config.optim.clip or float("inf"))
+        if self.optim.limiter:
+            self.optim.limiter()
+        self.optim.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return nats, grad_norm
+
+    def accumulate(self, micro_batches: Iterable[MicroBatch]) -> Tensor:
+        """Forward and backward of every micro-batch; the gradient is that of the mean over all tokens of the step."""
+        nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        # DDP averages over processes; the mean over tokens wants their sum.
+        scale = self.world.size / self.config.train.tokens_per_step
+        micro_batches = list(micro_batches)
+        for i, (input_ids, targets) in enumerate(micro_batches):
+            with self._sync_gradients(last=i == len(micro_batches) - 1):
+                loss = self.parallel(self.world.upload(input_ids), self.world.upload(targets))
+                (loss * scale).backward()
+            nats += loss.detach()
+        return nats
+
+    def _sync_gradients(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()  # type: ignore[operator]
