@@ -21,19 +21,17 @@ from models.counter_rng import random_signs, round_stochastically
 logger = logging.getLogger(__name__)
 
 ATTENTION_AND_MLP = ("*.self_attn.*_proj", "*.mlp.*_proj")
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one module
 
 
 class _SelectedLinear(torch.autograd.Function):
     """``F.linear`` whose weight gradient is that of the selected slice, and, while probing, its row scores."""
 
     @staticmethod
-    def forward(ctx, x, weight, rows, index, scale, probe, probe_key, columns):
+    def forward(ctx, x, x_slice, weight, rows, index, scale, probe, probe_key, columns):
         ctx.columns, ctx.probe_width = columns, probe.shape[1:] if probe is not None else None
-        ctx.rows_dtype = rows.dtype
-        # A selection of inputs needs only those inputs again, unless the whole gradient is being probed.
-        ctx.x_is_sliced = columns and probe is None
-        saved = x.index_select(-1, index) if ctx.x_is_sliced else x
-        ctx.save_for_backward(saved, weight, index, scale, probe_key)
+        ctx.rows_dtype, ctx.x_is_sliced = rows.dtype, x_slice is not None
+        ctx.save_for_backward(x_slice if ctx.x_is_sliced else x, weight, index, scale, probe_key)
         return F.linear(x, weight)
 
     @staticmethod
@@ -42,7 +40,7 @@ class _SelectedLinear(torch.autograd.Function):
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
         dy, x = grad_y.flatten(0, -2), saved.flatten(0, -2)
         grad_rows = grad_probe = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             if ctx.columns:
                 grad_rows = dy.T @ (x if ctx.x_is_sliced else x.index_select(1, index))
             else:
@@ -53,7 +51,7 @@ class _SelectedLinear(torch.autograd.Function):
         if ctx.probe_width is not None:
             selected, other = (x, dy) if ctx.columns else (dy, x)
             grad_probe = _probe_gradient(selected, other, ctx.probe_width, probe_key)
-        return grad_x, None, grad_rows, None, None, grad_probe, None, None
+        return grad_x, None, None, grad_rows, None, None, grad_probe, None, None
 
 
 def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: Tensor) -> Tensor:
@@ -66,6 +64,28 @@ def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: 
         return (selected.T @ other).float().square().sum(dim=1)
     omega = random_signs(key, other.shape[1], width[0], like=other)
     return (selected.T @ (other @ omega)).float()
+
+
+class SharedSlice:
+    """One slice ``x[..., index]`` for the linears that read the same ``x`` and select the same columns of it.
+
+    The first of its ``members`` to be called makes the slice and the last lets it go: only their graphs hold it then.
+    """
+
+    def __init__(self, members: int):
+        self.members, self.left = members, 0
+        self.x: Tensor | None = None
+        self.slice: Tensor | None = None
+
+    def of(self, x: Tensor, index: Tensor) -> Tensor:
+        """The (…, rank) slice of ``x`` (…, in), made anew for an ``x`` that is not that of the call before."""
+        if self.x is not x or self.slice is None:
+            self.x, self.slice, self.left = x, x.detach().index_select(-1, index), self.members
+        found = self.slice
+        self.left -= 1
+        if self.left == 0:
+            self.x = self.slice = None
+        return found
 
 
 class GrassLinear(nn.Module):
@@ -107,6 +127,7 @@ class GrassLinear(nn.Module):
         selected = weight.detach().index_select(self.dim, self.index)
         self.rows = nn.Parameter(selected.to(state_dtype or weight.dtype))
         self.scaled = False
+        self.shared: SharedSlice | None = None  # with the layers whose index is always this one's
         self.probe: Tensor | None = None  # a leaf outside parameters(): DDP, FSDP and the optimizer never see it
         self.probe_key: Tensor | None = None
 
@@ -114,8 +135,14 @@ class GrassLinear(nn.Module):
         """(…, in) → (…, out) in the weight's dtype."""
         scale = self.scale if self.scaled else None
         return _SelectedLinear.apply(
-            x, self.weight, self.rows, self.index, scale, self.probe, self.probe_key, self.dim == 1
+            x, self._slice_of(x), self.weight, self.rows, self.index, scale, self.probe, self.probe_key, self.dim == 1
         )
+
+    def _slice_of(self, x: Tensor) -> Tensor | None:
+        """What the backward needs of ``x`` where that is a slice: not while the whole gradient is being probed."""
+        if self.dim == 0 or self.probe is not None or not torch.is_grad_enabled():
+            return None
+        return self.shared.of(x, self.index) if self.shared else x.detach().index_select(-1, self.index)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, side={self.side}"
@@ -218,18 +245,21 @@ def convert_linears(
     patterns: Sequence[str] = ATTENTION_AND_MLP,
     side: str | Mapping[str, str] = "auto",
     state_dtype: torch.dtype | None = None,
+    share_index: bool = False,
 ) -> dict[str, GrassLinear]:
     """Swap in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` for GrassLinear.
 
     Weights are shared, not copied. What was converted and what was left is logged. ``side`` is one for all, or one for
-    each glob of names that it maps, the last match winning and "auto" without any.
+    each glob of names that it maps, the last match winning and "auto" without any. With ``share_index`` those of
+    SAME_INPUT that select columns share one index, and one slice of their input.
 
     Returns:
         The new layers by module name, in model order.
 
     Raises:
         ValueError: a pattern that matches no linear layer, a matched layer with a bias or a tied weight, or an
-            impossible rank or side; all problems at once, and the model is left as it was.
+            impossible rank or side, or ``share_index`` where nothing can share; all problems at once, and the model is
+            left as it was.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     problems: dict[str, list[str]] = {}  # message → names of the layers it is about
@@ -250,6 +280,9 @@ def convert_linears(
             layers[name] = GrassLinear(linear.weight, rank, side_of_this, state_dtype)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
+    if share_index and not _share_slices(layers) and not problems:
+        pairs = " or ".join(", ".join(names) for names in SAME_INPUT)
+        problems[f"optim.share_index=true: no {pairs} of one module select columns; set optim.side=columns"] = []
     if problems:
         for layer in layers.values():
             layer.weight.requires_grad_(True)
@@ -263,6 +296,22 @@ def convert_linears(
         *(len(layers), len(linears), rank, ", ".join(left) or "none"),
     )
     return layers
+
+
+def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
+    """Let the layers of one module that read the same input and select columns share a slice; how many slices."""
+    siblings: dict[tuple[str, int], list[GrassLinear]] = {}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        for input_of, readers in enumerate(SAME_INPUT):
+            if child in readers and layer.side == "columns":
+                siblings.setdefault((parent, input_of), []).append(layer)
+    together = [members for members in siblings.values() if len(members) > 1]
+    for members in together:
+        shared = SharedSlice(len(members))
+        for layer in members:
+            layer.shared = shared
+    return len(together)
 
 
 def _about(names: list[str]) -> str:

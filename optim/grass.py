@@ -202,19 +202,29 @@ class Grass:
             self._change_rows(name, layer, index.to(layer.index.device), scale, norm)
 
     def choose(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """What the host decides: the sorted index (r,) of each layer and its ρ (r,) or None, from row norms (m,)."""
-        on_cpu = torch.cat(norms).cpu().split([n.numel() for n in norms])  # one wait for the device, not one a layer
-        chosen = []
-        for name, scores in zip(names, on_cpu, strict=True):
+        """What the host decides: the sorted index (r,) of each layer and its ρ (r,) or None, from row norms (m,).
+
+        Layers that share an index are chosen for by the norms of their gradients put together.
+        """
+        # One wait for the device, not one a layer.
+        on_cpu = torch.cat(norms).cpu().double().split([n.numel() for n in norms])
+        scores = dict(zip(names, on_cpu, strict=True))
+        sharing: dict[Any, list[str]] = {}
+        for name in names:
+            sharing.setdefault(self.layers[name].shared or name, []).append(name)
+        chosen = {}
+        for together in sharing.values():
+            first, joint = together[0], torch.stack([scores[name] for name in together]).norm(dim=0)
             index, scale, usable = select(
-                self.selection, scores, self.layers[name].rank, key(self.seed, "select", self.steps, name)
+                self.selection, joint, self.layers[first].rank, key(self.seed, "select", self.steps, first)
             )
             if not usable:
-                logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, name)
-            self.history.note(name, self.steps, index, scores)
-            chosen.append((index, scale))
-        _require_agreement([index for index, _ in chosen], norms[0].device)
-        return chosen
+                logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, first)
+            for name in together:
+                self.history.note(name, self.steps, index, scores[name])
+                chosen[name] = index, scale
+        _require_agreement([index for index, _ in chosen.values()], norms[0].device)
+        return [chosen[name] for name in names]
 
     def _norms(self, gathered: Tensor) -> Tensor:
         """Row norms (m,) from squared norms (m,) or from a sketch (m, k)."""

@@ -38,7 +38,7 @@ def build_model(config: Config, device: torch.device) -> Llama:
         optim = config.optim
         masters = optim.master_weights and config.train.dtype == "bfloat16"
         state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
-        convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype)
+        convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index)
     return model
 
 

@@ -153,7 +153,8 @@ def _model_problems(config: Config) -> list[str]:
         with torch.device("meta"):
             model = Llama(**model_arguments(config))
         if isinstance(config.optim, GrassConfig):
-            convert_linears(model, config.optim.rank, config.optim.patterns, config.optim.side)
+            optim = config.optim
+            convert_linears(model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index)
         if isinstance(config.optim, BaselineConfig):
             linears = parameter_groups(model, lr=1.0, linear_lr=1.0)[0]["params"]
             problems += _within(1, min(min(p.shape) for _, p in linears), config.optim, "rank")

@@ -84,6 +84,7 @@ class GrassConfig(OptimConfig):
     probe_steps: int  # the last steps before a refresh whose gradients are scored
     stagger: bool  # refresh the layers in turn
     side: Any  # auto | rows | columns, or one of these for each glob of names: {down_proj: columns}
+    share_index: bool  # q, k, v and gate, up that select columns: the same ones, and one saved slice of the input
     state_at_refresh: str  # reset | carry
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh

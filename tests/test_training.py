@@ -160,6 +160,7 @@ class StopAfter(StopRequest):
         ["optim=adamw"],
         [*GRASS, "optim.score=exact", "optim.state_at_refresh=reset"],
         [*GRASS, "optim.probe_steps=3", "optim.stagger=true"],
+        [*GRASS, "optim.side=columns", "optim.share_index=true"],
         [
             *GRASS,
             "optim.selection=multinomial_norm_with_replacement",
@@ -179,6 +180,7 @@ class StopAfter(StopRequest):
         "adamw",
         "exact-reset",
         "staggered-probes",
+        "shared-columns",
         "bf16-sampled",
         "bf16-masters",
         "bf16",
