@@ -3,6 +3,7 @@
 # configuration, prepares the data, and trains with one process per GPU, or with one on a CPU.
 #
 #   ./launch.sh [hydra overrides]        (paths in overrides are relative to this folder)
+#   ./launch.sh -m optim.rank=64,128     a sweep: one run after the other for each combination
 #   NPROC=2 ./launch.sh                  two processes
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500 ./launch.sh        on each of two nodes, or
 #   NNODES=2 RDZV_ENDPOINT=host:29500 RDZV_ID=job MAX_RESTARTS=3 ./launch.sh   with torchrun's rendezvous
@@ -54,6 +55,12 @@ if [[ $nodes != 1 ]]; then forward node-rank master-addr master-port; fi
 
 setup_env runtime requirements.txt
 if ((gpus > 0)); then try_gpu_requirements; fi
+for argument; do
+    if [[ $argument == -m || $argument == --multirun ]]; then
+        if [[ $nodes != 1 ]]; then die "a sweep starts on one node; see conf/hydra/launcher for SLURM"; fi
+        PET_NPROC_PER_NODE=$processes exec "$python" -m pretrain.sweep "$@"
+    fi
+done
 WORLD_SIZE=$((${nodes##*:} * processes)) attend "$python" -m pretrain.preflight "$@"
 
 if ((gpus == 0)); then # as many threads as there are cores, over all processes

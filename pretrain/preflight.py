@@ -56,7 +56,7 @@ def only_asks_hydra(arguments: list[str]) -> bool:
         ConfigError: the flags of a multirun, which one launch cannot be.
     """
     if {"-m", "--multirun"} & set(arguments):
-        raise ConfigError("one launch is one run: call ./launch.sh once for each setting instead of -m")
+        raise ConfigError("a sweep is no run: start it with ./launch.sh -m, or python -m pretrain.sweep")
     return any(argument.startswith("-") for argument in arguments)
 
 

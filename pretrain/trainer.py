@@ -20,6 +20,7 @@ from optim.build import set_rates
 from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.build import build_model, build_optimization, compile_blocks
+from pretrain.code_version import git_commit
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.evaluate import evaluate
@@ -69,6 +70,7 @@ class Trainer:
         self.update = Update(config, world, self.model, self.parallel, self.optim)
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
+        self.commit = git_commit() if world.is_main else None  # now: the code may change while the run goes on
 
     # What a run does, from the outside in.
 
@@ -225,6 +227,7 @@ class Trainer:
             "training_seconds": self.watch.total_seconds, "wall_seconds": seconds,
             "peak_bytes": peak_bytes(self.world.device), "world_size": self.world.size,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "commit": self.commit,
             "machine": platform.platform(),
         }  # fmt: skip
         self._write_samples()

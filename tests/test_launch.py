@@ -176,6 +176,7 @@ case "$*" in
 *--no-build-isolation*) exit "${GPU_EXIT:-0}" ;;
 "-m pip install "*) echo "words of pip" && eval "${ON_PIP:-}" ;;
 "-m pretrain.preflight"*) echo "$WORLD_SIZE processes" && eval "${ON_PREFLIGHT:-}" ;;
+"-m pretrain.sweep"*) echo "$PET_NPROC_PER_NODE processes a job" ;;
 "-m pretrain.launch"*) echo "$$ ${OMP_WAIT_POLICY:-unset} ${OMP_NUM_THREADS:-unset}" ;;
 "-m ruff check"*) exit "${RUFF_EXIT:-0}" ;;
 "-m pytest"*) echo "1 passed" ;;
@@ -350,6 +351,14 @@ def test_there_is_one_process_per_visible_gpu_or_as_many_as_asked_for(ready, env
     assert ready.calls[-1] == TRAIN.replace("1", str(processes))
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_is_started_outside_torchrun_and_told_the_processes_of_a_job(ready, flag):
+    assert ready.run(flag, "optim.rank=4,8", NPROC="2")[:2] == (0, "2 processes a job\n")
+    assert ready.calls == [f"-m pretrain.sweep {flag} optim.rank=4,8"]
+    code, _, err = ready.run(flag, NNODES="2")
+    assert code == 1 and "a sweep starts on one node" in err
+
+
 def test_torchruns_variables_become_its_flags(ready):
     node = {"NODE_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
     ready.run(NNODES="2", **node)
@@ -403,7 +412,7 @@ def test_the_tests_run_last_and_any_failed_check_fails(tree, script):
     code, out, _ = tree.run(*arguments, script=script)
     assert code == 0 and out.endswith("1 passed\n")
     checks = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
-    optional = " ".join(f"--requirement=requirements-{name}.txt" for name in ("dev", "extra", "baselines"))
+    optional = " ".join(f"--requirement=requirements-{name}.txt" for name in ("dev", "extra", "baselines", "sweep"))
     assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} {optional}", checks[0]]
     assert tree.calls[6:8] == checks[1:] and "lint_imports" in tree.calls[8]
     assert tree.calls[9:] == [" ".join(["-m pytest -q", *arguments])]

@@ -12,6 +12,7 @@ import torch
 from models.llama import Llama
 from pretrain.check import check
 from pretrain.config import CONF, load
+from pretrain.sweep import combinations, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,7 +37,7 @@ def test_the_commands_run(command, tmp_path, tmp_path_factory):
         [*command.split(), *smaller], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    (run,) = (p for p in tmp_path.iterdir() if (p / "config.yaml").exists())
+    (run,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
     table = README.split("### What you should see")[1].split("## Settings")[0]
     for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
         assert (run / name).exists() or name in ("wandb/", "selection.jsonl"), name
@@ -65,7 +66,8 @@ def test_the_python_block_runs():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_pass_the_check_as_they_stand(command):
     overrides = [word for word in command.split() if "=" in word and not word.startswith("--")]
-    check(load(overrides))
+    for job in combinations(parse(overrides)):
+        check(load(job))
 
 
 def test_the_ten_overrides_pass_the_check():

@@ -1,0 +1,287 @@
+"""A run for each combination of settings: ``./launch.sh -m optim.rank=64,128 optim.lr=1e-3,3e-3``.
+
+Hydra's sweepers make the combinations and its launchers run them; each is a launch of its own, in the folder
+``<run.root>/<run.name or "sweep">/<name made of its overrides>``. The same sweep again resumes what is unfinished.
+Exit codes: 0 all finished, 1 some failed, 2 something to mend before the first, 85 stopped by a signal.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from pretrain.config import CONF, ConfigError, load
+from pretrain.interrupt import EXIT_CODE
+from pretrain.metrics import log_to_terminal
+from pretrain.preflight import clear_errors
+
+logger = logging.getLogger(__name__)
+
+LOGS = "_sweeps"  # in the sweep's folder: what its jobs printed, and how they ended
+FIXED = "fixed.json"  # in a sweep's folder of logs: the overrides that all its jobs share
+STOP = "stop"  # there too, once it is asked to stop: save, and begin no other job
+MULTIRUN = ("-m", "--multirun")
+PLUGINS = {"joblib": "hydra_joblib_launcher", "optuna": "hydra_optuna_sweeper", "submitit": "hydra_submitit_launcher"}
+STATUSES = {0: "finished", EXIT_CODE: "stopped"}
+
+
+@dataclass
+class JobResult:
+    """How one job of a sweep ended.
+
+    status  finished | failed | stopped (by a signal, after saving) | not started (the sweep was stopped before)
+    """
+
+    name: str  # the run's folder below the sweep's
+    overrides: list[str]
+    folder: str
+    log: str  # what the job printed
+    exit_code: int | None = None  # None: not started
+
+    @property
+    def status(self) -> str:
+        return "not started" if self.exit_code is None else STATUSES.get(self.exit_code, "failed")
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The run's summary.json; None for a run that did not finish."""
+        file = Path(self.folder) / "summary.json"
+        return json.loads(file.read_text()) if self.status == "finished" and file.exists() else None
+
+    @property
+    def reason(self) -> str:
+        """The last line that a failed job printed."""
+        lines = [line for line in Path(self.log).read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+
+def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1, processes: int = 1) -> list[JobResult]:
+    """Run every combination of ``overrides``, with commas between alternatives, in folders below ``root``.
+
+    Args:
+        jobs: how many to run at a time.
+        processes: of each job.
+
+    Raises:
+        ConfigError: the sweep could not begin; standard error says why.
+    """
+    folder, logs = Path(root), _new_logs(Path(root))
+    arguments = [*overrides, f"run.root={quoted(folder.parent)}", f"run.name={quoted(folder.name)}"]
+    if jobs > 1:
+        arguments += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
+    command = [sys.executable, "-m", "pretrain.sweep", *arguments, f"hydra.sweep.dir={quoted(logs)}"]
+    code = subprocess.run(command, env={**os.environ, "PET_NPROC_PER_NODE": str(processes)}).returncode
+    if code == 2:
+        raise ConfigError(f"the sweep in {root} could not begin: see above")
+    return results(logs)
+
+
+def results(logs: Path) -> list[JobResult]:
+    """What the jobs of one sweep left in its folder of logs, in their order."""
+    files = sorted(logs.glob("[0-9]*.json"), key=lambda file: int(file.stem))
+    return [JobResult(**json.loads(file.read_text())) for file in files]
+
+
+def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:
+    """A folder's name of a job's ``key=value`` overrides, the same in any order: ``lr-0.001_rank-64``.
+
+    ``fixed`` are those that all jobs share: a few are spelt out behind the others, many become a hash, as does what a
+    file system may not like. Where a run leads and what is shown of it do not count.
+    """
+    keys = [key for key, _ in _settings([*swept, *fixed])]
+    texts = []
+    for settings, longest in ((_settings(swept), 100), (_settings(fixed), 40)):
+        last = [key.rpartition(".")[2] for key in keys]
+        short = {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+        text = "_".join(f"{short[key]}-{value}" for key, value in settings)
+        safe = re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+        texts.append(safe if safe == text and len(text) <= longest else f"{safe[: longest - 40]}{digest}")
+    return "_".join(filter(None, texts)) or "default"
+
+
+def _settings(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    counted = (o.lstrip("+~") for o in overrides if not o.startswith(("run.", "logger.", "data.root=")))
+    return sorted((key, value) for key, _, value in (o.partition("=") for o in counted))
+
+
+def quoted(value: object) -> str:
+    """``value`` as Hydra's grammar reads any string."""
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+# One job, in whatever process the launcher gives it.
+
+
+def run_job(cfg: DictConfig) -> float | None:
+    """Launch the training that Hydra composed ``cfg`` for; its final validation loss, or None when there is none."""
+    log_to_terminal(is_main=True)  # a launcher's own process may have no log yet
+    settings = HydraConfig.get()
+    logs, number = Path(settings.runtime.output_dir), settings.job.num
+    overrides = [o for o in settings.overrides.task if not o.startswith("run.")]
+    fixed = set(json.loads((logs / FIXED).read_text()))
+    name = job_name([o for o in overrides if o not in fixed], [o for o in overrides if o in fixed])
+    result = JobResult(name, overrides, str(Path(cfg.run.root) / cfg.run.name / name), str(logs / f"{name}.log"))
+    if not (logs / STOP).exists():
+        logger.info("sweep: %s begins; it prints to %s", name, result.log)
+        place = [f"run.root={quoted(cfg.run.root)}", f"run.name={quoted(f'{cfg.run.name}/{name}')}"]
+        command = [sys.executable, "-m", "pretrain.launch", "-m", "pretrain.train", *overrides, *place]
+        with Path(result.log).open("a") as log:
+            result.exit_code = _attend(command, log, _environment(settings), logs / STOP)
+        logger.info("sweep: %s %s%s", name, result.status, f": {result.reason}" if result.status == "failed" else "")
+    (logs / f"{number}.json").write_text(json.dumps(asdict(result)) + "\n")
+    return result.summary["val/loss"] if result.summary else None
+
+
+def _environment(settings: Any) -> dict[str, str]:
+    """As launch.sh does: on a CPU, threads for the cores there are, over all jobs and processes at work."""
+    environment, cores = dict(os.environ), len(os.sched_getaffinity(0))
+    jobs = int(settings.launcher.get("n_jobs", 1))
+    at_work = int(environment.get("PET_NPROC_PER_NODE", "1")) * (jobs if jobs > 0 else cores)
+    if not torch.cuda.is_available():
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_work)))
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return environment
+
+
+def _attend(command: list[str], log: Any, environment: dict[str, str], stop: Path) -> int:
+    """Run ``command`` to its end and return its exit code; ask it to stop, once, when the file ``stop`` appears."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a launcher's process: the sweep takes Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A session of its own: a terminal's Ctrl-C would reach it twice.
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    asked = False
+    while True:
+        try:
+            code = process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            if not asked and stop.exists():
+                process.terminate()
+                asked = True
+        else:  # ended by the signal itself, it had nothing to save yet
+            return EXIT_CODE if asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM) else code
+
+
+# The sweep around the jobs.
+
+
+def main() -> None:
+    arguments = [a for a in sys.argv[1:] if a not in MULTIRUN]
+    log_to_terminal(is_main=True)
+    for noisy in ("hydra", "hydra_plugins"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs = None
+    if not any(a.startswith("-") for a in arguments):
+        with clear_errors():
+            arguments, logs = begin(arguments)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, partial(_ask_to_stop, logs))
+    sys.argv = [sys.argv[0], "--multirun", *arguments]
+    code: Any = 0
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
+    except SystemExit as error:
+        code = error.code
+    sys.exit(code if logs is None else report(results(logs)) or code)
+
+
+def begin(arguments: list[str]) -> tuple[list[str], Path]:
+    """Check every combination's overrides; returns what Hydra is to be told, and the folder of logs.
+
+    Raises:
+        ConfigError: lists every override that is wrong.
+    """
+    parsed = parse(arguments)
+    settings = [o for o in parsed if not o.get_key_element().startswith("hydra")]
+    if swept := [o.input_line for o in settings if o.get_key_element().startswith("run.") and o.is_sweep_override()]:
+        raise ConfigError(f"{', '.join(map(str, swept))}: every job has a name of its own; give the sweep one")
+    problems: dict[str, None] = {}
+    for job in combinations(settings):
+        try:
+            config = load(job)
+        except ConfigError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    if problems:
+        raise ConfigError("\n".join(problems))
+    given = {o.get_key_element(): o for o in parsed}
+    _check_plugins(str(given[group].value()) for group in ("hydra/launcher", "hydra/sweeper") if group in given)
+    name = config.run.name if "run.name" in given else "sweep"
+    where = given.get("hydra.sweep.dir")
+    logs = Path(str(where.value())) if where else _new_logs(Path(config.run.root) / name)
+    (logs / FIXED).write_text(json.dumps(combinations([o for o in settings if not o.is_sweep_override()])[0]))
+    return [*arguments, f"run.name={quoted(name)}", f"hydra.sweep.dir={quoted(logs)}", "hydra.sweep.subdir=."], logs
+
+
+def parse(arguments: list[str]) -> list[Override]:
+    """Hydra's reading of overrides; ConfigError where its grammar has none."""
+    try:
+        return OverridesParser.create().parse_overrides(arguments)
+    except HydraException as error:
+        raise ConfigError(str(error)) from None
+
+
+def combinations(settings: list[Override]) -> list[list[str]]:
+    """The overrides of each job; where a sweeper is to choose numbers, those that it does not choose."""
+    return BasicSweeper.split_arguments(
+        [o for o in settings if not o.is_sweep_override() or o.is_discrete_sweep()], None
+    )[0]
+
+
+def _check_plugins(choices: Iterable[str]) -> None:
+    for choice in choices:
+        package = PLUGINS.get(choice.partition("_")[0])
+        if package and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+            raise ConfigError(f"{choice} needs {package}; run .venv/bin/pip install -r requirements-sweep.txt")
+
+
+def _new_logs(folder: Path) -> Path:
+    """A folder of logs that no sweep has used."""
+    logs = folder.resolve() / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    logs.mkdir(parents=True)
+    return logs
+
+
+def _ask_to_stop(logs: Path, number: int, _frame: Any) -> None:
+    (logs / STOP).touch()
+    logger.info("sweep: the jobs save and stop; the same command goes on from here")
+    signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once, the jobs still save
+
+
+def report(jobs: list[JobResult]) -> int:
+    """Print a line for each job; returns the sweep's exit code."""
+    width = max((len(job.name) for job in jobs), default=0)
+    for job in jobs:
+        summary = job.summary
+        numbers = (
+            f"validation loss {summary['val/loss']:.4f}, {summary['tokens_per_s']:,.0f} tokens/s" if summary else ""
+        )
+        reason = f"{job.reason} (see {job.log})" if job.status == "failed" else ""
+        print(f"{job.name:<{width}}  {job.status:<11}  {numbers}{reason}".rstrip())
+    statuses = {job.status for job in jobs}
+    return EXIT_CODE if {"stopped", "not started"} & statuses else 0 if statuses == {"finished"} else 1
+
+
+if __name__ == "__main__":
+    from pretrain import sweep
+
+    sweep.main()  # by its name, so that a launcher's processes find run_job there
