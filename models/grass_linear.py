@@ -61,7 +61,8 @@ def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: 
     (n, k), at k (1/m + 1/n) of the cost and linear in G, so that it can be summed over batches and processes.
     """
     if not width:
-        return (selected.T @ other).float().square().sum(dim=1)
+        wide = torch.promote_types(other.dtype, torch.float32)
+        return torch.linalg.vector_norm(selected.T @ other, dim=1, dtype=wide).square().float()
     omega = random_signs(key, other.shape[1], width[0], like=other)
     return (selected.T @ (other @ omega)).float()
 

@@ -46,7 +46,8 @@ class Grass:
             which is not the norm of their sum; "sketch" estimates the norms of the true sum, at a fraction of the cost.
         sketch_width: k, columns of the sketch; the relative error of a norm is about 1/√(2k).
         probe_steps: how many of the last steps of a window feed the score.
-        stagger: refresh the model's blocks in turn, spread over the window, instead of all at once.
+        stagger: refresh the model's blocks in turn, spread over the window, instead of all at once. "auto" does where a
+            layer selects columns: the probe of such a layer keeps all of its input, which its other steps do not.
         state_at_refresh, new_second_moment: what happens to moments, see optim.moments.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
         seed: the run's seed.
@@ -66,7 +67,7 @@ class Grass:
         score: str = "exact",
         sketch_width: int = 16,
         probe_steps: int = 1,
-        stagger: bool = False,
+        stagger: bool | str = False,
         state_at_refresh: str = "reset",
         new_second_moment: str = "mean",
         refresh_warmup: int = 0,
@@ -80,6 +81,14 @@ class Grass:
             raise ValueError(
                 f"the optimizer does not step on the rows of {strangers[0]}; build it after convert_linears, and with "
                 "master weights keep the rows in float32 (optim.state_dtype=float32)"
+            )
+        columns = sum(layer.dim == 1 for layer in self.layers.values())
+        stagger = columns > 0 if stagger == "auto" else bool(stagger)
+        if columns and not stagger:
+            logger.info(
+                "all %d layers that select columns keep their whole inputs in a probed step; with optim.stagger=auto "
+                "they take turns",
+                columns,
             )
         if stagger and refresh_warmup:
             raise ValueError("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
@@ -106,11 +115,16 @@ class Grass:
         optimizer.register_step_post_hook(self._after_step)
 
     def start(self, backward: Callable[[], object]) -> None:
-        """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped."""
-        self._start_probes(self.layers)
-        backward()
-        self.model.zero_grad(set_to_none=True)
-        self._gather()
+        """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped.
+
+        ``backward`` must compute the same gradient each time: with ``stagger`` it is called for every turn, so that no
+        more layers are probed at once than in a step.
+        """
+        for turn in dict.fromkeys(self._offsets.values()):
+            self._start_probes([name for name, offset in self._offsets.items() if offset == turn])
+            backward()
+            self.model.zero_grad(set_to_none=True)
+            self._gather()
         self._refresh(list(self.layers))
         self._start_probes(self._probing)
 

@@ -119,6 +119,8 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
         problems.append(f"optim.probe_steps={optim.probe_steps} must be between 1 and optim.refresh_every")
     if not 0 <= optim.refresh_warmup <= max(1, optim.refresh_every):
         problems.append(f"optim.refresh_warmup={optim.refresh_warmup} must be between 0 and optim.refresh_every")
+    if optim.stagger not in (True, False, "auto"):
+        problems.append(f"optim.stagger={optim.stagger} is unknown; choose from true, false, auto")
     if optim.stagger and optim.refresh_warmup:
         problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
     if optim.state_dtype is not None:

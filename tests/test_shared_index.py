@@ -45,8 +45,8 @@ def assert_same(found, expected):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def saved_bytes(model):
-    """What the graph of a forward holds, a storage counted once, parameters left out."""
+def saved_bytes(model, then=None):
+    """What the graph of a forward holds, a storage counted once, parameters left out; ``then`` gets the loss."""
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages = {}
 
@@ -58,8 +58,10 @@ def saved_bytes(model):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(ids(), ids())
-    assert loss.requires_grad
-    return sum(storages.values())
+    total = sum(storages.values())
+    if then:
+        then(loss)
+    return total
 
 
 def test_gradients_are_those_of_an_index_apart():
@@ -78,6 +80,29 @@ def test_it_saves_two_slices_of_three_for_attention_and_one_of_two_for_the_mlp(s
 def test_a_column_selection_saves_the_share_r_of_n_of_an_input_that_nothing_else_keeps():
     rows, columns = (saved_bytes(llama(False, side={"*_proj": "rows", "down_proj": side})[0]) for side in SIDES)
     assert rows - columns == 2 * TOKENS * (24 - RANK) * 8
+
+
+@pytest.mark.parametrize("score", ["exact", "sketch"])
+def test_with_stagger_no_forward_of_a_run_keeps_the_whole_inputs_of_more_than_a_block(score):
+    """The first window's probes included. Its columns are those that one probe of all layers would choose."""
+    trained, indices = {}, {}
+    for stagger in ("auto", False):
+        model, layers = llama(False)
+        regular = saved_bytes(model)
+        optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
+        grass = Grass(model, optimizer, refresh_every=2, score=score, stagger=stagger)
+        saved = []
+        grass.start(lambda model=model, saved=saved: saved.append(saved_bytes(model, lambda loss: loss.backward())))
+        indices[stagger] = [layer.index.tolist() for layer in layers.values()]
+        for _ in range(4):
+            saved.append(saved_bytes(model, lambda loss: loss.backward()))
+            optimizer.step()
+            model.zero_grad()
+        trained[stagger] = max(saved) - regular
+    assert indices["auto"] == indices[False]
+    # Instead of seven slices: the inputs of q, k, v, of gate, up and of down (that of o attention keeps); seven keys.
+    block = TOKENS * 8 * (16 + 16 + 24 - 7 * RANK) + 7 * 8
+    assert trained == {"auto": block, False: 2 * block}
 
 
 def test_nothing_is_held_once_the_forward_is_over():

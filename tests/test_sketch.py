@@ -131,24 +131,26 @@ def test_a_probed_step_takes_at_most_a_tenth_more_flops_at_60m():
         ids = torch.zeros(2, 256, dtype=torch.int64)
         layers = convert_linears(model, rank=128)
 
-    def step_flops(probe_width):
-        for layer in layers.values() if probe_width else ():
-            layer.start_probe(key=1, width=probe_width)
+    def step_flops(probed, width=None):
+        for layer in layers.values() if probed else ():
+            layer.start_probe(key=1, width=width)
         with FlopCounterMode(display=False) as counter:
             model(ids, ids).backward()
-        for layer in layers.values() if probe_width else ():
+        for layer in layers.values() if probed else ():
             layer.stop_probe()
         return counter.get_total_flops()
 
-    regular = step_flops(None)
+    regular = step_flops(probed=False)
     tokens = ids.numel()
     extra = sum(2 * tokens * 16 * (layer.in_features + layer.out_features) for layer in layers.values())
-    assert step_flops(16) == regular + extra
-    assert 1 < step_flops(32) / regular <= 1.10
+    assert step_flops(True, 16) == regular + extra
+    assert 1 < step_flops(True, 32) / regular <= 1.10
+    dense = sum(2 * tokens * layer.weight.numel() for layer in layers.values())
+    assert step_flops(True) == regular + dense  # exact: a weight gradient each
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
-def test_a_refresh_with_sketch_makes_no_tensor_of_a_full_gradient_s_shape(side):
+def test_neither_start_nor_refresh_with_sketch_makes_a_tensor_of_a_full_gradient_s_shape(side):
     def shapes_of_a_refresh_step(score):
         model = Llama(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -159,8 +161,8 @@ def test_a_refresh_with_sketch_makes_no_tensor_of_a_full_gradient_s_shape(side):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         grass = Grass(model, optimizer, refresh_every=2, score=score, sketch_width=3, state_at_refresh="carry")
         ids = torch.zeros(3, 7, dtype=torch.int64)
-        grass.start(lambda: model(ids, ids).backward())
         with Allocations() as allocations:
+            grass.start(lambda: model(ids, ids).backward())
             for _ in range(2):
                 model(ids, ids).backward()
                 optimizer.step()
