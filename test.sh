@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
 setup_env dev requirements.txt requirements-dev.txt requirements-extra.txt requirements-baselines.txt requirements-sweep.txt
+setup_browser
 
 failed=()
 check() { # NAME PYTHON_ARGUMENTS...

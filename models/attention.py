@@ -58,8 +58,9 @@ def _log_once(line: str) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
     """softmax(q kᵀ / √head_dim) v under a causal mask, on a backend that `resolve_backend` returned.
 
-    q (b, t, heads, head_dim), k and v (b, t, kv_heads, head_dim) with heads a multiple of kv_heads:
-    consecutive query heads share a key-value head. Returns (b, t, heads, head_dim) in q's dtype.
+    q (b, t, heads, head_dim), k and v (b, s, kv_heads, head_dim) with heads a multiple of kv_heads: consecutive query
+    heads share a key-value head. The queries are of the last t of s tokens. Returns (b, t, heads, head_dim) in q's
+    dtype.
     """
     if backend == "flash":
         from flash_attn import flash_attn_func
@@ -67,5 +68,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
         # Its backward adds up with atomics, in another order every run, unless asked not to.
         return flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    t, s = q.shape[2], k.shape[2]
+    # SDPA's own mask would stand the queries at the first tokens, where flash-attn's stands them at the last.
+    mask = None if t == s else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == s, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)

@@ -4,7 +4,7 @@ Keyword arguments and parameter names are those of Hugging Face's `LlamaForCausa
 "model."), and the same weights give the same logits. There are no buffers: the state is the parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import BACKENDS, attention, resolve_backend
 from models.counter_rng import key
+from models.kv_cache import KVCache
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -35,15 +36,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
-def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
     """cos and sin of position · theta^(-2i / head_dim), each (tokens, 1, head_dim), on `like`'s device.
+
+    For the positions from `start` on.
 
     In fp32 or wider, whatever `like` is: bf16 has one number for positions 256 and 257.
     Su et al., arXiv 2104.09864.
     """
     dtype, device = at_least_fp32(like.dtype), like.device
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
-    angles = torch.outer(torch.arange(tokens, dtype=dtype, device=device), frequencies)
+    angles = torch.outer(torch.arange(start, start + tokens, dtype=dtype, device=device), frequencies)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()
 
@@ -65,9 +68,12 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None = None) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, backend=backend)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y = attention(q, k, v, backend=backend)
         return self.o_proj(y.flatten(-2))
 
 
@@ -94,8 +100,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
         self.mlp = MLP(hidden_size, intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,24 +164,28 @@ class Llama(nn.Module):
         if tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None, caches: Sequence[KVCache] | None = None
+    ) -> Tensor:
         """Logits (b, t, vocab) of the next token for input_ids (b, t) int64.
 
         With targets (b, t) int64, -100 where none: the cross-entropies in nats, summed over the targets, as
         a scalar in fp32 (fp64 for an fp64 model).
+        With caches, one a layer, input_ids go on from the tokens these hold, and are added to them.
         Raises ValueError for more tokens than the model has positions.
         """
-        tokens = input_ids.shape[1]
+        start = caches[0].tokens if caches else 0
+        tokens = start + input_ids.shape[1]
         if tokens > self.max_position_embeddings:
             raise ValueError(
                 f"a sequence of {tokens} tokens is longer than model.max_position_embeddings="
                 f"{self.max_position_embeddings}; shorten train.seq_len or raise the model's positions"
             )
         x = self.embed_tokens(input_ids)
-        cos, sin = rope_tables(tokens, self.head_dim, self.rope_theta, like=x)
+        cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.rope_theta, like=x, start=start)
         backend = resolve_backend(self.attention, x.device, x.dtype)
-        for layer in self.layers:
-            x = layer(x, cos, sin, backend)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, backend, caches[i] if caches else None)
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits

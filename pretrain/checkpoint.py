@@ -116,6 +116,28 @@ def load(path: Path, model: nn.Module, optim: Optimization) -> None:
             raise _damaged(path, error) from None
 
 
+def read_weights(path: Path, names: list[str]) -> dict[str, Tensor]:
+    """The model's weights of these names, and nothing else of the checkpoint at ``path``, on the CPU.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one that lacks a name.
+    """
+    read_state(path)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        if absent := [name for name in names if f"model.{name}" not in stored]:
+            raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
+        tensors = {}
+        for name in names:
+            entry: Any = stored[f"model.{name}"]
+            tensors[f"model.{name}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (SafetensorError, dcp.api.CheckpointException) as error:
+        raise _damaged(path, error) from None
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
 def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:
     """Every tensor that the next step depends on, by name. Views, not copies."""
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}

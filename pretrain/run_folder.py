@@ -30,7 +30,7 @@ MAY_CHANGE = {
 
 
 class RunFolder:
-    """``runs/<name>/``: config.yaml, metrics.jsonl, train.log, checkpoints/, samples.md, summary.json."""
+    """``runs/<name>/``: config.yaml, tokenizer.model, metrics.jsonl, train.log, checkpoints/, samples, summary.json."""
 
     def __init__(self, config: Config):
         self.path = Path(config.run.root) / config.run.name
@@ -39,6 +39,7 @@ class RunFolder:
         self.selection_file = self.path / "selection.jsonl"
         self.log_file = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
+        self.tokenizer_file = self.path / "tokenizer.model"
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
         self._lock = FileLock(self.path / ".lock")

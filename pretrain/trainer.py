@@ -5,6 +5,7 @@ import logging
 import math
 import platform
 import resource
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -173,6 +174,7 @@ class Trainer:
     def _open_folder(self, changes: list[str]) -> None:
         if self.world.is_main:
             self.folder.open(self.config, self.step)
+            shutil.copyfile(self.data.folder / "tokenizer.model", self.folder.tokenizer_file)
             log_to_file(self.folder.log_file)
         for change in changes:
             logger.info("changed since the run began: %s", change)

@@ -87,6 +87,18 @@ pip_install() {
     fi
 }
 
+# setup_browser: a Chromium for the tests that look at pages: the machine's own, or Debian's, or playwright's.
+setup_browser() {
+    if command -v chromium google-chrome >/dev/null || stamped browser playwright; then return; fi
+    say "Installing Chromium for the tests ..."
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        { attend apt-get update -qq && attend apt-get install -qq --yes chromium; } &>.venv/browser.log && return
+    fi
+    attend "$python" -m playwright install chromium &>>.venv/browser.log ||
+        die "no Chromium for the tests could be installed (see .venv/browser.log): install one"
+    stamp browser playwright
+}
+
 # Tries requirements-gpu.txt: once, for a limited time, and never a reason to stop.
 try_gpu_requirements() {
     local wanted limit=${GRASS_GPU_SETUP_SECONDS:-900}

@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,3 +10,16 @@ import pytest
 def root() -> Path:
     """The repository."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium: the machine's own, or the one that playwright has installed."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = shutil.which("chromium") or shutil.which("google-chrome")
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        chromium = playwright.chromium.launch(executable_path=own, args=flags)
+        yield chromium
+        chromium.close()

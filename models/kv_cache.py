@@ -1,0 +1,20 @@
+"""The keys and values of the tokens that one attention layer has seen, so that a next token needs only its own."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Room for the keys and values of `positions` tokens, taken when the first come; `tokens` counts those it holds."""
+
+    def __init__(self, positions: int):
+        self.positions, self.tokens = positions, 0
+        self._keys = self._values = torch.empty(0)
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the next tokens' k and v (b, t, kv_heads, head_dim); returns those of all tokens, as views."""
+        if not self.tokens:
+            self._keys, self._values = (x.new_empty(x.shape[0], self.positions, *x.shape[2:]) for x in (k, v))
+        first, self.tokens = self.tokens, self.tokens + k.shape[1]
+        self._keys[:, first : self.tokens], self._values[:, first : self.tokens] = k, v
+        return self._keys[:, : self.tokens], self._values[:, : self.tokens]
