@@ -275,8 +275,13 @@ def convert_linears(
         if not any(matches(name, p) for p in patterns):
             continue
         try:
-            if linear.bias is not None or holders[id(linear.weight)] > 1:
-                raise ValueError("has a bias or a tied weight and cannot be converted; narrow the patterns")
+            if linear.bias is not None:
+                raise ValueError("has a bias and cannot be converted; narrow optim.patterns")
+            if holders[id(linear.weight)] > 1:
+                raise ValueError(
+                    "has a tied weight and cannot be converted; leave it out of optim.patterns or, for the head, set "
+                    "model.tie_word_embeddings=false"
+                )
             side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
             layers[name] = GrassLinear(linear.weight, rank, side_of_this, state_dtype)
         except ValueError as error:

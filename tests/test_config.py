@@ -143,3 +143,10 @@ def test_the_command_line_gives_one_message_no_traceback_and_leaves_nothing(root
     assert result.stderr.startswith("error: ") and "optim.rank=0" in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tied_head_under_grass_is_refused_with_its_mend():
+    head = ["optim.patterns=[lm_head]", "optim.rank=64"]
+    check(load(head))
+    with pytest.raises(ConfigError, match=r"lm_head: has a tied weight .*set model\.tie_word_embeddings=false"):
+        check(load([*head, "model.tie_word_embeddings=true"]))

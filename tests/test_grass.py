@@ -120,6 +120,27 @@ def test_the_first_window_is_probed_without_an_update():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_head_can_train_rows_of_the_vocabulary():
+    """The rows of the largest gradients: here of tokens that occur. Only they change, by AdamW on them alone."""
+    model = tiny_llama()
+    dense = tiny_llama()
+    layers = convert_linears(model, 4, ["lm_head", "*_proj"], side={"lm_head": "rows"})
+    optimizer = optimizer_of(model)
+    grass = Grass(model, optimizer, refresh_every=3, state_at_refresh="carry", score="exact")
+    grass.start(lambda: loss_at(model, 0).backward())
+    loss_at(dense, 0).backward()
+    head = layers["lm_head"]
+    assert head.index.tolist() == dense.lm_head.weight.grad.norm(dim=1).topk(4).indices.sort().values.tolist()
+    losses = []
+    for step in range(60):
+        index, before = head.index.clone(), head.weight.detach().clone()
+        losses += train(model, optimizer, 1, first=step)
+        assert head.weight.grad is None
+        assert (head.weight != before).any(dim=1).nonzero().flatten().tolist() == index.tolist()
+    assert grass.history.rows["lm_head"].count_nonzero() > 4
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+
+
 def test_frozen_rows_are_chosen_once():
     model, layers, optimizer, _ = grass_of(4, selection="frozen", refresh_every=2)
     chosen = {name: layer.index.tolist() for name, layer in layers.items()}

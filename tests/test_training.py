@@ -161,6 +161,7 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.score=exact", "optim.state_at_refresh=reset"],
         [*GRASS, "optim.probe_steps=3", "optim.stagger=true"],
         [*GRASS, "optim.side=columns", "optim.share_index=true"],
+        [*GRASS, "optim.patterns=[lm_head,up_proj]", "optim.side={lm_head: rows}"],
         [
             *GRASS,
             "optim.selection=multinomial_norm_with_replacement",
@@ -181,6 +182,7 @@ class StopAfter(StopRequest):
         "exact-reset",
         "staggered-probes",
         "shared-columns",
+        "head",
         "bf16-sampled",
         "bf16-masters",
         "bf16",
