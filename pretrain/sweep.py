@@ -41,7 +41,12 @@ LOGS = "_sweeps"  # in the sweep's folder: what its jobs printed, and how they e
 FIXED = "fixed.json"  # in a sweep's folder of logs: the overrides that all its jobs share
 STOP = "stop"  # there too, once it is asked to stop: save, and begin no other job
 MULTIRUN = ("-m", "--multirun")
-PLUGINS = {"joblib": "hydra_joblib_launcher", "optuna": "hydra_optuna_sweeper", "submitit": "hydra_submitit_launcher"}
+PLUGINS = {
+    "joblib": "hydra_joblib_launcher",
+    "optuna": "hydra_optuna_sweeper",
+    "slurm": "hydra_submitit_launcher",
+    "submitit": "hydra_submitit_launcher",
+}  # by the first word of a choice
 STATUSES = {0: "finished", EXIT_CODE: "stopped"}
 
 

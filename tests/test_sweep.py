@@ -62,7 +62,7 @@ def test_a_failed_job_takes_nothing_from_the_others_and_a_finished_one_is_left_a
     assert Path(finished.folder).parent == folder and finished.summary["steps"] == 2
     assert finished.summary["commit"].removesuffix("-dirty") == git("rev-parse", "HEAD")
     again = sweep([*overrides, f"run.root='{tmp_path}'", "run.name='a sweep'"], stdout=subprocess.PIPE)
-    table = again.communicate(timeout=240)[0].splitlines()
+    table = again.communicate(timeout=500)[0].splitlines()
     assert again.returncode == 1
     assert [line.split()[1] for line in table] == ["failed", "finished"] and "optim.rank=0" in table[0]
     latest = results(max((folder / "_sweeps").iterdir()))
@@ -99,21 +99,29 @@ def test_a_signal_saves_the_job_at_work_and_begins_no_other(small, tmp_path):
 def test_optuna_looks_for_the_least_validation_loss_and_makes_the_same_trials_again(small, tmp_path):
     search = [
         *small, f"run.root={tmp_path}", "optim.lr=tag(log,interval(1e-4,1e-1))", "optim.rank=choice(4,33)",
-        "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4",
+        "hydra/sweeper=optuna_loss", "hydra.sweeper.n_trials=4",
     ]  # fmt: skip
-    assert sweep(search).wait(timeout=300) == 1
-    first, again = (results(logs) for logs in (max((tmp_path / "sweep/_sweeps").iterdir()),) * 2)
-    assert {job.status for job in first} == {"finished", "failed"}
-    best = (max((tmp_path / "sweep/_sweeps").iterdir()) / "optimization_results.yaml").read_text()
-    least = min(job.summary["val/loss"] for job in first if job.summary)
-    assert json.dumps(least) in best
-    sweep(search).wait(timeout=300)
-    again = results(max((tmp_path / "sweep/_sweeps").iterdir()))
-    assert [job.name for job in again] == [job.name for job in first]
+    jobs = []
+    for _ in range(2):
+        assert sweep(search).wait(timeout=900) == 1
+        logs = max((tmp_path / "sweep/_sweeps").iterdir())
+        jobs.append(results(logs))
+    assert [job.name for job in jobs[0]] == [job.name for job in jobs[1]]
+    assert {job.status for job in jobs[0]} == {"finished", "failed"}
+    least = min(job.summary["val/loss"] for job in jobs[0] if job.summary)
+    assert json.dumps(least) in (logs / "optimization_results.yaml").read_text()
+
+
+def test_the_slurm_launcher_is_configured_for_one_launch_a_node(root):
+    command = [sys.executable, "-m", "pretrain.train", "hydra/launcher=slurm", "--cfg", "hydra", "-p", "hydra.launcher"]
+    env = {**os.environ, "PET_NPROC_PER_NODE": "8"}
+    shown = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout
+    for line in ("tasks_per_node: 1", "nodes: 1", "submitit_launcher.SlurmLauncher"):
+        assert line in shown
 
 
 @pytest.mark.slow
 def test_submitit_runs_each_job_in_a_process_of_its_own(small, tmp_path):
     options = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", f"run.root={tmp_path}"]
-    assert sweep([*small, "train.seed=0,1", *options]).wait(timeout=300) == 0
+    assert sweep([*small, "train.seed=0,1", *options]).wait(timeout=900) == 0
     assert len(list(tmp_path.glob("sweep/*/summary.json"))) == 2
