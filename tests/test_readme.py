@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 # ./test.sh is what runs this test.
-COMMANDS = [" ".join(shlex.split(line, comments=True)) for line in BASH if not line.startswith("./test.sh")]
+COMMANDS = [shlex.join(shlex.split(line, comments=True)) for line in BASH if not line.startswith("./test.sh")]
+TRAININGS = [command for command in COMMANDS if "launch.sh" in command or "pretrain.train" in command]
+OTHERS = [command for command in COMMANDS if command not in TRAININGS]
 SMALLER = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
     "train.seq_len=32", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
@@ -27,20 +29,39 @@ SMALLER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_run(command, tmp_path, tmp_path_factory):
-    smaller = [*SMALLER, f"run.root={tmp_path}", f"data.root={tmp_path_factory.getbasetemp() / 'readme-prepared'}"]
+def train(command: str, root: Path, prepared: Path) -> None:
+    smaller = [*SMALLER, f"run.root={root}", f"data.root={prepared}"]
     if "optim=adamw" not in command:
         smaller.append("optim.rank=8")
+    run([*shlex.split(command), *smaller])
+
+
+def run(command: list[str]) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command.split(), *smaller], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
-    )
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    (run,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What stands for ``runs/`` in the commands that look at runs."""
+    root = tmp_path_factory.mktemp("runs")
+    train("./launch.sh", root, tmp_path_factory.getbasetemp() / "readme-prepared")
+    return root
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_the_commands_that_look_at_runs_run(command, trained):
+    run([re.sub(r"^runs\b", str(trained), word) for word in shlex.split(command)])
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+def test_the_commands_run(command, tmp_path, tmp_path_factory):
+    train(command, tmp_path, tmp_path_factory.getbasetemp() / "readme-prepared")
+    (folder,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
     table = README.split("### What you should see")[1].split("## Settings")[0]
     for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
-        assert (run / name).exists() or name in ("wandb/", "selection.jsonl"), name
+        assert (folder / name).exists() or name in ("wandb/", "selection.jsonl"), name
 
 
 def test_the_python_block_runs():
@@ -63,9 +84,9 @@ def test_the_python_block_runs():
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", TRAININGS)
 def test_the_commands_pass_the_check_as_they_stand(command):
-    overrides = [word for word in command.split() if "=" in word and not word.startswith("--")]
+    overrides = [word for word in shlex.split(command) if "=" in word and not word.startswith("--")]
     for job in combinations(parse(overrides)):
         check(load(job))
 
