@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import BACKENDS, attention, resolve_backend
+from models.checkpointing import run
 from models.counter_rng import key
 from models.kv_cache import KVCache
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, else fp32: where norms, rotations and the loss are computed."""
-    return torch.promote_types(dtype, torch.float32)
+from models.loss import chunked_cross_entropy, cross_entropy
+from models.precision import at_least_fp32
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +89,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share."""
+    """One layer, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share.
+
+    `checkpointing` is set by `models.checkpointing.checkpoint_blocks`.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, heads: int, kv_heads: int, eps: float):
         super().__init__()
@@ -99,8 +100,12 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(hidden_size, heads, kv_heads)
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
         self.mlp = MLP(hidden_size, intermediate_size)
+        self.checkpointing = "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None = None) -> Tensor:
+        return run(self.checkpointing, self._forward, x, cos, sin, backend, cache)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -108,6 +113,7 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A LLaMA language model. Construction leaves torch's default weights: call `init_weights` next.
 
+    `loss_chunk_tokens`, when set, is how many tokens the loss takes at a time, so that the logits are never all held.
     `num_key_value_heads` None means one per attention head. `attention` is auto, sdpa or flash, see
     `models.attention`. Raises ValueError, naming every key at fault, for sizes that cannot be.
     """
@@ -153,6 +159,7 @@ class Llama(nn.Module):
         self.tie_word_embeddings = tie_word_embeddings
         self.initializer_range = initializer_range
         self.attention = attention
+        self.loss_chunk_tokens: int | None = None
 
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(
@@ -186,12 +193,13 @@ class Llama(nn.Module):
         backend = resolve_backend(self.attention, x.device, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, backend, caches[i] if caches else None)
-        logits = self.lm_head(self.norm(x))
+        x = self.norm(x)
         if targets is None:
-            return logits
+            return self.lm_head(x)
         # The loss is made here and not by the caller so that a sharded model's hooks span it.
-        logits = logits.flatten(0, 1).to(at_least_fp32(logits.dtype))
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
+        if self.loss_chunk_tokens:
+            return chunked_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.loss_chunk_tokens)
+        return cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

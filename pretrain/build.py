@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from models.checkpointing import checkpoint_blocks
 from models.grass_linear import convert_linears
 from models.llama import Llama
 from optim.baselines import projected_optimizer
@@ -39,6 +40,8 @@ def build_model(config: Config, device: torch.device) -> Llama:
         masters = optim.master_weights and config.train.dtype == "bfloat16"
         state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
         convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index)
+    checkpoint_blocks(model.layers, config.train.checkpointing)
+    model.loss_chunk_tokens = config.train.loss_chunk_tokens
     return model
 
 

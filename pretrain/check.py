@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from data.settings import problems as data_problems
+from models import checkpointing
 from models.attention import resolve_backend
-from models.grass_linear import convert_linears
+from models.grass_linear import GrassLinear, convert_linears
 from models.llama import Llama
 from optim.baselines import PROJECTED, SCALE_TYPES
 from optim.build import optimizer_class, parameter_groups
@@ -69,7 +70,15 @@ def _run_problems(config: Config) -> list[str]:
 
 def _train_problems(config: Config, world_size: int) -> list[str]:
     train, model = config.train, config.model
-    counts = ("steps", "tokens_per_step", "micro_batch_size", "seq_len", "log_every", "eval_sequences")
+    counts = (
+        "steps",
+        "tokens_per_step",
+        "micro_batch_size",
+        "seq_len",
+        "log_every",
+        "eval_sequences",
+        "loss_chunk_tokens",
+    )
     problems = _at_least(1, "train", train, *counts)
     if not problems and train.tokens_per_step % ((train.micro_batch_size or 1) * train.seq_len * world_size):
         problems.append(
@@ -79,6 +88,10 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
     problems += _at_least(0, "train", train, "checkpoint_every", "eval_every", "sample_tokens")
     problems += _one_of("train.dtype", train.dtype, DTYPES) + _one_of("train.resume", train.resume, ("auto", "never"))
     problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
+    try:
+        checkpointing.parse(train.checkpointing)
+    except ValueError as error:
+        problems.append(str(error))
     if train.seq_len > model.max_position_embeddings:
         problems.append(
             f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
@@ -148,6 +161,15 @@ def _baseline_problems(optim: OptimConfig) -> list[str]:
     return problems
 
 
+def _chunked_head_problems(optim: GrassConfig) -> list[str]:
+    if optim.score != "exact":
+        return []
+    return [
+        "optim.score=exact scores the head by the gradient of every chunk of train.loss_chunk_tokens, not by their "
+        "sum; use optim.score=sketch, or set train.loss_chunk_tokens=null"
+    ]
+
+
 def _model_problems(config: Config) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
@@ -157,6 +179,8 @@ def _model_problems(config: Config) -> list[str]:
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
             convert_linears(model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index)
+            if isinstance(model.lm_head, GrassLinear) and config.train.loss_chunk_tokens:
+                problems += _chunked_head_problems(optim)
         if isinstance(config.optim, BaselineConfig):
             linears = parameter_groups(model, lr=1.0, linear_lr=1.0)[0]["params"]
             problems += _within(1, min(min(p.shape) for _, p in linears), config.optim, "rank")

@@ -121,6 +121,8 @@ class TrainConfig:
     eval_sequences: int  # at the most, from the validation split
     log_every: int
     compile: bool
+    checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
+    loss_chunk_tokens: int | None  # how many tokens the loss takes at a time; null: all
     sample_tokens: int  # length of each sample at the end; 0 for none
 
 

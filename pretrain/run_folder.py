@@ -21,7 +21,7 @@ MAY_CHANGE = {
     "run": {"root"},
     "model": {"attention"},
     "data": {"root", "prompts"},
-    "train": {"steps", "resume", "compile", "micro_batch_size", "sample_tokens",
+    "train": {"steps", "resume", "compile", "checkpointing", "loss_chunk_tokens", "micro_batch_size", "sample_tokens",
               "checkpoint_every", "eval_every", "eval_sequences", "log_every"},
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
               "decay_share"},

@@ -1,6 +1,9 @@
 """What several test files watch with."""
 
+import itertools
+
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -18,3 +21,14 @@ class Allocations(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor):
                     self.shapes.add(tuple(tensor.shape))
         return result
+
+
+def allocations(work):
+    """(peak, held): the most bytes that `work()` had allocated at once, and those still there with its result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    running = list(itertools.accumulate(sizes, initial=0))
+    del result
+    return max(running), running[-1]

@@ -68,6 +68,8 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("optim.probe_steps=1000", r"optim\.probe_steps=1000 must be between 1 and"),
         ("optim.patterns=[]", r"optim\.patterns=\[\] names no layer"),
         ("train.checkpoint_every=-1", r"train\.checkpoint_every=-1 must be at least 0"),
+        ("train.checkpointing=some", r"train\.checkpointing=some is unknown; choose none, full, every:N or selective"),
+        ("train.loss_chunk_tokens=0", r"train\.loss_chunk_tokens=0 must be at least 1"),
         ("data.vocab_size=500", r"data\.vocab_size=500 is not model\.vocab_size=4096"),
         ("data.validation_share=2", r"data\.validation_share"),
     ],
@@ -75,6 +77,14 @@ def test_the_optimizers_have_schemas_of_their_own():
 def test_a_setting_that_cannot_be_is_named_with_its_mend(override, message):
     with pytest.raises(ConfigError, match=message):
         check(load([override]))
+
+
+def test_a_head_under_grass_cannot_be_scored_exactly_in_chunks():
+    head = ["optim.patterns=[lm_head]", "train.loss_chunk_tokens=64"]
+    check(load([*head, "optim.score=sketch"]))
+    check(load(["train.loss_chunk_tokens=64", "optim.score=exact"]))
+    with pytest.raises(ConfigError, match=r"optim\.score=exact scores the head .* train\.loss_chunk_tokens=null"):
+        check(load([*head, "optim.score=exact"]))
 
 
 def test_all_problems_come_at_once():

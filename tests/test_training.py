@@ -408,3 +408,27 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_and_repeats_no_li
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     assert [line["step"] for line in lines if "val/loss" in line] == [0, 4, 8]
     assert sorted(losses(folder)) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("mode", ["every:2", "selective"])
+def test_a_run_under_checkpointing_logs_the_same_losses_and_gradient_norms(mode, overrides, tmp_path):
+    logged = []
+    for each in ("none", mode):
+        folder, trainer = train(overrides(f"train.checkpointing={each}", f"run.name={each.replace(':', '-')}"))
+        assert trainer.model.layers[0].checkpointing == ("full" if each == "every:2" else each)
+        lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+        logged.append([(line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line])
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 8
+
+
+def test_a_run_with_the_loss_in_chunks_logs_the_losses_of_the_plain_one(overrides):
+    """Sums in another order: equal to a few roundings of fp32, in training and in validation."""
+    (whole, _), (chunked, trainer) = (
+        train(overrides("optim=adamw", f"run.name=chunk-{chunk}", f"train.loss_chunk_tokens={chunk}", grass=[]))
+        for chunk in ("null", 24)
+    )
+    assert trainer.model.loss_chunk_tokens == 24
+    assert losses(chunked) == pytest.approx(losses(whole), rel=1e-5)
+    scores = [json.loads(folder.summary_file.read_text())["val/loss"] for folder in (whole, chunked)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
