@@ -1,10 +1,11 @@
 """From a configuration to the objects of a run: the model, its optimizer, and what is attached to it."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.checkpointing import checkpoint_blocks
 from models.grass_linear import convert_linears
@@ -29,12 +30,18 @@ class Optimization:
     limiter: NormGrowthLimiter | None
 
 
-def build_model(config: Config, device: torch.device) -> Llama:
-    """The model on ``device``, initialised from the run's seed, its linears converted when the run uses Grass."""
+def build_model(config: Config, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None) -> Llama:
+    """The model on ``device``, its linears converted when the run uses Grass.
+
+    It starts from ``weights`` by name, or is initialised from the run's seed.
+    """
     with torch.device("meta"):
         model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
     model.to_empty(device=device)
-    model.init_weights(config.train.seed)
+    if weights is None:
+        model.init_weights(config.train.seed)
+    else:
+        fill(model, weights, f"train.init_from={config.train.init_from}")
     if isinstance(config.optim, GrassConfig):
         optim = config.optim
         masters = optim.master_weights and config.train.dtype == "bfloat16"
@@ -43,6 +50,30 @@ def build_model(config: Config, device: torch.device) -> Llama:
     checkpoint_blocks(model.layers, config.train.checkpointing)
     model.loss_chunk_tokens = config.train.loss_chunk_tokens
     return model
+
+
+@torch.no_grad()
+def fill(model: Llama, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
+    """Copy ``weights`` into ``model``, in the model's dtypes.
+
+    Raises:
+        ValueError: a weight too many, too few, or of another shape.
+    """
+    own = model.state_dict()
+    missing, casts = set(own), set[str]()
+    for name, tensor in weights:
+        if name not in own or own[name].shape != tensor.shape:
+            wanted = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
+            raise ValueError(f"{origin}: {name} has shape {tuple(tensor.shape)}, the model {wanted}; check model.*")
+        if tensor.dtype != own[name].dtype:
+            casts.add(f"{tensor.dtype} to {own[name].dtype}")
+        own[name].copy_(tensor)
+        missing.discard(name)
+    if model.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing:
+        raise ValueError(f"{origin} lacks {', '.join(sorted(missing)[:4])} …; check model.*")
+    logger.info("took the weights of %s%s", origin, f", cast from {', '.join(sorted(casts))}" if casts else "")
 
 
 def build_optimization(config: Config, model: nn.Module) -> Optimization:

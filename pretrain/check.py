@@ -20,6 +20,7 @@ from optim.moments import NEW_SECOND_MOMENTS, POLICIES
 from optim.schedule import SCHEDULES
 from optim.selection import SELECTIONS
 from pretrain.config import DTYPES, BaselineConfig, Config, ConfigError, GrassConfig, OptimConfig, model_arguments
+from pretrain.trained import init_problems
 
 
 def check(config: Config, world_size: int = 1) -> None:
@@ -176,6 +177,8 @@ def _model_problems(config: Config) -> list[str]:
     try:
         with torch.device("meta"):
             model = Llama(**model_arguments(config))
+        if config.train.init_from:
+            problems += init_problems(config.train.init_from, model, model_arguments(config))
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
             convert_linears(model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index)

@@ -132,7 +132,9 @@ def read_weights(path: Path, names: list[str]) -> dict[str, Tensor]:
         for name in names:
             entry: Any = stored[f"model.{name}"]
             tensors[f"model.{name}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (SafetensorError, dcp.api.CheckpointException) as error:
         raise _damaged(path, error) from None
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
@@ -140,7 +142,9 @@ def read_weights(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 def tensors_of(model: nn.Module, optim: Optimization) -> dict[str, Tensor]:
     """Every tensor that the next step depends on, by name. Views, not copies."""
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    # Unlike state_dict(), these name a tied weight once: safetensors refuses tensors that share memory.
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in named}
     for name, parameter in _named_parameters(optim.optimizer):
         for key, value in optim.optimizer.state.get(parameter, {}).items():
             for part, tensor in _parts(key, value).items():

@@ -113,6 +113,7 @@ class TrainConfig:
     tokens_per_step: int  # over all processes and micro-batches
     micro_batch_size: int | None  # sequences a process takes at once; its share of a step when null
     seq_len: int
+    init_from: str | None  # a run, or a Hugging Face LLaMA's folder or safetensors file, whose weights to start from
     dtype: str  # float32 | bfloat16 | float64: of weights, activations and gradients
     seed: int
     resume: str  # auto | never

@@ -54,13 +54,13 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     return {key: config[key] for key in OURS}, dtype
 
 
-def as_config(arguments: dict[str, Any], dtype: torch.dtype, bos_id: int, eos_id: int) -> dict[str, Any]:
+def as_config(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """What config.json says of a Llama of these keyword arguments."""
     return {
         "architectures": ["LlamaForCausalLM"], **ONLY, **{key: arguments[key] for key in OURS & arguments.keys()},
         "num_key_value_heads": arguments.get("num_key_value_heads") or arguments["num_attention_heads"],
         "rope_scaling": None, "attention_dropout": 0.0, "use_cache": True,
-        "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": bos_id, "eos_token_id": eos_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
 
 
@@ -112,3 +112,7 @@ def _weights_in(tensors: Any) -> list[str]:
 
 def _ours(name: str) -> str:
     return name.removeprefix("model.")
+
+
+def their_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"

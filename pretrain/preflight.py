@@ -18,6 +18,7 @@ from pretrain.config import Config, ConfigError, load
 from pretrain.distributed import world_size_from_env
 from pretrain.metrics import log_to_terminal
 from pretrain.run_folder import RunFolder
+from pretrain.trained import check_tokenizer
 
 EXIT_CODE = 2
 
@@ -30,7 +31,10 @@ def ready(config: Config, world_size: int) -> Prepared:
     """
     check(config, world_size)
     RunFolder(config).check(config)
-    return prepare(DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)}))
+    prepared = prepare(DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)}))
+    if config.train.init_from:
+        check_tokenizer(config.train.init_from, prepared.tokenizer)
+    return prepared
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from data.shards import sha256
 from data.tokenizer import Tokenizer
 from models.llama import Llama
 from pretrain import checkpoint, hugging_face
+from pretrain.build import fill
 from pretrain.config import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -67,29 +68,59 @@ def load_trained(path: str | Path) -> tuple[Llama, Tokenizer]:
         model = Llama(**found.arguments).to_dtype(found.dtype)
     model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     fill(model, found.weights(), found.path)
-    logger.info("read %s", found.path)
     return model.eval(), tokenizer
 
 
-@torch.no_grad()
-def fill(model: Llama, weights: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    """Copy ``weights`` into ``model``, in the model's dtypes.
+def weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
+    """The weights by our names of a model that ``find_trained`` finds, or in one safetensors file."""
+    path = Path(path)
+    return hugging_face.read_weights(path) if path.is_file() else find_trained(path).weights()
+
+
+def init_problems(path: str, model: Llama, arguments: dict[str, Any]) -> list[str]:
+    """Why a run whose ``model`` has these keyword arguments cannot start from the weights at ``path``, a line each."""
+    try:
+        if Path(path).is_file():
+            return _shape_problems(path, hugging_face.shapes_of(Path(path)), model)
+        theirs = find_trained(path).arguments
+    except ValueError as error:
+        return [f"train.init_from: {line}" for line in str(error).splitlines()]
+    heads = {"num_key_value_heads": theirs["num_attention_heads"]}
+    theirs = {key: heads.get(key) if value is None else value for key, value in theirs.items()}
+    ours = {key: arguments["num_attention_heads"] if value is None else value for key, value in arguments.items()}
+    free = ("initializer_range", "max_position_embeddings")
+    unlike = {key: value for key, value in theirs.items() if key not in free and ours[key] != value}
+    changes = " ".join(f"model.{key}={str(value).lower()}" for key, value in unlike.items())
+    return [f"train.init_from={path} is a model of another shape; set {changes}"] if unlike else []
+
+
+def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama) -> list[str]:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.tie_word_embeddings and "lm_head.weight" not in stored:
+        del wanted["lm_head.weight"]
+    unlike = [
+        f"{name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} in the model"
+        for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)
+    ]  # fmt: skip
+    more = f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
+    return [f"train.init_from={path}: {unlike[0]}{more}; change model.*"] if unlike else []
+
+
+def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+    """Hold ``tokenizer`` against the one that the model at ``path`` was trained with, if that lies beside it.
 
     Raises:
-        ValueError: a weight too many, too few, or of another shape.
+        ValueError: it is another one.
     """
-    own = model.state_dict()
-    missing = set(own)
-    for name, tensor in weights:
-        if name not in own or own[name].shape != tensor.shape:
-            wanted = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model {wanted}; check model.*")
-        own[name].copy_(tensor)
-        missing.discard(name)
-    if model.tie_word_embeddings:
-        missing.discard("lm_head.weight")
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing)[:4])} …; check model.*")
+    try:
+        beside = find_trained(path).tokenizer().parent if Path(path).is_dir() else Path(path).parent
+        files = sorted(beside.glob("tokenizer.*"))
+    except ValueError:
+        files = []
+    if not files:
+        logger.warning("there is no tokenizer beside train.init_from=%s to compare the run's with", path)
+    elif all(sha256(file) != tokenizer.sha256 for file in files):
+        raise ValueError(f"train.init_from={path} has another tokenizer than the run; set data.tokenizer={files[-1]}")
 
 
 def _of_checkpoint(path: Path) -> Trained:
@@ -100,7 +131,7 @@ def _of_checkpoint(path: Path) -> Trained:
 
     def weights() -> Iterable[tuple[str, Tensor]]:
         with torch.device("meta"):
-            names = list(Llama(**arguments).state_dict())
+            names = [name for name, _ in Llama(**arguments).named_parameters()]  # a tied head once
         return checkpoint.read_weights(path, names).items()
 
     return Trained(path, arguments, DTYPES[config["train"]["dtype"]], weights, lambda: _tokenizer_of(run, path, config))

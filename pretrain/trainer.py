@@ -30,6 +30,7 @@ from pretrain.generate import generate
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
 from pretrain.run_folder import RunFolder
+from pretrain.trained import weights_at
 from pretrain.update import Update
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class Trainer:
         train = config.train
         self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
         changes, resume_from = self._look_into_folder()
-        self.model = build_model(config, world.device)
+        start = weights_at(train.init_from) if train.init_from and resume_from is None else None
+        self.model = build_model(config, world.device, start)
         self.optim = build_optimization(config, self.model)
         self.rate = partial(
             rate_factor, total=train.steps, schedule=config.optim.schedule, warmup=config.optim.warmup_steps,
