@@ -99,10 +99,12 @@ class Grass:
         self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
         self.refresh_warmup = refresh_warmup
         self.steps = 0
+        self.in_update = False  # while set, a step of the optimizer is one on some of the parameters, with more to come
         # Probes of the window so far, averaged over processes; part of a checkpoint.
         self.gathered: dict[str, Tensor] = {}
         self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
         self._offsets = _offsets(list(self.layers), refresh_every) if stagger else dict.fromkeys(self.layers, 0)
+        self._stepping: dict[str, GrassLinear] = {}  # the layers whose rows the step at work changes
         self._before: dict[GrassLinear, Tensor] = {}
         self._said_reset = False
         # Rows that are stepped on in float32 and kept, moments and all, in less.
@@ -141,15 +143,22 @@ class Grass:
     # The hooks.
 
     def _before_step(self, *_) -> None:
-        self._before = {layer: layer.rows.detach().clone() for layer in self.layers.values() if layer.scaled}
-        self._stand_ins = lend(self.optimizer, self._low_precision)
+        held = {p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
+        self._stepping = {name: layer for name, layer in self.layers.items() if layer.rows in held}
+        self._before = {layer: layer.rows.detach().clone() for layer in self._stepping.values() if layer.scaled}
+        low_precision = {layer.rows for layer in self._stepping.values()} & self._low_precision.keys()
+        self._stand_ins = lend(self.optimizer, low_precision)
 
     def _after_step(self, *_) -> None:
         take_back(self.optimizer, self._stand_ins, self._round_state)
         decay = self._decay_factors() if self._before else {}
-        for name, layer in self.layers.items():
+        for name, layer in self._stepping.items():
             stepped = self._stand_ins.pop(layer.rows, None)
             layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0), stepped, self._rounding_key(name))
+        if not self.in_update:
+            self._end_update()
+
+    def _end_update(self) -> None:
         self.steps += 1
         self._gather()
         self._refresh([name for name in self.layers if self._steps_to_refresh(name) == self.refresh_every])

@@ -15,6 +15,7 @@ from optim.build import inner_optimizer, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
 from optim.norm_growth import NormGrowthLimiter
+from optim.step_in_backward import StepInBackward
 from pretrain.config import DTYPES, BaselineConfig, Config, GrassConfig, model_arguments
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Optimization:
     masters: MasterWeights | None
     grass: Grass | None
     limiter: NormGrowthLimiter | None
+    in_backward: StepInBackward | None
 
 
 def build_model(config: Config, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None) -> Llama:
@@ -101,7 +103,8 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
             refresh_warmup=optim.refresh_warmup,
         )  # fmt: skip
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
-    return Optimization(optimizer, masters, grass, limiter)
+    in_backward = StepInBackward(optimizer, grass, limiter) if config.train.step_in_backward else None
+    return Optimization(optimizer, masters, grass, limiter, in_backward)
 
 
 def compile_blocks(model: Llama, device: torch.device) -> bool:

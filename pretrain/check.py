@@ -35,6 +35,8 @@ def check(config: Config, world_size: int = 1) -> None:
         if isinstance(config.optim, GrassConfig):
             problems += _grass_problems(config.optim)
         problems += _baseline_problems(config.optim)
+        if config.train.step_in_backward:
+            problems += _step_in_backward_problems(config.optim, world_size)
         if 0 <= config.train.steps <= config.optim.warmup_steps:
             problems.append(
                 f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
@@ -169,6 +171,22 @@ def _chunked_head_problems(optim: GrassConfig) -> list[str]:
         "optim.score=exact scores the head by the gradient of every chunk of train.loss_chunk_tokens, not by their "
         "sum; use optim.score=sketch, or set train.loss_chunk_tokens=null"
     ]
+
+
+def _step_in_backward_problems(optim: OptimConfig, world_size: int) -> list[str]:
+    key, problems = "train.step_in_backward=true", []
+    if optim.clip:
+        problems.append(
+            f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
+            "optim.norm_growth=1.01, which limits each linear by itself"
+        )
+    if world_size > 1:
+        problems.append(f"{key}: gradients of {world_size} processes meet only after the backward; set it to false")
+    if optim.master_weights:
+        problems.append(f"{key}: masters step all at once; set optim.master_weights=false")
+    if isinstance(optim, BaselineConfig):
+        problems.append(f"{key}: {optim.inner} counts its steps over all parameters; set it to false")
+    return problems
 
 
 def _model_problems(config: Config) -> list[str]:

@@ -115,6 +115,7 @@ class TrainConfig:
     seq_len: int
     init_from: str | None  # a run, or a Hugging Face LLaMA's folder or safetensors file, whose weights to start from
     dtype: str  # float32 | bfloat16 | float64: of weights, activations and gradients
+    step_in_backward: bool  # step on each parameter as its gradient is whole, and free that; needs optim.clip=0
     seed: int
     resume: str  # auto | never
     checkpoint_every: int

@@ -30,7 +30,9 @@ class Update:
 
     def __call__(self, micro_batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
-        nats = self.accumulate(micro_batches)
+        nats = self.accumulate(micro_batches, step=True)
+        if self.optim.in_backward:
+            return nats, self.optim.in_backward.grad_norm()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         grad_norm = nn.utils.clip_grad_norm_(trainable, self.config.optim.clip or float("inf"))
         if self.optim.limiter:
@@ -39,14 +41,19 @@ class Update:
         self.model.zero_grad(set_to_none=True)
         return nats, grad_norm
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch]) -> Tensor:
-        """Forward and backward of every micro-batch; the gradient is that of the mean over all tokens of the step."""
+    def accumulate(self, micro_batches: Iterable[MicroBatch], step: bool = False) -> Tensor:
+        """Forward and backward of every micro-batch; the gradient is that of the mean over all tokens of the step.
+
+        With ``step`` the last backward makes the optimizer's steps as well, if the run is one that does so.
+        """
         nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
         # DDP averages over processes; the mean over tokens wants their sum.
         scale = self.world.size / self.config.train.tokens_per_step
         micro_batches = list(micro_batches)
         for i, (input_ids, targets) in enumerate(micro_batches):
-            with self._sync_gradients(last=i == len(micro_batches) - 1):
+            last = i == len(micro_batches) - 1
+            steps = self.optim.in_backward.steps() if self.optim.in_backward and step and last else nullcontext()
+            with self._sync_gradients(last), steps:
                 loss = self.parallel(self.world.upload(input_ids), self.world.upload(targets))
                 (loss * scale).backward()
             nats += loss.detach()
