@@ -1,0 +1,64 @@
+"""How much longer a step with a refresh takes than a regular one: steps in turn, medians.
+
+python -m benchmarks.refresh_time                       # llama_60m, rank 128, sketch
+python -m benchmarks.refresh_time optim.score=exact     # any overrides of the training command
+"""
+
+import argparse
+import json
+import time
+from statistics import median
+
+import torch
+
+from pretrain.build import build_model, build_optimization
+from pretrain.config import load
+from pretrain.distributed import World
+from pretrain.update import Update
+
+SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
+
+
+def measure(overrides: list[str], pairs: int) -> dict[str, float]:
+    """Median seconds of a regular and of a refresh step, which take turns, and the median of the ratios of neighbours.
+
+    Seconds are the process' own on all of its threads, where the device is a CPU: what else is at work counts less.
+    """
+    config = load([*SHAPE, *overrides, "optim.refresh_every=2"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config, device)
+    optim = build_optimization(config, model)
+    update = Update(config, World(rank=0, size=1, device=device), model, model, optim)
+    train = config.train
+    sequences = train.tokens_per_step // train.seq_len
+    ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1))
+    batch = [(ids[:, :-1], ids[:, 1:])]
+    assert optim.grass is not None
+    optim.grass.start(lambda: update.accumulate(batch))
+
+    def seconds() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def timed() -> float:
+        began = seconds()
+        update(batch)
+        return seconds() - began
+
+    regular, refresh = zip(*[(timed(), timed()) for _ in range(pairs + 2)][2:], strict=True)  # two to warm up
+    ratios = [slow / plain for plain, slow in zip(regular, refresh, strict=True)]
+    return {"regular_s": median(regular), "refresh_s": median(refresh), "ratio": median(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the training command, such as optim.sketch_width=32")
+    parser.add_argument("--pairs", type=int, default=15, help="regular and refresh steps that are timed")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.overrides, arguments.pairs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""What a refresh costs in time, at the shape of the 60M model."""
+
+import pytest
+
+from benchmarks.refresh_time import measure
+
+
+@pytest.mark.slow
+def test_a_step_with_a_sketched_refresh_takes_at_most_fifteen_hundredths_longer():
+    assert measure([], pairs=9)["ratio"] <= 1.15
