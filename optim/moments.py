@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from models.grass_linear import positions_among
 
@@ -37,7 +38,11 @@ class Change(NamedTuple):
 
 def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
     """Whether every tensor of ``state`` belongs to the rows element by element (factored or quantised ones do not)."""
-    return all(type(t) is Tensor and t.shape == shape for t in state.values() if torch.is_tensor(t) and t.ndim > 0)
+    return all(
+        not is_traceable_wrapper_subclass(t) and t.shape == shape
+        for t in state.values()
+        if torch.is_tensor(t) and t.ndim > 0
+    )
 
 
 @torch.no_grad()

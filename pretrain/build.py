@@ -37,8 +37,19 @@ def build_model(config: Config, device: torch.device, weights: Iterable[tuple[st
 
     It starts from ``weights`` by name, or is initialised from the run's seed.
     """
+    return materialise(config, outline(config), device, weights)
+
+
+def outline(config: Config) -> Llama:
+    """The model in its dtypes, without memory: on the meta device."""
     with torch.device("meta"):
-        model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
+        return Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
+
+
+def materialise(
+    config: Config, model: Llama, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None
+) -> Llama:
+    """Give an outline its memory on ``device`` and its weights, and convert its linears when the run uses Grass."""
     model.to_empty(device=device)
     if weights is None:
         model.init_weights(config.train.seed)

@@ -19,7 +19,16 @@ from optim.grass import SCORES
 from optim.moments import NEW_SECOND_MOMENTS, POLICIES
 from optim.schedule import SCHEDULES
 from optim.selection import SELECTIONS
-from pretrain.config import DTYPES, BaselineConfig, Config, ConfigError, GrassConfig, OptimConfig, model_arguments
+from pretrain.config import (
+    DTYPES,
+    BaselineConfig,
+    Config,
+    ConfigError,
+    EstimateConfig,
+    GrassConfig,
+    OptimConfig,
+    model_arguments,
+)
 from pretrain.trained import init_problems
 
 
@@ -32,6 +41,7 @@ def check(config: Config, world_size: int = 1) -> None:
     logging.disable(logging.INFO)  # what is looked at here is built again for the run, which says it then
     try:
         problems = [*_run_problems(config), *_train_problems(config, world_size), *_optim_problems(config.optim)]
+        problems += _estimate_problems(config.estimate)
         if isinstance(config.optim, GrassConfig):
             problems += _grass_problems(config.optim)
         problems += _baseline_problems(config.optim)
@@ -100,6 +110,13 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
             f"{model.max_position_embeddings}; shorten it or choose a model with more positions"
         )
+    return problems
+
+
+def _estimate_problems(estimate: EstimateConfig) -> list[str]:
+    problems = _one_of("estimate.format", estimate.format, ("table", "json"))
+    problems += _at_least(1, "estimate", estimate, "devices")
+    problems += _at_least(0, "estimate", estimate, "context_gib", "allocator_overhead", "device_memory_gib")
     return problems
 
 

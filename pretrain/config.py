@@ -142,6 +142,17 @@ class LoggerConfig:
 
 
 @dataclass
+class EstimateConfig:
+    """What ``python -m pretrain.estimate`` wants to know beside the run; training takes no notice."""
+
+    format: str  # table | json
+    devices: int  # of how many, each with a process, one is looked at
+    device_memory_gib: float | None  # what has to hold the run; null: no limit
+    context_gib: float  # taken on a device by CUDA, cuBLAS and NCCL beside all tensors
+    allocator_overhead: float  # lost by the allocator to rounding and gaps, as a share of the peak
+
+
+@dataclass
 class Config:
     run: RunConfig
     model: ModelConfig
@@ -149,6 +160,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     logger: LoggerConfig
+    estimate: EstimateConfig
 
 
 def register_schema() -> None:

@@ -26,6 +26,7 @@ MAY_CHANGE = {
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
               "decay_share"},
     "logger": {"wandb"},
+    "estimate": {"format", "devices", "device_memory_gib", "context_gib", "allocator_overhead"},
 }  # fmt: skip
 
 

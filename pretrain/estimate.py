@@ -1,0 +1,187 @@
+"""What a run would hold, told before it is started: ``python -m pretrain.estimate [hydra overrides]``.
+
+Takes the configuration that training takes and walks its steps without memory (pretrain.walk). Prints a table, or with
+``estimate.format=json`` one JSON object; exits with 2 and one message when the run cannot be, or does not fit.
+"""
+
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from pretrain.blocks import walk_all
+from pretrain.check import check
+from pretrain.config import Config, ConfigError, load, to_config
+from pretrain.preflight import clear_errors, only_asks_hydra
+from pretrain.walk import COMPONENTS, MODEL, Seen, micro_batch_size
+
+GIB = 2**30
+MANY = 2**16
+MENDS = {
+    "weights": "a smaller model, or train.dtype=bfloat16",
+    "rows": "a lower optim.rank",
+    "gradients": "optim=grass, or a lower optim.rank",
+    "optimizer_state": "optim=grass, or a lower optim.rank",
+    "activations": "a smaller train.micro_batch_size or train.seq_len",
+    "temporaries": "a smaller train.micro_batch_size, train.seq_len or optim.rank",
+    "sketch": "a smaller optim.sketch_width",
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The numbers of one device, in bytes but for the model's own.
+
+    peak_bytes                   the most held in a step without a refresh
+    refresh_peak_bytes           the most held in the steps of a refresh
+    components                   what holds ``peak_bytes``
+    communicated_bytes_per_step  given to collectives in a step without a refresh
+    max_micro_batch_size         the largest that fits ``estimate.device_memory_gib``, 0 for none; None without a limit
+    """
+
+    peak_bytes: int
+    refresh_peak_bytes: int
+    components: dict[str, int]
+    parameters: int
+    flops_per_token: int
+    communicated_bytes_per_step: int
+    max_micro_batch_size: int | None
+
+
+def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
+    """The estimate of a run, and the components of its refresh's peak.
+
+    Raises:
+        ConfigError: the configuration cannot run.
+    """
+    check(config, config.estimate.devices)
+    seen = walk_all(config)
+    regular, refresh = highest(seen, "regular"), highest(seen, "refresh")
+    found = Estimate(
+        peak_bytes=regular.total(),
+        refresh_peak_bytes=refresh.total(),
+        components=_in_order(regular),
+        parameters=seen[MODEL]["parameters"],
+        flops_per_token=seen[MODEL]["flops_per_token"],
+        communicated_bytes_per_step=seen[MODEL]["communicated"],
+        max_micro_batch_size=largest_micro_batch(config, seen) if config.estimate.device_memory_gib else None,
+    )
+    return found, _in_order(refresh)
+
+
+def highest(seen: Seen, step: str) -> Counter[str]:
+    """Bytes by component at the peak of the stretches whose names begin with ``step``."""
+    return max((held for stretch, held in seen.items() if stretch.startswith(step)), key=Counter.total)
+
+
+def _in_order(components: Counter[str]) -> dict[str, int]:
+    return {name: components[name] for name in COMPONENTS}
+
+
+def limit(config: Config) -> float:
+    """Bytes of the device; without ``estimate.device_memory_gib`` there is no limit."""
+    return (config.estimate.device_memory_gib or math.inf) * GIB
+
+
+def needed(config: Config, peak: int) -> int:
+    """Bytes of the device that a peak of tensors takes, with what the allocator and the device's context add."""
+    return int(peak * (1 + config.estimate.allocator_overhead) + config.estimate.context_gib * GIB)
+
+
+def largest_micro_batch(config: Config, seen: Seen) -> int:
+    """The most sequences a device can take at once, in a run that accumulates if ``config`` does; 0 when not even one.
+
+    A stretch of a step holds a fixed number of bytes and some for each sequence, or nearly so: ``seen``, the walk of
+    ``config``, and one with a sequence more tell the answer, and two more walks whether it is right.
+    """
+    size = micro_batch_size(config)
+    for _ in range(8):
+        one_more = walk_all(_with_micro_batch(config, size + 1), verify=False)
+        room = min(_room(config, held.total(), one_more[name].total()) for name, held in seen.items() if name != MODEL)
+        if room == 0 or (size == 1 and room < 0):
+            return size if room == 0 else 0
+        size = max(size + room, 1)
+        seen = walk_all(_with_micro_batch(config, size), verify=False)
+    return size
+
+
+def _room(config: Config, held: int, with_one_more: int) -> int:
+    """How many more sequences fit (fewer when negative) by what one stretch holds, and holds with one more."""
+    left = limit(config) - needed(config, held)
+    each = needed(config, with_one_more) - needed(config, held)
+    return math.floor(left / each) if each > 0 else MANY if left >= 0 else -MANY
+
+
+def _with_micro_batch(config: Config, size: int) -> Config:
+    train, devices = config.train, config.estimate.devices
+    accumulates = train.tokens_per_step > micro_batch_size(config) * train.seq_len * devices
+    tokens = size * train.seq_len * devices * (2 if accumulates else 1)
+    return replace(config, train=replace(train, micro_batch_size=size, tokens_per_step=tokens))
+
+
+def require_fit(config: Config, found: Estimate) -> None:
+    """Raise ConfigError when the run does not fit the device: what holds the most, and what to change."""
+    peak = max(found.peak_bytes, found.refresh_peak_bytes)
+    if needed(config, peak) <= limit(config):
+        return
+    others = {name: size for name, size in found.components.items() if name != "weights"}
+    blame = (
+        "weights" if found.components["weights"] > 0.8 * limit(config) else max(others, key=lambda name: others[name])
+    )
+    verb = "are" if blame.endswith("s") else "is"
+    mend = f"try {MENDS[blame]}"
+    if found.max_micro_batch_size:
+        mend = f"set train.micro_batch_size={found.max_micro_batch_size}"
+    raise ConfigError(
+        f"the run does not fit: it takes {needed(config, peak) / GIB:.2f} GiB of estimate.device_memory_gib="
+        f"{config.estimate.device_memory_gib:g}; the {blame.replace('_', ' ')} {verb} to blame with "
+        f"{found.components[blame] / GIB:.2f} GiB: {mend}"
+    )
+
+
+def print_table(config: Config, found: Estimate, refresh: dict[str, int]) -> None:
+    table = Table("GiB", "a step", "a refresh")
+    for name, size in found.components.items():
+        table.add_row(name.replace("_", " "), f"{size / GIB:.2f}", f"{refresh[name] / GIB:.2f}")
+    peaks = found.peak_bytes, found.refresh_peak_bytes
+    table.add_row("peak", *(f"{peak / GIB:.2f}" for peak in peaks))
+    table.add_row("on the device", *(f"{needed(config, peak) / GIB:.2f}" for peak in peaks))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{found.parameters / 1e6:,.0f}M parameters, {found.flops_per_token / 1e9:,.2f} GFLOPs a token")
+    console.print(f"{found.communicated_bytes_per_step / GIB:.3f} GiB communicated a step")
+    if found.max_micro_batch_size is not None:
+        console.print(f"largest micro-batch in {config.estimate.device_memory_gib:g} GiB: {found.max_micro_batch_size}")
+
+
+def run(config: Config) -> None:
+    found, refresh = estimate(config)
+    if config.estimate.format == "json":
+        print(json.dumps(asdict(found)))
+    else:
+        print_table(config, found, refresh)
+    require_fit(config, found)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def hydra_main(cfg: DictConfig) -> None:
+    with clear_errors():
+        run(to_config(cfg))
+
+
+def main() -> None:
+    overrides = sys.argv[1:]
+    with clear_errors():
+        if not only_asks_hydra(overrides):
+            load(overrides)
+    hydra_main()
+
+
+if __name__ == "__main__":
+    main()

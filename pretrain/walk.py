@@ -1,0 +1,171 @@
+"""Walks through the first steps of a run on fake tensors, with the run's own code, and sees what they hold.
+
+No memory is taken and nothing is computed, so which rows a refresh would choose is not known: the first ones stand for
+them. Shapes and lifetimes are those of the CPU without ``torch.compile``.
+"""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models.grass_linear import GrassLinear
+from models.llama import Llama
+from optim.grass import Grass
+from pretrain.build import build_optimization, materialise, outline
+from pretrain.config import Config
+from pretrain.distributed import World
+from pretrain.flops import flops_per_token, parameter_counts
+from pretrain.storages import TEMPORARIES, Storages
+from pretrain.update import MicroBatch, Update
+
+COMPONENTS = ("weights", "rows", "gradients", "optimizer_state", "activations", TEMPORARIES, "sketch")
+EDGE = 2  # so many blocks at either end have stretches of their own
+BETWEEN = "between"
+MODEL = "model"
+
+Seen = dict[str, Counter[str]]
+"""By stretch of a step the bytes of each component at its peak; under MODEL its own numbers."""
+
+
+def walk(config: Config, blocks: int) -> Seen:
+    """Walk, in a model of so many blocks, through the step that makes the optimizer's state, one more, and a refresh.
+
+    The stretches of the first two begin with "regular", those of the third with "refresh".
+    """
+    config = replace(config, model=replace(config.model, num_hidden_layers=blocks))
+    model = outline(config)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Ones(),
+        Storages() as storages,
+    ):
+        walker = _Walker(config, model, storages)
+        walker.step("regular", 0)
+        walker.step("regular", 0)
+        walker.refresh()
+    numbers = parameter_counts(model) | {"flops_per_token": flops_per_token(model, config.train.seq_len)}
+    return storages.peaks() | {MODEL: Counter(numbers)}
+
+
+def micro_batch_size(config: Config) -> int:
+    """The sequences that a process takes at once."""
+    train = config.train
+    return train.micro_batch_size or train.tokens_per_step // (train.seq_len * config.estimate.devices)
+
+
+class _Ones(TorchDispatchMode):
+    """Answers 1 to whoever asks a fake tensor for its number: it has none."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        try:
+            return func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return 1
+
+
+class _Walker:
+    """Builds a run, makes the steps that differ in what they hold, and tells ``storages`` what is what."""
+
+    def __init__(self, config: Config, model: Llama, storages: Storages):
+        self.config, self.model, self.storages = config, model, storages
+        self.step_name, self.made_before_forward = "", 0
+        world = World(0, 1, torch.device("cpu"))
+        materialise(config, model, world.device)
+        self._label_model()
+        self._mark_blocks()
+        self.optim = build_optimization(config, model)
+        if self.optim.grass:
+            self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
+        self.update = Update(config, world, model, model, self.optim)
+        self.optim.optimizer.register_step_pre_hook(lambda *_: self._mark("optimizer"))
+
+    def step(self, name: str, number: int) -> None:
+        """One update, as update ``number`` of a window; its stretches are called by ``name``."""
+        self.step_name = name
+        self._mark("begin")
+        if grass := self.optim.grass:
+            for layer in grass.layers.values():
+                layer.probe = None
+            grass.resume(number)
+            self._label_probes(grass)
+        self.update(self._micro_batches())
+        for state in self.optim.optimizer.state.values():
+            self.storages.label((t for t in state.values() if isinstance(t, Tensor)), "optimizer_state")
+
+    def refresh(self) -> None:
+        """The steps that gather scores, the last with the refresh; for a projection, the step that renews it.
+
+        The choice of the first rows, before there is any optimizer state, holds less.
+        """
+        if grass := self.optim.grass:
+            for left in range(min(grass.probe_steps, 2), 0, -1):
+                self.step("refresh", grass.refresh_every - left)
+        else:
+            for group in self.optim.optimizer.param_groups:
+                group |= {"update_proj_gap": 1} if "update_proj_gap" in group else {}
+            self.step("refresh", 0)
+
+    def _micro_batches(self) -> list[MicroBatch]:
+        """One micro-batch, or two: more of them hold no more."""
+        train, size = self.config.train, micro_batch_size(self.config)
+        tokens = torch.zeros(size, train.seq_len, dtype=torch.int64)
+        accumulated = train.tokens_per_step // (size * train.seq_len * self.config.estimate.devices)
+        return [(tokens, tokens)] * min(accumulated, 2)
+
+    def _label_model(self) -> None:
+        """Weights and rows now, gradients as they come, as activations what a forward leaves for its backward."""
+        label = self.storages.label
+        label(self.model.parameters(), "weights")
+        for layer in self.model.modules():
+            if isinstance(layer, GrassLinear):
+                label([layer.rows, *layer.buffers()], "rows")
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: label([p.grad], "gradients"))
+        self.model.register_forward_pre_hook(self._before_forward)
+        self.model.register_forward_hook(self._after_forward)
+
+    def _before_forward(self, *_) -> None:
+        self.made_before_forward = self.storages.made
+
+    def _after_forward(self, *_) -> None:
+        self.storages.label_since(self.made_before_forward, "activations")
+        self._mark("backward")
+
+    def _label_probes(self, grass: Grass) -> None:
+        label = self.storages.label
+        for layer in grass.layers.values():
+            if layer.probe is not None:
+                label([layer.probe], "sketch")
+                layer.probe.register_post_accumulate_grad_hook(lambda p: label([p.grad], "sketch"))
+
+    def _mark(self, name: str) -> None:
+        self.storages.mark(f"{self.step_name} {name}")
+
+    def _mark_blocks(self) -> None:
+        """A stretch begins where the forward, and where the backward, of a block begins."""
+        blocks = len(self.model.layers)
+        for i, block in enumerate(self.model.layers):
+            name = str(i) if i < EDGE else str(i - blocks) if i >= blocks - EDGE else BETWEEN
+            block.register_forward_pre_hook(lambda *_, name=name: self._mark(f"forward {name}"))
+            block.register_forward_hook(partial(self._await_backward, name))
+
+    def _await_backward(self, name: str, _block: nn.Module, _inputs: tuple, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(lambda _: self._mark(f"backward {name}"))
+
+
+def _first_rows(grass: Grass):
+    """In place of ``grass.choose``, which would look at scores."""
+
+    def choose(names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        layers = [grass.layers[name] for name in names]
+        return [(torch.arange(layer.rank), torch.ones(layer.rank) if layer.scaled else None) for layer in layers]
+
+    return choose

@@ -1,0 +1,143 @@
+"""The planner: its arithmetic against hand-worked cases, its shortcut against full walks, its refusals."""
+
+import json
+
+import pytest
+import torch
+
+from pretrain.blocks import _edges, walk_all
+from pretrain.config import ConfigError, load
+from pretrain.estimate import GIB, estimate, highest, run
+from pretrain.storages import Storages
+from pretrain.walk import walk
+
+TINY = [
+    "model.vocab_size=64", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
+    "train.seq_len=16", "train.tokens_per_step=64", "train.micro_batch_size=2",
+]  # fmt: skip
+GRASS = ["optim.rank=4", "optim.sketch_width=4"]
+
+
+def tiny(*overrides):
+    grass = [] if any(o.startswith("optim=") and o != "optim=grass" for o in overrides) else GRASS
+    return load([*TINY, *grass, *overrides])
+
+
+def test_storages_are_counted_from_their_making_to_their_end_and_once():
+    with Storages() as storages:
+        kept = torch.ones(100)
+        storages.label([kept], "kept")
+        storages.mark("a")
+        gone = torch.ones(50) + kept[:50]  # a view holds nothing, the ones are let go
+        storages.mark("b")
+        del gone
+        other = kept.t().neg()
+        storages.mark("a")
+    assert storages.peaks() == {
+        "a 1": {"kept": 400, "temporaries": 400},
+        "b 1": {"kept": 400, "temporaries": 400},
+        "a 2": {"kept": 400, "temporaries": 400},
+    }
+    assert other.shape == (100,)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.dtype=bfloat16", "optim.refresh_every=1"),
+        ("optim.side=columns", "optim.share_index=true", "optim.probe_steps=2"),
+        ("optim.stagger=true", "optim.refresh_every=3"),
+        ("optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"),
+        ("optim=adamw8bit",),
+        ("optim=galore", "optim.rank=4"),
+    ],
+)
+def test_few_blocks_tell_what_many_hold_to_the_byte(overrides):
+    config = tiny("model.num_hidden_layers=9", *overrides)
+    assert walk_all(config) == _edges(walk(config, 9))
+
+
+def test_what_can_be_counted_by_hand_is_so():
+    found, refresh = estimate(tiny("optim=adamw", "model.num_hidden_layers=2"))
+    assert found.parameters == 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert found.components["weights"] == found.parameters * 4
+    parameters = 2 + 2 * 9 + 1
+    assert found.components["optimizer_state"] == found.parameters * 8 + parameters * 4  # Adam's step is a tensor
+    assert found.peak_bytes == sum(found.components.values()) == found.refresh_peak_bytes == sum(refresh.values())
+    assert (found.communicated_bytes_per_step, found.max_micro_batch_size) == (0, None)
+
+
+def test_gradients_and_state_of_grass_are_those_of_the_rows():
+    dense, _ = estimate(tiny("optim=adamw", "model.num_hidden_layers=1", "train.micro_batch_size=4"))
+    grass, refresh = estimate(tiny("model.num_hidden_layers=1", "train.micro_batch_size=4"))
+    linears, rows = 4 * 32 * 32 + 3 * 32 * 48, 4 * (4 * 32 + 3 * 48)
+    assert dense.components["optimizer_state"] - grass.components["optimizer_state"] == 8 * (linears - rows)
+    assert grass.components["rows"] == 4 * rows + 7 * 4 * (8 + 4)  # and index and scale of each
+    assert grass.components["sketch"] == 0 < refresh["sketch"]
+
+
+def test_json_is_one_object_with_the_named_keys(capsys):
+    run(tiny("estimate.format=json"))
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        "peak_bytes", "refresh_peak_bytes", "components", "parameters", "flops_per_token",
+        "communicated_bytes_per_step", "max_micro_batch_size",
+    ]  # fmt: skip
+    assert sum(found["components"].values()) == found["peak_bytes"]
+
+
+def test_the_table_shows_both_peaks(capsys):
+    run(tiny("estimate.device_memory_gib=1"))
+    out = capsys.readouterr().out
+    assert "a refresh" in out and "optimizer state" in out and "largest micro-batch in 1 GiB" in out
+
+
+@pytest.mark.parametrize("tokens", [32, 64], ids=["at once", "accumulated"])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
+    limit = ["estimate.context_gib=0", "estimate.allocator_overhead=0", f"train.tokens_per_step={tokens}"]
+    base = tiny(*limit, "model.num_hidden_layers=7")
+    budget = 1.5 * estimate(base)[0].peak_bytes
+    largest = estimate(tiny(*limit, "model.num_hidden_layers=7", f"estimate.device_memory_gib={budget / GIB}"))[0]
+    size = largest.max_micro_batch_size
+    assert size > 2
+
+    def peak(size):
+        sized = [f"train.micro_batch_size={size}", f"train.tokens_per_step={size * tokens // 2}"]
+        seen = walk(tiny("model.num_hidden_layers=7", *sized), 7)
+        return max(highest(seen, "regular").total(), highest(seen, "refresh").total())
+
+    assert peak(size) <= budget < peak(size + 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=llama_1b", "estimate.device_memory_gib=4"], "the weights are to blame with 4.99 GiB.*bfloat16"),
+        (["model=llama_130m", "optim=adamw", "train.micro_batch_size=1", "train.seq_len=64",
+          "estimate.device_memory_gib=2"], "optimizer state is to blame.*optim=grass"),
+        (["model.num_hidden_layers=1", "train.seq_len=1024", "train.tokens_per_step=65536", "estimate.context_gib=0",
+          "estimate.device_memory_gib=1"], "set train.micro_batch_size="),
+        (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
+        (["model.attention=flash"], "flash-attn needs a CUDA device"),
+        (["estimate.format=xml"], "choose from table, json"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_with_its_cause_and_mend(overrides, message, capsys):
+    with pytest.raises(ConfigError, match=message):
+        run(load(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [((), 29.5), (("optim.state_dtype=float32",), 32.0)],
+    ids=["bf16 rows and state", "fp32 rows and state"],
+)
+def test_13b_at_256_tokens_stays_below(overrides, limit):
+    config = load([
+        "model=llama_13b", "optim.rank=64", "train.dtype=bfloat16", "train.micro_batch_size=1",
+        "train.tokens_per_step=256", *overrides,
+    ])  # fmt: skip
+    found, _ = estimate(config)
+    assert found.peak_bytes <= limit * GIB
+    assert found.refresh_peak_bytes <= 1.02 * found.peak_bytes
