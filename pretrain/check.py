@@ -115,7 +115,8 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
 
 def _estimate_problems(estimate: EstimateConfig) -> list[str]:
     problems = _one_of("estimate.format", estimate.format, ("table", "json"))
-    problems += _at_least(1, "estimate", estimate, "devices")
+    if estimate.devices != 1:
+        problems.append(f"estimate.devices={estimate.devices}: the planner knows one device alone; set it to 1")
     problems += _at_least(0, "estimate", estimate, "context_gib", "allocator_overhead", "device_memory_gib")
     return problems
 

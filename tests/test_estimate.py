@@ -45,12 +45,12 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
     "overrides",
     [
         (),
-        ("train.dtype=bfloat16", "optim.refresh_every=1"),
+        pytest.param(("train.dtype=bfloat16", "optim.refresh_every=1"), marks=pytest.mark.slow),
         ("optim.side=columns", "optim.share_index=true", "optim.probe_steps=2"),
-        ("optim.stagger=true", "optim.refresh_every=3"),
+        pytest.param(("optim.stagger=true", "optim.refresh_every=3"), marks=pytest.mark.slow),
         ("optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"),
-        ("optim=adamw8bit",),
-        ("optim=galore", "optim.rank=4"),
+        pytest.param(("optim=adamw8bit",), marks=pytest.mark.slow),
+        pytest.param(("optim=galore", "optim.rank=4"), marks=pytest.mark.slow),
     ],
 )
 def test_few_blocks_tell_what_many_hold_to_the_byte(overrides):
@@ -93,7 +93,7 @@ def test_the_table_shows_both_peaks(capsys):
     assert "a refresh" in out and "optimizer state" in out and "largest micro-batch in 1 GiB" in out
 
 
-@pytest.mark.parametrize("tokens", [32, 64], ids=["at once", "accumulated"])
+@pytest.mark.parametrize("tokens", [32, pytest.param(64, marks=pytest.mark.slow)], ids=["at once", "accumulated"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
     limit = ["estimate.context_gib=0", "estimate.allocator_overhead=0", f"train.tokens_per_step={tokens}"]
     base = tiny(*limit, "model.num_hidden_layers=7")
@@ -120,6 +120,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
           "estimate.device_memory_gib=1"], "set train.micro_batch_size="),
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
         (["model.attention=flash"], "flash-attn needs a CUDA device"),
+        (["estimate.devices=2"], "one device alone"),
         (["estimate.format=xml"], "choose from table, json"),
     ],
 )  # fmt: skip
