@@ -117,7 +117,7 @@ class GrassLinear(nn.Module):
             raise ValueError(f"optim.side={side!r} is unknown; use auto, rows or columns")
         self.side = side if side != "auto" else "rows" if self.out_features <= self.in_features else "columns"
         self.dim = 0 if self.side == "rows" else 1
-        if not 1 <= rank <= weight.shape[self.dim]:
+        if type(rank) is not int or not 1 <= rank <= weight.shape[self.dim]:
             raise ValueError(
                 f"optim.rank={rank} must be between 1 and {weight.shape[self.dim]}, "
                 f"the number of {self.side} of a {tuple(weight.shape)} weight"
@@ -242,7 +242,7 @@ def matches(name: str, pattern: str) -> bool:
 
 def convert_linears(
     model: nn.Module,
-    rank: int,
+    rank: int | Mapping[str, int],
     patterns: Sequence[str] = ATTENTION_AND_MLP,
     side: str | Mapping[str, str] = "auto",
     state_dtype: torch.dtype | None = None,
@@ -250,9 +250,9 @@ def convert_linears(
 ) -> dict[str, GrassLinear]:
     """Swap in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` for GrassLinear.
 
-    Weights are shared, not copied. What was converted and what was left is logged. ``side`` is one for all, or one for
-    each glob of names that it maps, the last match winning and "auto" without any. With ``share_index`` those of
-    SAME_INPUT that select columns share one index, and one slice of their input.
+    Weights are shared, not copied. What was converted and what was left is logged. ``side`` and ``rank`` are one for
+    all, or one for each glob of names that they map, the last match winning; ``side`` is "auto" without any. With
+    ``share_index`` those of SAME_INPUT of one rank that select columns share one index, and one slice of their input.
 
     Returns:
         The new layers by module name, in model order.
@@ -265,7 +265,8 @@ def convert_linears(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     problems: dict[str, list[str]] = {}  # message → names of the layers it is about
     sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
-    for p in [*patterns, *sides]:
+    ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
+    for p in [*patterns, *sides, *ranks]:
         if not any(matches(name, p) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
             problems[f"pattern {p!r} matches no linear layer of the model, which has {known}"] = []
@@ -283,7 +284,10 @@ def convert_linears(
                     "model.tie_word_embeddings=false"
                 )
             side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
-            layers[name] = GrassLinear(linear.weight, rank, side_of_this, state_dtype)
+            ranks_of_this = [r for p, r in ranks.items() if matches(name, p)]
+            if not ranks_of_this:
+                raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
+            layers[name] = GrassLinear(linear.weight, ranks_of_this[-1], side_of_this, state_dtype)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if share_index and not _share_slices(layers) and not problems:
@@ -298,7 +302,7 @@ def convert_linears(
         setattr(model.get_submodule(parent), child, layer)
     left = [name for name in linears if name not in layers]
     logger.info(
-        "converted %d of %d linear layers to Grass (rank %d); left full-rank: %s",
+        "converted %d of %d linear layers to Grass (rank %s); left full-rank: %s",
         *(len(layers), len(linears), rank, ", ".join(left) or "none"),
     )
     return layers
@@ -306,12 +310,12 @@ def convert_linears(
 
 def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
     """Let the layers of one module that read the same input and select columns share a slice; how many slices."""
-    siblings: dict[tuple[str, int], list[GrassLinear]] = {}
+    siblings: dict[tuple[str, int, int], list[GrassLinear]] = {}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         for input_of, readers in enumerate(SAME_INPUT):
             if child in readers and layer.side == "columns":
-                siblings.setdefault((parent, input_of), []).append(layer)
+                siblings.setdefault((parent, input_of, layer.rank), []).append(layer)
     together = [members for members in siblings.values() if len(members) > 1]
     for members in together:
         shared = SharedSlice(len(members))

@@ -75,7 +75,7 @@ class OptimConfig:
 @dataclass
 class GrassConfig(OptimConfig):
     patterns: list[str]  # globs of the linears to convert
-    rank: int  # rows (or columns) trained in each linear
+    rank: Any  # rows (or columns) trained in each linear, or one number for each glob: {"*": 64, up_proj: 172}
     alpha: float  # multiplies the rate of the selected rows
     refresh_every: int  # updates between two choices of rows
     selection: str

@@ -206,9 +206,17 @@ def test_the_side_can_be_given_for_each_pattern():
     assert [layer.side for layer in layers.values()] == ["columns", "rows", "columns"]
 
 
+def test_the_rank_can_be_given_for_each_pattern():
+    layers = convert_linears(nn.ModuleList([Tiny()]), rank={"*": 4, "*.self_attn.*": 2, "k_proj": 3})
+    assert [layer.rank for layer in layers.values()] == [2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"rank": {"*_proj": 2, "nothing": 1}}, "pattern 'nothing' matches no linear layer"),
+        ({"rank": {"up_proj": 2}}, "0.self_attn.q_proj and 1 more: optim.rank names no rank for it"),
+        ({"rank": "many"}, "optim.rank=many must be between 1 and 8"),
         ({"rank": 2, "side": {"*.down_proj": "rows"}}, r"pattern '\*\.down_proj' matches no linear layer"),
         ({"rank": 2, "patterns": ["*.nothing"]}, "matches no linear layer"),
         ({"rank": 5}, "0.self_attn.k_proj: optim.rank=5 must be between 1 and 4"),
