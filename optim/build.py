@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.grass_linear import ATTENTION_AND_MLP, GrassLinear, matches
+from optim.parts import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,21 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
     return cls(groups, **taken)
 
 
+def optimizer_of_groups(
+    inner: str, embedding_inner: str | None, groups: list[dict[str, Any]], **options: Any
+) -> torch.optim.Optimizer:
+    """``inner`` over ``groups``, or, if ``embedding_inner`` is given, that one over the group "embeddings"."""
+    embeddings = [group for group in groups if group["name"] == "embeddings"]
+    if embedding_inner is None or not embeddings:
+        return inner_optimizer(inner, groups, **options)
+    others = [group for group in groups if group["name"] != "embeddings"]
+    return Parts([inner_optimizer(inner, others, **options), inner_optimizer(embedding_inner, embeddings, **options)])
+
+
 def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
     """What decoupled weight decay multiplies a parameter of ``group`` by in a step; 1 where decay is not decoupled."""
+    if isinstance(optimizer, Parts):
+        return next(decay_factor(part, group) for part in optimizer.parts if any(g is group for g in part.param_groups))
     decoupled = (
         isinstance(optimizer, torch.optim.Adafactor | torch.optim.Muon)
         or group.get("decoupled_weight_decay", False)

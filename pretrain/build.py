@@ -11,7 +11,7 @@ from models.checkpointing import checkpoint_blocks
 from models.grass_linear import convert_linears
 from models.llama import Llama
 from optim.baselines import projected_optimizer
-from optim.build import inner_optimizer, parameter_groups
+from optim.build import optimizer_of_groups, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
 from optim.norm_growth import NormGrowthLimiter
@@ -102,7 +102,7 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
             scale_type=optim.scale_type, **options,
         )  # fmt: skip
     else:
-        optimizer = inner_optimizer(optim.inner, groups, **options)
+        optimizer = optimizer_of_groups(optim.inner, optim.embedding_inner, groups, **options)
     masters = MasterWeights(optimizer) if optim.master_weights else None
     grass = None
     if isinstance(optim, GrassConfig):

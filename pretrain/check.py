@@ -123,10 +123,11 @@ def _estimate_problems(estimate: EstimateConfig) -> list[str]:
 
 def _optim_problems(optim: OptimConfig) -> list[str]:
     problems = _one_of("optim.schedule", optim.schedule, SCHEDULES)
-    try:
-        optimizer_class(optim.inner)
-    except ValueError as error:
-        problems.append(str(error))
+    for key in ("inner", "embedding_inner"):
+        try:
+            optimizer_class(getattr(optim, key) or optim.inner)
+        except ValueError as error:
+            problems.append(str(error).replace("optim.inner", f"optim.{key}"))
     for name in ("lr", "linear_lr", "alpha"):
         rate = getattr(optim, name, 1.0)
         if not 0 < rate < math.inf:
@@ -168,11 +169,15 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
 
 def _baseline_problems(optim: OptimConfig) -> list[str]:
     if not isinstance(optim, BaselineConfig):
+        if optim.embedding_inner in PROJECTED:
+            return [f"optim.embedding_inner={optim.embedding_inner} projects linears; use adamw8bit or adafactor"]
         projects = optim.inner in PROJECTED
         return [f"optim.inner={optim.inner} needs keys of its own; use optim={optim.inner}"] if projects else []
     if optim.inner not in PROJECTED:
         return [f"optim.inner={optim.inner} does not project; use {', '.join(PROJECTED)}, or optim=adamw"]
     problems = _at_least(1, "optim", optim, "update_gap")
+    if optim.embedding_inner is not None:
+        problems.append(f"optim.embedding_inner: {optim.inner} steps on embeddings by itself; set it to null")
     if not 0 < optim.scale < math.inf:
         problems.append(f"optim.scale={optim.scale} must be greater than 0 and finite")
     if optim.inner == "apollo":

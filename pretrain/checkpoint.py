@@ -177,7 +177,15 @@ def _parts(key: str, value: Any) -> dict[str, Tensor]:
 
 def _make_room(optim: Optimization, stored: Mapping[str, Any]) -> None:
     """Give ``optim`` the state tensors that ``stored`` (name → metadata) has and a new optimizer lacks, unfilled."""
-    optimizer: Any = optim.optimizer
+    for part in getattr(optim.optimizer, "parts", [optim.optimizer]):
+        _make_room_in(part, stored)
+    if optim.grass is not None:
+        for name, layer in optim.grass.layers.items():
+            if f"grass.{name}" in stored:
+                optim.grass.gathered[name] = torch.empty(stored[f"grass.{name}"].size, device=layer.weight.device)
+
+
+def _make_room_in(optimizer: Any, stored: Mapping[str, Any]) -> None:
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, parameter in _named_parameters(optimizer):
         state = optimizer.state[parameter]
@@ -191,7 +199,3 @@ def _make_room(optim: Optimization, stored: Mapping[str, Any]) -> None:
             counter = size == (1,) and parameter.shape != (1,)
             device = torch.device("cpu") if counter and not fused else parameter.device
             state[key] = torch.empty(() if counter else size, dtype=dtype, device=device)
-    if optim.grass is not None:
-        for name, layer in optim.grass.layers.items():
-            if f"grass.{name}" in stored:
-                optim.grass.gathered[name] = torch.empty(stored[f"grass.{name}"].size, device=layer.weight.device)

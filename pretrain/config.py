@@ -57,6 +57,7 @@ class OptimConfig:
 
     name: str
     inner: str  # adamw | adam | sgd | adafactor | adamw8bit | the dotted path of a torch.optim.Optimizer
+    embedding_inner: str | None  # of embeddings and head, when another: adamw8bit, adafactor …
     lr: float  # peak rate of embeddings, head and norms
     linear_lr: float  # peak rate of the attention and MLP linears
     weight_decay: float  # on matrices, and as the inner optimizer applies it: decoupled or not

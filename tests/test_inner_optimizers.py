@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.grass_linear import GrassLinear, convert_linears
-from optim.build import inner_optimizer, optimizer_class, parameter_groups, set_rates
+from optim.build import inner_optimizer, optimizer_class, optimizer_of_groups, parameter_groups, set_rates
 from optim.grass import Grass
 
 # The optimizer by name, and its class as anyone would call it with lr, weight_decay and what is given here.
@@ -176,3 +176,31 @@ def test_what_an_optimizer_was_given_is_logged(caplog):
     with caplog.at_level("INFO"):
         inner_optimizer("sgd", groups, **OPTIONS)
     assert "SGD with momentum=0.8" in caplog.text
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(32, 256)
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(256, 32, bias=False)})
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adafactor"])
+def test_embeddings_can_have_an_optimizer_of_their_own(name):
+    model, reference = (nn.ModuleDict({"model": Headed()}) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    groups = parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY)
+    optimizer = optimizer_of_groups("adamw", name, groups, **OPTIONS)
+    alone = [
+        inner_optimizer(inner, [{"params": list(part.parameters()), "lr": LR, "weight_decay": DECAY}], **OPTIONS)
+        for inner, part in ((name, reference["model"].embed_tokens), ("adamw", reference["model"].mlp))
+    ]
+    for step in range(3):
+        for one in (model, reference):
+            for p in one.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        for stepping in (optimizer, *alone):
+            stepping.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    moments = optimizer.state[model["model"].embed_tokens.weight]
+    assert "exp_avg" not in moments if name == "adafactor" else moments["exp_avg"].codes.dtype == torch.uint8

@@ -175,6 +175,8 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.inner=sgd", "optim.weight_decay=0.1"],
         [*GRASS, "optim.inner=adafactor", "optim.stagger=true"],
         [*GRASS, "optim.inner=adamw8bit"],
+        [*GRASS, "optim.embedding_inner=adamw8bit"],
+        [*GRASS, "optim.embedding_inner=adafactor"],
     ],
     ids=[
         "grass",
@@ -191,6 +193,8 @@ class StopAfter(StopRequest):
         "sgd",
         "adafactor",
         "8bit",
+        "8bit-embeddings",
+        "adafactor-embeddings",
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
