@@ -22,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """Where a model lies, the keyword arguments for its Llama, its dtype, and ways to its weights and tokenizer."""
+    """Where a model lies, the keyword arguments for its Llama, its dtype, and ways to its weights and tokenizer.
+
+    ``seq_len`` is how many tokens it saw at once in training, or can see at the most when that is not known.
+    """
 
     path: Path
     arguments: dict[str, Any]
     dtype: torch.dtype
+    seq_len: int
     weights: Callable[[], Iterable[tuple[str, Tensor]]]
     tokenizer: Callable[[], Path]
 
@@ -48,8 +52,9 @@ def find_trained(path: str | Path) -> Trained:
     if (path / hugging_face.CONFIG).exists():
         arguments, dtype = hugging_face.read_arguments(path)
         return Trained(
-            path, arguments, dtype, lambda: hugging_face.read_weights(path), lambda: _existing(path / "tokenizer.model")
-        )
+            path, arguments, dtype, arguments["max_position_embeddings"],
+            lambda: hugging_face.read_weights(path), lambda: _existing(path / "tokenizer.model"),
+        )  # fmt: skip
     raise ValueError(
         f"{path} holds no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's "
         f"{hugging_face.CONFIG} and safetensors files"
@@ -134,7 +139,10 @@ def _of_checkpoint(path: Path) -> Trained:
             names = [name for name, _ in Llama(**arguments).named_parameters()]  # a tied head once
         return checkpoint.read_weights(path, names).items()
 
-    return Trained(path, arguments, DTYPES[config["train"]["dtype"]], weights, lambda: _tokenizer_of(run, path, config))
+    train = config["train"]
+    return Trained(
+        path, arguments, DTYPES[train["dtype"]], train["seq_len"], weights, lambda: _tokenizer_of(run, path, config)
+    )
 
 
 def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:
