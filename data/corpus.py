@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from data.instructions import read_instructions
 from data.settings import DataSettings
 from data.sources import Document, SourceFile, read_documents, shorten
 
@@ -23,16 +24,15 @@ class Corpus:
 
     def __init__(self, files: list[SourceFile], settings: DataSettings) -> None:
         self._files, self._seed = files, settings.seed
-        self._part_chars = PART_CHARS if settings.source == "text" else None
+        self._source, self._part_chars = settings.source, PART_CHARS if settings.source == "text" else None
         self.skipped: dict[str, list[str]] = {}
         self._digests: list[bytes] = []
         self.text_bytes = 0
         corpus = hashlib.sha256()
-        for name, text in self._read(self.skipped):
-            content = text.encode()
-            self._digests.append(hashlib.sha256(content).digest())
-            corpus.update(hashlib.sha256(name.encode()).digest() + self._digests[-1])
-            self.text_bytes += len(content)
+        for document in self._read(self.skipped):
+            self._digests.append(_digest(document))
+            corpus.update(hashlib.sha256(document.name.encode()).digest() + self._digests[-1])
+            self.text_bytes += len(document.text.encode())
         self.sha256 = corpus.hexdigest()
         self._log()
         if not self._digests:
@@ -42,15 +42,22 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._digests)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the documents are prompts with responses, rather than texts."""
+        return self._source == "instructions"
+
     def documents(self) -> Iterator[tuple[Document, str]]:
         """Every document and its split, `train` or `val`. Raises ValueError if the files are not what they were."""
         for document, digest in zip_longest(self._read({}), self._digests):
-            if document is None or hashlib.sha256(document.text.encode()).digest() != digest:
+            if document is None or _digest(document) != digest:
                 name = document.name if document else "a file"
                 raise ValueError(f"data.paths: {name} changed while it was being read; start again")
             yield document, "val" if self._draw(digest) < self._threshold else "train"
 
     def _read(self, skipped: dict[str, list[str]]) -> Iterator[Document]:
+        if self.has_prompts:
+            return read_instructions(self._files, skipped)
         return read_documents(self._files, skipped, self._part_chars)
 
     def _log(self) -> None:
@@ -58,7 +65,7 @@ class Corpus:
             reasons = (f"{len(names)} {reason} ({shorten(names)})" for reason, names in self.skipped.items())
             logger.info("skipped files: %s", "; ".join(reasons))
         whole = len(self._files) - sum(map(len, self.skipped.values()))
-        if len(self) > whole:
+        if self._part_chars and len(self) > whole:
             logger.info("cut files longer than %d characters: %d documents of %d files", PART_CHARS, len(self), whole)
 
     def _draw(self, digest: bytes) -> float:
@@ -69,6 +76,11 @@ class Corpus:
         """
         drawn = hashlib.sha256(f"{self._seed} validation ".encode() + digest).digest()
         return int.from_bytes(drawn[:6], "big") / 2**48
+
+
+def _digest(document: Document) -> bytes:
+    prompt = f"\0{document.given}" if document.given else ""
+    return hashlib.sha256((document.text + prompt).encode()).digest()
 
 
 def _threshold(draws: set[float], share: float) -> float:

@@ -2,6 +2,8 @@
 
 A split is cut into windows of `seq_len` inputs and the same number of targets, one token further on; a
 window's last target is the next one's first input. Documents are packed: a window may hold several.
+Where documents begin with a prompt, each is a window of its own, cut to `seq_len` targets or filled up, and
+the prompt's tokens are no targets.
 """
 
 import hashlib
@@ -40,8 +42,9 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.windows = (len(tokens) - 1) // seq_len
+        self.windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
         """Windows in an epoch."""
+        self._targets = None if tokens.given is None else _targets_by_document(tokens, seq_len)
         if self.windows < 1:
             raise ValueError(
                 f"data: the training split has {len(tokens)} tokens, fewer than a window of train.seq_len={seq_len} "
@@ -56,18 +59,24 @@ class TrainBatches:
         self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
         self._share = sequences_per_step // world_size
         self._first = rank * self._share
-        logger.info(
-            "training split: %d windows of %d tokens an epoch, the last %d tokens are in none",
-            *(self.windows, seq_len, len(tokens) - 1 - self.windows * seq_len),
-        )
+        if self._targets is None:
+            left_out = len(tokens) - 1 - self.windows * seq_len
+            logger.info(
+                "training split: %d windows of %d tokens an epoch, the last %d tokens are in none",
+                *(self.windows, seq_len, left_out),
+            )
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0)."""
         windows = self._windows_of(step, self._first, self._share)
         for chunk in windows.reshape(-1, self._micro_batch_size):
-            rows = np.stack([self._tokens[slice(*self._bounds(window))] for window in chunk.tolist()])
-            batch = torch.from_numpy(rows.astype(np.int64))
-            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size)
+
+    def targets(self, step: int) -> int:
+        """How many targets a step has on all ranks, at least 1."""
+        if self._targets is None:
+            return self._sequences_per_step * self._seq_len
+        return max(1, int(self._targets[self._windows_of(step, 0, self._sequences_per_step)].sum()))
 
     def documents(self, step: int) -> list[str]:
         """Names of the documents in a step's batch on all ranks, in the order of its sequences, each once."""
@@ -87,6 +96,8 @@ class TrainBatches:
         return positions
 
     def _bounds(self, window: int) -> tuple[int, int]:
+        if self._targets is not None:
+            return self._tokens.document_bounds(window)
         return window * self._seq_len, (window + 1) * self._seq_len + 1
 
 
@@ -104,20 +115,48 @@ def validation_batches(
     batches is 0 as input and -100 as target. All ranks get the same number of batches. With `max_sequences`,
     only so many windows, spread evenly over the split.
     """
-    count = -(-(len(tokens) - 1) // seq_len)
+    count = -(-(len(tokens) - 1) // seq_len) if _given(tokens) is None else tokens.document_count
     windows = np.arange(count)
     if max_sequences is not None and max_sequences < count:
         windows = np.arange(max_sequences) * count // max_sequences
     rounds = -(-len(windows) // (batch_size * world_size))
     for number in range(rounds):
         start = (number * world_size + rank) * batch_size
-        inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-        targets = torch.full((batch_size, seq_len), IGNORED)
-        for row, window in enumerate(windows[start : start + batch_size].tolist()):
-            ids = torch.from_numpy(tokens[window * seq_len : (window + 1) * seq_len + 1].astype(np.int64))
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = ids[1:]
-        yield inputs, targets
+        yield _batch(tokens, windows[start : start + batch_size].tolist(), seq_len, batch_size)
+
+
+def _batch(tokens: Tokens, windows: list[int], seq_len: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64 (batch_size, seq_len) each, of these windows; the rest is 0, and -100 as target."""
+    inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+    targets = torch.full((batch_size, seq_len), IGNORED)
+    for row, window in enumerate(windows):
+        given = _given(tokens)
+        read = tokens[window * seq_len : (window + 1) * seq_len + 1] if given is None else tokens.document(window)
+        ids = torch.from_numpy(read[: seq_len + 1].astype(np.int64))
+        first = 0 if given is None else int(given[window])  # the target of input i is token i + 1, and token 0 is bos
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, first : len(ids) - 1] = ids[1 + first :]
+    return inputs, targets
+
+
+def _given(tokens: Tokens) -> np.ndarray | None:
+    return getattr(tokens, "given", None)
+
+
+def _targets_by_document(tokens: Tokens, seq_len: int) -> np.ndarray:
+    """How many targets each document has, (documents,) int64; says how many documents `seq_len` cuts.
+
+    Raises ValueError if no response begins within `seq_len`.
+    """
+    ends = tokens.document_lengths - 1
+    counts = np.maximum(np.minimum(ends, seq_len) - tokens.given, 0)
+    if not counts.any():
+        raise ValueError(f"train.seq_len: no response begins within {seq_len} tokens; raise train.seq_len")
+    logger.info(
+        "training split: %d prompts with responses; train.seq_len=%d cuts %d of them, %d before the response",
+        *(len(ends), seq_len, (ends > seq_len).sum(), (counts == 0).sum()),
+    )
+    return counts
 
 
 def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:

@@ -141,7 +141,7 @@ def _make_tokenizer(path: Path, settings: DataSettings, corpus: Corpus) -> Token
 
 def _write_shards(folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, dict]:
     """Tokenise all documents into one shard per split; returns the shards' manifest entries."""
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype, has_prompts = token_dtype(tokenizer.vocab_size), corpus.has_prompts
     with (
         ShardWriter(folder, "train-00000", dtype) as train,
         ShardWriter(folder, "val-00000", dtype) as val,
@@ -149,11 +149,12 @@ def _write_shards(folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
     ):
         writers = {"train": train, "val": val}
         for batch in _batches(corpus.documents()):
-            encoded = tokenizer.encode_batch([document.text for document, _ in batch])
-            for (document, split), tokens in zip(batch, encoded, strict=True):
+            given = tokenizer.encode_batch([document.text[: document.given] for document, _ in batch])
+            encoded = tokenizer.encode_batch([document.text[document.given :] for document, _ in batch])
+            for (document, split), prompt, tokens in zip(batch, given, encoded, strict=True):
                 text_bytes = len(document.text.encode())
-                framed = np.concatenate([[tokenizer.bos_id], tokens, [tokenizer.eos_id]])
-                writers[split].add(document.name, framed, text_bytes)
+                framed = np.concatenate([[tokenizer.bos_id], prompt, tokens, [tokenizer.eos_id]])
+                writers[split].add(document.name, framed, text_bytes, given=len(prompt) if has_prompts else None)
                 advance(text_bytes)
     return {split: writer.entry() for split, writer in writers.items()}
 

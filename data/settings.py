@@ -9,6 +9,7 @@ from data.shards import sha256
 from data.sources import SourceFile, stdlib_files, text_files
 from data.tokenizer import Tokenizer
 
+SOURCES = ("stdlib", "text", "instructions")
 FORMAT = 2  # of the folder; also to be raised when the same settings would give other tokens
 
 
@@ -19,11 +20,11 @@ class DataSettings:
     name: str = "stdlib"
     """First part of the prepared folder's name."""
     source: str = "stdlib"
-    """`stdlib`: the source of Python's standard library; `text`: the files under `paths`."""
+    """`stdlib`: the source of Python's standard library; `text`, `instructions`: the files under `paths`."""
     paths: list[str] = field(default_factory=list)
-    """For `text`: files, folders and globs."""
+    """Files, folders and globs."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
-    """For `text`: the file names taken from folders."""
+    """The file names taken from folders."""
     max_bytes: int = 30_000_000
     """Files that would exceed this are left out, tests first."""
     tokenizer: str | None = None
@@ -49,13 +50,13 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
         (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} cannot begin a folder's name"),
         (s.vocab_size > 0, f"data.vocab_size: {s.vocab_size} must be positive"),
         (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must lie between 0 and 1"),
-        (s.source in ("stdlib", "text"), f"data.source: {s.source!r} is not known; use stdlib or text"),
+        (s.source in SOURCES, f"data.source: {s.source!r} is not known; use {', '.join(SOURCES)}"),
     ]
     found = [message for holds, message in checks if not holds]
     try:
         if s.source == "stdlib":
             files = stdlib_files(s.max_bytes)
-        elif s.source == "text":
+        elif s.source in SOURCES:
             files = text_files(s.paths, s.patterns, s.max_bytes)
     except ValueError as error:
         found += str(error).splitlines()

@@ -20,8 +20,11 @@ TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
 class Document(NamedTuple):
+    """A text and its name; its first `given` characters are a prompt, which is read and not learnt."""
+
     name: str
     text: str
+    given: int = 0
 
 
 class SourceFile(NamedTuple):

@@ -82,7 +82,8 @@ class Trainer:
         total = self.config.train.steps
         self.began = time.perf_counter()
         if self.optim.grass and self.step == 0:
-            self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0)))
+            count = self.batches.targets(0)
+            self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0), count))
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
         for step in range(self.step, total):
@@ -110,14 +111,14 @@ class Trainer:
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
         set_rates(self.optim.optimizer, self.rate(step), self.optim.grass.rate_factor() if self.optim.grass else 1.0)
-        return self.update(self.batches.micro_batches(step))
+        return self.update(self.batches.micro_batches(step), self.batches.targets(step))
 
     # What is written down.
 
     def _values(self) -> dict[str, float]:
         """The numbers of the latest step, which wait for the device: asked for when it is logged or saved."""
         nats, grad_norm = self.sums
-        loss = self.world.sum(nats.clone()).item() / self.config.train.tokens_per_step
+        loss = self.world.sum(nats.clone()).item() / self.batches.targets(self.step - 1)
         if not math.isfinite(loss) or not math.isfinite(grad_norm.item()):
             raise FloatingPointError(
                 f"the training loss is {loss} and the gradient's norm {grad_norm.item()} at step {self.step}: "

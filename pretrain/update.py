@@ -28,9 +28,9 @@ class Update:
     def __init__(self, config: Config, world: World, model: nn.Module, parallel: nn.Module, optim: Optimization):
         self.config, self.world, self.model, self.parallel, self.optim = config, world, model, parallel, optim
 
-    def __call__(self, micro_batches: Iterable[MicroBatch]) -> tuple[Tensor, Tensor]:
+    def __call__(self, micro_batches: Iterable[MicroBatch], count: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
-        nats = self.accumulate(micro_batches, step=True)
+        nats = self.accumulate(micro_batches, count, step=True)
         if self.optim.in_backward:
             return nats, self.optim.in_backward.grad_norm()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -41,14 +41,17 @@ class Update:
         self.model.zero_grad(set_to_none=True)
         return nats, grad_norm
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch], step: bool = False) -> Tensor:
-        """Forward and backward of every micro-batch; the gradient is that of the mean over all tokens of the step.
+    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int | None = None, step: bool = False) -> Tensor:
+        """Forward and backward of every micro-batch; the gradient is that of the mean over all targets of the step.
 
         With ``step`` the last backward makes the optimizer's steps as well, if the run is one that does so.
+
+        Args:
+            count: of the step's targets on all processes, when not every token is one.
         """
         nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
         # DDP averages over processes; the mean over tokens wants their sum.
-        scale = self.world.size / self.config.train.tokens_per_step
+        scale = self.world.size / (count or self.config.train.tokens_per_step)
         micro_batches = list(micro_batches)
         for i, (input_ids, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1

@@ -19,7 +19,8 @@ GROUP_OPTIONS = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
 @pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS, ids=[f"{g}={o}" for g, o in GROUP_OPTIONS])
 def test_every_yaml_composes_with_the_defaults_and_passes_the_check_if_its_package_is_there(group, option, tmp_path):
     (tmp_path / "some.txt").write_text("text")
-    paths = [f"data.paths=[{tmp_path}]"] if option == "text" else []
+    (tmp_path / "some.jsonl").write_text('{"prompt": "a", "response": "b"}')
+    paths = [f"data.paths=[{tmp_path}]"] if option in ("text", "instructions") else []
     config = load([f"{group}={option}", *paths])
     assert isinstance(config, Config)
     package = INNER_OPTIMIZERS[config.optim.inner].partition(".")[0]
