@@ -61,7 +61,7 @@ for argument; do
         PET_NPROC_PER_NODE=$processes exec "$python" -m pretrain.sweep "$@"
     fi
 done
-WORLD_SIZE=$((${nodes##*:} * processes)) attend "$python" -m pretrain.preflight "$@"
+WORLD_SIZE=$((${nodes##*:} * processes)) LOCAL_WORLD_SIZE=$processes attend "$python" -m pretrain.preflight "$@"
 
 if ((gpus == 0)); then # as many threads as there are cores, over all processes
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.counter_rng import random_signs, round_stochastically
+from models.sharded import local, place
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +158,17 @@ class GrassLinear(nn.Module):
         """The size of the selected dimension: how many rows (or columns) there are to choose from."""
         return self.weight.shape[self.dim]
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Select the first rows and load them: what a layer that was built on the meta device needs."""
+        self.index.copy_(torch.arange(self.rank))
+        self.scale.fill_(1)
+        local(self.rows).copy_(local(self.weight).index_select(self.dim, self.index))
+
     def positions(self) -> Tensor:
-        """Where the elements of ``rows`` stand in the flattened weight: int64 of the shape of ``rows``."""
-        out, width = self.weight.shape
-        index, other = self.index, torch.arange(width if self.dim == 0 else out, device=self.index.device)
+        """Where the elements of ``rows`` (of a sharded layer: those here) stand in the flattened weight, int64."""
+        width, here = self.in_features, place(self.rows)[1 - self.dim]
+        index, other = self.index, torch.arange(here.start, here.stop, device=self.index.device)
         return index[:, None] * width + other if self.dim == 0 else other[:, None] * width + index
 
     @torch.no_grad()
@@ -180,18 +188,20 @@ class GrassLinear(nn.Module):
         With weighted rows (``scaled``) the step Δ of every draw counts ρ times and a row drawn twice takes both steps:
         w ← decay·w + Σ ρΔ, where ``before`` is ``rows`` as it was and ``decay`` what the step multiplied it by.
         """
-        after = self.rows if stepped is None else stepped
+        rows, weight = local(self.rows), local(self.weight)
+        after = rows if stepped is None else local(stepped)
         if self.scaled:
             assert before is not None
             scale = self.scale.unsqueeze(1 - self.dim)
+            before = local(before)
             kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
             steps = (after - kept) * scale
             first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
             summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)
             after = kept + summed.index_select(self.dim, first)
-        if after is not self.rows:
-            self.rows.copy_(round_stochastically(after, self.rows.dtype, rounding_key, self.positions()))
-        self.weight.index_copy_(self.dim, self.index, self.rows.to(self.weight.dtype))
+        if after is not rows:
+            rows.copy_(round_stochastically(after, rows.dtype, rounding_key, self.positions()))
+        weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
 
     @torch.no_grad()
     def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
@@ -199,16 +209,17 @@ class GrassLinear(nn.Module):
 
         Master copies of rows that leave are rounded stochastically into the weight; rows that stay keep theirs.
         """
-        old_index, masters = self.index.clone(), self.rows.detach().clone()
-        if self.rows.dtype != self.weight.dtype:
-            rounded = round_stochastically(masters, self.weight.dtype, rounding_key, self.positions())
-            self.weight.index_copy_(self.dim, old_index, rounded)
+        rows, weight = local(self.rows), local(self.weight)
+        old_index, masters = self.index.clone(), rows.clone()
+        if rows.dtype != weight.dtype:
+            rounded = round_stochastically(masters, weight.dtype, rounding_key, self.positions())
+            weight.index_copy_(self.dim, old_index, rounded)
         self.index.copy_(index)
         self.scale.copy_(scale) if scale is not None else self.scale.fill_(1)
         position, stays = positions_among(old_index, self.index)
-        loaded = self.weight.index_select(self.dim, self.index).to(self.rows.dtype)
-        self.rows.copy_(torch.where(stays.unsqueeze(1 - self.dim), masters.index_select(self.dim, position), loaded))
-        self.weight.index_copy_(self.dim, self.index, self.rows.to(self.weight.dtype))
+        loaded = weight.index_select(self.dim, self.index).to(rows.dtype)
+        rows.copy_(torch.where(stays.unsqueeze(1 - self.dim), masters.index_select(self.dim, position), loaded))
+        weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
 
     def start_probe(self, key: int, width: int | None) -> None:
         """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).

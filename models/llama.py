@@ -16,6 +16,7 @@ from models.counter_rng import key
 from models.kv_cache import KVCache
 from models.loss import chunked_cross_entropy, cross_entropy
 from models.precision import at_least_fp32
+from models.sharded import fill_part
 
 
 class RMSNorm(nn.Module):
@@ -206,8 +207,8 @@ class Llama(nn.Module):
         """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
 
         A weight's draw depends on (seed, its name) alone, and is made in fp32 on the CPU: it is the same on
-        every device, in every dtype up to rounding, and whatever else the model holds. Parameters whose names
-        do not end in "weight" were added by others and are left alone.
+        every device, in every dtype up to rounding, whatever else the model holds, and for any sharding.
+        Parameters whose names do not end in "weight" were added by others and are left alone.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -215,7 +216,7 @@ class Llama(nn.Module):
             elif name.endswith("weight"):
                 generator = torch.Generator().manual_seed(key(seed, "init", name))
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-                parameter.copy_(draw * self.initializer_range)
+                fill_part(parameter, draw * self.initializer_range)
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
         """Cast the parameters in place, norm weights to no less than fp32: near 1, bf16 steps by 2⁻⁸."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models.counter_rng import key, round_stochastically
 from models.grass_linear import GrassLinear
+from models.sharded import local
 from optim import moments
 from optim.build import decay_factor
 from optim.history import SelectionHistory
@@ -168,8 +169,11 @@ class Grass:
         return key(self.seed, "round", self.steps, name, *what)
 
     def _round_state(self, rows: nn.Parameter, what: str, value: Tensor) -> Tensor:
-        name = self._low_precision[rows]
-        return round_stochastically(value, rows.dtype, self._rounding_key(name, what), self.layers[name].positions())
+        name, rounded = self._low_precision[rows], value.to(rows.dtype)
+        positions = self.layers[name].positions()
+        exactly = round_stochastically(local(value), rows.dtype, self._rounding_key(name, what), positions)
+        local(rounded).copy_(exactly)
+        return rounded
 
     def _steps_to_refresh(self, name: str) -> int:
         """Updates until the rows of ``name`` are chosen next: 1 … K, K right after (or at) a refresh."""
@@ -256,11 +260,12 @@ class Grass:
     def _change_rows(self, name: str, layer: GrassLinear, index: Tensor, scale: Tensor | None, norms: Tensor) -> None:
         old_index, old_scale = layer.index.clone(), layer.scale.clone()
         layer.select(index, scale, self._rounding_key(name))
-        state = self.optimizer.state.get(layer.rows)
+        # A shard of the rows and of their state has all of the selected dimension: each is carried by itself.
+        state = {k: local(t) if torch.is_tensor(t) else t for k, t in self.optimizer.state.get(layer.rows, {}).items()}
         if not state:
             return
         carried = self.state_at_refresh == "carry"
-        if carried and not moments.can_be_carried(state, layer.rows.shape):
+        if carried and not moments.can_be_carried(state, local(layer.rows).shape):
             self._say_reset(state)
             carried = False
         if not carried:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Round = Callable[[nn.Parameter, str, Tensor], Tensor]
@@ -49,7 +50,7 @@ def take_back(
 def _is_elementwise(state: Any, parameter: Tensor) -> bool:
     return (
         torch.is_tensor(state)
-        and not is_traceable_wrapper_subclass(state)
+        and (isinstance(state, DTensor) or not is_traceable_wrapper_subclass(state))
         and state.shape == parameter.shape
         and state.is_floating_point()
     )

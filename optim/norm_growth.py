@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from models.sharded import local, sum_parts
+
 
 class NormGrowthLimiter:
     """Limits the norm of each parameter's gradient to ``limit`` times what it was after the call before.
@@ -26,8 +28,9 @@ class NormGrowthLimiter:
     @torch.no_grad()
     def __call__(self) -> None:
         """Scale the gradients in place; waits for no device. Every parameter must have one."""
-        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        gradients: list[Tensor] = [local(p.grad) for p in self.parameters if p.grad is not None]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
+        norms = sum_parts(norms.square(), self.parameters[0]).sqrt()
         factors = (self.limit * self.norms / norms).nan_to_num(nan=1.0).clamp_max(1.0)
         torch._foreach_mul_(gradients, [factor.to(g.dtype) for factor, g in zip(factors, gradients, strict=True)])
         limited = norms * factors

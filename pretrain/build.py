@@ -1,15 +1,16 @@
 """From a configuration to the objects of a run: the model, its optimizer, and what is attached to it."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models.checkpointing import checkpoint_blocks
-from models.grass_linear import convert_linears
+from models.grass_linear import GrassLinear, convert_linears
 from models.llama import Llama
+from models.sharded import fill_part
 from optim.baselines import projected_optimizer
 from optim.build import optimizer_of_groups, parameter_groups
 from optim.grass import Grass
@@ -32,34 +33,47 @@ class Optimization:
     in_backward: StepInBackward | None
 
 
-def build_model(config: Config, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None) -> Llama:
+def build_model(
+    config: Config,
+    device: torch.device,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    shard: Callable[[Llama], None] | None = None,
+) -> Llama:
     """The model on ``device``, its linears converted when the run uses Grass.
 
-    It starts from ``weights`` by name, or is initialised from the run's seed.
+    It starts from ``weights`` by name, or is initialised from the run's seed. ``shard`` gets it on the meta device and
+    may leave this process only a part of it to hold.
     """
-    return materialise(config, outline(config), device, weights)
+    model = outline(config)
+    if shard is not None:
+        shard(model)
+    return materialise(config, model, device, weights)
 
 
 def outline(config: Config) -> Llama:
-    """The model in its dtypes, without memory: on the meta device."""
+    """The model in its dtypes, its linears converted when the run uses Grass, without memory: on the meta device."""
     with torch.device("meta"):
-        return Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
+        model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
+        if isinstance(config.optim, GrassConfig):
+            optim = config.optim
+            masters = optim.master_weights and config.train.dtype == "bfloat16"
+            state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
+            convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index)
+    return model
 
 
 def materialise(
     config: Config, model: Llama, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> Llama:
-    """Give an outline its memory on ``device`` and its weights, and convert its linears when the run uses Grass."""
+    """Give an outline its memory on ``device``, its weights, and its first rows when the run uses Grass."""
     model.to_empty(device=device)
     if weights is None:
         model.init_weights(config.train.seed)
     else:
         fill(model, weights, f"train.init_from={config.train.init_from}")
-    if isinstance(config.optim, GrassConfig):
-        optim = config.optim
-        masters = optim.master_weights and config.train.dtype == "bfloat16"
-        state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
-        convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index)
+    for module in model.modules():
+        if isinstance(module, GrassLinear):
+            module.reset()
     checkpoint_blocks(model.layers, config.train.checkpointing)
     model.loss_chunk_tokens = config.train.loss_chunk_tokens
     return model
@@ -72,7 +86,8 @@ def fill(model: Llama, weights: Iterable[tuple[str, Tensor]], origin: object) ->
     Raises:
         ValueError: a weight too many, too few, or of another shape.
     """
-    own = model.state_dict()
+    # What Grass layers have besides their weights is made from these.
+    own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith("weight")}
     missing, casts = set(own), set[str]()
     for name, tensor in weights:
         if name not in own or own[name].shape != tensor.shape:
@@ -80,7 +95,7 @@ def fill(model: Llama, weights: Iterable[tuple[str, Tensor]], origin: object) ->
             raise ValueError(f"{origin}: {name} has shape {tuple(tensor.shape)}, the model {wanted}; check model.*")
         if tensor.dtype != own[name].dtype:
             casts.add(f"{tensor.dtype} to {own[name].dtype}")
-        own[name].copy_(tensor)
+        fill_part(own[name], tensor)
         missing.discard(name)
     if model.tie_word_embeddings:
         missing.discard("lm_head.weight")

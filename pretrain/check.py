@@ -29,6 +29,7 @@ from pretrain.config import (
     OptimConfig,
     model_arguments,
 )
+from pretrain.parallel import sharding_problems
 from pretrain.trained import init_problems
 
 
@@ -52,7 +53,7 @@ def check(config: Config, world_size: int = 1) -> None:
                 f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
                 "lower it"
             )
-        problems += [*_model_problems(config), *data_problems(config.data)]
+        problems += [*_model_problems(config, world_size), *data_problems(config.data)]
     finally:
         logging.disable(logging.NOTSET)
     if problems:
@@ -100,6 +101,9 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
         )
     problems += _at_least(0, "train", train, "checkpoint_every", "eval_every", "sample_tokens")
     problems += _one_of("train.dtype", train.dtype, DTYPES) + _one_of("train.resume", train.resume, ("auto", "never"))
+    problems += _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "hsdp"))
+    if train.reduce_dtype is not None:
+        problems += _one_of("train.reduce_dtype", train.reduce_dtype, DTYPES)
     problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
     try:
         checkpointing.parse(train.checkpointing)
@@ -212,7 +216,7 @@ def _step_in_backward_problems(optim: OptimConfig, world_size: int) -> list[str]
     return problems
 
 
-def _model_problems(config: Config) -> list[str]:
+def _model_problems(config: Config, world_size: int) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
     try:
@@ -228,6 +232,7 @@ def _model_problems(config: Config) -> list[str]:
         if isinstance(config.optim, BaselineConfig):
             linears = parameter_groups(model, lr=1.0, linear_lr=1.0)[0]["params"]
             problems += _within(1, min(min(p.shape) for _, p in linears), config.optim, "rank")
+        problems += sharding_problems(config, model, world_size)
     except ValueError as error:
         problems.append(str(error))
     try:

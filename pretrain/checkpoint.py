@@ -198,4 +198,7 @@ def _make_room_in(optimizer: Any, stored: Mapping[str, Any]) -> None:
             size, dtype = stored[full].size, stored[full].properties.dtype
             counter = size == (1,) and parameter.shape != (1,)
             device = torch.device("cpu") if counter and not fused else parameter.device
-            state[key] = torch.empty(() if counter else size, dtype=dtype, device=device)
+            if size == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=dtype)
+            else:
+                state[key] = torch.empty(() if counter else size, dtype=dtype, device=device)

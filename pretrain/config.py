@@ -126,6 +126,10 @@ class TrainConfig:
     compile: bool
     checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
     loss_chunk_tokens: int | None  # how many tokens the loss takes at a time; null: all
+    parallel: str  # ddp | fsdp | hsdp: how several processes train one model
+    shards: int | None  # hsdp: among how many processes a copy of the model is divided; null: those of a node
+    reshard: bool  # fsdp, hsdp: let go of gathered weights after a forward and gather them again in the backward
+    reduce_dtype: str | None  # float32 | bfloat16: of gradients on the wire; null: as they are
     sample_tokens: int  # length of each sample at the end; 0 for none
 
 

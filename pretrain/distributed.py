@@ -62,6 +62,13 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
+    """Among how many processes one copy of the model is divided: by default, hsdp divides it within each node."""
+    if parallel != "hsdp":
+        return world_size if parallel == "fsdp" else 1
+    return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def connect(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Join the other processes that torchrun started: tensors on the CPU over gloo, on CUDA devices over NCCL.
 

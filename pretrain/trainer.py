@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from data.loader import TrainBatches, validation_batches
 from data.prepare import Prepared
@@ -29,6 +28,7 @@ from pretrain.flops import flops_per_token, parameter_counts
 from pretrain.generate import generate
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
+from pretrain.parallel import engine_of
 from pretrain.run_folder import RunFolder
 from pretrain.trained import weights_at
 from pretrain.update import Update
@@ -48,7 +48,8 @@ class Trainer:
         self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
         changes, resume_from = self._look_into_folder()
         start = weights_at(train.init_from) if train.init_from and resume_from is None else None
-        self.model = build_model(config, world.device, start)
+        self.engine = engine_of(train, world)
+        self.model = build_model(config, world.device, start, self.engine.shard)
         self.optim = build_optimization(config, self.model)
         self.rate = partial(
             rate_factor, total=train.steps, schedule=config.optim.schedule, warmup=config.optim.warmup_steps,
@@ -65,12 +66,8 @@ class Trainer:
         self._open_folder(changes)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(self.model, world.device)
-        self.parallel: nn.Module = self.model
-        if world.size > 1:
-            self.parallel = DistributedDataParallel(
-                self.model, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
-        self.update = Update(config, world, self.model, self.parallel, self.optim)
+        self.engine.wrap(self.model)
+        self.update = Update(config, world, self.model, self.engine, self.optim)
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
         self.commit = git_commit() if world.is_main else None  # now: the code may change while the run goes on
@@ -224,6 +221,7 @@ class Trainer:
     def _finish(self) -> None:
         self.save()
         summary: dict[str, Any] = {**self.validate(), **parameter_counts(self.model)}
+        samples = self._samples() if self.metrics or self.engine.sharded else ""
         if not self.metrics:
             return
         seconds = self.seconds + time.perf_counter() - self.began
@@ -235,18 +233,19 @@ class Trainer:
             "commit": self.commit,
             "machine": platform.platform(),
         }  # fmt: skip
-        self._write_samples()
+        if samples:
+            self.folder.samples_file.write_text(samples, encoding="utf-8")
         unfinished = self.folder.summary_file.with_suffix(".tmp")
         unfinished.write_text(json.dumps(summary, indent=1) + "\n")
         unfinished.replace(self.folder.summary_file)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
 
-    def _write_samples(self) -> None:
-        """``samples.md``: what the model makes of a few prompts."""
+    def _samples(self) -> str:
+        """What the model makes of a few prompts, for ``samples.md``."""
         tokenizer, parts = self.data.tokenizer, [f"# Samples of {self.config.run.name} at step {self.step}\n"]
         if self.config.train.sample_tokens == 0:
-            return
+            return ""
         self.model.eval()
         for i, prompt in enumerate(self.config.data.prompts):
             with torch.compiler.set_stance("force_eager"):
@@ -255,7 +254,7 @@ class Trainer:
                     temperature=0.8, top_k=50, seed=self.config.train.seed + i, stop=tokenizer.eos_id,
                 )  # fmt: skip
             parts.append(f"Prompt: `{prompt!r}`\n\n````text\n{tokenizer.decode(ids)}\n````\n")
-        self.folder.samples_file.write_text("\n".join(parts), encoding="utf-8")
+        return "\n".join(parts)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ What a run does again and again, and what the planner walks through without memo
 """
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pretrain.build import Optimization
 from pretrain.config import Config
 from pretrain.distributed import World
+from pretrain.parallel import Engine
 
 MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 (micro_batch_size, seq_len) each
 
@@ -21,12 +22,12 @@ class Update:
 
     Args:
         model: whose parameters are trained.
-        parallel: what is called in a forward: the model, or what wraps it for several processes.
+        engine: runs the model's forwards and backwards on one process or several.
         optim: of ``pretrain.build.build_optimization``.
     """
 
-    def __init__(self, config: Config, world: World, model: nn.Module, parallel: nn.Module, optim: Optimization):
-        self.config, self.world, self.model, self.parallel, self.optim = config, world, model, parallel, optim
+    def __init__(self, config: Config, world: World, model: nn.Module, engine: Engine, optim: Optimization):
+        self.config, self.world, self.model, self.engine, self.optim = config, world, model, engine, optim
 
     def __call__(self, micro_batches: Iterable[MicroBatch], count: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
@@ -34,7 +35,7 @@ class Update:
         if self.optim.in_backward:
             return nats, self.optim.in_backward.grad_norm()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = nn.utils.clip_grad_norm_(trainable, self.config.optim.clip or float("inf"))
+        grad_norm = self.engine.clip(trainable, self.config.optim.clip or float("inf"))
         if self.optim.limiter:
             self.optim.limiter()
         self.optim.optimizer.step()
@@ -50,17 +51,15 @@ class Update:
             count: of the step's targets on all processes, when not every token is one.
         """
         nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        # DDP averages over processes; the mean over tokens wants their sum.
+        # The engine averages over processes; the mean over tokens wants their sum.
         scale = self.world.size / (count or self.config.train.tokens_per_step)
         micro_batches = list(micro_batches)
         for i, (input_ids, targets) in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             steps = self.optim.in_backward.steps() if self.optim.in_backward and step and last else nullcontext()
-            with self._sync_gradients(last), steps:
-                loss = self.parallel(self.world.upload(input_ids), self.world.upload(targets))
+            with self.engine.backward(last), steps:
+                loss = self.engine(self.world.upload(input_ids), self.world.upload(targets))
                 (loss * scale).backward()
             nats += loss.detach()
+        self.engine.finish_backward()
         return nats
-
-    def _sync_gradients(self, last: bool) -> AbstractContextManager:
-        return nullcontext() if last or self.world.size == 1 else self.parallel.no_sync()  # type: ignore[operator]

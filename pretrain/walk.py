@@ -20,6 +20,7 @@ from pretrain.build import build_optimization, materialise, outline
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.flops import flops_per_token, parameter_counts
+from pretrain.parallel import engine_of
 from pretrain.storages import TEMPORARIES, Storages
 from pretrain.update import MicroBatch, Update
 
@@ -82,7 +83,9 @@ class _Walker:
         self.optim = build_optimization(config, model)
         if self.optim.grass:
             self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
-        self.update = Update(config, world, model, model, self.optim)
+        engine = engine_of(config.train, world)
+        engine.wrap(model)
+        self.update = Update(config, world, model, engine, self.optim)
         self.optim.optimizer.register_step_pre_hook(lambda *_: self._mark("optimizer"))
 
     def step(self, name: str, number: int) -> None:
