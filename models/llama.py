@@ -16,6 +16,7 @@ from models.counter_rng import key
 from models.kv_cache import KVCache
 from models.loss import chunked_cross_entropy, cross_entropy
 from models.precision import at_least_fp32
+from models.recipes import as_recipe, remakeable
 from models.sharded import fill_part
 
 
@@ -29,10 +30,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
+        self.lean = False
 
     def forward(self, x: Tensor) -> Tensor:
+        return remakeable(self._norm, x, self.weight) if self.lean else self._norm(x, self.weight)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), self.eps).to(x.dtype)
 
 
 def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -68,7 +73,8 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None = None) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        with as_recipe(x):
+            q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(k, v)
@@ -84,9 +90,18 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.lean = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        with as_recipe(x):
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        y = remakeable(gated, gate, up) if self.lean else gated(gate, up)
+        with as_recipe(y):
+            return self.down_proj(y)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
