@@ -5,7 +5,7 @@ how to make it instead; the first backward that needs it makes it again, for all
 Outside of torch.compile, whose partitioner chooses by itself what to compute again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,3 +61,11 @@ def _remake(node: Any) -> tuple[list[Tensor], Tensor]:
         with torch.enable_grad():
             node.remade = inputs, node.function(*inputs)
     return node.remade
+
+
+def save_recipes(blocks: Iterable[Any], lean: bool) -> None:
+    """Set `lean` in the norms and MLPs of `blocks`, but not where a checkpoint computes again as it is."""
+    for block in blocks:
+        for module in block.modules():
+            if hasattr(module, "lean"):
+                module.lean = lean and block.checkpointing == "none"

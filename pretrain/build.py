@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.checkpointing import checkpoint_blocks
 from models.grass_linear import GrassLinear, convert_linears
 from models.llama import Llama
+from models.recipes import save_recipes
 from models.sharded import fill_part
 from optim.baselines import projected_optimizer
 from optim.build import optimizer_of_groups, parameter_groups
@@ -75,6 +76,7 @@ def materialise(
         if isinstance(module, GrassLinear):
             module.reset()
     checkpoint_blocks(model.layers, config.train.checkpointing)
+    save_recipes(model.layers, config.train.lean_activations)
     model.loss_chunk_tokens = config.train.loss_chunk_tokens
     return model
 

@@ -125,6 +125,7 @@ class TrainConfig:
     log_every: int
     compile: bool
     checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
+    lean_activations: bool  # norms and SwiGLU products are made again; compiled blocks leave it to the compiler
     loss_chunk_tokens: int | None  # how many tokens the loss takes at a time; null: all
     parallel: str  # ddp | fsdp | hsdp: how several processes train one model
     shards: int | None  # hsdp: among how many processes a copy of the model is divided; null: those of a node
