@@ -139,7 +139,8 @@ class WandbConfig:
     mode: str  # auto | online | offline | disabled
     project: str
     entity: str | None
-    group: str | None
+    group: str | None  # by default the folder of run.name, as for the jobs of a sweep, else the model's name
+    log_checkpoint: bool  # upload the last checkpoint as an artifact
 
 
 @dataclass

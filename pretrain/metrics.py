@@ -76,6 +76,11 @@ class MetricLog:
         if text:
             logger.info("step %d · %s", step, text, extra={"in_bar": True})
 
+    def show_results(self, samples: list[tuple[str, str]]) -> None:
+        """Show what a finished run came to, where tables and pictures can be shown."""
+        self._file.flush()
+        self._wandb.log_results(samples)
+
     def close(self, summary: dict[str, Any]) -> None:
         self._file.close()
         if self._bar:

@@ -234,18 +234,19 @@ class Trainer:
             "machine": platform.platform(),
         }  # fmt: skip
         if samples:
-            self.folder.samples_file.write_text(samples, encoding="utf-8")
+            self._write_samples(samples)
         unfinished = self.folder.summary_file.with_suffix(".tmp")
         unfinished.write_text(json.dumps(summary, indent=1) + "\n")
         unfinished.replace(self.folder.summary_file)
+        self.metrics.show_results(samples)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
 
-    def _samples(self) -> str:
-        """What the model makes of a few prompts, for ``samples.md``."""
-        tokenizer, parts = self.data.tokenizer, [f"# Samples of {self.config.run.name} at step {self.step}\n"]
+    def _samples(self) -> list[tuple[str, str]]:
+        """Each prompt and what the model makes of it, the same on every process."""
+        tokenizer, samples = self.data.tokenizer, []
         if self.config.train.sample_tokens == 0:
-            return ""
+            return []
         self.model.eval()
         for i, prompt in enumerate(self.config.data.prompts):
             with torch.compiler.set_stance("force_eager"):
@@ -253,8 +254,14 @@ class Trainer:
                     self.model, [tokenizer.bos_id, *tokenizer.encode(prompt)], self.config.train.sample_tokens,
                     temperature=0.8, top_k=50, seed=self.config.train.seed + i, stop=tokenizer.eos_id,
                 )  # fmt: skip
-            parts.append(f"Prompt: `{prompt!r}`\n\n````text\n{tokenizer.decode(ids)}\n````\n")
-        return "\n".join(parts)
+            samples.append((prompt, tokenizer.decode(ids)))
+        return samples
+
+    def _write_samples(self, samples: list[tuple[str, str]]) -> None:
+        """``samples.md``."""
+        parts = [f"Prompt: `{prompt!r}`\n\n````text\n{text}\n````\n" for prompt, text in samples]
+        heading = f"# Samples of {self.config.run.name} at step {self.step}\n"
+        self.folder.samples_file.write_text("\n".join([heading, *parts]), encoding="utf-8")
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -24,6 +24,7 @@ class WandbRun:
 
     def __init__(self, config: Config, folder: Path):
         self._run: Any = None
+        self._folder, self._with_checkpoint = folder, config.logger.wandb.log_checkpoint
         mode = config.logger.wandb.mode
         if mode == "auto":
             mode = "online" if _logged_in() else "offline"
@@ -35,12 +36,22 @@ class WandbRun:
             except Exception as error:  # no network, no rights, a broken install: the run goes on without
                 logger.warning("W&B could not start %s: %s", attempt, error)
             else:
-                where = "" if attempt == "online" else f", in {folder / 'wandb'}; wandb sync brings it online"
+                where = "" if attempt == "online" else f"; it goes online by: wandb sync {folder}/wandb/offline-run-*"
                 logger.info("W&B is %s%s", attempt, where)
                 return
 
     def log(self, line: dict[str, Any]) -> None:
         self._try(lambda: self._run.log(line))
+
+    def log_results(self, samples: list[tuple[str, str]]) -> None:
+        """Tables and pictures of the finished run, and its newest checkpoint if ``logger.wandb.log_checkpoint``."""
+
+        def call() -> None:
+            from pretrain.wandb_results import log_results
+
+            log_results(self._run, self._folder, samples, self._with_checkpoint)
+
+        self._try(call)
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._try(lambda: (self._run.summary.update(summary), self._run.finish()))
@@ -65,8 +76,9 @@ def _start(config: Config, folder: Path, mode: Any):
         mode=mode,
         project=settings.project,
         entity=settings.entity,
-        group=settings.group,
-        name=config.run.name,
+        group=settings.group or _group(config.run.name) or config.model.name,
+        name=Path(config.run.name).name,
+        job_type=config.optim.name,
         id=id_file.read_text().strip(),
         resume="allow",
         dir=str(folder),
@@ -76,6 +88,11 @@ def _start(config: Config, folder: Path, mode: Any):
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
     return run
+
+
+def _group(name: str) -> str:
+    """The folder of a run's name: what the jobs of a sweep share."""
+    return "/".join(Path(name).parts[:-1])
 
 
 def _logged_in() -> bool:
