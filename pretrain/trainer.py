@@ -221,7 +221,7 @@ class Trainer:
     def _finish(self) -> None:
         self.save()
         summary: dict[str, Any] = {**self.validate(), **parameter_counts(self.model)}
-        samples = self._samples() if self.metrics or self.engine.sharded else ""
+        samples = self._samples() if self.metrics or self.engine.sharded else []
         if not self.metrics:
             return
         seconds = self.seconds + time.perf_counter() - self.began
