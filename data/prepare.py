@@ -154,7 +154,7 @@ def _write_shards(folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> dict[st
             for (document, split), prompt, tokens in zip(batch, given, encoded, strict=True):
                 text_bytes = len(document.text.encode())
                 framed = np.concatenate([[tokenizer.bos_id], prompt, tokens, [tokenizer.eos_id]])
-                writers[split].add(document.name, framed, text_bytes, given=len(prompt) if has_prompts else None)
+                writers[split].add(document.name, framed, text_bytes, len(prompt) if has_prompts else None)
                 advance(text_bytes)
     return {split: writer.entry() for split, writer in writers.items()}
 
