@@ -128,9 +128,9 @@ class Writer:
 
 def _unsure(text: str, stops: Sequence[str]) -> int:
     """How many of the last characters may change, or begin a stop."""
-    broken = len(text) - len(text.rstrip("\ufffd"))
-    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return max([broken, *begun])
+    whole = text.rstrip("\ufffd")
+    begun = [n for stop in stops for n in range(1, len(stop)) if whole.endswith(stop[:n])]
+    return len(text) - len(whole) + max(begun, default=0)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -109,6 +109,14 @@ def test_a_stop_cuts_the_text_before_it_and_none_of_it_is_shown(writer):
     assert writer.tokens < 60
 
 
+def test_a_stop_is_held_back_also_while_one_of_its_characters_comes_in_bytes(writer, tokenizer, monkeypatch):
+    ids = tokenizer.encode("1ş.")
+    assert len(ids) > 3  # ş has no piece of its own
+    monkeypatch.setattr("pretrain.generate.new_tokens", lambda *_: iter(ids))
+    assert "".join(writer.write("self", len(ids), Sampling(), ["1ş."])) == ""
+    assert "".join(writer.write("self", len(ids), Sampling(), ["1ş!"])) == "1ş."
+
+
 def test_the_end_token_ends_the_text(model):
     ids = list(islice(new_tokens(model, PROMPT, Sampling(seed=1)), 20))
     ended = generate(model, PROMPT, 20, temperature=0.8, top_k=50, seed=1, stop=ids[7])
