@@ -94,8 +94,9 @@ setup_browser() {
     if ((EUID == 0)) && command -v apt-get >/dev/null; then
         { attend apt-get update -qq && attend apt-get install -qq --yes chromium; } &>.venv/browser.log && return
     fi
-    attend "$python" -m playwright install chromium &>>.venv/browser.log ||
-        die "no Chromium for the tests could be installed (see .venv/browser.log): install one"
+    # A machine without network for it still has all the other tests to pass.
+    attend timeout -k 10 300 "$python" -m playwright install chromium &>>.venv/browser.log ||
+        { say "No Chromium could be installed (see .venv/browser.log): the tests that look at pages are skipped." && return; }
     stamp browser playwright
 }
 
