@@ -104,6 +104,11 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
     problems += _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "hsdp"))
     if train.reduce_dtype is not None:
         problems += _one_of("train.reduce_dtype", train.reduce_dtype, DTYPES)
+        if train.parallel == "ddp":
+            problems.append(
+                f"train.reduce_dtype={train.reduce_dtype} is for sharded runs: DDP sends gradients as they are; "
+                "set train.parallel=fsdp, or train.reduce_dtype=null"
+            )
     problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
     try:
         checkpointing.parse(train.checkpointing)
