@@ -71,5 +71,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
     t, s = q.shape[2], k.shape[2]
     # SDPA's own mask would stand the queries at the first tokens, where flash-attn's stands them at the last.
     mask = None if t == s else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=t == s, enable_gqa=q.shape[1] != k.shape[1])
+    # A constant for torch.compile, where t == s would be a symbol once the length is.
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)

@@ -91,10 +91,10 @@ def test_the_commands_pass_the_check_as_they_stand(command):
         check(load(job))
 
 
-def test_the_ten_overrides_pass_the_check():
-    rows = README.split("The ten overrides people use:")[1].split("\n\n")[1]
+def test_the_overrides_people_use_pass_the_check():
+    rows = README.split("The overrides people use:")[1].split("\n\n")[1]
     overrides = re.findall(r"^\| `([^`]+)` \|", rows, re.M)
-    assert len(overrides) == 10
+    assert len(overrides) >= 10
     for override in overrides:
         check(load(["train.steps=1000", *override.split()]))
 

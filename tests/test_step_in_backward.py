@@ -8,6 +8,7 @@ from pretrain.build import build_model, build_optimization
 from pretrain.check import check
 from pretrain.config import ConfigError, load
 from pretrain.distributed import World
+from pretrain.parallel import engine_of
 from pretrain.update import Update
 
 CPU = torch.device("cpu")
@@ -24,7 +25,10 @@ def trained(overrides, micro_batches=2, look=None):
     config = load([*TINY, *overrides])
     model = build_model(config, CPU)
     optim = build_optimization(config, model)
-    update = Update(config, World(rank=0, size=1, device=CPU), model, model, optim)
+    world = World(rank=0, size=1, device=CPU)
+    engine = engine_of(config.train, world)
+    engine.wrap(model)
+    update = Update(config, world, model, engine, optim)
     if look:
         optim.optimizer.register_step_pre_hook(lambda *_: look(model))
 

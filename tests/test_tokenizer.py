@@ -28,7 +28,8 @@ def test_every_file_of_the_standard_library_comes_back_exactly_and_its_bytes_are
     assert len(documents) > 500
     for start in range(0, len(documents), 64):
         batch = documents[start : start + 64]
-        for (name, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        for (name, text, _), ids in zip(batch, encoded, strict=True):
             assert tokenizer.decode(ids) == text, name
             assert tokenizer.token_bytes[ids].sum() == len(text.encode()), name
 
