@@ -98,8 +98,8 @@ def test_a_signal_saves_the_job_at_work_and_begins_no_other(small, tmp_path):
 @pytest.mark.slow
 def test_optuna_looks_for_the_least_validation_loss_and_makes_the_same_trials_again(small, tmp_path):
     search = [
-        *small, f"run.root={tmp_path}", "optim.lr=tag(log,interval(1e-4,1e-1))", "optim.rank=choice(4,33)",
-        "hydra/sweeper=optuna_loss", "hydra.sweeper.n_trials=4",
+        *(o for o in small if o != "optim.rank=8"), f"run.root={tmp_path}", "optim.lr=tag(log,interval(1e-4,1e-1))",
+        "optim.rank=choice(4,33)", "hydra/sweeper=optuna_loss", "hydra.sweeper.n_trials=4",
     ]  # fmt: skip
     jobs = []
     for _ in range(2):
