@@ -214,7 +214,7 @@ def matches(name: str, pattern: str) -> bool:
 
 def convert_linears(
     model: nn.Module,
-    rank: int,
+    rank: int | Mapping[str, int],
     patterns: Sequence[str] = ATTENTION_AND_MLP,
     side: str | Mapping[str, str] = "auto",
     state_dtype: torch.dtype | None = None,
@@ -234,7 +234,8 @@ def convert_linears(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     problems: dict[str, list[str]] = {}  # message → names of the layers it is about
     sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
-    for p in [*patterns, *sides]:
+    ranks = {"*": rank} if isinstance(rank, int) else dict(rank)
+    for p in [*patterns, *sides, *ranks]:
         if not any(matches(name, p) for name in linears):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
             problems[f"pattern {p!r} matches no linear layer of the model, which has {known}"] = []
@@ -247,7 +248,10 @@ def convert_linears(
             if linear.bias is not None or holders[id(linear.weight)] > 1:
                 raise ValueError("has a bias or a tied weight and cannot be converted; narrow the patterns")
             side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
-            layers[name] = GrassLinear(linear.weight, rank, side_of_this, state_dtype)
+            rank_of_this = [n for p, n in ranks.items() if matches(name, p)]
+            if not rank_of_this:
+                raise ValueError("has no rank; add one for it or for '*' to optim.rank")
+            layers[name] = GrassLinear(linear.weight, rank_of_this[-1], side_of_this, state_dtype)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if problems:
@@ -259,7 +263,7 @@ def convert_linears(
         setattr(model.get_submodule(parent), child, layer)
     left = [name for name in linears if name not in layers]
     logger.info(
-        "converted %d of %d linear layers to Grass (rank %d); left full-rank: %s",
+        "converted %d of %d linear layers to Grass (rank %s); left full-rank: %s",
         *(len(layers), len(linears), rank, ", ".join(left) or "none"),
     )
     return layers

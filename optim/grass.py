@@ -69,6 +69,8 @@ class Grass:
         stagger: bool = False,
         state_at_refresh: str = "reset",
         new_second_moment: str = "mean",
+        new_first_moment: str = "zero",
+        wait_power: float = 0.0,
         refresh_warmup: int = 0,
         seed: int = 0,
     ):
@@ -89,6 +91,8 @@ class Grass:
         self.probe_steps = min(probe_steps, refresh_every)
         self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
         self.refresh_warmup = refresh_warmup
+        self.wait_power, self.new_first_moment = wait_power, new_first_moment
+        self._new: dict[GrassLinear, Tensor] = {}
         self.steps = 0
         # Probes of the window so far, averaged over processes; part of a checkpoint.
         self.gathered: dict[str, Tensor] = {}
@@ -129,6 +133,11 @@ class Grass:
     def _before_step(self, *_) -> None:
         self._before = {layer: layer.rows.detach().clone() for layer in self.layers.values() if layer.scaled}
         self._stand_ins = lend(self.optimizer, self._low_precision)
+        for layer, new in self._new.items():
+            moment, gradient = self.optimizer.state[layer.rows]["exp_avg"], layer.rows.grad
+            new = new.unsqueeze(1 - layer.dim)
+            moment.copy_(torch.where(new, gradient, moment))
+        self._new = {}
 
     def _after_step(self, *_) -> None:
         take_back(self.optimizer, self._stand_ins, self._round_state)
@@ -207,7 +216,10 @@ class Grass:
         chosen = []
         for name, scores in zip(names, on_cpu, strict=True):
             index, scale, usable = select(
-                self.selection, scores, self.layers[name].rank, key(self.seed, "select", self.steps, name)
+                self.selection,
+                self._with_patience(name, scores),
+                self.layers[name].rank,
+                key(self.seed, "select", self.steps, name),
             )
             if not usable:
                 logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, name)
@@ -215,6 +227,9 @@ class Grass:
             chosen.append((index, scale))
         _require_agreement([index for index, _ in chosen], norms[0].device)
         return chosen
+
+    def _with_patience(self, name: str, scores: Tensor) -> Tensor:
+        return scores * (1 + self.history.waits[name]) ** self.wait_power if self.wait_power else scores
 
     def _norms(self, gathered: Tensor) -> Tensor:
         """Row norms (m,) from squared norms (m,) or from a sketch (m, k)."""
@@ -237,7 +252,10 @@ class Grass:
         # The square of a sum over probe_steps gradients grows like their number: most of a gradient is noise.
         elements = self.probe_steps * layer.weight.numel() // layer.selectable
         mean_square = norms[layer.index].square() / elements
-        moments.carry(state, change, self.new_second_moment, mean_square)
+        ratio = norms[layer.index].square() / norms[old_index].square().mean()
+        moments.carry(state, change, self.new_second_moment, mean_square, ratio)
+        if self.new_first_moment == "gradient":
+            self._new[layer] = ~moments.positions_among(old_index, layer.index)[1]
 
     def _say_reset(self, state: dict[str, Any]) -> None:
         if not self._said_reset:

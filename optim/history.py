@@ -15,6 +15,7 @@ class SelectionHistory:
     """The latest refresh of each layer, and which of its rows were ever selected.
 
     rows    by layer (m,) uint8: whether a row was NEVER selected, BEFORE, or is NOW
+    waits   by layer (m,) int32: refreshes since a row last had its turn, or since the run began
     latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm that the selection
             catches, √(Σ selected g² / Σ g²) by the scores, NaN where they were of no use; the rows that it brought in
 
@@ -24,6 +25,7 @@ class SelectionHistory:
 
     def __init__(self, selectable: Mapping[str, int]):
         self.rows = {name: torch.full((m,), NEVER, dtype=torch.uint8) for name, m in selectable.items()}
+        self.waits = {name: torch.zeros(m, dtype=torch.int32) for name, m in selectable.items()}
         self.latest = {name: torch.full((3,), torch.nan, dtype=torch.float64) for name in selectable}
 
     def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
@@ -32,6 +34,8 @@ class SelectionHistory:
         changed = (rows[chosen] != NOW).sum()
         rows[rows == NOW] = BEFORE
         rows[chosen] = NOW
+        self.waits[name] += 1
+        self.waits[name][chosen] = 0
         captured = (squares[chosen].sum() / squares.sum()).sqrt()
         self.latest[name].copy_(torch.stack([torch.tensor(step), captured, changed]))
 
@@ -69,4 +73,5 @@ class SelectionHistory:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold, to be filled in place on resuming."""
         rows = {f"{name}.rows": tensor for name, tensor in self.rows.items()}
-        return rows | {f"{name}.latest": tensor for name, tensor in self.latest.items()}
+        waits = {f"{name}.waits": tensor for name, tensor in self.waits.items()}
+        return rows | waits | {f"{name}.latest": tensor for name, tensor in self.latest.items()}

@@ -6,6 +6,7 @@
 
     mean    the mean over the rows selected before, element by element
     score   what the score says its squared gradient is: g_i² / n in every element
+    ratio   the mean, times the square of the row's score over that of the rows selected before
     zero
 
 Adam counts its steps once for the whole matrix, so rows of different age share one bias correction. A second moment
@@ -21,7 +22,7 @@ from torch import Tensor
 from models.grass_linear import positions_among
 
 POLICIES = ("reset", "carry")
-NEW_SECOND_MOMENTS = ("mean", "score", "zero")
+NEW_SECOND_MOMENTS = ("mean", "score", "ratio", "zero")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # what torch.optim calls averages of squares
 
 
@@ -41,7 +42,7 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 
 
 @torch.no_grad()
-def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: Tensor) -> None:
+def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: Tensor, ratio: Tensor) -> None:
     """Make ``state`` that of the new rows, in place.
 
     A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, and the mean
@@ -51,6 +52,7 @@ def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: 
         state: the inner optimizer's state of ``rows``; tensors of the rows' shape are moments.
         new_second_moment: a name of NEW_SECOND_MOMENTS.
         score: (r,) estimated mean square of a gradient element of each new row, for "score".
+        ratio: (r,) the squared score of each new row over the mean of those selected before, for "ratio".
     """
     position, stays = positions_among(change.old_index, change.new_index)
     for name, moment in state.items():
@@ -64,6 +66,8 @@ def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: 
         fresh = torch.zeros_like(kept)
         if second and new_second_moment == "mean":
             fresh = of_gradient.mean(change.dim, keepdim=True).expand_as(kept)
+        elif second and new_second_moment == "ratio":
+            fresh = of_gradient.mean(change.dim, keepdim=True) * ratio.view(along)
         elif second and new_second_moment == "score":
             fresh = score.view(along).expand_as(kept)
         moment.copy_(torch.where(stays.view(along), kept, fresh) * new_scale)

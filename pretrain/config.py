@@ -75,7 +75,7 @@ class OptimConfig:
 @dataclass
 class GrassConfig(OptimConfig):
     patterns: list[str]  # globs of the linears to convert
-    rank: int  # rows (or columns) trained in each linear
+    rank: Any  # rows (or columns) trained in each linear; or one for each glob of names: {down_proj: 128}
     alpha: float  # multiplies the rate of the selected rows
     refresh_every: int  # updates between two choices of rows
     selection: str
@@ -86,6 +86,8 @@ class GrassConfig(OptimConfig):
     side: Any  # auto | rows | columns, or one of these for each glob of names: {down_proj: columns}
     state_at_refresh: str  # reset | carry
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
+    new_first_moment: str  # zero | gradient: the first gradient of a new row
+    wait_power: float  # the score of a row is multiplied by (1 + the refreshes it has waited) to this power
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
     state_dtype: str | None  # dtype of rows and moments; when null the model's, or float32 with master_weights
 
