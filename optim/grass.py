@@ -71,6 +71,7 @@ class Grass:
         new_second_moment: str = "mean",
         new_first_moment: str = "zero",
         wait_power: float = 0.0,
+        score_memory: float = 0.0,
         refresh_warmup: int = 0,
         seed: int = 0,
     ):
@@ -92,6 +93,7 @@ class Grass:
         self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
         self.refresh_warmup = refresh_warmup
         self.wait_power, self.new_first_moment = wait_power, new_first_moment
+        self.score_memory = score_memory
         self._new: dict[GrassLinear, Tensor] = {}
         self.steps = 0
         # Probes of the window so far, averaged over processes; part of a checkpoint.
@@ -229,6 +231,10 @@ class Grass:
         return chosen
 
     def _with_patience(self, name: str, scores: Tensor) -> Tensor:
+        if self.score_memory:
+            smoothed = self.history.smoothed[name]
+            smoothed.mul_(self.score_memory).add_(scores.double() ** 2)
+            scores = smoothed.sqrt()
         return scores * (1 + self.history.waits[name]) ** self.wait_power if self.wait_power else scores
 
     def _norms(self, gathered: Tensor) -> Tensor:

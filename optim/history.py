@@ -26,6 +26,7 @@ class SelectionHistory:
     def __init__(self, selectable: Mapping[str, int]):
         self.rows = {name: torch.full((m,), NEVER, dtype=torch.uint8) for name, m in selectable.items()}
         self.waits = {name: torch.zeros(m, dtype=torch.int32) for name, m in selectable.items()}
+        self.smoothed = {name: torch.zeros(m, dtype=torch.float64) for name, m in selectable.items()}
         self.latest = {name: torch.full((3,), torch.nan, dtype=torch.float64) for name in selectable}
 
     def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
@@ -74,4 +75,5 @@ class SelectionHistory:
         """What a checkpoint must hold, to be filled in place on resuming."""
         rows = {f"{name}.rows": tensor for name, tensor in self.rows.items()}
         waits = {f"{name}.waits": tensor for name, tensor in self.waits.items()}
+        waits |= {f"{name}.smoothed": tensor for name, tensor in self.smoothed.items()}
         return rows | waits | {f"{name}.latest": tensor for name, tensor in self.latest.items()}

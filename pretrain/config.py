@@ -88,6 +88,7 @@ class GrassConfig(OptimConfig):
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
     new_first_moment: str  # zero | gradient: the first gradient of a new row
     wait_power: float  # the score of a row is multiplied by (1 + the refreshes it has waited) to this power
+    score_memory: float
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
     state_dtype: str | None  # dtype of rows and moments; when null the model's, or float32 with master_weights
 
