@@ -1,15 +1,13 @@
-"""What Grass is compared with: GaLore, APOLLO and Fira from packages of their own, and torch's Muon.
+"""What Grass is compared with: GaLore, APOLLO and Fira from packages of their own.
 
 Each gets what every optimizer here gets: the same parameter groups, rates, schedule, clipping and checkpoints. This
 file makes them fit; the methods themselves are the packages'.
 """
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from optim.build import inner_optimizer
 
@@ -94,44 +92,3 @@ class StateInTensors:
         settings = ("rank", "update_proj_gap", "scale", "proj_type", "projection_type")
         projector = vars(sys.modules[type(self.optimizer).__module__])["GaLoreProjector"]
         return projector(**{name: group[name] for name in settings if name in group})
-
-
-class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the group named "linears" and AdamW for the others: Muon takes hidden matrices only.
-
-    Muon's step is scaled to the size of AdamW's ("match_rms_adamw"; Liu et al., arXiv 2502.16982), so that rates and
-    decay mean what they mean there. Both parts step on the groups and the state of this optimizer.
-    """
-
-    def __init__(
-        self,
-        params: list[dict[str, Any]],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-    ):
-        common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        linears = [group for group in params if group["name"] == "linears"]
-        others = [group for group in params if group["name"] != "linears"]
-        self.parts: list[torch.optim.Optimizer] = []
-        if linears:
-            self.parts.append(torch.optim.Muon(linears, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
-        if others:
-            self.parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True, **common))
-        for group in linears:
-            group["decoupled_weight_decay"] = True  # as AdamW marks its own
-        super().__init__(params, {})
-        for part in self.parts:
-            part.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
-        return loss

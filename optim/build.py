@@ -19,7 +19,7 @@ INNER_OPTIMIZERS = {
     "sgd": "torch.optim.SGD",
     "adafactor": "torch.optim.Adafactor",
     "adamw8bit": "torchao.optim.AdamW8bit",
-    "muon": "optim.baselines.MuonAndAdamW",
+    "muon": "optim.muon.MuonAndAdamW",
     "galore": "galore_torch.GaLoreAdamW",
     "apollo": "apollo_torch.APOLLOAdamW",
     "fira": "pytorch_optimizer.Fira",

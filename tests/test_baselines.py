@@ -7,8 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from optim.baselines import PROJECTED, MuonAndAdamW, projected_optimizer
+from optim.baselines import PROJECTED, projected_optimizer
 from optim.build import INNER_OPTIMIZERS, inner_optimizer, parameter_groups, set_rates
+from optim.muon import MuonAndAdamW
 from pretrain import checkpoint
 from pretrain.build import build_model, build_optimization
 from pretrain.check import check

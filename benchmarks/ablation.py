@@ -1,0 +1,148 @@
+"""The study behind the defaults of ``optim=grass``: ``python -m benchmarks.ablation [--jobs 2] [stage …]``.
+
+Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``, and writes
+``docs/ablation.md`` and ``docs/ablation.png``. The same command again resumes what is unfinished, skips what is
+finished, and writes both anew; ``--report`` only writes them.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import yaml
+from pretrain.sweep import JobResult, run_sweep
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+
+
+@dataclass
+class Trial:
+    """One setting of a stage, and what its seeds came to: final validation losses in nats a token, and tokens/s."""
+
+    setting: str
+    losses: list[float] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    commits: set[str] = field(default_factory=set)
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(self.losses)
+
+    @property
+    def error(self) -> float:
+        """The standard error of ``loss`` over seeds; NaN for one seed."""
+        return statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if len(self.losses) > 1 else math.nan
+
+
+def run_stage(stage: dict[str, Any], common: list[str], root: Path, jobs: int) -> dict[str, list[Trial]]:
+    """The trials of a stage by topic; a job that fails is named by the sweep and left out here."""
+    topics: dict[str, list[Trial]] = {}
+    for topic, lines in stage["sweeps"].items():
+        trials: dict[str, Trial] = {}
+        for line in lines:
+            fixed = [*common, *stage.get("common", [])]
+            for result in run_sweep([*fixed, *line.split()], root=str(root), jobs=jobs):
+                gather(trials, result, fixed)
+        topics[topic] = list(trials.values())
+    return topics
+
+
+def gather(trials: dict[str, Trial], result: JobResult, fixed: list[str]) -> None:
+    """Add a finished job to the trial of its setting: its overrides without the seed and those that all share."""
+    if result.summary is None:
+        return
+    told = [o for o in result.overrides if o not in fixed and not o.startswith("train.seed=")]
+    trial = trials.setdefault(" ".join(told), Trial(" ".join(told)))
+    trial.losses.append(result.summary["val/loss"])
+    trial.speeds.append(result.summary["tokens_per_s"])
+    trial.commits.add(str(result.summary.get("commit")))
+
+
+def table(topics: dict[str, list[Trial]], reference: float) -> list[str]:
+    """Markdown: a line for each trial, and how far it is from the ``reference`` loss."""
+    lines = []
+    for topic, trials in topics.items():
+        lines += [f"### {topic}", "", "| setting | loss | from the default | tokens/s |", "|---|---|---|---|"]
+        for t in sorted(trials, key=lambda t: t.loss):
+            error = "" if math.isnan(t.error) else f" ± {t.error:.4f} ({len(t.losses)} seeds)"
+            speed = statistics.median(t.speeds)
+            lines.append(f"| `{t.setting}` | {t.loss:.4f}{error} | {t.loss - reference:+.4f} | {speed:,.0f} |")
+        lines.append("")
+    return lines
+
+
+def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
+    """A dot for each trial, a panel for each stage, topics apart by colour; the best dense and GaLore runs as lines."""
+    heights = [sum(map(len, topics.values())) for topics in stages.values()]
+    figure, axes = plt.subplots(
+        len(stages), 1, figsize=(9, 1.2 * len(stages) + 0.21 * sum(heights)), height_ratios=heights, squeeze=False
+    )
+    for axis, (name, topics) in zip(axes[:, 0], stages.items(), strict=True):
+        labels: list[str] = []
+        for colour, trials in enumerate(topics.values()):
+            for t in sorted(trials, key=lambda t: t.loss):
+                axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
+                labels.append(t.setting)
+        for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
+            losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
+            if losses:
+                axis.axvline(min(losses), ls=style, c="0.5", label=f"best of {method}")
+        axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+        axis.invert_yaxis()
+        axis.set(title=name, xlabel="validation loss, nats a token")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> None:
+    """``docs/ablation.md`` and ``docs/ablation.png`` of what is finished."""
+    lines = [
+        "# The ablation",
+        "",
+        f"Written by `python -m benchmarks.ablation` on {time.strftime('%Y-%m-%d')} from the runs it made; "
+        f"machine: {platform.platform()}, CPU. Losses are of the validation split after the last step, in nats a "
+        f"token. Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
+        "are no measurement.",
+        "",
+        "![every trial's final loss](ablation.png)",
+        "",
+    ]
+    for name, topics in stages.items():
+        trials = [t for trials in topics.values() for t in trials]
+        default = [t.loss for t in trials if t.setting == "optim=grass"]
+        common = " ".join(study["stages"][name].get("common", []))
+        commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
+        lines += [f"## {name}", "", study["stages"][name]["about"], "", f"Settings: `{common}`. Commits: {commits}.", ""]
+        lines += table(topics, default[0] if default else math.nan)
+    (DOCS / "ablation.md").write_text("\n".join(lines), encoding="utf-8")
+    plot(stages, DOCS / "ablation.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    study = yaml.safe_load((HERE / "ablation.yaml").read_text())
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(study['stages'])}; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.stages) - set(study["stages"]):
+        parser.error(f"{', '.join(unknown)}: no stage of benchmarks/ablation.yaml")
+    stages = {
+        name: run_stage(stage, study["common"], arguments.root / name, arguments.jobs)
+        for name, stage in study["stages"].items()
+        if name in (arguments.stages or study["stages"])
+    }
+    write(study, stages)
+
+
+if __name__ == "__main__":
+    main()
