@@ -73,6 +73,7 @@ class Grass:
         wait_power: float = 0.0,
         score_memory: float = 0.0,
         refresh_warmup: int = 0,
+        window_end: float = 1.0,
         seed: int = 0,
     ):
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, GrassLinear)}
@@ -91,7 +92,7 @@ class Grass:
         self.sketch_width = sketch_width if score == "sketch" else None
         self.probe_steps = min(probe_steps, refresh_every)
         self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
-        self.refresh_warmup = refresh_warmup
+        self.refresh_warmup, self.window_end = refresh_warmup, window_end
         self.wait_power, self.new_first_moment = wait_power, new_first_moment
         self.score_memory = score_memory
         self._new: dict[GrassLinear, Tensor] = {}
@@ -126,9 +127,10 @@ class Grass:
         self._start_probes(self._probing)
 
     def rate_factor(self) -> float:
-        """What the warm-up after a refresh makes of the rows' learning rate in the coming update."""
+        """What the place of the coming update in its window makes of the rows' learning rate."""
         since = self.steps % self.refresh_every
-        return min(1.0, (since + 1) / self.refresh_warmup) if self.refresh_warmup else 1.0
+        warmup = min(1.0, (since + 1) / self.refresh_warmup) if self.refresh_warmup else 1.0
+        return warmup * (1.0 - (1.0 - self.window_end) * since / max(1, self.refresh_every - 1))
 
     # The hooks.
 

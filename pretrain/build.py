@@ -64,7 +64,7 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
             refresh_every=optim.refresh_every, selection=optim.selection,
             score=optim.score, sketch_width=optim.sketch_width, probe_steps=optim.probe_steps, stagger=optim.stagger,
             state_at_refresh=optim.state_at_refresh, new_second_moment=optim.new_second_moment,
-            refresh_warmup=optim.refresh_warmup, new_first_moment=optim.new_first_moment, wait_power=optim.wait_power, score_memory=optim.score_memory,
+            refresh_warmup=optim.refresh_warmup, window_end=optim.window_end, new_first_moment=optim.new_first_moment, wait_power=optim.wait_power, score_memory=optim.score_memory,
         )  # fmt: skip
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
     return Optimization(optimizer, masters, grass, limiter)

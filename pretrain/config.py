@@ -90,6 +90,7 @@ class GrassConfig(OptimConfig):
     wait_power: float  # the score of a row is multiplied by (1 + the refreshes it has waited) to this power
     score_memory: float
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
+    window_end: float  # the rows' rate falls linearly from refresh to refresh to this share of it; 1 for no fall
     state_dtype: str | None  # dtype of rows and moments; when null the model's, or float32 with master_weights
 
 
