@@ -1,17 +1,17 @@
 """torch's Muon as an inner optimizer: for the linears, with AdamW for everything else."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from optim.parts import Parts
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
+class MuonAndAdamW(Parts):
     """torch's Muon for the group named "linears" and AdamW for the others: Muon takes hidden matrices only.
 
     Muon's step is scaled to the size of AdamW's ("match_rms_adamw"; Liu et al., arXiv 2502.16982), so that rates and
-    decay mean what they mean there. Both parts step on the groups and the state of this optimizer.
+    decay mean what they mean there.
     """
 
     def __init__(
@@ -26,23 +26,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         linears = [group for group in params if group["name"] == "linears"]
         others = [group for group in params if group["name"] != "linears"]
-        self.parts: list[torch.optim.Optimizer] = []
+        parts: list[torch.optim.Optimizer] = []
         if linears:
-            self.parts.append(torch.optim.Muon(linears, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
+            parts.append(torch.optim.Muon(linears, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common))
         if others:
-            self.parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True, **common))
+            parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True, **common))
         for group in linears:
             group["decoupled_weight_decay"] = True  # as AdamW marks its own
-        super().__init__(params, {})
-        for part in self.parts:
-            part.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self.parts:
-            part.step()
-        return loss
+        super().__init__(parts)
