@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
-setup_env dev requirements.txt requirements-dev.txt requirements-extra.txt requirements-baselines.txt requirements-sweep.txt
+setup_env dev requirements.txt requirements-dev.txt requirements-extra.txt requirements-baselines.txt requirements-sweep.txt requirements-docs.txt
 setup_browser
 
 failed=()

@@ -28,18 +28,30 @@ class Trial:
     """One setting of a stage, and what its seeds came to: final validation losses in nats a token, and tokens/s."""
 
     setting: str
-    losses: list[float] = field(default_factory=list)
+    by_seed: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     commits: set[str] = field(default_factory=set)
 
     @property
     def loss(self) -> float:
-        return statistics.mean(self.losses)
+        return statistics.mean(self.by_seed.values())
 
     @property
     def error(self) -> float:
-        """The standard error of ``loss`` over seeds; NaN for one seed."""
-        return statistics.stdev(self.losses) / math.sqrt(len(self.losses)) if len(self.losses) > 1 else math.nan
+        return standard_error(list(self.by_seed.values()))
+
+    def minus(self, other: "Trial") -> tuple[float, float]:
+        """The mean difference of the losses and its standard error, seed by seed.
+
+        A seed's weights and order of the data move every method alike, and by more than methods differ.
+        """
+        differences = [loss - other.by_seed[seed] for seed, loss in self.by_seed.items() if seed in other.by_seed]
+        return (statistics.mean(differences) if differences else math.nan), standard_error(differences)
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of ``values``; NaN for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def run_stage(stage: dict[str, Any], common: list[str], root: Path, jobs: int) -> dict[str, list[Trial]]:
@@ -59,24 +71,39 @@ def gather(trials: dict[str, Trial], result: JobResult, fixed: list[str]) -> Non
     """Add a finished job to the trial of its setting: its overrides without the seed and those that all share."""
     if result.summary is None:
         return
-    told = [o for o in result.overrides if o not in fixed and not o.startswith("train.seed=")]
-    trial = trials.setdefault(" ".join(told), Trial(" ".join(told)))
-    trial.losses.append(result.summary["val/loss"])
+    seeds = [o for o in result.overrides if o.startswith("train.seed=")]
+    told = " ".join(o for o in result.overrides if o not in fixed and o not in seeds)
+    trial = trials.setdefault(told, Trial(told))
+    trial.by_seed[" ".join(seeds)] = result.summary["val/loss"]
     trial.speeds.append(result.summary["tokens_per_s"])
     trial.commits.add(str(result.summary.get("commit")))
 
 
-def table(topics: dict[str, list[Trial]], reference: float) -> list[str]:
-    """Markdown: a line for each trial, and how far it is from the ``reference`` loss."""
+def table(topics: dict[str, list[Trial]], default: Trial | None) -> list[str]:
+    """Markdown: a line for each trial, and how far it is from the ``default`` one, ± standard errors over seeds."""
     lines = []
     for topic, trials in topics.items():
-        lines += [f"### {topic}", "", "| setting | loss | from the default | tokens/s |", "|---|---|---|---|"]
+        lines += [
+            f"### {topic}",
+            "",
+            "| setting | seeds | loss | from the default | tokens/s |",
+            "|---|---|---|---|---|",
+        ]
         for t in sorted(trials, key=lambda t: t.loss):
-            error = "" if math.isnan(t.error) else f" ± {t.error:.4f} ({len(t.losses)} seeds)"
-            speed = statistics.median(t.speeds)
-            lines.append(f"| `{t.setting}` | {t.loss:.4f}{error} | {t.loss - reference:+.4f} | {speed:,.0f} |")
+            difference, error = t.minus(default) if default else (math.nan, math.nan)
+            beside = (
+                "" if math.isnan(difference) else f"{difference:+.4f}{plus_minus(error) if t is not default else ''}"
+            )
+            speed = f"{statistics.median(t.speeds):,.0f}"
+            lines.append(
+                f"| `{t.setting}` | {len(t.by_seed)} | {t.loss:.4f}{plus_minus(t.error)} | {beside} | {speed} |"
+            )
         lines.append("")
     return lines
+
+
+def plus_minus(error: float) -> str:
+    return "" if math.isnan(error) else f" ± {error:.4f}"
 
 
 def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
@@ -111,7 +138,8 @@ def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> N
         "",
         f"Written by `python -m benchmarks.ablation` on {time.strftime('%Y-%m-%d')} from the runs it made; "
         f"machine: {platform.platform()}, CPU. Losses are of the validation split after the last step, in nats a "
-        f"token. Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
+        f"token; ± is the standard error over seeds, of a difference that of the differences seed by seed. "
+        f"Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
         "are no measurement.",
         "",
         "![every trial's final loss](ablation.png)",
@@ -119,7 +147,7 @@ def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> N
     ]
     for name, topics in stages.items():
         trials = [t for trials in topics.values() for t in trials]
-        default = [t.loss for t in trials if t.setting == "optim=grass"]
+        default = next((t for t in trials if t.setting == study["default"]), None)
         common = " ".join(study["stages"][name].get("common", []))
         commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
         lines += [
@@ -130,7 +158,7 @@ def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> N
             f"Settings: `{common}`. Commits: {commits}.",
             "",
         ]
-        lines += table(topics, default[0] if default else math.nan)
+        lines += table(topics, default)
     (DOCS / "ablation.md").write_text("\n".join(lines), encoding="utf-8")
     plot(stages, DOCS / "ablation.png")
 

@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from data.c4 import is_validation, read_c4
 from data.instructions import read_instructions
 from data.settings import DataSettings
 from data.sources import Document, SourceFile, read_documents, shorten
@@ -53,11 +54,13 @@ class Corpus:
             if document is None or _digest(document) != digest:
                 name = document.name if document else "a file"
                 raise ValueError(f"data.paths: {name} changed while it was being read; start again")
-            yield document, "val" if self._draw(digest) < self._threshold else "train"
+            yield document, "val" if self._is_held_out(document, digest) else "train"
 
     def _read(self, skipped: dict[str, list[str]]) -> Iterator[Document]:
         if self.has_prompts:
             return read_instructions(self._files, skipped)
+        if self._source == "c4":
+            return read_c4(self._files)
         return read_documents(self._files, skipped, self._part_chars)
 
     def _log(self) -> None:
@@ -67,6 +70,9 @@ class Corpus:
         whole = len(self._files) - sum(map(len, self.skipped.values()))
         if self._part_chars and len(self) > whole:
             logger.info("cut files longer than %d characters: %d documents of %d files", PART_CHARS, len(self), whole)
+
+    def _is_held_out(self, document: Document, digest: bytes) -> bool:
+        return is_validation(document.name) if self._source == "c4" else self._draw(digest) < self._threshold
 
     def _draw(self, digest: bytes) -> float:
         """A document's number in [0, 1): below the threshold it is for validation.

@@ -27,7 +27,7 @@ from data.corpus import Corpus
 from data.progress import progress
 from data.settings import FORMAT, DataSettings, examine, identity
 from data.shards import ShardWriter, Tokens, sha256, token_dtype
-from data.sources import Document
+from data.sources import Document, SourceFile
 from data.tokenizer import Tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,14 +59,12 @@ def prepare(settings: DataSettings) -> Prepared:
     files, found = examine(settings)
     if found:
         raise ValueError("\n".join(found))
-    root = Path(settings.root)
-    seen = f".seen-{_hash(identity(settings), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
-    pattern = f"{settings.name}-{HEX12}/{seen}"
-    if known := next(root.glob(pattern), None):
-        return load(known.parent)
+    root, seen = Path(settings.root), _seen(settings, files)
+    if known := _known(settings, files):
+        return load(known)
     with _locked(root, settings.name):
-        if known := next(root.glob(pattern), None):
-            return load(known.parent)
+        if known := _known(settings, files):
+            return load(known)
         corpus = Corpus(files, settings)
         folder = root / f"{settings.name}-{_hash(identity(settings), corpus.sha256)[:12]}"
         if not folder.exists():
@@ -75,6 +73,27 @@ def prepare(settings: DataSettings) -> Prepared:
         prepared = load(folder)
         (folder / seen).touch()
     return prepared
+
+
+def find(settings: DataSettings) -> Prepared | None:
+    """What ``prepare`` would return if it is there already; None if there is work to do, or something to mend.
+
+    Raises ValueError for a preparation that was damaged.
+    """
+    files, found = examine(settings)
+    known = None if found else _known(settings, files)
+    return load(known) if known else None
+
+
+def _known(settings: DataSettings, files: list[SourceFile]) -> Path | None:
+    """The folder of a preparation that was made from these files as they are now."""
+    marker = next(Path(settings.root).glob(f"{settings.name}-{HEX12}/{_seen(settings, files)}"), None)
+    return marker.parent if marker else None
+
+
+def _seen(settings: DataSettings, files: list[SourceFile]) -> str:
+    """The name of the empty file that marks a preparation of these files."""
+    return f".seen-{_hash(identity(settings), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
 
 
 def load(folder: str | Path) -> Prepared:

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data import c4
 from data.shards import sha256
 from data.sources import SourceFile, stdlib_files, text_files
 from data.tokenizer import Tokenizer
 
-SOURCES = ("stdlib", "text", "instructions")
+SOURCES = ("stdlib", "text", "instructions", "c4")
 FORMAT = 2  # of the folder; also to be raised when the same settings would give other tokens
 
 
@@ -20,7 +21,7 @@ class DataSettings:
     name: str = "stdlib"
     """First part of the prepared folder's name."""
     source: str = "stdlib"
-    """`stdlib`: the source of Python's standard library; `text`, `instructions`: the files under `paths`."""
+    """`stdlib`: the source of Python's standard library; `text`, `instructions`, `c4`: the files under `paths`."""
     paths: list[str] = field(default_factory=list)
     """Files, folders and globs."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
@@ -58,8 +59,10 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
             files = stdlib_files(s.max_bytes)
         elif s.source in SOURCES:
             files = text_files(s.paths, s.patterns, s.max_bytes)
+        found += c4.problems(files) if s.source == "c4" else []
     except ValueError as error:
         found += str(error).splitlines()
+        found += [f"data.source: c4: {c4.HINT}"] if s.source == "c4" else []
     if s.tokenizer is not None:
         found += _tokenizer_problems(s.tokenizer, s.vocab_size)
     return files, found

@@ -23,7 +23,8 @@ TRAINING_BYTES = 32_000_000
 class Tokenizer:
     """A sentencepiece model file.
 
-    Raises ValueError if the file is no sentencepiece model or has no bos and eos tokens.
+    One without a bos token, such as T5's, begins a text with its eos token, as GPT-2's does.
+    Raises ValueError if the file is no sentencepiece model or has no eos token.
     `token_bytes` (vocab_size,) int32 holds the UTF-8 bytes every token stands for, 0 for special ones.
     """
 
@@ -36,10 +37,10 @@ class Tokenizer:
             raise ValueError(f"{path}: no sentencepiece model ({error})") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise ValueError(f"{path}: the tokenizer has no bos or no eos token; bring one that has both")
+        if self.eos_id < 0:
+            raise ValueError(f"{path}: the tokenizer has no eos token; bring one that has")
+        self.bos_id: int = self._model.bos_id() if self._model.bos_id() >= 0 else self.eos_id
         self.token_bytes = np.array([self._bytes(token) for token in range(self.vocab_size)], dtype=np.int32)
         self._space_sign = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 

@@ -36,6 +36,11 @@ def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
+def random_unit(key: Tensor | int, position: Tensor) -> Tensor:
+    """A number in [0, 1), float32, for every position (int64, any shape)."""
+    return _shift_right(random_bits(key, position), 40).float() * 2.0**-24
+
+
 def random_signs(key: Tensor | int, rows: int, columns: int, like: Tensor) -> Tensor:
     """A (rows, columns) matrix of ±1 with the dtype and device of ``like``."""
     position = torch.arange(rows * columns, device=like.device)

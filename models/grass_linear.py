@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.counter_rng import random_signs, round_stochastically
+from models.int8_weight import dequantise, quantise, whole
 from models.sharded import local, place
 
 logger = logging.getLogger(__name__)
@@ -29,19 +30,27 @@ class _SelectedLinear(torch.autograd.Function):
     """``F.linear`` whose weight gradient is that of the selected slice, and, while probing, its row scores."""
 
     @staticmethod
-    def forward(ctx, x, x_slice, weight, rows, index, scale, probe, probe_key, columns):
+    def forward(ctx, x, x_slice, weight, weight_step, rows, index, scale, probe, probe_key, columns):
         ctx.columns, ctx.probe_width = columns, probe.shape[1:] if probe is not None else None
         ctx.rows_dtype, ctx.x_is_sliced = rows.dtype, x_slice is not None
-        ctx.save_for_backward(x_slice if ctx.x_is_sliced else x, weight, index, scale, probe_key)
+        kept_rows = None if weight_step is None else rows
+        ctx.save_for_backward(
+            x_slice if ctx.x_is_sliced else x, weight, weight_step, kept_rows, index, scale, probe_key
+        )
+        if weight_step is not None:
+            weight = whole(weight, weight_step, rows, index, int(columns), x.dtype)
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad_y):
-        saved, weight, index, scale, probe_key = ctx.saved_tensors
+        saved, weight, weight_step, rows, index, scale, probe_key = ctx.saved_tensors
+        if weight_step is not None:
+            weight = whole(weight, weight_step, rows, index, int(ctx.columns), grad_y.dtype)
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+        del weight
         dy, x = grad_y.flatten(0, -2), saved.flatten(0, -2)
         grad_rows = grad_probe = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             if ctx.columns:
                 grad_rows = dy.T @ (x if ctx.x_is_sliced else x.index_select(1, index))
             else:
@@ -52,7 +61,7 @@ class _SelectedLinear(torch.autograd.Function):
         if ctx.probe_width is not None:
             selected, other = (x, dy) if ctx.columns else (dy, x)
             grad_probe = _probe_gradient(selected, other, ctx.probe_width, probe_key)
-        return grad_x, None, None, grad_rows, None, None, grad_probe, None, None
+        return grad_x, None, None, None, grad_rows, None, None, grad_probe, None, None
 
 
 def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: Tensor) -> Tensor:
@@ -93,16 +102,18 @@ class SharedSlice:
 class GrassLinear(nn.Module):
     """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
 
-    weight  Parameter (out, in), frozen: what the forward uses
+    weight  Parameter (out, in), frozen: what the forward uses; with ``int8`` codes of what is not selected
     rows    Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
     index   buffer (rank,) int64: which rows or columns, in ascending order; entries may repeat
     scale   buffer (rank,) float32: ρ of each; used where ``scaled`` is set, which weighted samples need
+    weight_step  with ``int8`` a buffer of the selected dimension, float32: see models.int8_weight
 
     Args:
         weight: the (out, in) weight; shared, not copied, and frozen.
         rank: how many rows or columns are trained, 1 ≤ rank ≤ the selected dimension.
         side: "rows", "columns" or "auto" (rows where out ≤ in: the smaller side, as in the paper).
         state_dtype: dtype of ``rows`` and so of its gradient and moments; the weight's own when None.
+        int8: keep the weight in 8 bits, rounded to nearest; a forward and a backward make it whole for themselves.
 
     Raises:
         ValueError: an unknown side or an impossible rank.
@@ -110,8 +121,17 @@ class GrassLinear(nn.Module):
 
     index: Tensor
     scale: Tensor
+    weight: Tensor
+    weight_step: Tensor | None
 
-    def __init__(self, weight: nn.Parameter, rank: int, side: str = "auto", state_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        rank: int,
+        side: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        int8: bool = False,
+    ):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if side not in ("auto", "rows", "columns"):
@@ -123,11 +143,15 @@ class GrassLinear(nn.Module):
                 f"optim.rank={rank} must be between 1 and {weight.shape[self.dim]}, "
                 f"the number of {self.side} of a {tuple(weight.shape)} weight"
             )
-        self.weight = weight.requires_grad_(False)
+        self.register_buffer("weight_step", None)
+        if int8:
+            codes, self.weight_step = quantise(weight.detach(), self.dim)
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        else:
+            self.weight = weight.requires_grad_(False)
         self.register_buffer("index", torch.arange(rank, device=weight.device))
         self.register_buffer("scale", torch.ones(rank, device=weight.device))
-        selected = weight.detach().index_select(self.dim, self.index)
-        self.rows = nn.Parameter(selected.to(state_dtype or weight.dtype))
+        self.rows = nn.Parameter(self._selected(self.index, state_dtype or weight.dtype))
         self.scaled = False
         self.shared: SharedSlice | None = None  # with the layers whose index is always this one's
         self.probe: Tensor | None = None  # a leaf outside parameters(): DDP, FSDP and the optimizer never see it
@@ -137,8 +161,9 @@ class GrassLinear(nn.Module):
         """(…, in) → (…, out) in the weight's dtype."""
         scale = self.scale if self.scaled else None
         return _SelectedLinear.apply(
-            x, self._slice_of(x), self.weight, self.rows, self.index, scale, self.probe, self.probe_key, self.dim == 1
-        )
+            x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe,
+            self.probe_key, self.dim == 1,
+        )  # fmt: skip
 
     def _slice_of(self, x: Tensor) -> Tensor | None:
         """What the backward needs of ``x`` where that is a slice: not while the whole gradient is being probed."""
@@ -163,7 +188,15 @@ class GrassLinear(nn.Module):
         """Select the first rows and load them: what a layer that was built on the meta device needs."""
         self.index.copy_(torch.arange(self.rank))
         self.scale.fill_(1)
-        local(self.rows).copy_(local(self.weight).index_select(self.dim, self.index))
+        rows = local(self.rows)
+        rows.copy_(self._selected(self.index, rows.dtype))
+
+    def _selected(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of the slice of the weight at ``index``, of a sharded layer the part that is here."""
+        selected = local(self.weight.detach()).index_select(self.dim, index)
+        if self.weight_step is None:
+            return selected.to(dtype)
+        return dequantise(selected, self.weight_step[index], self.dim, dtype)
 
     def positions(self) -> Tensor:
         """Where the elements of ``rows`` (of a sharded layer: those here) stand in the flattened weight, int64."""
@@ -179,7 +212,7 @@ class GrassLinear(nn.Module):
         stepped: Tensor | None = None,
         rounding_key: int = 0,
     ) -> None:
-        """Write a step on ``rows`` back: weight[index] = rows, rounded to the weight's dtype.
+        """Write a step on ``rows`` back: weight[index] = rows, rounded to the weight's dtype (not into one of 8 bits).
 
         A step made on a float32 copy of bfloat16 rows comes as ``stepped`` and is rounded stochastically by
         ``rounding_key``, so that no update is too small. float32 rows of a bfloat16 weight are master copies: they keep
@@ -201,25 +234,31 @@ class GrassLinear(nn.Module):
             after = kept + summed.index_select(self.dim, first)
         if after is not rows:
             rows.copy_(round_stochastically(after, rows.dtype, rounding_key, self.positions()))
-        weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
+        if self.weight_step is None:
+            weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
 
     @torch.no_grad()
     def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
         """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``.
 
-        Master copies of rows that leave are rounded stochastically into the weight; rows that stay keep theirs.
+        What the weight cannot hold of rows that leave is rounded stochastically; rows that stay keep it.
         """
         rows, weight = local(self.rows), local(self.weight)
         old_index, masters = self.index.clone(), rows.clone()
-        if rows.dtype != weight.dtype:
+        if self.weight_step is not None:
+            codes, step = quantise(masters, self.dim, rounding_key, self.positions())
+            weight.index_copy_(self.dim, old_index, codes)
+            self.weight_step.index_copy_(0, old_index, step)
+        elif rows.dtype != weight.dtype:
             rounded = round_stochastically(masters, weight.dtype, rounding_key, self.positions())
             weight.index_copy_(self.dim, old_index, rounded)
         self.index.copy_(index)
         self.scale.copy_(scale) if scale is not None else self.scale.fill_(1)
         position, stays = positions_among(old_index, self.index)
-        loaded = weight.index_select(self.dim, self.index).to(rows.dtype)
+        loaded = self._selected(self.index, rows.dtype)
         rows.copy_(torch.where(stays.unsqueeze(1 - self.dim), masters.index_select(self.dim, position), loaded))
-        weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
+        if self.weight_step is None:
+            weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
 
     def start_probe(self, key: int, width: int | None) -> None:
         """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).
@@ -258,12 +297,14 @@ def convert_linears(
     side: str | Mapping[str, str] = "auto",
     state_dtype: torch.dtype | None = None,
     share_index: bool = False,
+    int8: bool = False,
 ) -> dict[str, GrassLinear]:
     """Swap in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` for GrassLinear.
 
-    Weights are shared, not copied. What was converted and what was left is logged. ``side`` and ``rank`` are one for
-    all, or one for each glob of names that they map, the last match winning; ``side`` is "auto" without any. With
-    ``share_index`` those of SAME_INPUT of one rank that select columns share one index, and one slice of their input.
+    Weights are shared, not copied, unless they become ``int8``. What was converted and what was left is logged.
+    ``side`` and ``rank`` are one for all, or one for each glob of names that they map, the last match winning; ``side``
+    is "auto" without any. With ``share_index`` those of SAME_INPUT of one rank that select columns share one index, and
+    one slice of their input.
 
     Returns:
         The new layers by module name, in model order.
@@ -298,7 +339,7 @@ def convert_linears(
             ranks_of_this = [r for p, r in ranks.items() if matches(name, p)]
             if not ranks_of_this:
                 raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
-            layers[name] = GrassLinear(linear.weight, ranks_of_this[-1], side_of_this, state_dtype)
+            layers[name] = GrassLinear(linear.weight, ranks_of_this[-1], side_of_this, state_dtype, int8)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if share_index and not _share_slices(layers) and not problems:

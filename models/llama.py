@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from models.attention import BACKENDS, attention, resolve_backend
 from models.checkpointing import run
 from models.counter_rng import key
+from models.int8_weight import fill_weight
 from models.kv_cache import KVCache
 from models.loss import chunked_cross_entropy, cross_entropy
 from models.precision import at_least_fp32
 from models.recipes import as_recipe, remakeable
-from models.sharded import fill_part
 
 
 class RMSNorm(nn.Module):
@@ -231,7 +231,7 @@ class Llama(nn.Module):
             elif name.endswith("weight"):
                 generator = torch.Generator().manual_seed(key(seed, "init", name))
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-                fill_part(parameter, draw * self.initializer_range)
+                fill_weight(self, name, draw * self.initializer_range)
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
         """Cast the parameters in place, norm weights to no less than fp32: near 1, bf16 steps by 2⁻⁸."""

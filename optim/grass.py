@@ -49,7 +49,8 @@ class Grass:
         probe_steps: how many of the last steps of a window feed the score.
         stagger: refresh the model's blocks in turn, spread over the window, instead of all at once. "auto" does where a
             layer selects columns: the probe of such a layer keeps all of its input, which its other steps do not.
-        state_at_refresh, new_second_moment: what happens to moments, see optim.moments.
+        state_at_refresh: what happens to moments, a name of optim.moments.
+        new_second_moment: where the second moments of new rows start when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
         seed: the run's seed.
 

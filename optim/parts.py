@@ -10,7 +10,9 @@ class Parts(torch.optim.Optimizer):
     """Steps by each of ``parts`` in turn; groups and state are theirs, shared and not copied."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]):
-        self.parts = list(parts)
+        self.parts: list[torch.optim.Optimizer] = []
+        for part in parts:
+            self.parts += part.parts if isinstance(part, Parts) else [part]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         for part in self.parts:
             part.state = self.state

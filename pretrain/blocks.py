@@ -1,14 +1,15 @@
 """The walk through a model with many identical blocks, from walks through models with few of them.
 
-Between the two edges of a model one more block adds the same to every stretch of a step. So what is held in a stretch
-is affine in the number of blocks, and two walks tell it for every number. A third one is held against that; where it
-does not agree the whole model is walked.
+Between the two edges of a model one more block adds the same to every stretch of a step (with ``every:N``, N more
+blocks do). So what is held in a stretch is affine in the number of blocks, and two walks tell it for every number. A
+third one is held against that; where it does not agree the whole model is walked.
 """
 
 import logging
 from collections import Counter
 
-from pretrain.config import Config
+from models import checkpointing
+from pretrain.config import Config, GrassConfig
 from pretrain.walk import BETWEEN, EDGE, Seen, walk
 
 logger = logging.getLogger(__name__)
@@ -20,16 +21,25 @@ def walk_all(config: Config, verify: bool = True) -> Seen:
     Without ``verify`` the third walk is left out, for settings that differ from verified ones in sizes alone.
     """
     blocks = config.model.num_hidden_layers
-    few = (2 * EDGE, 2 * EDGE + 1, 2 * EDGE + 2)
-    if blocks <= few[-1]:
+    _, period = checkpointing.parse(config.train.checkpointing)
+    few = 2 * EDGE + (blocks - 2 * EDGE) % period
+    if blocks <= few + 2 * period or _turns_overlap(config, blocks):
         return _edges(walk(config, blocks))
-    first, second = (_edges(walk(config, n)) for n in few[:2])
+    first, second = (_edges(walk(config, n)) for n in (few, few + period))
     if verify:
-        third = _edges(walk(config, few[2]))
+        third = _edges(walk(config, few + 2 * period))
         if first.keys() != second.keys() or _extended(first, second, 2) != third:
             logger.info("the blocks are not all alike in memory: walking through every one")
             return _edges(walk(config, blocks))
-    return _extended(first, second, blocks - few[0])
+    return _extended(first, second, (blocks - few) // period)
+
+
+def _turns_overlap(config: Config, blocks: int) -> bool:
+    """Whether, where the blocks take turns at a refresh, a step probes more of them than it would of few."""
+    optim = config.optim
+    if not isinstance(optim, GrassConfig) or optim.stagger is False:
+        return False
+    return blocks > optim.refresh_every or optim.probe_steps > 1
 
 
 def _edges(seen: Seen) -> Seen:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from models.checkpointing import checkpoint_blocks
 from models.grass_linear import GrassLinear, convert_linears
+from models.int8_weight import fill_weight
 from models.llama import Llama
 from models.recipes import save_recipes
-from models.sharded import fill_part
 from optim.baselines import projected_optimizer
 from optim.build import optimizer_of_groups, parameter_groups
 from optim.grass import Grass
@@ -59,7 +59,9 @@ def outline(config: Config) -> Llama:
             optim = config.optim
             masters = optim.master_weights and config.train.dtype == "bfloat16"
             state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
-            convert_linears(model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index)
+            convert_linears(
+                model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index, optim.int8_weights
+            )
     return model
 
 
@@ -97,7 +99,7 @@ def fill(model: Llama, weights: Iterable[tuple[str, Tensor]], origin: object) ->
             raise ValueError(f"{origin}: {name} has shape {tuple(tensor.shape)}, the model {wanted}; check model.*")
         if tensor.dtype != own[name].dtype:
             casts.add(f"{tensor.dtype} to {own[name].dtype}")
-        fill_part(own[name], tensor)
+        fill_weight(model, name, tensor)
         missing.discard(name)
     if model.tie_word_embeddings:
         missing.discard("lm_head.weight")
@@ -146,4 +148,6 @@ def compile_blocks(model: Llama, device: torch.device) -> bool:
         return False
     for layer in model.layers:
         layer.compile()
+    if any(getattr(module, "lean", False) for module in model.layers.modules()):
+        logger.info("train.lean_activations does nothing in compiled blocks: the compiler chooses what to make again")
     return True

@@ -33,8 +33,10 @@ from pretrain.parallel import sharding_problems
 from pretrain.trained import init_problems
 
 
-def check(config: Config, world_size: int = 1) -> None:
+def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
     """Hold the settings against each other and against the model they describe, built without memory.
+
+    Without ``needs_data`` the text to train on need not be there.
 
     Raises:
         ConfigError: lists every problem with its key and the mend.
@@ -53,7 +55,9 @@ def check(config: Config, world_size: int = 1) -> None:
                 f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
                 "lower it"
             )
-        problems += [*_model_problems(config, world_size), *data_problems(config.data)]
+        problems += _model_problems(config, world_size)
+        if needs_data:
+            problems += data_problems(config.data)
     finally:
         logging.disable(logging.NOTSET)
     if problems:
@@ -100,14 +104,16 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"
         )
     problems += _at_least(0, "train", train, "checkpoint_every", "eval_every", "sample_tokens")
+    if not 0 < train.timeout_minutes < math.inf:
+        problems.append(f"train.timeout_minutes={train.timeout_minutes} must be greater than 0 and finite")
     problems += _one_of("train.dtype", train.dtype, DTYPES) + _one_of("train.resume", train.resume, ("auto", "never"))
     problems += _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "hsdp"))
     if train.reduce_dtype is not None:
         problems += _one_of("train.reduce_dtype", train.reduce_dtype, DTYPES)
-        if train.parallel == "ddp":
+        if train.parallel == "ddp" and train.reduce_dtype != "bfloat16":
             problems.append(
-                f"train.reduce_dtype={train.reduce_dtype} is for sharded runs: DDP sends gradients as they are; "
-                "set train.parallel=fsdp, or train.reduce_dtype=null"
+                f"train.reduce_dtype={train.reduce_dtype} is for sharded runs: DDP sends gradients as they are, or in "
+                "bfloat16; set it to null or bfloat16, or train.parallel=fsdp"
             )
     problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
     try:
@@ -124,8 +130,7 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
 
 def _estimate_problems(estimate: EstimateConfig) -> list[str]:
     problems = _one_of("estimate.format", estimate.format, ("table", "json"))
-    if estimate.devices != 1:
-        problems.append(f"estimate.devices={estimate.devices}: the planner knows one device alone; set it to 1")
+    problems += _at_least(1, "estimate", estimate, "devices")
     problems += _at_least(0, "estimate", estimate, "context_gib", "allocator_overhead", "device_memory_gib")
     return problems
 

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from models.int8_weight import whole
 from pretrain.build import Optimization
 from pretrain.distributed import World
 
 FORMAT = 1
+INT8_PARTS = ("weight_step", "rows", "index")  # what makes a weight in 8 bits whole
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -116,8 +118,10 @@ def load(path: Path, model: nn.Module, optim: Optimization) -> None:
             raise _damaged(path, error) from None
 
 
-def read_weights(path: Path, names: list[str]) -> dict[str, Tensor]:
+def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's weights of these names, and nothing else of the checkpoint at ``path``, on the CPU.
+
+    Those that a run kept in 8 bits come whole, in ``dtype``; the others as they are.
 
     Raises:
         ValueError: a damaged checkpoint, or one that lacks a name.
@@ -128,8 +132,10 @@ def read_weights(path: Path, names: list[str]) -> dict[str, Tensor]:
         stored = reader.read_metadata().state_dict_metadata
         if absent := [name for name in names if f"model.{name}" not in stored]:
             raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
+        layers = [name.removesuffix(".weight") for name in names if f"model.{name}_step" in stored]  # in 8 bits
+        parts = [f"{layer}.{part}" for layer in layers for part in INT8_PARTS]
         tensors = {}
-        for name in names:
+        for name in [*names, *parts]:
             entry: Any = stored[f"model.{name}"]
             tensors[f"model.{name}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
@@ -137,6 +143,11 @@ def read_weights(path: Path, names: list[str]) -> dict[str, Tensor]:
             dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (SafetensorError, dcp.api.CheckpointException) as error:
         raise _damaged(path, error) from None
+    for layer in layers:
+        step, rows, index = (tensors.pop(f"model.{layer}.{part}") for part in INT8_PARTS)
+        codes = tensors[f"model.{layer}.weight"]
+        dim = 0 if rows.shape == (len(index), codes.shape[1]) else 1
+        tensors[f"model.{layer}.weight"] = whole(codes, step, rows, index, dim, dtype)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 

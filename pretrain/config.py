@@ -89,6 +89,7 @@ class GrassConfig(OptimConfig):
     state_at_refresh: str  # reset | carry
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
+    int8_weights: bool  # frozen weights in 8 bits beside the rows that are trained, see models/int8_weight.py
     state_dtype: str | None  # dtype of rows and moments; when null the model's, or float32 with master_weights
 
 
@@ -130,8 +131,10 @@ class TrainConfig:
     parallel: str  # ddp | fsdp | hsdp: how several processes train one model
     shards: int | None  # hsdp: among how many processes a copy of the model is divided; null: those of a node
     reshard: bool  # fsdp, hsdp: let go of gathered weights after a forward and gather them again in the backward
-    reduce_dtype: str | None  # float32 | bfloat16: of gradients on the wire; null: as they are
+    reduce_dtype: str | None  # of gradients on the wire: bfloat16, sharded also float32; null: as they are
+    timeout_minutes: float  # how long a process waits for the others before it ends with an error that names them
     sample_tokens: int  # length of each sample at the end; 0 for none
+    dry_run: bool  # print the plan of the run and write nothing
 
 
 @dataclass
@@ -223,6 +226,8 @@ def to_config(cfg: DictConfig) -> Config:
 def _explain(overrides: list[str], error: Exception) -> str:
     """One line for each override that is wrong by itself; the error as it came when only the combination is."""
     choices = {o: o.lstrip("+~").partition("=")[::2] for o in overrides}
+    if added := [o for o, (group, _) in choices.items() if o.startswith("+") and (CONF / group / "").is_dir()]:
+        return "\n".join(f"{o}: this group is in the configuration already; leave the + out" for o in added)
     groups = [o for o, (group, value) in choices.items() if value in _options(group)]
     try:
         known = [*(p.name for p in CONF.iterdir() if p.is_dir()), *_keys(_compose(groups))]

@@ -49,6 +49,13 @@ class World:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def all_of(self, value: Any) -> list[Any]:
+        """Every process' ``value``, in the order of their ranks (pickled between our own processes)."""
+        box = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(box, value)
+        return box
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -69,11 +76,14 @@ def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
     return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def connect(timeout: timedelta = timedelta(minutes=10)) -> World:
+def connect(timeout: timedelta) -> World:
     """Join the other processes that torchrun started: tensors on the CPU over gloo, on CUDA devices over NCCL.
+
+    No process waits for another for longer than ``timeout``.
 
     Raises:
         ValueError: more processes on this machine than it has GPUs.
+        LostPeer: not all of the processes came.
     """
     size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -84,8 +94,19 @@ def connect(timeout: timedelta = timedelta(minutes=10)) -> World:
         torch.cuda.set_device(device)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        except dist.DistError as error:
+            raise LostPeer(f"not all of the {size} processes of this run came: {first_line(error)}") from error
     return World(rank, size, device)
+
+
+class LostPeer(RuntimeError):
+    """Another process of the run is dead, stuck or gone."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def disconnect() -> None:

@@ -24,13 +24,17 @@ from pretrain.walk import COMPONENTS, MODEL, Seen, micro_batch_size
 GIB = 2**30
 MANY = 2**16
 MENDS = {
-    "weights": "a smaller model, or train.dtype=bfloat16",
+    "weights": "train.dtype=bfloat16, optim.int8_weights=true with optim=grass, train.parallel=fsdp on several "
+    "devices, or a smaller model",
     "rows": "a lower optim.rank",
-    "gradients": "optim=grass, or a lower optim.rank",
-    "optimizer_state": "optim=grass, or a lower optim.rank",
-    "activations": "a smaller train.micro_batch_size or train.seq_len",
-    "temporaries": "a smaller train.micro_batch_size, train.seq_len or optim.rank",
-    "sketch": "a smaller optim.sketch_width",
+    "gradients": "optim=grass, train.step_in_backward=true with optim.clip=0, or a lower optim.rank",
+    "optimizer_state": "optim=grass, optim.embedding_inner=adafactor (or adamw8bit), or a lower optim.rank",
+    "activations": "train.lean_activations=true, optim.side=columns with optim.share_index=true, "
+    "train.checkpointing=full, or a smaller train.micro_batch_size or train.seq_len",
+    "temporaries": "train.loss_chunk_tokens=512, train.step_in_backward=true with optim.clip=0, or a smaller "
+    "train.micro_batch_size, train.seq_len or optim.rank",
+    "sketch": "a smaller optim.sketch_width, or optim.stagger=true",
+    "gathered_weights": "train.reshard=true",
 }
 
 
@@ -41,7 +45,8 @@ class Estimate:
     peak_bytes                   the most held in a step without a refresh
     refresh_peak_bytes           the most held in the steps of a refresh
     components                   what holds ``peak_bytes``
-    communicated_bytes_per_step  given to collectives in a step without a refresh
+    communicated_bytes_per_step  given to collectives in a step without a refresh, see pretrain.one_of_many.Traffic
+    communicated_bytes_per_refresh  the same in the last step of a window, the scores of all rows included
     max_micro_batch_size         the largest that fits ``estimate.device_memory_gib``, 0 for none; None without a limit
     """
 
@@ -51,6 +56,7 @@ class Estimate:
     parameters: int
     flops_per_token: int
     communicated_bytes_per_step: int
+    communicated_bytes_per_refresh: int
     max_micro_batch_size: int | None
 
 
@@ -60,7 +66,7 @@ def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
     Raises:
         ConfigError: the configuration cannot run.
     """
-    check(config, config.estimate.devices)
+    check(config, config.estimate.devices, needs_data=False)
     seen = walk_all(config)
     regular, refresh = highest(seen, "regular"), highest(seen, "refresh")
     found = Estimate(
@@ -70,6 +76,7 @@ def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
         parameters=seen[MODEL]["parameters"],
         flops_per_token=seen[MODEL]["flops_per_token"],
         communicated_bytes_per_step=seen[MODEL]["communicated"],
+        communicated_bytes_per_refresh=seen[MODEL]["refresh_communicated"],
         max_micro_batch_size=largest_micro_batch(config, seen) if config.estimate.device_memory_gib else None,
     )
     return found, _in_order(refresh)
@@ -155,7 +162,8 @@ def print_table(config: Config, found: Estimate, refresh: dict[str, int]) -> Non
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{found.parameters / 1e6:,.0f}M parameters, {found.flops_per_token / 1e9:,.2f} GFLOPs a token")
-    console.print(f"{found.communicated_bytes_per_step / GIB:.3f} GiB communicated a step")
+    regular, refreshed = found.communicated_bytes_per_step, found.communicated_bytes_per_refresh
+    console.print(f"{regular / GIB:.3f} GiB communicated a step, {refreshed / GIB:.3f} with a refresh")
     if found.max_micro_batch_size is not None:
         console.print(f"largest micro-batch in {config.estimate.device_memory_gib:g} GiB: {found.max_micro_batch_size}")
 

@@ -19,6 +19,8 @@ def obstacle(path: Path) -> str | None:
     own_pieces = any(p.type == USER_DEFINED for p in model.pieces)
     if model.trainer_spec.model_type != BPE:
         return "it is no byte-pair encoding"
+    if model.trainer_spec.bos_id < 0:
+        return "it has no bos token"
     if model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
         return "it changes the text before encoding it"
     if model.normalizer_spec.add_dummy_prefix and own_pieces:

@@ -95,7 +95,10 @@ class Agent(LocalElasticAgent):
             # When a worker is killed, another may fail of the lost connection and be seen first.
             time.sleep(worker_group.spec.monitor_interval)
             failed |= self._failed()
-        result = super()._monitor_workers(worker_group)  # ends the other workers
+            # What is left of the run cannot go on: it has only to end. One that is stuck does not even do that.
+            assert self._pcontext is not None
+            self._pcontext.close(signal.SIGTERM, timeout=5)
+        result = super()._monitor_workers(worker_group)
         if failed:
             # Torch counts the workers that it ended itself as failures too: they are not the cause.
             result.failures = {rank: result.failures[rank] for rank in failed}

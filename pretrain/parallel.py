@@ -7,10 +7,12 @@ and says nothing to the others about it.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -36,7 +38,7 @@ class Engine:
         """Make ``model``, on the meta device and with its Grass layers, one that holds only this process' part."""
 
     def wrap(self, model: Llama) -> None:
-        """Take ``model``, with its weights and compiled or not, into use."""
+        """Take ``model`` into use, before its weights are loaded from a checkpoint, and before it is compiled."""
         self.module: nn.Module = model
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> Tensor:
@@ -55,14 +57,43 @@ class Engine:
 
 
 class Replicated(Engine):
-    """DDP: a copy of the model on every process; its buckets hold the gradients of what is trained, and no others."""
+    """DDP: a copy of the model on every process; its buckets hold the gradients of what is trained, and no others.
+
+    Args:
+        compress: let the buckets travel, and be summed, in bfloat16.
+    """
+
+    def __init__(self, compress: bool):
+        self.compress = compress
 
     def wrap(self, model: Llama) -> None:
-        self.module = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        # Nothing is broadcast: that the weights are the same everywhere is checked (pretrain.agreement).
+        self.module = DistributedDataParallel(
+            model, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
+        if self.compress:
+            self.module.register_comm_hook(None, _compress)
+        self._settle_buckets(model)
+
+    def _settle_buckets(self, model: Llama) -> None:
+        """Let DDP put its buckets into their final order now.
+
+        It does that once, after the first backward, by the order in which gradients came; and the layout of the buckets
+        decides the order in which the processes' parts are summed. A run that goes on would make its first step in
+        another order than one that was never stopped.
+        """
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        self.module(token, token).backward()
+        model.zero_grad(set_to_none=True)
 
     def backward(self, last: bool) -> AbstractContextManager:
         assert isinstance(self.module, DistributedDataParallel)
         return nullcontext() if last else self.module.no_sync()
+
+
+def _compress(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Torch's own hook, under a name by which DDP does not refuse it without NCCL: gloo sums bfloat16 as well."""
+    return bf16_compress_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
 class Sharded(Engine):
@@ -74,7 +105,7 @@ class Sharded(Engine):
     """
 
     # Their state does not belong to single elements, or their step needs whole matrices.
-    REFUSED = ("adafactor", "adamw8bit", "muon", "galore", "apollo", "fira")
+    REFUSED = ("adafactor", "adamw8bit", "galore", "apollo", "fira")
 
     sharded = True
 
@@ -137,7 +168,12 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
         )
     if any(optim.inner in (name, INNER_OPTIMIZERS[name]) for name in Sharded.REFUSED):
         problems.append(
-            f"optim.inner={optim.inner} cannot step on shards; use adamw, adam or sgd, or train.parallel=ddp"
+            f"optim.inner={optim.inner} cannot step on shards; use muon, adamw, adam or sgd, or train.parallel=ddp"
+        )
+    if getattr(optim, "int8_weights", False):
+        problems.append(
+            "optim.int8_weights=true: the steps of 8-bit weights belong to whole rows, which shards do not have; set "
+            "it to false, or train.parallel=ddp"
         )
     for child, size in {
         name.rpartition(".")[2]: layer.in_features
@@ -156,8 +192,10 @@ def engine_of(train: TrainConfig, world: World) -> Engine:
     if world.size == 1:
         return Engine()
     if train.parallel == "ddp":
-        return Replicated()
+        return Replicated(compress=train.reduce_dtype == "bfloat16")
     shards = shards_of(train.parallel, train.shards, world.size)
     shape, names = ((world.size // shards, shards), ("replica", "shard")) if shards < world.size else ((shards,), None)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names or ("shard",))
+    for dim in range(mesh.ndim):  # groups of some of the processes begin with torch's own timeout
+        mesh.get_group(dim).set_timeout(timedelta(minutes=train.timeout_minutes))
     return Sharded(mesh, DTYPES[train.reduce_dtype] if train.reduce_dtype else None, train.reshard)

@@ -15,12 +15,13 @@ from data.prepare import Prepared, prepare
 from data.settings import DataSettings
 from pretrain.check import check
 from pretrain.config import Config, ConfigError, load
-from pretrain.distributed import world_size_from_env
+from pretrain.distributed import LostPeer, world_size_from_env
 from pretrain.metrics import log_to_terminal
 from pretrain.run_folder import RunFolder
 from pretrain.trained import check_tokenizer
 
 EXIT_CODE = 2
+LOST_PEER = 3
 
 
 def ready(config: Config, world_size: int) -> Prepared:
@@ -39,17 +40,20 @@ def ready(config: Config, world_size: int) -> Prepared:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn an error that the user can mend into its message on standard error and exit code 2.
+    """Turn an error that the user can mend into its message on standard error and exit code 2; a lost process into 3.
 
     GRASS_TRACEBACK=1 shows where it came from.
     """
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, LostPeer) as error:
         if os.environ.get("GRASS_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
+        if isinstance(error, LostPeer):
+            sys.stdout.flush()
+            os._exit(LOST_PEER)
         sys.exit(EXIT_CODE)
 
 
@@ -70,7 +74,9 @@ def main() -> None:
     with clear_errors():
         if only_asks_hydra(overrides):
             return
-        ready(load(overrides), world_size_from_env())
+        config = load(overrides)
+        if not config.train.dry_run:  # which prepares nothing, and checks by itself
+            ready(config, world_size_from_env())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ MAY_CHANGE = {
     "data": {"root", "prompts"},
     "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
               "micro_batch_size", "sample_tokens", "checkpoint_every", "eval_every", "eval_sequences", "log_every",
-              "parallel", "shards", "reshard", "reduce_dtype"},
+              "parallel", "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run"},
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
               "decay_share"},
     "logger": {"wandb"},
@@ -71,7 +71,7 @@ class RunFolder:
             raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
         if self.latest_checkpoint is None:
             return []
-        old, new = _flat(OmegaConf.load(self.config_file)), _flat(OmegaConf.structured(config))
+        old, new = flat(OmegaConf.load(self.config_file)), flat(OmegaConf.structured(config))
         # A key that only one of them has belongs to another version of this program, which is no change of settings.
         changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
         refused = [k for k in changed if not _may_change(k)]
@@ -147,7 +147,7 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _flat(config: Any) -> dict[str, Any]:
+def flat(config: Any) -> dict[str, Any]:
     """``{"train.steps": 300, …}`` of a nested configuration."""
     flat: dict[str, Any] = {}
 

@@ -7,6 +7,8 @@ operation is not seen.
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, UntypedStorage
 from torch.distributed._tools.common_utils import get_untyped_storages
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 TEMPORARIES = "temporaries"  # what nobody gave another kind
+GATHERED = "gathered_weights"  # whose storages are emptied and filled again: FSDP2's alone
 
 
 class Storages(TorchDispatchMode):
@@ -30,6 +33,17 @@ class Storages(TorchDispatchMode):
         self.kinds: dict[int, str] = {}
         self.made = 0
         self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: its number, and what tells of its end
+        self._sizes: dict[int, int] = {}  # by number, of those alive
+        self._resize: Any = UntypedStorage.resize_
+        self._resizing = patch.object(UntypedStorage, "resize_", lambda *arguments: self._resized(*arguments))
+
+    def __enter__(self):
+        self._resizing.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._resizing.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
@@ -89,8 +103,18 @@ class Storages(TorchDispatchMode):
 
         def gone(_: weakref.ref) -> None:
             del self._alive[address]
-            self.log.append((number, -size))
+            self.log.append((number, -self._sizes.pop(number)))
 
         self._alive[address] = number, weakref.ref(storage, gone)
+        self._sizes[number] = size
         self.log.append((number, size))
         return number
+
+    def _resized(self, storage: UntypedStorage, size: int) -> UntypedStorage:
+        number = self._number(storage)
+        result = self._resize(storage, size)
+        self.log.append((number, size - self._sizes[number]))
+        self._sizes[number] = size
+        if size == 0:
+            self.kinds[number] = GATHERED
+        return result

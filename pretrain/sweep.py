@@ -224,6 +224,8 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
     for job in combinations(settings):
         try:
             config = load(job)
+            if config.train.dry_run:
+                raise ConfigError("train.dry_run=true plans one run; give it to ./launch.sh without -m")
         except ConfigError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     if problems:

@@ -1,18 +1,24 @@
 """Pretrain a LLaMA: ``torchrun … -m pretrain.train [hydra overrides]``, or ``./launch.sh [hydra overrides]``.
 
-Exit codes: 0 finished, 2 something to mend (one message says what), 85 stopped by a signal after saving.
+Exit codes: 0 finished, 2 something to mend (one message says what), 3 another process of the run was lost, 85 stopped
+by a signal after saving.
 """
 
 import logging
 import signal
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 
 import hydra
 from omegaconf import DictConfig
 
-from pretrain import distributed
+from data.prepare import Prepared
+from pretrain import distributed, peers
+from pretrain.agreement import require_same_setting
 from pretrain.config import Config, load, to_config
+from pretrain.distributed import World
+from pretrain.dry_run import dry_run
 from pretrain.interrupt import EXIT_CODE, StopRequest
 from pretrain.metrics import log_to_terminal
 from pretrain.preflight import clear_errors, only_asks_hydra, ready
@@ -24,24 +30,38 @@ logger = logging.getLogger(__name__)
 
 def run(config: Config) -> int:
     """Train as ``config`` says; returns the exit code."""
+    if config.train.dry_run:
+        if distributed.is_main_from_env():
+            with clear_errors():
+                dry_run(config, distributed.world_size_from_env())
+        return 0
     stop = StopRequest()
     log_to_terminal(is_main=distributed.is_main_from_env())
     with clear_errors():
         data = ready(config, distributed.world_size_from_env())
-        world, folder = distributed.connect(), RunFolder(config)
-        if world.from_main(folder.is_finished(config.train.steps)):
-            logger.info(
-                "%s is finished at step %d; raise train.steps or choose a new run.name", folder.path, config.train.steps
-            )
-            distributed.disconnect()
-            return 0
-        with folder.locked() if world.is_main else nullcontext():
-            trainer = Trainer(config, world, data, folder, stop)
-            stop.listen()
-            finished = trainer.fit()
-    del trainer  # the last to let go of gloo's process group must not be DDP: it holds the interpreter's lock meanwhile
+        timeout = timedelta(minutes=config.train.timeout_minutes)
+        world = distributed.connect(timeout)
+        with peers.named(world, timeout, stop.__bool__):
+            finished = _train(config, world, data, stop)
+    # By now nothing is left of the trainer: the last to let go of gloo's process group must not be DDP, which holds the
+    # interpreter's lock meanwhile.
     distributed.disconnect()
     return 0 if finished else EXIT_CODE
+
+
+def _train(config: Config, world: World, data: Prepared, stop: StopRequest) -> bool:
+    """Returns whether the run is at its end."""
+    folder = RunFolder(config)
+    require_same_setting(config, data, world)
+    if world.from_main(folder.is_finished(config.train.steps)):
+        logger.info(
+            "%s is finished at step %d; raise train.steps or choose a new run.name", folder.path, config.train.steps
+        )
+        return True
+    with folder.locked() if world.is_main else nullcontext():
+        trainer = Trainer(config, world, data, folder, stop)
+        stop.listen()
+        return trainer.fit()
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

@@ -19,6 +19,7 @@ from data.prepare import Prepared
 from optim.build import set_rates
 from optim.schedule import rate_factor
 from pretrain import checkpoint
+from pretrain.agreement import require_same_weights
 from pretrain.build import build_model, build_optimization, compile_blocks
 from pretrain.code_version import git_commit
 from pretrain.config import Config
@@ -50,6 +51,7 @@ class Trainer:
         start = weights_at(train.init_from) if train.init_from and resume_from is None else None
         self.engine = engine_of(train, world)
         self.model = build_model(config, world.device, start, self.engine.shard)
+        self.engine.wrap(self.model)
         self.optim = build_optimization(config, self.model)
         self.rate = partial(
             rate_factor, total=train.steps, schedule=config.optim.schedule, warmup=config.optim.warmup_steps,
@@ -63,10 +65,10 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         if resume_from is not None:
             self._load(resume_from)
+        require_same_weights(checkpoint.tensors_of(self.model, self.optim), world)
         self._open_folder(changes)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(self.model, world.device)
-        self.engine.wrap(self.model)
         self.update = Update(config, world, self.model, self.engine, self.optim)
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None

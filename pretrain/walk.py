@@ -1,31 +1,37 @@
 """Walks through the first steps of a run on fake tensors, with the run's own code, and sees what they hold.
 
 No memory is taken and nothing is computed, so which rows a refresh would choose is not known: the first ones stand for
-them. Shapes and lifetimes are those of the CPU without ``torch.compile``.
+them. Shapes and lifetimes are those of the CPU without ``torch.compile``. Of several devices the first is walked.
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.grass_linear import GrassLinear
 from models.llama import Llama
+from optim.build import optimizer_class
 from optim.grass import Grass
 from pretrain.build import build_optimization, materialise, outline
-from pretrain.config import Config
+from pretrain.config import Config, OptimConfig
 from pretrain.distributed import World
 from pretrain.flops import flops_per_token, parameter_counts
-from pretrain.parallel import engine_of
-from pretrain.storages import TEMPORARIES, Storages
+from pretrain.one_of_many import Traffic, first_of, walked_engine
+from pretrain.parallel import Engine
+from pretrain.storages import GATHERED, TEMPORARIES, Storages
 from pretrain.update import MicroBatch, Update
 
-COMPONENTS = ("weights", "rows", "gradients", "optimizer_state", "activations", TEMPORARIES, "sketch")
-EDGE = 2  # so many blocks at either end have stretches of their own
+COMPONENTS = ("weights", "rows", "gradients", "optimizer_state", "activations", TEMPORARIES, "sketch", GATHERED)
+EDGE = 1  # blocks at either end with stretches of their own: from one to the other, peaks rise or fall
 BETWEEN = "between"
 MODEL = "model"
 
@@ -40,18 +46,30 @@ def walk(config: Config, blocks: int) -> Seen:
     """
     config = replace(config, model=replace(config.model, num_hidden_layers=blocks))
     model = outline(config)
+    with first_of(config.estimate.devices) as world:
+        engine = walked_engine(config.train, world)
+        engine.shard(model)
+        seen = _walk(config, model, world, engine)
+    numbers = parameter_counts(model) | {"flops_per_token": flops_per_token(model, config.train.seq_len)}
+    seen[MODEL] |= Counter(numbers)
+    return seen
+
+
+def _walk(config: Config, model: Llama, world: World, engine: Engine) -> Seen:
     with (
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
         _Ones(),
+        _torchao_as_compiled(config.optim),
         Storages() as storages,
+        Traffic() as traffic,
     ):
-        walker = _Walker(config, model, storages)
+        walker = _Walker(config, model, world, engine, storages, traffic)
         walker.step("regular", 0)
         walker.step("regular", 0)
+        regular = walker.sent
         walker.refresh()
-    numbers = parameter_counts(model) | {"flops_per_token": flops_per_token(model, config.train.seq_len)}
-    return storages.peaks() | {MODEL: Counter(numbers)}
+    return storages.peaks() | {MODEL: Counter(communicated=regular, refresh_communicated=walker.sent)}
 
 
 def micro_batch_size(config: Config) -> int:
@@ -70,26 +88,43 @@ class _Ones(TorchDispatchMode):
             return 1
 
 
+@contextmanager
+def _torchao_as_compiled(optim: OptimConfig) -> Iterator[None]:
+    """torchao compiles its step by itself: then it makes two float32 tensors of the parameter's size and no more.
+
+    So do torch 2.13 and torchao 0.18 on a CPU (8.03 bytes an element, docs/memory.md); uncompiled it would be 57.
+    """
+
+    def step(p: Tensor, *_) -> None:
+        torch.empty(2, p.numel(), dtype=torch.float32, device=p.device)
+
+    classes = {optimizer_class(name) for name in (optim.inner, optim.embedding_inner or optim.inner)}
+    of_torchao = any(cls.__module__.startswith("torchao.") for cls in classes)
+    with patch("torchao.optim.adam.single_param_adam", step) if of_torchao else nullcontext():
+        yield
+
+
 class _Walker:
     """Builds a run, makes the steps that differ in what they hold, and tells ``storages`` what is what."""
 
-    def __init__(self, config: Config, model: Llama, storages: Storages):
-        self.config, self.model, self.storages = config, model, storages
+    def __init__(
+        self, config: Config, model: Llama, world: World, engine: Engine, storages: Storages, traffic: Traffic
+    ):
+        self.config, self.model, self.storages, self.traffic = config, model, storages, traffic
         self.step_name, self.made_before_forward = "", 0
-        world = World(0, 1, torch.device("cpu"))
         materialise(config, model, world.device)
         self._label_model()
         self._mark_blocks()
         self.optim = build_optimization(config, model)
         if self.optim.grass:
             self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
-        engine = engine_of(config.train, world)
         engine.wrap(model)
+        engine.finish_backward = self._then_mark(engine.finish_backward, "step")  # type: ignore[method-assign]
         self.update = Update(config, world, model, engine, self.optim)
-        self.optim.optimizer.register_step_pre_hook(lambda *_: self._mark("optimizer"))
+        self.optim.optimizer.register_step_pre_hook(self._before_optimizer)
 
     def step(self, name: str, number: int) -> None:
-        """One update, as update ``number`` of a window; its stretches are called by ``name``."""
+        """One update, as update ``number`` of a window; its stretches are called by ``name``. Sets ``sent``."""
         self.step_name = name
         self._mark("begin")
         if grass := self.optim.grass:
@@ -97,7 +132,9 @@ class _Walker:
                 layer.probe = None
             grass.resume(number)
             self._label_probes(grass)
+        sent = self.traffic.bytes
         self.update(self._micro_batches())
+        self.sent = self.traffic.bytes - sent
         for state in self.optim.optimizer.state.values():
             self.storages.label((t for t in state.values() if isinstance(t, Tensor)), "optimizer_state")
 
@@ -148,6 +185,21 @@ class _Walker:
                 label([layer.probe], "sketch")
                 layer.probe.register_post_accumulate_grad_hook(lambda p: label([p.grad], "sketch"))
 
+    def _before_optimizer(self, *_) -> None:
+        """Steps inside a backward belong to the stretches of that."""
+        if not (self.optim.in_backward and self.optim.in_backward.stepping):
+            self._mark("optimizer")
+
+    def _then_mark(self, function: Callable[[], None], name: str) -> Callable[[], None]:
+        """``function``, with a stretch beginning where it ends."""
+
+        def marked() -> None:
+            function()
+            self.storages.label((p.grad for p in self.model.parameters()), "gradients")  # those that no hook told of
+            self._mark(name)
+
+        return marked
+
     def _mark(self, name: str) -> None:
         self.storages.mark(f"{self.step_name} {name}")
 
@@ -169,6 +221,8 @@ def _first_rows(grass: Grass):
 
     def choose(names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         layers = [grass.layers[name] for name in names]
+        if dist.is_initialized():
+            dist.all_reduce(torch.zeros(2, dtype=torch.int64))  # what processes compare their choices by
         return [(torch.arange(layer.rank), torch.ones(layer.rank) if layer.scaled else None) for layer in layers]
 
     return choose

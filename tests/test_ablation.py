@@ -39,13 +39,20 @@ def test_the_seeds_of_a_setting_are_one_line_with_their_mean_and_its_standard_er
     for job in (result(0, 1.0), result(1, 2.0), result(2, 3.0), result(0, 2.5, "optim=adamw")):
         ablation.gather(trials, job, ["train.steps=8"])
     grass, adamw = trials.values()
-    assert (grass.setting, grass.loss, grass.losses) == ("optim=grass", 2.0, [1.0, 2.0, 3.0])
+    assert (grass.setting, grass.loss, [*grass.by_seed.values()]) == ("optim=grass", 2.0, [1.0, 2.0, 3.0])
     assert grass.error == pytest.approx(1 / math.sqrt(3))  # the standard deviation of 1, 2, 3 is 1
-    lines = ablation.table({"Methods": [adamw, grass]}, reference=2.0)
+    lines = ablation.table({"Methods": [adamw, grass]}, grass)
     assert lines[4:6] == [
-        "| `optim=grass` | 2.0000 ± 0.5774 (3 seeds) | +0.0000 | 200 |",
-        "| `optim=adamw` | 2.5000 | +0.5000 | 250 |",
+        "| `optim=grass` | 3 | 2.0000 ± 0.5774 | +0.0000 | 200 |",
+        "| `optim=adamw` | 1 | 2.5000 | +1.5000 | 250 |",
     ]
+
+
+def test_settings_are_compared_seed_by_seed():
+    ours = ablation.Trial("ours", {"0": 1.0, "1": 2.0, "2": 3.0})
+    theirs = ablation.Trial("theirs", {"2": 2.9, "0": 1.1, "5": 7.0})
+    difference, error = ours.minus(theirs)  # of -0.1 and 0.1
+    assert difference == pytest.approx(0) and error == pytest.approx(0.1)
 
 
 def test_a_run_that_failed_is_left_out():

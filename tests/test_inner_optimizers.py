@@ -204,3 +204,14 @@ def test_embeddings_can_have_an_optimizer_of_their_own(name):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
     moments = optimizer.state[model["model"].embed_tokens.weight]
     assert "exp_avg" not in moments if name == "adafactor" else moments["exp_avg"].codes.dtype == torch.uint8
+
+
+def test_another_optimizer_for_the_embeddings_keeps_its_state_where_muon_keeps_its_own():
+    layers = nn.ModuleDict({name: nn.Linear(4, 6, bias=False) for name in ("q_proj", "embed_tokens")})
+    groups = parameter_groups(layers, lr=LR, linear_lr=LR, patterns=["*_proj"])
+    optimizer = optimizer_of_groups("muon", "adafactor", groups, **OPTIONS)
+    for p in layers.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert "momentum_buffer" in optimizer.state[layers["q_proj"].weight]
+    assert "row_var" in optimizer.state[layers["embed_tokens"].weight]

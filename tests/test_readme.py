@@ -1,5 +1,6 @@
-"""The README's commands run as they stand, only smaller, and what it names exists."""
+"""The commands of the README and the tutorial run as they stand, only smaller, and what the README names exists."""
 
+import importlib
 import os
 import re
 import shlex
@@ -12,15 +13,27 @@ import torch
 from models.llama import Llama
 from pretrain.check import check
 from pretrain.config import CONF, load
+from pretrain.distributed import World
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
 from pretrain.sweep import combinations, parse
+from pretrain.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
-# ./test.sh is what runs this test.
-COMMANDS = [shlex.join(shlex.split(line, comments=True)) for line in BASH if not line.startswith("./test.sh")]
-TRAININGS = [command for command in COMMANDS if "launch.sh" in command or "pretrain.train" in command]
-OTHERS = [command for command in COMMANDS if command not in TRAININGS]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of its bash blocks, without ./test.sh, which is what runs this test."""
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines if not line.startswith("./test.sh")]
+
+
+COMMANDS = commands(README)
+OF_RUNS = [command for command in COMMANDS if re.search(r"\bruns\b", command)]  # in the order in which they are told
+TRAININGS = [command for command in COMMANDS if command not in OF_RUNS]
+TUTORIAL = commands((ROOT / "docs" / "tutorial.md").read_text())
 SMALLER = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
     "train.seq_len=32", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
@@ -42,17 +55,37 @@ def run(command: list[str]) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """What stands for ``runs/`` in the commands that look at runs."""
-    root = tmp_path_factory.mktemp("runs")
-    train("./launch.sh", root, tmp_path_factory.getbasetemp() / "readme-prepared")
-    return root
+def follow(command: str, root: Path, more: list[str]) -> None:
+    """Run ``command`` in this process, with ``root`` in place of runs/; a training gets ``more`` overrides."""
+    program, *words = [re.sub(r"(^|=)runs\b", rf"\1{root}", word) for word in shlex.split(command)]
+    if program.endswith("launch.sh"):
+        config = load([*words, *SMALLER, "optim.rank=8", f"run.root={root}", *more])
+        alone = World(0, 1, torch.device("cpu"))
+        assert Trainer(config, alone, ready(config, 1), RunFolder(config), StopRequest()).fit()
+    else:
+        importlib.import_module(words[1]).main(words[2:])
 
 
-@pytest.mark.parametrize("command", OTHERS)
-def test_the_commands_that_look_at_runs_run(command, trained):
-    run([re.sub(r"^runs\b", str(trained), word) for word in shlex.split(command)])
+def test_what_is_done_with_runs_can_be_done_in_the_order_told(tmp_path, tmp_path_factory):
+    prepared = [f"data.root={tmp_path_factory.getbasetemp() / 'readme-prepared'}"]
+    for command in ["./launch.sh", *OF_RUNS]:
+        follow(command, tmp_path, prepared)
+    assert (tmp_path / "exported" / "model.safetensors").exists() and (tmp_path / "continued").exists()
+    assert (tmp_path / "report" / "index.html").exists()
+
+
+def test_the_tutorial_can_be_followed(tmp_path):
+    text = [
+        f"data.paths=[{ROOT}/optim,{ROOT}/models]",
+        "data.validation_share=0.2",
+        f"data.root={tmp_path / 'prepared'}",
+    ]
+    plan, *rest = TUTORIAL
+    assert plan.endswith("train.dry_run=true")
+    check(load([word for word in shlex.split(plan) if "=" in word] + text))
+    for command in rest:
+        follow(command, tmp_path, text if "launch.sh" in command else [])
+    assert (tmp_path / "sympy" / "report" / "index.html").exists() and (tmp_path / "exported" / "config.json").exists()
 
 
 @pytest.mark.parametrize("command", TRAININGS)
@@ -107,3 +140,10 @@ def test_the_tables_name_what_there_is():
     for folder in re.findall(r"^\| `([\w/.]+/|docs/[\w.]+)` \|", README, re.M):
         if folder not in ("checkpoints/", "wandb/"):
             assert (ROOT / folder).exists(), folder
+
+
+def test_every_test_that_the_docs_name_is_there(root):
+    named = set(re.findall(r"(tests/\w+\.py)::(\w+)", "".join(page.read_text() for page in root.glob("docs/*.md"))))
+    assert len(named) > 9
+    for file, test in named:
+        assert f"\ndef {test}(" in (root / file).read_text(), f"{file}::{test}"

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.llama import rope_tables
 from models.recipes import save_recipes
+from pretrain.build import compile_blocks
 
 
 def lean(linears, dtype=torch.float32):
@@ -42,3 +43,12 @@ def test_a_block_keeps_at_least_35_percent_less_and_computes_no_matrix_product_a
         flops.append(counter.get_total_flops())
     assert kept[1] <= 0.65 * kept[0]
     assert flops[0] == flops[1]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_that_compiled_blocks_make_their_own_choice_is_said_once(wanted, caplog, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = lean("rows") if wanted else build("none", "rows")
+    with caplog.at_level("INFO"):
+        compile_blocks(model, torch.device("cpu"))
+    assert caplog.text.count("train.lean_activations does nothing in compiled blocks") == wanted

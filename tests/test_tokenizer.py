@@ -142,14 +142,19 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
         Tokenizer(tmp_path / "t.model")
 
 
-def test_a_model_without_bos_or_eos_is_refused(texts, tmp_path):
+@pytest.mark.parametrize("absent", ["bos_id", "eos_id"])
+def test_a_model_without_eos_is_refused_and_one_without_bos_begins_with_its_eos(texts, tmp_path, absent):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts[:20]), model_writer=model, vocab_size=400, bos_id=-1, minloglevel=2
+        sentence_iterator=iter(texts[:20]), model_writer=model, vocab_size=400, minloglevel=2, **{absent: -1}
     )
     (tmp_path / "t.model").write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match="no bos or no eos"):
-        Tokenizer(tmp_path / "t.model")
+    if absent == "eos_id":
+        with pytest.raises(ValueError, match="no eos token"):
+            Tokenizer(tmp_path / "t.model")
+    else:
+        tokenizer = Tokenizer(tmp_path / "t.model")
+        assert tokenizer.bos_id == tokenizer.eos_id >= 0
 
 
 def test_token_bytes_is_one_number_for_every_token(tokenizer):

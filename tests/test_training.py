@@ -177,6 +177,7 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.inner=adamw8bit"],
         [*GRASS, "optim.embedding_inner=adamw8bit"],
         [*GRASS, "optim.embedding_inner=adafactor"],
+        [*GRASS, "optim.int8_weights=true", "train.dtype=bfloat16"],
     ],
     ids=[
         "grass",
@@ -195,6 +196,7 @@ class StopAfter(StopRequest):
         "8bit",
         "8bit-embeddings",
         "adafactor-embeddings",
+        "int8",
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):

@@ -1,0 +1,72 @@
+"""Several hosts on one machine: network namespaces, joined by links of a chosen bandwidth. Linux, as root."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+INTERFACE = "eth0"
+HEADERS = 14 + 20 + 32  # bytes of Ethernet, IP and TCP with time stamps in every packet
+
+
+@dataclass
+class Host:
+    """Where one process runs: what to put before its command, and its address."""
+
+    prefix: list[str]
+    address: str
+    interface: str
+
+
+@contextmanager
+def hosts(count: int, mbit: float) -> Iterator[list[Host]]:
+    """``count`` hosts on one switch, each sending at most ``mbit`` Mbit/s; gone when the block is left.
+
+    Raises:
+        PermissionError: without the right or the tools (iproute2) to make them.
+    """
+    if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
+        raise PermissionError("network namespaces need root, and `ip` and `tc` of iproute2")
+    base = f"grass-{os.getpid()}"
+    switch, names = f"{base}-switch", [f"{base}-{i}" for i in range(count)]
+    try:
+        _run(f"ip netns add {switch}")
+        _run(f"ip -n {switch} link add br0 type bridge")
+        _run(f"ip -n {switch} link set br0 up")
+        for i, name in enumerate(names):
+            _run(f"ip netns add {name}")
+            _run(f"ip link add {INTERFACE} netns {name} type veth peer name port{i} netns {switch}")
+            _run(f"ip -n {switch} link set port{i} master br0 up")
+            _run(f"ip -n {name} addr add {_address(i)}/24 dev {INTERFACE}")
+            _run(f"ip -n {name} link set lo up")
+            _run(f"ip -n {name} link set {INTERFACE} up")
+            _run(f"tc -n {name} qdisc add dev {INTERFACE} root tbf rate {mbit}mbit burst 1mb latency 200ms")
+        yield [Host(["ip", "netns", "exec", name], _address(i), INTERFACE) for i, name in enumerate(names)]
+    finally:
+        for name in [*names, switch]:
+            subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL)
+
+
+def loopback(count: int) -> list[Host]:
+    return [Host([], "127.0.0.1", "lo") for _ in range(count)]
+
+
+def sent_bytes(interface: str) -> int:
+    """What ``interface`` of this process' namespace has sent, headers of packets taken off."""
+    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith(f"{interface}:"))
+    fields = line.partition(":")[2].split()
+    size, packets = int(fields[8]), int(fields[9])
+    return size - HEADERS * packets
+
+
+def _address(i: int) -> str:
+    return f"10.77.0.{i + 1}"
+
+
+def _run(command: str) -> None:
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    if done.returncode:
+        raise PermissionError(f"`{command}`: {done.stderr.strip()}")

@@ -1,0 +1,110 @@
+"""What the first steps of a real run hold on the CPU, measured in a process of its own, in two ways.
+
+events    the bytes that torch's CPU allocator has given out (torch.profiler with profile_memory)
+resident  what the kernel says is resident (VmHWM, proc(5)) above a baseline: that of the process once a tiny run of the
+          same code has loaded what it needs. malloc is told to give memory back at once (``GIVE_BACK``), so that what
+          is resident is what is held.
+
+Steps are of a kind: "regular", or "refresh" for the one that ends with a refresh of the rows.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from pretrain.build import build_model, build_optimization
+from pretrain.config import load
+from pretrain.distributed import World
+from pretrain.parallel import engine_of
+from pretrain.update import Update
+
+KINDS = ("regular", "regular", "refresh")
+TINY = [
+    "model.vocab_size=64", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
+    "model.num_hidden_layers=2", "train.tokens_per_step=128", "train.seq_len=64",
+]  # fmt: skip
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
+def measure(way: str, overrides: list[str]) -> dict[str, int]:
+    """Peak bytes by kind of step, measured in the given way in a new process; beside "resident" its "baseline"."""
+    command = [sys.executable, "-m", "benchmarks.real_steps", way, *overrides]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (GIVE_BACK if way == "resident" else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -> None:
+    """Make a step of each of KINDS within ``around`` its kind; where there are rows, with ``optim.refresh_every=3``."""
+    grass = [] if any(o.startswith("optim=") and o != "optim=grass" for o in overrides) else ["optim.refresh_every=3"]
+    config = load([*overrides, *grass])
+    world = World(0, 1, torch.device("cpu"))
+    model = build_model(config, world.device)
+    optim = build_optimization(config, model)
+    engine = engine_of(config.train, world)
+    engine.wrap(model)
+    update = Update(config, world, model, engine, optim)
+    sequences = config.train.tokens_per_step // config.train.seq_len
+    tokens = torch.randint(config.model.vocab_size, (sequences, config.train.seq_len + 1))
+    size = config.train.micro_batch_size or sequences
+    batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(size)]
+    if optim.grass:
+        optim.grass.start(lambda: update.accumulate(batches))
+    for kind in KINDS:
+        gc.collect()
+        with around(kind):
+            update(batches)
+
+
+def by_events(overrides: list[str]) -> dict[str, int]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(overrides, record_function)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    found, kind, end, held = dict.fromkeys(KINDS, 0), "", 0, 0
+    for event in events:
+        if event.name() in KINDS:
+            kind, end = event.name(), event.end_ns()
+        elif event.name() == "[memory]":
+            held += event.nbytes()
+            if event.start_ns() <= end:
+                found[kind] = max(found[kind], held)
+    return found
+
+
+def by_kernel(overrides: list[str]) -> dict[str, int]:
+    run([*overrides, *TINY, *(["optim.rank=4"] if "optim=adamw" not in overrides else [])], record_function)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    found, baseline = dict.fromkeys(KINDS, 0), resident("VmRSS")
+
+    @contextmanager
+    def around(kind: str):
+        Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+        yield
+        found[kind] = max(found[kind], resident("VmHWM") - baseline)
+
+    run(overrides, around)
+    return found | {"baseline": baseline}
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"events": by_events, "resident": by_kernel}[sys.argv[1]](sys.argv[2:])))

@@ -1,0 +1,171 @@
+"""What a step should take on machines that nobody here has: a model from counted FLOPs and bytes, not a measurement.
+
+python -m benchmarks.roofline [--sizes 1b,7b,13b] [--methods adamw,galore,grass] [--tokens 4096] [--json]
+python -m benchmarks.roofline --fit docs/scaling.json      # the same model against what benchmarks.scaling measured
+
+One process alone takes  F + B + O:  forward and backward by their FLOPs at EFFICIENCY of the peak, the optimizer by the
+bytes that it moves through the memory. Under DDP the gradients travel while the backward goes on, all but those of the
+embedding, which come last:  F + max(B, C - C_last) + C_last + O,  with C = 2 (N - 1) / N · bytes / link (a ring).
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.steps import METHODS, configuration
+from models.grass_linear import GrassLinear
+from pretrain.build import outline
+from pretrain.config import BaselineConfig
+from pretrain.flops import flops_per_token
+
+EFFICIENCY = 0.5  # of the peak, in matrix products: what well-tuned LLaMA training reaches on these GPUs
+ADAM_PASSES = 7  # reads of the gradient, weight and two moments, writes of all but the gradient
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``processes`` GPUs of ``flops`` (bf16, dense) and ``memory`` bytes/s each, that send ``link`` bytes/s each.
+
+    Peaks are the makers' data sheets'; links are what all-reduces are known to reach, not the wire's figure.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    processes: int = 1
+    link: float = float("inf")
+
+
+MACHINES = (
+    Machine("A100", 312e12, 2.0e12),
+    Machine("H100", 989e12, 3.35e12),
+    Machine("8 × A100, NVLink", 312e12, 2.0e12, 8, 230e9),
+    Machine("8 × A100, PCIe", 312e12, 2.0e12, 8, 20e9),
+    Machine("8 nodes of one A100, 100 Gbit/s", 312e12, 2.0e12, 8, 11e9),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step of one process costs: FLOPs of forward and backward a token, and bytes.
+
+    gradients  that are all-reduced;  last  of them those of the embedding, which no backward is left to hide;
+    optimizer  through the memory, of the optimizer's step, with GaLore's two projections as FLOPs in ``fixed``.
+    """
+
+    forward: float
+    backward: float
+    gradients: float
+    last: float
+    optimizer: float
+    fixed: float = 0.0
+
+
+def work_of(method: str, size: str, rank: int, seq_len: int, dtype: str = "bfloat16") -> Work:
+    overrides = [f"model=llama_{size}", f"train.dtype={dtype}", f"train.seq_len={seq_len}"]
+    config, _ = configuration(method, rank, overrides)
+    dense, _ = configuration("adamw", rank, overrides)
+    model = outline(config)
+    forward = flops_per_token(outline(dense), seq_len) / 3
+    trained = {p for p in model.parameters() if p.requires_grad}
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    embedding = model.embed_tokens.weight
+    linears = [m.weight for n, m in model.named_modules() if n.endswith("_proj") and not isinstance(m, GrassLinear)]
+    projected = isinstance(config.optim, BaselineConfig)
+    fixed = sum(2 * 2 * p.numel() * rank for p in linears) if projected else 0
+    return Work(
+        forward, flops_per_token(model, seq_len) - forward, gradients, embedding.numel() * embedding.element_size(),
+        ADAM_PASSES * gradients, fixed,
+    )  # fmt: skip
+
+
+def step_seconds(forward_s: float, backward_s: float, rest_s: float, all_s: float, last_s: float) -> float:
+    """The model of the module's docstring: seconds of the parts, of sending everything, of sending what comes last."""
+    return forward_s + max(backward_s, all_s - last_s) + last_s + rest_s
+
+
+def predict(work: Work, machine: Machine, tokens: int) -> float:
+    """Seconds of a step in which every process has ``tokens`` tokens."""
+    speed, ring = machine.flops * EFFICIENCY, 2 * (machine.processes - 1) / machine.processes / machine.link
+    return step_seconds(
+        work.forward * tokens / speed, work.backward * tokens / speed,
+        work.optimizer / machine.memory + work.fixed / speed, ring * work.gradients, ring * work.last,
+    )  # fmt: skip
+
+
+def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_len: int) -> list[dict[str, Any]]:
+    rows = []
+    for size in sizes:
+        works = {method: work_of(method, size, rank, seq_len) for method in methods}
+        for machine in MACHINES:
+            seconds = {method: predict(work, machine, tokens) for method, work in works.items()}
+            rows += [
+                {"machine": machine.name, "size": size, "method": method, "step_s": s,
+                 "tokens_per_s": machine.processes * tokens / s, "of_the_first": seconds[methods[0]] / s}
+                for method, s in seconds.items()
+            ]  # fmt: skip
+    return rows
+
+
+def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predicted seconds beside the measured ones, of outputs of benchmarks.scaling at several bandwidths.
+
+    What a process computes is taken, method by method, from the row of the fastest link, as what is left of it when its
+    sending is taken off; the other rows are then predictions.
+    """
+    fastest = max(measured, key=lambda run: run["mbit"])
+    compared = []
+    for row in fastest["rows"]:
+        work = work_of(row["method"], fastest["size"], fastest["rank"], 256, "float32")
+        share = work.forward / (work.forward + work.backward)
+        ring = 2 * (fastest["ranks"] - 1) / fastest["ranks"]
+        computed = row["regular_s"] - ring * work.last * 8e-6 / fastest["mbit"]
+        for run in measured:
+            link = run["mbit"] / 8e-6
+            regular_s = next(r["regular_s"] for r in run["rows"] if r["method"] == row["method"])
+            parts = share * computed, (1 - share) * computed, 0.0
+            predicted = step_seconds(*parts, ring * work.gradients / link, ring * work.last / link)
+            compared.append(
+                {"method": row["method"], "mbit": run["mbit"], "regular_s": regular_s, "model_s": predicted}
+            )
+    return compared
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for heading in rows[0]:
+        table.add_column(heading.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1b,7b,13b", help="models of conf/model")
+    parser.add_argument("--methods", default="adamw,galore,grass,grass+head", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--rank", type=int, default=512, help="of GaLore and Grass (default 512)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of every process in a step (default 4096)")
+    parser.add_argument("--seq-len", type=int, default=256, help="(default 256, as in the papers)")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="a JSON list of outputs of benchmarks.scaling --json")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        rows, title = fitted(json.loads(arguments.fit.read_text())), "The model against measured steps"
+    else:
+        sizes, methods = arguments.sizes.split(","), arguments.methods.split(",")
+        rows = rows_of(sizes, methods, arguments.tokens, arguments.rank, arguments.seq_len)
+        title = f"A model, not a measurement: {arguments.tokens} tokens a process, rank {arguments.rank}"
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+    else:
+        show(rows, title)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Training steps without a trainer, to be timed: a method at a size on random tokens."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from pretrain.build import build_model, build_optimization, compile_blocks
+from pretrain.config import BaselineConfig, Config, GrassConfig, load
+from pretrain.distributed import World
+from pretrain.parallel import engine_of
+from pretrain.update import Update
+
+PERIOD = 4  # while it is timed, one step in so many is a refresh
+COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
+# With one inner optimizer, so that the methods differ in nothing else.
+METHODS = {
+    "adamw": ["optim=adamw"],
+    "adamw8bit": ["optim=adamw8bit"],
+    "galore": ["optim=galore"],
+    "apollo": ["optim=apollo"],
+    "grass": ["optim=grass", "optim.inner=adamw"],
+    "grass+head": [
+        "optim=grass", "optim.inner=adamw", "optim.patterns=['*.self_attn.*_proj','*.mlp.*_proj','lm_head']",
+    ],
+}  # fmt: skip
+
+
+def configuration(method: str, rank: int, overrides: Sequence[str]) -> tuple[Config, int]:
+    """The settings of ``method``, with a refresh every PERIOD steps, and its refresh interval by default.
+
+    The interval of a method that never refreshes is 1: its two kinds of step are one.
+    """
+    base = [*METHODS[method], *COMMON, *overrides]
+    optim = load(base).optim
+    if isinstance(optim, GrassConfig):
+        return load([*base, f"optim.rank={rank}", f"optim.refresh_every={PERIOD}"]), optim.refresh_every
+    if isinstance(optim, BaselineConfig):
+        return load([*base, f"optim.rank={rank}", f"optim.update_gap={PERIOD}"]), optim.update_gap
+    return load(base), 1
+
+
+@dataclass
+class Step:
+    """Seconds of one step and of its parts; the optimizer's hold the fold and, where one was due, the refresh."""
+
+    total_s: float
+    forward_s: float
+    optimizer_s: float
+    refreshed: bool
+
+    @property
+    def backward_s(self) -> float:
+        """With the clipping of its gradients."""
+        return self.total_s - self.forward_s - self.optimizer_s
+
+
+class Steps:
+    """A model and all it takes to train it; iterating makes steps."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+        train, engine = config.train, engine_of(config.train, world)
+        self.model = build_model(config, world.device, shard=engine.shard)
+        self.optim = build_optimization(config, self.model)
+        if train.compile:
+            compile_blocks(self.model, world.device)
+        engine.wrap(self.model)
+        self.update = Update(config, world, self.model, engine, self.optim)
+        sequences = train.tokens_per_step // train.seq_len // world.size
+        generator = torch.Generator().manual_seed(world.rank)
+        ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1), generator=generator)
+        pieces = ids.split(train.micro_batch_size or sequences)
+        self.batch = [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
+        self._time_parts()
+        if self.optim.grass:
+            self.optim.grass.start(lambda: self.update.accumulate(self.batch))
+
+    def _time_parts(self) -> None:
+        """Note when forwards and the optimizer's step begin and end; Grass attached its own hooks before these."""
+        self.spent = {"forward": 0.0, "optimizer": 0.0}
+
+        def begin(part: str) -> None:
+            self.spent[part] -= self.now()
+
+        def end(part: str) -> None:
+            self.spent[part] += self.now()
+
+        self.model.register_forward_pre_hook(lambda *_: begin("forward"))
+        self.model.register_forward_hook(lambda *_: end("forward"))
+        self.optim.optimizer.register_step_pre_hook(lambda *_: begin("optimizer"))
+        self.optim.optimizer.register_step_post_hook(lambda *_: end("optimizer"))
+
+    def __iter__(self) -> Iterator[Step]:
+        # Grass chooses at the end of the last step of a window, GaLore at the beginning of the first.
+        step, turn = 0, PERIOD - 1 if self.optim.grass else 0
+        while True:
+            self.spent = dict.fromkeys(self.spent, 0.0)
+            began = self.now()
+            self.update(self.batch)
+            total = self.now() - began
+            yield Step(total, self.spent["forward"], self.spent["optimizer"], step % PERIOD == turn)
+            step += 1
+
+    def now(self) -> float:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass
+class Timing:
+    """Median seconds of regular steps and their parts, and of steps with a refresh."""
+
+    regular_s: float
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+    with_refresh_s: float
+    refresh_every: int  # steps, by the method's default
+
+    @property
+    def step_s(self) -> float:
+        """The mean step of a long run."""
+        return self.regular_s + (self.with_refresh_s - self.regular_s) / self.refresh_every
+
+
+def summarise(steps: Sequence[Step], refresh_every: int) -> Timing:
+    """Medians; where ``refresh_every`` is 1 there is one kind of step."""
+    regular = [step for step in steps if refresh_every == 1 or not step.refreshed]
+    refreshing = [step for step in steps if refresh_every == 1 or step.refreshed]
+    return Timing(
+        median(step.total_s for step in regular), median(step.forward_s for step in regular),
+        median(step.backward_s for step in regular), median(step.optimizer_s for step in regular),
+        median(step.total_s for step in refreshing), refresh_every,
+    )  # fmt: skip

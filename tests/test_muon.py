@@ -1,0 +1,62 @@
+"""Muon's step on sharded matrices, and how many it takes at once; tests/test_baselines.py holds it against torch's."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from optim import muon
+from optim.muon import Muon, orthogonalize
+
+SHAPES = [(6, 16), (6, 16), (16, 6), (8, 8)]
+
+
+def matrices(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+
+def stepped(place=lambda tensor: tensor):
+    """The matrices after three steps; ``place`` may shard them."""
+    parameters = [torch.nn.Parameter(place(m)) for m in matrices(0)]
+    optimizer = Muon(parameters, lr=0.1, weight_decay=0.1)
+    for step in range(1, 4):
+        for p, gradient in zip(parameters, matrices(step), strict=True):
+            p.grad = place(gradient)
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+def _sharded(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for dim in (0, 1):
+        whole = [p.full_tensor() for p in stepped(lambda t, dim=dim: distribute_tensor(t, mesh, [Shard(dim)]))]
+        torch.testing.assert_close(whole, stepped(), rtol=1e-12, atol=1e-12)
+    dist.destroy_process_group()
+
+
+def test_shards_are_stepped_on_as_the_whole_is(tmp_path):
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("shape", [(5, 12, 40), (3, 40, 12)])
+def test_the_iteration_brings_singular_values_near_one_and_keeps_the_singular_vectors(shape):
+    batch = torch.randn(shape, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(batch, full_matrices=False)
+    within = u.mT @ orthogonalize(batch) @ v.mT
+    values = within.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(within, values.diag_embed(), rtol=0, atol=1e-10)
+
+
+def test_it_takes_as_many_matrices_at_once_as_its_bound_says(monkeypatch):
+    batches = []
+    monkeypatch.setattr(muon, "orthogonalize", lambda batch: batches.append(batch.shape) or orthogonalize(batch))
+    together = stepped()
+    assert batches[:3] == [(2, 6, 16), (1, 16, 6), (1, 8, 8)]
+    batches.clear()
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 100)
+    torch.testing.assert_close(stepped(), together)
+    assert batches[:2] == [(1, 6, 16), (1, 6, 16)]
