@@ -105,7 +105,7 @@ class Grass:
         # Probes of the window so far, averaged over processes; part of a checkpoint.
         self.gathered: dict[str, Tensor] = {}
         self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
-        self._offsets = _offsets(list(self.layers), refresh_every) if stagger else dict.fromkeys(self.layers, 0)
+        self.offsets = turn_offsets(list(self.layers), refresh_every) if stagger else dict.fromkeys(self.layers, 0)
         self._stepping: dict[str, GrassLinear] = {}  # the layers whose rows the step at work changes
         self._before: dict[GrassLinear, Tensor] = {}
         self._said_reset = False
@@ -124,8 +124,8 @@ class Grass:
         ``backward`` must compute the same gradient each time: with ``stagger`` it is called for every turn, so that no
         more layers are probed at once than in a step.
         """
-        for turn in dict.fromkeys(self._offsets.values()):
-            self._start_probes([name for name, offset in self._offsets.items() if offset == turn])
+        for turn in dict.fromkeys(self.offsets.values()):
+            self._start_probes([name for name, offset in self.offsets.items() if offset == turn])
             backward()
             self.model.zero_grad(set_to_none=True)
             self._gather()
@@ -178,7 +178,7 @@ class Grass:
 
     def _steps_to_refresh(self, name: str) -> int:
         """Updates until the rows of ``name`` are chosen next: 1 … K, K right after (or at) a refresh."""
-        return self.refresh_every - (self.steps + self._offsets[name]) % self.refresh_every
+        return self.refresh_every - (self.steps + self.offsets[name]) % self.refresh_every
 
     def _decay_factors(self) -> dict[Tensor, float]:
         """What decoupled weight decay multiplied each parameter by in the step just made."""
@@ -196,7 +196,7 @@ class Grass:
 
     def _start_probes(self, names: Iterable[str]) -> None:
         for name in names:
-            window = (self.steps + self._offsets[name]) // self.refresh_every
+            window = (self.steps + self.offsets[name]) // self.refresh_every
             self.layers[name].start_probe(key(self.seed, "sketch", window, name), self.sketch_width)
 
     def _gather(self) -> None:
@@ -287,14 +287,15 @@ class Grass:
         self._said_reset = True
 
 
-def _offsets(names: list[str], refresh_every: int) -> dict[str, int]:
+def turn_offsets(names: list[str], refresh_every: int, of_blocks: int | None = None) -> dict[str, int]:
     """How many steps early each layer refreshes when the blocks take turns, in model order.
 
     The layers of a block go together, so that a compiled block knows two states, with its probes and without.
+    ``of_blocks``: how many take turns, when ``names`` tells of the first of them only.
     """
     blocks = {name: re.sub(r"(\.\d+)\..*", r"\1", name) for name in names}
     turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
-    return {name: turns[block] * refresh_every // len(turns) for name, block in blocks.items()}
+    return {name: turns[block] * refresh_every // (of_blocks or len(turns)) for name, block in blocks.items()}
 
 
 def _require_agreement(indices: list[Tensor], device: torch.device) -> None:

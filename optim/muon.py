@@ -9,7 +9,7 @@ from torch import Tensor
 from optim.parts import Parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
-BATCH_ELEMENTS = 1 << 24  # of the matrices that are orthogonalised at once: bounds the temporaries
+TOGETHER = 4  # matrices that are orthogonalised at once: a quarter of the kernels, and few temporaries in any model
 
 
 class Muon(torch.optim.Muon):
@@ -64,14 +64,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``parameters`` of one shape and dtype together, as many as BATCH_ELEMENTS holds, one at least."""
+    """``parameters`` of one shape and dtype, TOGETHER at a time."""
     alike: dict[Any, list[Tensor]] = {}
     for p in parameters:
         alike.setdefault((p.shape, p.dtype), []).append(p)
-    for (shape, _), together in alike.items():
-        most = max(1, BATCH_ELEMENTS // shape.numel())
-        for start in range(0, len(together), most):
-            yield together[start : start + most]
+    for together in alike.values():
+        for start in range(0, len(together), TOGETHER):
+            yield together[start : start + TOGETHER]
 
 
 class MuonAndAdamW(Parts):

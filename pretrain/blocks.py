@@ -9,8 +9,8 @@ import logging
 from collections import Counter
 
 from models import checkpointing
-from pretrain.config import Config, GrassConfig
-from pretrain.walk import BETWEEN, EDGE, Seen, walk
+from pretrain.config import Config
+from pretrain.walk import BETWEEN, EDGE, Seen, at_the_front, walk
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,9 @@ def walk_all(config: Config, verify: bool = True) -> Seen:
     """
     blocks = config.model.num_hidden_layers
     _, period = checkpointing.parse(config.train.checkpointing)
-    few = 2 * EDGE + (blocks - 2 * EDGE) % period
-    if blocks <= few + 2 * period or _turns_overlap(config, blocks):
+    edges = at_the_front(config) + EDGE
+    few = edges + (blocks - edges) % period
+    if blocks <= few + 2 * period:
         return _edges(walk(config, blocks))
     first, second = (_edges(walk(config, n)) for n in (few, few + period))
     if verify:
@@ -32,14 +33,6 @@ def walk_all(config: Config, verify: bool = True) -> Seen:
             logger.info("the blocks are not all alike in memory: walking through every one")
             return _edges(walk(config, blocks))
     return _extended(first, second, (blocks - few) // period)
-
-
-def _turns_overlap(config: Config, blocks: int) -> bool:
-    """Whether, where the blocks take turns at a refresh, a step probes more of them than it would of few."""
-    optim = config.optim
-    if not isinstance(optim, GrassConfig) or optim.stagger is False:
-        return False
-    return blocks > optim.refresh_every or optim.probe_steps > 1
 
 
 def _edges(seen: Seen) -> Seen:

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from optim.build import optimizer_class
-from optim.grass import Grass
+from optim.grass import Grass, turn_offsets
 from pretrain.build import build_optimization, materialise, outline
-from pretrain.config import Config, OptimConfig
+from pretrain.config import Config, GrassConfig, OptimConfig
 from pretrain.distributed import World
 from pretrain.flops import flops_per_token, parameter_counts
 from pretrain.one_of_many import Traffic, first_of, walked_engine
@@ -31,7 +31,7 @@ from pretrain.storages import GATHERED, TEMPORARIES, Storages
 from pretrain.update import MicroBatch, Update
 
 COMPONENTS = ("weights", "rows", "gradients", "optimizer_state", "activations", TEMPORARIES, "sketch", GATHERED)
-EDGE = 1  # blocks at either end with stretches of their own: from one to the other, peaks rise or fall
+EDGE = 1  # blocks at the end with stretches of their own: from those at the front to it, peaks rise or fall
 BETWEEN = "between"
 MODEL = "model"
 
@@ -42,20 +42,30 @@ Seen = dict[str, Counter[str]]
 def walk(config: Config, blocks: int) -> Seen:
     """Walk, in a model of so many blocks, through the step that makes the optimizer's state, one more, and a refresh.
 
-    The stretches of the first two begin with "regular", those of the third with "refresh".
+    The stretches of the first two begin with "regular", those of the third with "refresh". Where blocks take turns at
+    refreshing, each does when it would in the whole model.
     """
-    config = replace(config, model=replace(config.model, num_hidden_layers=blocks))
+    whole, config = config, replace(config, model=replace(config.model, num_hidden_layers=blocks))
     model = outline(config)
     with first_of(config.estimate.devices) as world:
         engine = walked_engine(config.train, world)
         engine.shard(model)
-        seen = _walk(config, model, world, engine)
+        seen = _walk(whole, config, model, world, engine)
     numbers = parameter_counts(model) | {"flops_per_token": flops_per_token(model, config.train.seq_len)}
     seen[MODEL] |= Counter(numbers)
     return seen
 
 
-def _walk(config: Config, model: Llama, world: World, engine: Engine) -> Seen:
+def at_the_front(config: Config) -> int:
+    """How many blocks have stretches of their own at the front: those that the walked refresh probes; one at least."""
+    optim, blocks = config.optim, config.model.num_hidden_layers
+    if not isinstance(optim, GrassConfig) or optim.stagger is False:
+        return 1
+    offsets = turn_offsets([f"layers.{i}.linear" for i in range(blocks)], optim.refresh_every).values()
+    return sum(offset < min(optim.probe_steps, optim.refresh_every) for offset in offsets) if any(offsets) else 1
+
+
+def _walk(whole: Config, config: Config, model: Llama, world: World, engine: Engine) -> Seen:
     with (
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -64,7 +74,7 @@ def _walk(config: Config, model: Llama, world: World, engine: Engine) -> Seen:
         Storages() as storages,
         Traffic() as traffic,
     ):
-        walker = _Walker(config, model, world, engine, storages, traffic)
+        walker = _Walker(whole, config, model, world, engine, storages, traffic)
         walker.step("regular", 0)
         walker.step("regular", 0)
         regular = walker.sent
@@ -108,28 +118,41 @@ class _Walker:
     """Builds a run, makes the steps that differ in what they hold, and tells ``storages`` what is what."""
 
     def __init__(
-        self, config: Config, model: Llama, world: World, engine: Engine, storages: Storages, traffic: Traffic
+        self,
+        whole: Config,
+        config: Config,
+        model: Llama,
+        world: World,
+        engine: Engine,
+        storages: Storages,
+        traffic: Traffic,
     ):
         self.config, self.model, self.storages, self.traffic = config, model, storages, traffic
         self.step_name, self.made_before_forward = "", 0
+        self.offsets: dict[str, int] = {}
         materialise(config, model, world.device)
         self._label_model()
-        self._mark_blocks()
+        self._mark_blocks(at_the_front(whole))
         self.optim = build_optimization(config, model)
         if self.optim.grass:
             self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
+            self.offsets = _turns_among(whole.model.num_hidden_layers, self.optim.grass)
         engine.wrap(model)
         engine.finish_backward = self._then_mark(engine.finish_backward, "step")  # type: ignore[method-assign]
         self.update = Update(config, world, model, engine, self.optim)
         self.optim.optimizer.register_step_pre_hook(self._before_optimizer)
 
     def step(self, name: str, number: int) -> None:
-        """One update, as update ``number`` of a window; its stretches are called by ``name``. Sets ``sent``."""
+        """One update, as update ``number`` of a window; its stretches are called by ``name``. Sets ``sent``.
+
+        None but a "refresh" is one of any block's, though in a run that has fewer updates than blocks every one is.
+        """
         self.step_name = name
         self._mark("begin")
         if grass := self.optim.grass:
             for layer in grass.layers.values():
                 layer.probe = None
+            grass.offsets = self.offsets if name == "refresh" else dict.fromkeys(self.offsets, 0)
             grass.resume(number)
             self._label_probes(grass)
         sent = self.traffic.bytes
@@ -203,17 +226,24 @@ class _Walker:
     def _mark(self, name: str) -> None:
         self.storages.mark(f"{self.step_name} {name}")
 
-    def _mark_blocks(self) -> None:
+    def _mark_blocks(self, front: int) -> None:
         """A stretch begins where the forward, and where the backward, of a block begins."""
         blocks = len(self.model.layers)
         for i, block in enumerate(self.model.layers):
-            name = str(i) if i < EDGE else str(i - blocks) if i >= blocks - EDGE else BETWEEN
+            name = str(i) if i < front else str(i - blocks) if i >= blocks - EDGE else BETWEEN
             block.register_forward_pre_hook(lambda *_, name=name: self._mark(f"forward {name}"))
             block.register_forward_hook(partial(self._await_backward, name))
 
     def _await_backward(self, name: str, _block: nn.Module, _inputs: tuple, y: Tensor) -> None:
         if y.requires_grad:
             y.register_hook(lambda _: self._mark(f"backward {name}"))
+
+
+def _turns_among(blocks: int, grass: Grass) -> dict[str, int]:
+    """How many steps early each layer refreshes as one of the first of so many blocks."""
+    if not any(grass.offsets.values()):
+        return grass.offsets
+    return turn_offsets(list(grass.layers), grass.refresh_every, blocks)
 
 
 def _first_rows(grass: Grass):

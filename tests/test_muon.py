@@ -57,6 +57,6 @@ def test_it_takes_as_many_matrices_at_once_as_its_bound_says(monkeypatch):
     together = stepped()
     assert batches[:3] == [(2, 6, 16), (1, 16, 6), (1, 8, 8)]
     batches.clear()
-    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 100)
+    monkeypatch.setattr(muon, "TOGETHER", 1)
     torch.testing.assert_close(stepped(), together)
     assert batches[:2] == [(1, 6, 16), (1, 6, 16)]
