@@ -98,7 +98,11 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
         "loss_chunk_tokens",
     )
     problems = _at_least(1, "train", train, *counts)
-    if not problems and train.tokens_per_step % ((train.micro_batch_size or 1) * train.seq_len * world_size):
+    if (
+        not problems
+        and world_size > 0
+        and train.tokens_per_step % ((train.micro_batch_size or 1) * train.seq_len * world_size)
+    ):
         problems.append(
             f"train.tokens_per_step={train.tokens_per_step} is not divisible by micro_batch_size × seq_len × processes"
             f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"

@@ -13,7 +13,7 @@ CARDS = sorted(path.stem for path in (CONF / "experiment").glob("*gb.yaml"))
 @pytest.mark.parametrize("name", CARDS)
 def test_it_composes_and_passes_the_checks(name):
     config = load([f"experiment={name}"])
-    check(config)
+    check(config, needs_data=False)
     size, memory = name.removesuffix("gb").split("_")
     assert config.model.name == f"llama_{size}"
     assert config.estimate.device_memory_gib < int(memory)  # of a card's memory not all can be used

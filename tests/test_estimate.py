@@ -81,7 +81,7 @@ def test_few_blocks_tell_what_many_hold_to_the_byte(overrides, monkeypatch):
         (("optim.stagger=auto", "optim.refresh_every=9", "optim.probe_steps=2"), [3, 4, 5]),
         (("optim.stagger=auto", "optim.refresh_every=2"), [6, 7, 8]),
         (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=2"), [9]),
-        (("optim.refresh_every=3",), [2, 3, 4]),
+        (("optim.stagger=false", "optim.refresh_every=3"), [2, 3, 4]),
         (("train.checkpointing=every:2",), [3, 5, 7]),
         (("train.checkpointing=every:4",), [9]),
     ],
@@ -105,7 +105,7 @@ def test_what_can_be_counted_by_hand_is_so():
 
 def test_gradients_and_state_of_grass_are_those_of_the_rows():
     dense, _ = estimate(tiny("optim=adamw", "model.num_hidden_layers=1", "train.micro_batch_size=4"))
-    grass, refresh = estimate(tiny("model.num_hidden_layers=1", "train.micro_batch_size=4"))
+    grass, refresh = estimate(tiny("optim.inner=adamw", "model.num_hidden_layers=1", "train.micro_batch_size=4"))
     linears, rows = 4 * 32 * 32 + 3 * 32 * 48, 4 * (4 * 32 + 3 * 48)
     assert dense.components["optimizer_state"] - grass.components["optimizer_state"] == 8 * (linears - rows)
     assert grass.components["rows"] == 4 * rows + 7 * 4 * (8 + 4)  # and index and scale of each

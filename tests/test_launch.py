@@ -412,7 +412,9 @@ def test_the_tests_run_last_and_any_failed_check_fails(tree, script):
     code, out, _ = tree.run(*arguments, script=script)
     assert code == 0 and out.endswith("1 passed\n")
     checks = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
-    optional = " ".join(f"--requirement=requirements-{name}.txt" for name in ("dev", "extra", "baselines", "sweep"))
+    optional = " ".join(
+        f"--requirement=requirements-{name}.txt" for name in ("dev", "extra", "baselines", "sweep", "docs")
+    )
     assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} {optional}", checks[0]]
     assert tree.calls[6:8] == checks[1:] and "lint_imports" in tree.calls[8]
     assert tree.calls[9:] == [" ".join(["-m pytest -q", *arguments])]

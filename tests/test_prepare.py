@@ -215,7 +215,7 @@ def test_all_problems_of_the_settings_are_told_at_once():
         prepare(bad)
     assert str(error.value).splitlines() == found
     assert problems(DataSettings()) == []
-    assert problems(DataSettings(source="c4"))[0].startswith("data.source: 'c4'")
+    assert problems(DataSettings(source="web"))[0].startswith("data.source: 'web'")
     (problem,) = problems(DataSettings(max_bytes=1))
     assert problem.startswith("data.max_bytes: 1 leaves no text of ")
 
