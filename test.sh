@@ -8,6 +8,8 @@ source scripts/setup_env.sh
 setup_env dev requirements.txt requirements-dev.txt requirements-extra.txt requirements-baselines.txt requirements-sweep.txt requirements-docs.txt
 setup_browser
 
+# Two threads for these tiny tensors gain nothing, and wait for each other whenever anything else runs.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 failed=()
 check() { # NAME PYTHON_ARGUMENTS...
     local name=$1

@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from subprocess import PIPE
 from typing import Any
 
@@ -49,7 +50,7 @@ def work(arguments: argparse.Namespace, method: str) -> None:
     """One process of one method: prints its row as JSON."""
     torch.set_num_threads(arguments.threads)
     config, refresh_every = configuration(method, arguments.rank, overrides(arguments))
-    world = connect()
+    world = connect(timedelta(minutes=10))
     steps = Steps(config, world)
     gradients, probes = payload_bytes(steps)
     ring = 2 * (world.size - 1) / world.size  # of what is summed, a process sends this multiple

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from optim.parts import Parts
 
@@ -46,7 +47,11 @@ class Muon(torch.optim.Muon):
             buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(gradient.lerp(buffer, group["momentum"]))  # Nesterov's
         rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        for p, direction in zip(parameters, orthogonalize(torch.stack(directions)).unbind(), strict=True):
+        stacked = torch.stack(directions)
+        steps = orthogonalize(stacked)
+        if isinstance(steps, DTensor) and isinstance(stacked, DTensor):
+            steps = steps.redistribute(placements=stacked.placements)  # replicas may have divided the matrices
+        for p, direction in zip(parameters, steps.unbind(), strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-rate)
 
 

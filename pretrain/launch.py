@@ -179,6 +179,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.log_dir = os.devnull  # torch would leave an empty folder behind after every run
     if args.local_addr is None and args.nnodes in ONE_NODE:
         args.local_addr = "localhost"  # a laptop's own name may resolve to nowhere
+    # Otherwise all attempts share one store, and a restarted worker may read the address of one that was killed.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if args.max_restarts and args.nnodes not in ONE_NODE and args.rdzv_backend == "static":
+        parser.error("restarts of several nodes need a rendezvous: RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR")
     return args
 
 

@@ -174,7 +174,7 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.norm_growth=1.01", "optim.clip=0"],
         [*GRASS, "optim.inner=sgd", "optim.weight_decay=0.1"],
         [*GRASS, "optim.inner=adafactor", "optim.stagger=true"],
-        [*GRASS, "optim.inner=adamw8bit"],
+        pytest.param([*GRASS, "optim.inner=adamw8bit"], marks=pytest.mark.slow),  # compiles for most of a minute
         [*GRASS, "optim.embedding_inner=adamw8bit"],
         [*GRASS, "optim.embedding_inner=adafactor"],
         [*GRASS, "optim.int8_weights=true", "train.dtype=bfloat16"],
@@ -285,7 +285,7 @@ def test_a_resumed_run_may_change_steps_and_rates_and_nothing_else(overrides):
     folder, _ = train(overrides())
     train(overrides("train.steps=10", "optim.lr=1e-3"))
     assert max(losses(folder)) == 10
-    assert "optim.lr: 0.006 → 0.001" in folder.log_file.read_text()
+    assert "optim.lr: 0.024 → 0.001" in folder.log_file.read_text()
     assert "steps: 8" in (folder.path / "config.before.yaml").read_text()
     with pytest.raises(ConfigError, match=r"optim\.rank was 8, is now 4"):
         train(overrides("train.steps=12", "optim.rank=4"))
