@@ -15,6 +15,7 @@ copies for as long as they are selected, and rounded stochastically when they le
 import logging
 import re
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from optim import moments
 from optim.build import decay_factor
 from optim.history import SelectionHistory
 from optim.lent_precision import lend, take_back
+from optim.partly import only
 from optim.selection import WITH_REPLACEMENT, select
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Grass:
         state_at_refresh: what happens to moments, a name of optim.moments.
         new_second_moment: where the second moments of new rows start when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
+        block_by_block: step on low-precision rows in a step for each of the model's blocks, so that the float32
+            stand-ins of one exist at a time. What the optimizer does to a parameter must depend on that one alone.
         seed: the run's seed.
 
     Raises:
@@ -73,6 +77,7 @@ class Grass:
         state_at_refresh: str = "reset",
         new_second_moment: str = "mean",
         refresh_warmup: int = 0,
+        block_by_block: bool = False,
         seed: int = 0,
     ):
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, GrassLinear)}
@@ -99,7 +104,7 @@ class Grass:
         self.sketch_width = sketch_width if score == "sketch" else None
         self.probe_steps = min(probe_steps, refresh_every)
         self.state_at_refresh, self.new_second_moment = state_at_refresh, new_second_moment
-        self.refresh_warmup = refresh_warmup
+        self.refresh_warmup, self.block_by_block = refresh_warmup, block_by_block
         self.steps = 0
         self.in_update = False  # while set, a step of the optimizer is one on some of the parameters, with more to come
         # Probes of the window so far, averaged over processes; part of a checkpoint.
@@ -113,6 +118,7 @@ class Grass:
         low = (torch.bfloat16, torch.float16)
         self._low_precision = {layer.rows: name for name, layer in self.layers.items() if layer.rows.dtype in low}
         self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+        self._rest = ExitStack()  # open while the step at work is on what no step of a block was made on
         for layer in self.layers.values():
             layer.scaled = selection.endswith(WITH_REPLACEMENT)
         optimizer.register_step_pre_hook(self._before_step)
@@ -145,14 +151,38 @@ class Grass:
     # The hooks.
 
     def _before_step(self, *_) -> None:
-        held = {p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if self.block_by_block:
+            self._step_on_blocks()
+        held = self._held()
         self._stepping = {name: layer for name, layer in self.layers.items() if layer.rows in held}
         self._before = {layer: layer.rows.detach().clone() for layer in self._stepping.values() if layer.scaled}
         low_precision = {layer.rows for layer in self._stepping.values()} & self._low_precision.keys()
         self._stand_ins = lend(self.optimizer, low_precision)
 
+    def _held(self) -> set[nn.Parameter]:
+        """What the step at work changes."""
+        return {p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
+
+    def _step_on_blocks(self) -> None:
+        """Make the steps on the low-precision rows of all blocks but the last, and leave the step at work the rest."""
+        held, blocks = self._held(), dict[str, list[nn.Parameter]]()
+        for rows, name in self._low_precision.items():
+            if rows in held:
+                blocks.setdefault(block_of(name), []).append(rows)
+        *others, _ = blocks.values() or [[]]
+        if not others:
+            return  # also in the steps that are made here
+        in_update, self.in_update = self.in_update, True
+        for rows_of_one in others:
+            with only(self.optimizer, set(rows_of_one)):
+                self.optimizer.step()
+            held.difference_update(rows_of_one)
+        self.in_update = in_update
+        self._rest.enter_context(only(self.optimizer, held))
+
     def _after_step(self, *_) -> None:
         take_back(self.optimizer, self._stand_ins, self._round_state)
+        self._rest.close()
         decay = self._decay_factors() if self._before else {}
         for name, layer in self._stepping.items():
             stepped = self._stand_ins.pop(layer.rows, None)
@@ -287,13 +317,18 @@ class Grass:
         self._said_reset = True
 
 
+def block_of(layer: str) -> str:
+    """The name of the block that ``layer`` is in, or its own: layers.3 of layers.3.mlp.up_proj."""
+    return re.sub(r"(\.\d+)\..*", r"\1", layer)
+
+
 def turn_offsets(names: list[str], refresh_every: int, of_blocks: int | None = None) -> dict[str, int]:
     """How many steps early each layer refreshes when the blocks take turns, in model order.
 
     The layers of a block go together, so that a compiled block knows two states, with its probes and without.
     ``of_blocks``: how many take turns, when ``names`` tells of the first of them only.
     """
-    blocks = {name: re.sub(r"(\.\d+)\..*", r"\1", name) for name in names}
+    blocks = {name: block_of(name) for name in names}
     turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
     return {name: turns[block] * refresh_every // (of_blocks or len(turns)) for name, block in blocks.items()}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optim.grass import Grass
 from optim.norm_growth import NormGrowthLimiter
+from optim.partly import only
 
 
 class StepInBackward:
@@ -58,14 +59,8 @@ class StepInBackward:
         self.norms.append(parameter.grad.norm().float())
         if parameter in self.limiters:
             self.limiters[parameter]()
-        held = [group["params"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p is parameter]
-        try:
+        with only(self.optimizer, {parameter}):
             self.optimizer.step()
-        finally:
-            for group, parameters in zip(self.optimizer.param_groups, held, strict=True):
-                group["params"] = parameters
         parameter.grad = None
 
 

@@ -13,7 +13,7 @@ from models.int8_weight import fill_weight
 from models.llama import Llama
 from models.recipes import save_recipes
 from optim.baselines import projected_optimizer
-from optim.build import optimizer_of_groups, parameter_groups
+from optim.build import INNER_OPTIMIZERS, optimizer_of_groups, parameter_groups
 from optim.grass import Grass
 from optim.master_weights import MasterWeights
 from optim.norm_growth import NormGrowthLimiter
@@ -130,7 +130,7 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
             refresh_every=optim.refresh_every, selection=optim.selection,
             score=optim.score, sketch_width=optim.sketch_width, probe_steps=optim.probe_steps, stagger=optim.stagger,
             state_at_refresh=optim.state_at_refresh, new_second_moment=optim.new_second_moment,
-            refresh_warmup=optim.refresh_warmup,
+            refresh_warmup=optim.refresh_warmup, block_by_block=optim.inner in INNER_OPTIMIZERS,
         )  # fmt: skip
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
     in_backward = StepInBackward(optimizer, grass, limiter) if config.train.step_in_backward else None

@@ -189,6 +189,43 @@ def test_master_weights_refuse_bf16_rows():
         check(load(["train.dtype=bfloat16", "optim.master_weights=true", "optim.state_dtype=bfloat16"]))
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon"])
+def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
+    """Weight decay and a repeated row included; what is full-rank is stepped on once."""
+
+    def trained(block_by_block):
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)) for _ in range(3)]
+        model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(16, 16, bias=False)).to(BF16)
+        convert_linears(model, 4, ["0.*"])
+        groups = parameter_groups(model, lr=1e-2, linear_lr=1e-2, weight_decay=0.1)
+        optimizer = inner_optimizer(name, groups, **OPTIONS)
+        options = {"refresh_every": 2, "selection": "multinomial_norm_with_replacement", "state_at_refresh": "carry"}
+        grass = Grass(model, optimizer, block_by_block=block_by_block, **options)
+        held = [list(group["params"]) for group in optimizer.param_groups]
+        stand_ins = []
+        optimizer.register_step_pre_hook(lambda *_: stand_ins.append(len(grass._stand_ins)))
+
+        def backward(seed):
+            model(values(8, 16, seed=seed).to(BF16)).float().square().mean().backward()
+
+        grass.start(lambda: backward(0))
+        for step in range(5):
+            backward(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [group["params"] for group in optimizer.param_groups] == held
+        assert grass.steps == 5
+        state = {f"state {p.shape} {i}": s for i, p in enumerate(model.parameters()) for s in [optimizer.state.get(p)]}
+        return model.state_dict(), state, max(stand_ins)
+
+    expected, expected_state, most = trained(False)
+    found, state, fewer = trained(True)
+    assert (most, fewer) == (6, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
+
+
 def _train_as(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
