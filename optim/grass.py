@@ -111,7 +111,7 @@ class Grass:
         self.gathered: dict[str, Tensor] = {}
         self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
         self.offsets = turn_offsets(list(self.layers), refresh_every) if stagger else dict.fromkeys(self.layers, 0)
-        self._stepping: dict[str, GrassLinear] = {}  # the layers whose rows the step at work changes
+        self.stepping: dict[str, GrassLinear] = {}  # the layers whose rows the step at work changes
         self._before: dict[GrassLinear, Tensor] = {}
         self._said_reset = False
         # Rows that are stepped on in float32 and kept, moments and all, in less.
@@ -154,9 +154,9 @@ class Grass:
         if self.block_by_block:
             self._step_on_blocks()
         held = self._held()
-        self._stepping = {name: layer for name, layer in self.layers.items() if layer.rows in held}
-        self._before = {layer: layer.rows.detach().clone() for layer in self._stepping.values() if layer.scaled}
-        low_precision = {layer.rows for layer in self._stepping.values()} & self._low_precision.keys()
+        self.stepping = {name: layer for name, layer in self.layers.items() if layer.rows in held}
+        self._before = {layer: layer.rows.detach().clone() for layer in self.stepping.values() if layer.scaled}
+        low_precision = {layer.rows for layer in self.stepping.values()} & self._low_precision.keys()
         self._stand_ins = lend(self.optimizer, low_precision)
 
     def _held(self) -> set[nn.Parameter]:
@@ -184,7 +184,7 @@ class Grass:
         take_back(self.optimizer, self._stand_ins, self._round_state)
         self._rest.close()
         decay = self._decay_factors() if self._before else {}
-        for name, layer in self._stepping.items():
+        for name, layer in self.stepping.items():
             stepped = self._stand_ins.pop(layer.rows, None)
             layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0), stepped, self._rounding_key(name))
         if not self.in_update:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from optim.build import optimizer_class
-from optim.grass import Grass, turn_offsets
+from optim.grass import Grass, block_of, turn_offsets
 from pretrain.build import build_optimization, materialise, outline
 from pretrain.config import Config, GrassConfig, OptimConfig
 from pretrain.distributed import World
@@ -130,6 +130,7 @@ class _Walker:
         self.config, self.model, self.storages, self.traffic = config, model, storages, traffic
         self.step_name, self.made_before_forward = "", 0
         self.offsets: dict[str, int] = {}
+        self.names: dict[str, str] = {}  # of the stretches of each block
         materialise(config, model, world.device)
         self._label_model()
         self._mark_blocks(at_the_front(whole))
@@ -209,8 +210,13 @@ class _Walker:
                 layer.probe.register_post_accumulate_grad_hook(lambda p: label([p.grad], "sketch"))
 
     def _before_optimizer(self, *_) -> None:
-        """Steps inside a backward belong to the stretches of that."""
-        if not (self.optim.in_backward and self.optim.in_backward.stepping):
+        """Steps inside a backward belong to the stretches of that; a step on one block alone is called by it."""
+        if self.optim.in_backward and self.optim.in_backward.stepping:
+            return
+        if (grass := self.optim.grass) and grass.in_update:
+            (block,) = {block_of(name) for name in grass.stepping}
+            self._mark(f"optimizer {self.names.get(block, block)}")
+        else:
             self._mark("optimizer")
 
     def _then_mark(self, function: Callable[[], None], name: str) -> Callable[[], None]:
@@ -231,6 +237,7 @@ class _Walker:
         blocks = len(self.model.layers)
         for i, block in enumerate(self.model.layers):
             name = str(i) if i < front else str(i - blocks) if i >= blocks - EDGE else BETWEEN
+            self.names[f"layers.{i}"] = name
             block.register_forward_pre_hook(lambda *_, name=name: self._mark(f"forward {name}"))
             block.register_forward_hook(partial(self._await_backward, name))
 
