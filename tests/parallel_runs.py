@@ -72,12 +72,13 @@ def collectives(overrides, rank, size):
     config = load(overrides)
     folder = RunFolder(config)
     trainer = Trainer(config, World(rank, size, CPU), ready(config, size), folder, StopRequest())
-    before = len(_recorded())
+    before = max((entry["record_id"] for entry in _recorded()), default=-1)  # it keeps the latest 2000 or so
     trainer.train_step(0)
     sizes = {name: (p.numel(), p.requires_grad) for name, p in trainer.model.named_parameters()}
     return [
         (entry["profiling_name"], entry["input_dtypes"][0], math.prod(entry["input_sizes"][0]))
-        for entry in _recorded()[before:]
+        for entry in sorted(_recorded(), key=lambda entry: entry["record_id"])
+        if entry["record_id"] > before
     ], sizes
 
 
