@@ -1,12 +1,13 @@
 """Muon as an inner optimizer: for the linears, with AdamW for everything else."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from models.sharded import local, sum_parts
 from optim.parts import Parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
@@ -19,7 +20,7 @@ class Muon(torch.optim.Muon):
     Its own iteration takes one matrix at a time, always in bfloat16: hundreds of small kernels on a GPU, some twenty
     times slower than float32 on a CPU without bfloat16 units, and as unlike from one way of sharding to another as
     bfloat16 rounds. Here matrices of one shape go together, in bfloat16 on a GPU and otherwise in their own precision
-    (float32 at least). Sharded matrices stay so: only the small square products cross the wire.
+    (float32 at least). Matrices sharded along their longer side stay so: only the small square products are sent.
 
     The step is scaled to the size of AdamW's, 0.2 √max(rows, columns) (Liu et al., arXiv 2502.16982), so that rates and
     decay mean what they mean there.
@@ -47,25 +48,43 @@ class Muon(torch.optim.Muon):
             buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(gradient.lerp(buffer, group["momentum"]))  # Nesterov's
         rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        stacked = torch.stack(directions)
-        steps = orthogonalize(stacked)
-        if isinstance(steps, DTensor) and isinstance(stacked, DTensor):
-            steps = steps.redistribute(placements=stacked.placements)  # replicas may have divided the matrices
-        for p, direction in zip(parameters, steps.unbind(), strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-rate)
+        for p, direction in zip(parameters, _orthogonal(directions), strict=True):
+            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-rate)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """``matrices`` (b, m, n) with their singular values brought near 1, by Newton-Schulz iterations (Jordan's)."""
+def orthogonalize(
+    matrices: Tensor, steps: int = 5, *, tall: bool | None = None, total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Tensor:
+    """``matrices`` (b, m, n) with their singular values brought near 1, by Newton-Schulz iterations (Jordan's).
+
+    They may be parts of matrices that are divided along their longer side, which ``tall`` says is the first; ``total``
+    then adds up sums over the parts.
+    """
     a, b, c = COEFFICIENTS
     wide = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32))
-    tall = matrices.shape[-2] > matrices.shape[-1]
+    tall = matrices.shape[-2] > matrices.shape[-1] if tall is None else tall
     wide = wide.mT if tall else wide
-    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    squares = total(wide.norm(dim=(-2, -1), keepdim=True).square())
+    wide = wide / squares.sqrt().clamp(min=1e-7)
     for _ in range(steps):
-        gram = wide @ wide.mT
+        gram = total(wide @ wide.mT)
         wide = a * wide + (b * gram + c * (gram @ gram)) @ wide
     return wide.mT if tall else wide
+
+
+def _orthogonal(directions: list[Tensor]) -> tuple[Tensor, ...]:
+    """The part of each orthogonalised direction, all of one shape, that this process holds."""
+    first = directions[0]
+    tall = first.shape[0] > first.shape[1]
+    if not isinstance(first, DTensor):
+        return orthogonalize(torch.stack(directions)).unbind()
+    longer = int(not tall)
+    if all(p.is_replicate() or p.is_shard(longer) for d in directions for p in cast(DTensor, d).placements):
+        parts = torch.stack([local(d) for d in directions])
+        return orthogonalize(parts, tall=tall, total=lambda sums: sum_parts(sums, first)).unbind()
+    stacked = torch.stack(directions)  # in what is sharded otherwise, torch decides what to send
+    whole = cast(DTensor, orthogonalize(stacked))
+    return local(whole.redistribute(placements=cast(DTensor, stacked).placements)).unbind()
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

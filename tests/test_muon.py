@@ -5,11 +5,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from optim import muon
 from optim.muon import Muon, orthogonalize
 
 SHAPES = [(6, 16), (6, 16), (16, 6), (8, 8)]
+LONGER = [((6, 16), 1), ((16, 6), 0)]
 
 
 def matrices(seed):
@@ -34,6 +36,14 @@ def _sharded(rank, folder):
     for dim in (0, 1):
         whole = [p.full_tensor() for p in stepped(lambda t, dim=dim: distribute_tensor(t, mesh, [Shard(dim)]))]
         torch.testing.assert_close(whole, stepped(), rtol=1e-12, atol=1e-12)
+    sent = []
+    summed = dist.all_reduce
+    dist.all_reduce = lambda sums, **given: sent.append(sums.shape) or summed(sums, **given)
+    wide, tall = (distribute_tensor(torch.ones(*s, dtype=torch.float64), mesh, [Shard(d)]) for s, d in LONGER)
+    with CommDebugMode() as others:
+        for m in (wide, tall):
+            muon._orthogonal([m, m])
+    assert sent == 2 * [(2, 1, 1), *5 * [(2, 6, 6)]] and others.get_total_counts() == len(sent)
     dist.destroy_process_group()
 
 

@@ -79,7 +79,9 @@ def two(common, four, tmp_path_factory):
     openings = [(saved, [*settings, "train.parallel=ddp"]), (saved, [*settings, *FSDP])]
     calls = [(run, overrides) for overrides in [*runs.values(), *relay]]
     calls += [(open_checkpoint, *opening) for opening in openings]
-    calls += [(collectives, [*common, f"run.name=wire-{name}", *more]) for name, more in WIRE.items()]
+    calls += [
+        (collectives, [*common, f"run.name=wire-{name}", "optim.inner=adamw", *more]) for name, more in WIRE.items()
+    ]
     results = spawn(2, tmp_path_factory.mktemp("two"), calls)[len(runs) + len(relay) :]
     wire = {name: found[0] for name, found in zip(WIRE, results[len(openings) :], strict=True)}
     folders = {name: RunFolder(load(overrides)) for name, overrides in runs.items()}
