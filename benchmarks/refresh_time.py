@@ -14,9 +14,11 @@ import torch
 from pretrain.build import build_model, build_optimization
 from pretrain.config import load
 from pretrain.distributed import World
+from pretrain.parallel import engine_of
 from pretrain.update import Update
 
 SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
+TOGETHER = ["optim.refresh_every=2", "optim.stagger=false"]  # every other step refreshes all layers, at their dearest
 
 
 def measure(overrides: list[str], pairs: int) -> dict[str, float]:
@@ -24,11 +26,14 @@ def measure(overrides: list[str], pairs: int) -> dict[str, float]:
 
     Seconds are the process' own on all of its threads, where the device is a CPU: what else is at work counts less.
     """
-    config = load([*SHAPE, *overrides, "optim.refresh_every=2"])
+    config = load([*SHAPE, *overrides, *TOGETHER])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device)
     optim = build_optimization(config, model)
-    update = Update(config, World(rank=0, size=1, device=device), model, model, optim)
+    world = World(rank=0, size=1, device=device)
+    engine = engine_of(config.train, world)
+    engine.wrap(model)
+    update = Update(config, world, model, engine, optim)
     train = config.train
     sequences = train.tokens_per_step // train.seq_len
     ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1))
