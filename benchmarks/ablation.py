@@ -1,8 +1,8 @@
 """The study behind the defaults of ``optim=grass``: ``python -m benchmarks.ablation [--jobs 2] [stage …]``.
 
 Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``, and writes
-``docs/ablation.md`` and ``docs/ablation.png``. The same command again resumes what is unfinished, skips what is
-finished, and writes both anew; ``--report`` only writes them.
+``docs/ablation.md`` and ``docs/ablation.png``, of the stages it was told. The same command again resumes what is
+unfinished, skips what is finished, and writes both anew.
 """
 
 import argparse
