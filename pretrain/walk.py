@@ -57,12 +57,17 @@ def walk(config: Config, blocks: int) -> Seen:
 
 
 def at_the_front(config: Config) -> int:
-    """How many blocks have stretches of their own at the front: those that the walked refresh probes; one at least."""
+    """How many blocks have stretches of their own at the front: those that the walked refresh probes; one at least.
+
+    All, where blocks take turns and gather over several steps: the last ones begin before the first ones are done.
+    """
     optim, blocks = config.optim, config.model.num_hidden_layers
-    if not isinstance(optim, GrassConfig) or optim.stagger is False:
+    if not isinstance(optim, GrassConfig) or optim.stagger is False or optim.refresh_every == 1:
         return 1
+    if min(optim.probe_steps, optim.refresh_every) > 1:
+        return blocks
     offsets = turn_offsets([f"layers.{i}.linear" for i in range(blocks)], optim.refresh_every).values()
-    return sum(offset < min(optim.probe_steps, optim.refresh_every) for offset in offsets) if any(offsets) else 1
+    return sum(offset == 0 for offset in offsets)
 
 
 def _walk(whole: Config, config: Config, model: Llama, world: World, engine: Engine) -> Seen:
