@@ -59,15 +59,16 @@ def walk(config: Config, blocks: int) -> Seen:
 def at_the_front(config: Config) -> int:
     """How many blocks have stretches of their own at the front: those that the walked refresh probes; one at least.
 
-    All, where blocks take turns and gather over several steps: the last ones begin before the first ones are done.
+    All, where the last blocks begin to gather before the first ones are done.
     """
     optim, blocks = config.optim, config.model.num_hidden_layers
-    if not isinstance(optim, GrassConfig) or optim.stagger is False or optim.refresh_every == 1:
+    if not isinstance(optim, GrassConfig) or optim.stagger is False:
         return 1
-    if min(optim.probe_steps, optim.refresh_every) > 1:
+    offsets = list(turn_offsets([f"layers.{i}.linear" for i in range(blocks)], optim.refresh_every).values())
+    probed = min(optim.probe_steps, optim.refresh_every)
+    if max(offsets) > optim.refresh_every - probed:
         return blocks
-    offsets = turn_offsets([f"layers.{i}.linear" for i in range(blocks)], optim.refresh_every).values()
-    return sum(offset == 0 for offset in offsets)
+    return sum(offset < probed for offset in offsets) if any(offsets) else 1
 
 
 def _walk(whole: Config, config: Config, model: Llama, world: World, engine: Engine) -> Seen:
