@@ -3,10 +3,9 @@
 import json
 import logging
 import math
-import os
 
 import torch
-import torch.distributed as dist
+from processes import in_processes
 from torch._C._distributed_c10d import _dump_fr_trace_json
 from torch.distributed.tensor import DTensor
 
@@ -105,13 +104,9 @@ def run(overrides, rank, size):
     train(overrides, rank, size)
 
 
-def _worker(rank, size, folder, calls):
-    torch.set_num_threads(1)
+def _all(rank, size, calls):
     logging.disable(logging.INFO)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    torch.save([function(*given, rank, size) for function, *given in calls], f"{folder}/results-{rank}.pt")
-    dist.destroy_process_group()
+    return [function(*given, rank, size) for function, *given in calls]
 
 
 def spawn(size, folder, calls):
@@ -119,8 +114,7 @@ def spawn(size, folder, calls):
 
     Returns for every call what it returned to each process.
     """
-    torch.multiprocessing.spawn(_worker, (size, str(folder), calls), nprocs=size)
-    return list(zip(*(torch.load(folder / f"results-{rank}.pt") for rank in range(size)), strict=True))
+    return list(zip(*in_processes(size, folder, _all, size, calls), strict=True))
 
 
 def values(folder, name):

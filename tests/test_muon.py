@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -30,8 +31,7 @@ def stepped(place=lambda tensor: tensor):
     return [p.detach() for p in parameters]
 
 
-def _sharded(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _sharded(rank):
     mesh = init_device_mesh("cpu", (2,))
     for dim in (0, 1):
         whole = [p.full_tensor() for p in stepped(lambda t, dim=dim: distribute_tensor(t, mesh, [Shard(dim)]))]
@@ -44,11 +44,10 @@ def _sharded(rank, folder):
         for m in (wide, tall):
             muon._orthogonal([m, m])
     assert sent == 2 * [(2, 1, 1), *5 * [(2, 6, 6)]] and others.get_total_counts() == len(sent)
-    dist.destroy_process_group()
 
 
 def test_shards_are_stepped_on_as_the_whole_is(tmp_path):
-    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
+    in_processes(2, tmp_path, _sharded)
 
 
 @pytest.mark.parametrize("shape", [(5, 12, 40), (3, 40, 12)])

@@ -1,12 +1,10 @@
 """The plan of one process of two, against two processes over gloo: what a step holds and what it communicates."""
 
-import json
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import allocations
+from processes import in_processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from pretrain.build import build_model, build_optimization
@@ -96,24 +94,17 @@ def measure(overrides, rank, monkeypatch):
     return {"peak": peak, "regular": regular, "refresh": counted.bytes}
 
 
-def _worker(rank, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _measured(rank):
     found = {}
     for name, overrides in RUNS.items():
         with pytest.MonkeyPatch.context() as monkeypatch:
             found[name] = measure(overrides, rank, monkeypatch)
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_worker, (folder,), nprocs=2)
-    return json.loads((folder / "found.json").read_text())
+    return in_processes(2, tmp_path_factory.mktemp("two"), _measured)[0]
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -226,9 +226,7 @@ def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
     torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
 
 
-def _train_as(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _train_as(rank):
     found = {}
     for rows_dtype in (BF16, torch.float32):
         model = nn.Sequential(nn.Linear(16, 12, bias=False), nn.Linear(12, 16, bias=False)).to(BF16)
@@ -249,12 +247,10 @@ def _train_as(rank, folder):
             optimizer.step()
             optimizer.zero_grad()
         found |= {f"{rows_dtype} {name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save(found, f"{folder}/rank-{rank}")
-    dist.destroy_process_group()
+    return found
 
 
 def test_replicas_stay_identical(tmp_path):
-    torch.multiprocessing.spawn(_train_as, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
+    first, second = in_processes(2, tmp_path, _train_as)
     assert first.keys() == second.keys() and len(first) == 16
     assert all(torch.equal(first[name], second[name]) for name in first)

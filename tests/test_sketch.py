@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import Allocations
+from processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,26 +83,21 @@ def chosen_rows(selection, score, world_size, rank, micro_batches):
     return chosen
 
 
-def _of_two_processes(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _of_two_processes(rank):
     found = {
         (selection, micro): chosen_rows(selection, "sketch", 2, rank, micro)
         for selection in SELECTIONS
         for micro in (1, 4)
     }
     found["exact"] = chosen_rows("top_r", "exact", 2, rank, 2)
-    torch.save(found, f"{folder}/rank-{rank}")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_of_two_processes, (str(folder),), nprocs=2)
-    found = [torch.load(folder / f"rank-{rank}") for rank in range(2)]
-    assert found[0] == found[1]
-    return found[0]
+    first, second = in_processes(2, tmp_path_factory.mktemp("processes"), _of_two_processes)
+    assert first == second
+    return first
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
