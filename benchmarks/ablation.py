@@ -79,20 +79,20 @@ def gather(trials: dict[str, Trial], result: JobResult, fixed: list[str]) -> Non
     trial.commits.add(str(result.summary.get("commit")))
 
 
-def table(topics: dict[str, list[Trial]], default: Trial | None) -> list[str]:
-    """Markdown: a line for each trial, and how far it is from the ``default`` one, ± standard errors over seeds."""
+def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
+    """Markdown: a line for each trial, and how far it is from the one ``against``, ± standard errors over seeds."""
     lines = []
     for topic, trials in topics.items():
         lines += [
             f"### {topic}",
             "",
-            "| setting | seeds | loss | from the default | tokens/s |",
+            f"| setting | seeds | loss | {f'from `{against.setting}`' if against else ''} | tokens/s |",
             "|---|---|---|---|---|",
         ]
         for t in sorted(trials, key=lambda t: t.loss):
-            difference, error = t.minus(default) if default else (math.nan, math.nan)
+            difference, error = t.minus(against) if against else (math.nan, math.nan)
             beside = (
-                "" if math.isnan(difference) else f"{difference:+.4f}{plus_minus(error) if t is not default else ''}"
+                "" if math.isnan(difference) else f"{difference:+.4f}{plus_minus(error) if t is not against else ''}"
             )
             speed = f"{statistics.median(t.speeds):,.0f}"
             lines.append(
@@ -147,7 +147,7 @@ def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> N
     ]
     for name, topics in stages.items():
         trials = [t for trials in topics.values() for t in trials]
-        default = next((t for t in trials if t.setting == study["default"]), None)
+        against = next((t for t in trials if t.setting == study["stages"][name]["against"]), None)
         common = " ".join(study["stages"][name].get("common", []))
         commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
         lines += [
@@ -158,7 +158,7 @@ def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> N
             f"Settings: `{common}`. Commits: {commits}.",
             "",
         ]
-        lines += table(topics, default)
+        lines += table(topics, against)
     (DOCS / "ablation.md").write_text("\n".join(lines), encoding="utf-8")
     plot(stages, DOCS / "ablation.png")
 

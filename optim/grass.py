@@ -188,9 +188,10 @@ class Grass:
             stepped = self._stand_ins.pop(layer.rows, None)
             layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0), stepped, self._rounding_key(name))
         if not self.in_update:
-            self._end_update()
+            self.end_update()
 
-    def _end_update(self) -> None:
+    def end_update(self) -> None:
+        """Gather the scores of the update just made, and refresh the layers whose turn it is."""
         self.steps += 1
         self._gather()
         self._refresh([name for name in self.layers if self._steps_to_refresh(name) == self.refresh_every])
@@ -322,15 +323,21 @@ def block_of(layer: str) -> str:
     return re.sub(r"(\.\d+)\..*", r"\1", layer)
 
 
-def turn_offsets(names: list[str], refresh_every: int, of_blocks: int | None = None) -> dict[str, int]:
+def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
     """How many steps early each layer refreshes when the blocks take turns, in model order.
 
     The layers of a block go together, so that a compiled block knows two states, with its probes and without.
-    ``of_blocks``: how many take turns, when ``names`` tells of the first of them only.
     """
     blocks = {name: block_of(name) for name in names}
     turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
-    return {name: turns[block] * refresh_every // (of_blocks or len(turns)) for name, block in blocks.items()}
+    return {name: turns[block] * refresh_every // len(turns) for name, block in blocks.items()}
+
+
+def most_at_once(blocks: int, refresh_every: int, probe_steps: int) -> int:
+    """How many of so many blocks that take turns are probed in the step that probes the most."""
+    offsets = turn_offsets([f"layers.{block}.linear" for block in range(blocks)], refresh_every).values()
+    steps = range(refresh_every)
+    return max(sum((step + o) % refresh_every >= refresh_every - probe_steps for o in offsets) for step in steps)
 
 
 def _require_agreement(indices: list[Tensor], device: torch.device) -> None:

@@ -163,13 +163,11 @@ def _optim_problems(optim: OptimConfig) -> list[str]:
 
 
 def _grass_problems(optim: GrassConfig) -> list[str]:
-    problems = _at_least(1, "optim", optim, "refresh_every", "sketch_width")
+    problems = _at_least(1, "optim", optim, "refresh_every", "sketch_width", "probe_steps")
     problems += _one_of("optim.selection", optim.selection, SELECTIONS)
     problems += _one_of("optim.score", optim.score, SCORES)
     problems += _one_of("optim.state_at_refresh", optim.state_at_refresh, POLICIES)
     problems += _one_of("optim.new_second_moment", optim.new_second_moment, NEW_SECOND_MOMENTS)
-    if not 1 <= optim.probe_steps <= max(1, optim.refresh_every):
-        problems.append(f"optim.probe_steps={optim.probe_steps} must be between 1 and optim.refresh_every")
     if not 0 <= optim.refresh_warmup <= max(1, optim.refresh_every):
         problems.append(f"optim.refresh_warmup={optim.refresh_warmup} must be between 0 and optim.refresh_every")
     if optim.stagger not in (True, False, "auto"):

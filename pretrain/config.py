@@ -82,7 +82,7 @@ class GrassConfig(OptimConfig):
     selection: str
     score: str  # exact | sketch
     sketch_width: int
-    probe_steps: int  # the last steps before a refresh whose gradients are scored
+    probe_steps: int  # the last steps before a refresh, at most all of them, whose gradients are scored
     stagger: Any  # true | false | auto: refresh the blocks in turn; auto does where a layer selects columns
     side: Any  # auto | rows | columns, or one of these for each glob of names: {down_proj: columns}
     share_index: bool  # q, k, v and gate, up that select columns: the same ones, and one saved slice of the input

@@ -20,18 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from optim.build import optimizer_class
-from optim.grass import Grass, block_of, turn_offsets
+from optim.grass import Grass, block_of
 from pretrain.build import build_optimization, materialise, outline
-from pretrain.config import Config, GrassConfig, OptimConfig
+from pretrain.config import Config, OptimConfig
 from pretrain.distributed import World
 from pretrain.flops import flops_per_token, parameter_counts
+from pretrain.layout import Layout
 from pretrain.one_of_many import Traffic, first_of, walked_engine
 from pretrain.parallel import Engine
 from pretrain.storages import GATHERED, TEMPORARIES, Storages
 from pretrain.update import MicroBatch, Update
 
 COMPONENTS = ("weights", "rows", "gradients", "optimizer_state", "activations", TEMPORARIES, "sketch", GATHERED)
-EDGE = 1  # blocks at the end with stretches of their own: from those at the front to it, peaks rise or fall
 BETWEEN = "between"
 MODEL = "model"
 
@@ -39,39 +39,23 @@ Seen = dict[str, Counter[str]]
 """By stretch of a step the bytes of each component at its peak; under MODEL its own numbers."""
 
 
-def walk(config: Config, blocks: int) -> Seen:
+def walk(config: Config, layout: Layout) -> Seen:
     """Walk, in a model of so many blocks, through the step that makes the optimizer's state, one more, and a refresh.
 
-    The stretches of the first two begin with "regular", those of the third with "refresh". Where blocks take turns at
-    refreshing, each does when it would in the whole model.
+    The stretches of the first two begin with "regular", those of the refreshes with "refresh".
     """
-    whole, config = config, replace(config, model=replace(config.model, num_hidden_layers=blocks))
+    config = replace(config, model=replace(config.model, num_hidden_layers=layout.blocks))
     model = outline(config)
     with first_of(config.estimate.devices) as world:
         engine = walked_engine(config.train, world)
         engine.shard(model)
-        seen = _walk(whole, config, model, world, engine)
+        seen = _walk(config, layout, model, world, engine)
     numbers = parameter_counts(model) | {"flops_per_token": flops_per_token(model, config.train.seq_len)}
     seen[MODEL] |= Counter(numbers)
     return seen
 
 
-def at_the_front(config: Config) -> int:
-    """How many blocks have stretches of their own at the front: those that the walked refresh probes; one at least.
-
-    All, where the last blocks begin to gather before the first ones are done.
-    """
-    optim, blocks = config.optim, config.model.num_hidden_layers
-    if not isinstance(optim, GrassConfig) or optim.stagger is False:
-        return 1
-    offsets = list(turn_offsets([f"layers.{i}.linear" for i in range(blocks)], optim.refresh_every).values())
-    probed = min(optim.probe_steps, optim.refresh_every)
-    if max(offsets) > optim.refresh_every - probed:
-        return blocks
-    return sum(offset < probed for offset in offsets) if any(offsets) else 1
-
-
-def _walk(whole: Config, config: Config, model: Llama, world: World, engine: Engine) -> Seen:
+def _walk(config: Config, layout: Layout, model: Llama, world: World, engine: Engine) -> Seen:
     with (
         torch.compiler.set_stance("force_eager"),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -80,9 +64,9 @@ def _walk(whole: Config, config: Config, model: Llama, world: World, engine: Eng
         Storages() as storages,
         Traffic() as traffic,
     ):
-        walker = _Walker(whole, config, model, world, engine, storages, traffic)
-        walker.step("regular", 0)
-        walker.step("regular", 0)
+        walker = _Walker(config, layout, model, world, engine, storages, traffic)
+        walker.step("regular")
+        walker.step("regular")
         regular = walker.sent
         walker.refresh()
     return storages.peaks() | {MODEL: Counter(communicated=regular, refresh_communicated=walker.sent)}
@@ -125,8 +109,8 @@ class _Walker:
 
     def __init__(
         self,
-        whole: Config,
         config: Config,
+        layout: Layout,
         model: Llama,
         world: World,
         engine: Engine,
@@ -134,32 +118,32 @@ class _Walker:
         traffic: Traffic,
     ):
         self.config, self.model, self.storages, self.traffic = config, model, storages, traffic
+        self.layout = layout
         self.step_name, self.made_before_forward = "", 0
-        self.offsets: dict[str, int] = {}
         self.names: dict[str, str] = {}  # of the stretches of each block
         materialise(config, model, world.device)
         self._label_model()
-        self._mark_blocks(at_the_front(whole))
+        self._mark_blocks()
         self.optim = build_optimization(config, model)
         if self.optim.grass:
             self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
-            self.offsets = _turns_among(whole.model.num_hidden_layers, self.optim.grass)
+            self.optim.grass.end_update = self._mark_then("end", self.optim.grass.end_update)  # type: ignore[method-assign]
         engine.wrap(model)
         engine.finish_backward = self._then_mark(engine.finish_backward, "step")  # type: ignore[method-assign]
         self.update = Update(config, world, model, engine, self.optim)
         self.optim.optimizer.register_step_pre_hook(self._before_optimizer)
 
-    def step(self, name: str, number: int) -> None:
-        """One update, as update ``number`` of a window; its stretches are called by ``name``. Sets ``sent``.
+    def step(self, name: str, number: int = 0, offsets: dict[str, int] | None = None) -> None:
+        """One update, as update ``number`` of a window which each layer is so far into already. Sets ``sent``.
 
-        None but a "refresh" is one of any block's, though in a run that has fewer updates than blocks every one is.
+        Its stretches are called by ``name``. By default one that none probes, though a run may have none.
         """
         self.step_name = name
         self._mark("begin")
         if grass := self.optim.grass:
             for layer in grass.layers.values():
                 layer.probe = None
-            grass.offsets = self.offsets if name == "refresh" else dict.fromkeys(self.offsets, 0)
+            grass.offsets = offsets or dict.fromkeys(grass.layers, 0)
             grass.resume(number)
             self._label_probes(grass)
         sent = self.traffic.bytes
@@ -174,12 +158,15 @@ class _Walker:
         The choice of the first rows, before there is any optimizer state, holds less.
         """
         if grass := self.optim.grass:
-            for left in range(min(grass.probe_steps, 2), 0, -1):
-                self.step("refresh", grass.refresh_every - left)
+            for probed in self.layout.turns():
+                others = {f"layers.{i}" for i in range(self.layout.blocks) if i not in probed}
+                for left in range(min(grass.probe_steps, 2), 0, -1):  # the others' windows begin in it
+                    offsets = {name: left if block_of(name) in others else 0 for name in grass.layers}
+                    self.step("refresh", grass.refresh_every - left, offsets)
         else:
             for group in self.optim.optimizer.param_groups:
                 group |= {"update_proj_gap": 1} if "update_proj_gap" in group else {}
-            self.step("refresh", 0)
+            self.step("refresh")
 
     def _micro_batches(self) -> list[MicroBatch]:
         """One micro-batch, or two: more of them hold no more."""
@@ -235,14 +222,22 @@ class _Walker:
 
         return marked
 
+    def _mark_then(self, name: str, function: Callable[[], None]) -> Callable[[], None]:
+        """``function``, with a stretch beginning where it begins."""
+
+        def marked() -> None:
+            self._mark(name)
+            function()
+
+        return marked
+
     def _mark(self, name: str) -> None:
         self.storages.mark(f"{self.step_name} {name}")
 
-    def _mark_blocks(self, front: int) -> None:
+    def _mark_blocks(self) -> None:
         """A stretch begins where the forward, and where the backward, of a block begins."""
-        blocks = len(self.model.layers)
         for i, block in enumerate(self.model.layers):
-            name = str(i) if i < front else str(i - blocks) if i >= blocks - EDGE else BETWEEN
+            name = self.layout.place(i) or BETWEEN
             self.names[f"layers.{i}"] = name
             block.register_forward_pre_hook(lambda *_, name=name: self._mark(f"forward {name}"))
             block.register_forward_hook(partial(self._await_backward, name))
@@ -250,13 +245,6 @@ class _Walker:
     def _await_backward(self, name: str, _block: nn.Module, _inputs: tuple, y: Tensor) -> None:
         if y.requires_grad:
             y.register_hook(lambda _: self._mark(f"backward {name}"))
-
-
-def _turns_among(blocks: int, grass: Grass) -> dict[str, int]:
-    """How many steps early each layer refreshes as one of the first of so many blocks."""
-    if not any(grass.offsets.values()):
-        return grass.offsets
-    return turn_offsets(list(grass.layers), grass.refresh_every, blocks)
 
 
 def _first_rows(grass: Grass):

@@ -70,7 +70,7 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("optim.linear_lr=nan", r"optim\.linear_lr=nan must be greater than 0 and finite"),
         ("optim.final_lr=5", r"optim\.final_lr=5\.0 must be between 0 and 1"),
         ("optim.refresh_warmup=-5", r"optim\.refresh_warmup=-5 must be between 0 and optim\.refresh_every"),
-        ("optim.probe_steps=1000", r"optim\.probe_steps=1000 must be between 1 and"),
+        ("optim.probe_steps=0", r"optim\.probe_steps=0 must be at least 1"),
         ("optim.patterns=[]", r"optim\.patterns=\[\] names no layer"),
         ("train.checkpoint_every=-1", r"train\.checkpoint_every=-1 must be at least 0"),
         ("train.checkpointing=some", r"train\.checkpointing=some is unknown; choose none, full, every:N or selective"),

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
-from pretrain.blocks import _edges, walk_all
+from optim.grass import turn_offsets
+from pretrain.blocks import _ends, walk_all
 from pretrain.config import ConfigError, load
 from pretrain.estimate import GIB, estimate, highest, run
+from pretrain.layout import layout_of
 from pretrain.storages import Storages
 from pretrain.walk import walk
 
@@ -48,7 +50,7 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
         pytest.param(("train.dtype=bfloat16", "optim.refresh_every=1"), marks=pytest.mark.slow),
         pytest.param(("optim.side=columns", "optim.share_index=true", "optim.probe_steps=2"), marks=pytest.mark.slow),
         pytest.param(("optim.stagger=true", "optim.refresh_every=9"), marks=pytest.mark.slow),
-        ("optim.stagger=true", "optim.refresh_every=4", "optim.side=columns"),
+        ("optim.stagger=true", "optim.refresh_every=4", "optim.side=columns", "optim.probe_steps=2"),
         pytest.param(("optim.stagger=true", "optim.refresh_every=12", "optim.probe_steps=2"), marks=pytest.mark.slow),
         ("optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"),
         pytest.param(("optim=adamw8bit",), marks=pytest.mark.slow),
@@ -62,36 +64,77 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
     ],
 )  # fmt: skip
 def test_few_blocks_tell_what_many_hold_to_the_byte(overrides, monkeypatch):
-    """And the peak is never between the edges, where the shortcut does not look."""
-    config = tiny("model.num_hidden_layers=9", *overrides)
-    full = walk(config, 9)
+    """And the peak is never between the ends, where the shortcut does not look."""
+    config = tiny("model.num_hidden_layers=13", *overrides)
+    full = walk(config, layout_of(config))
     walked = []
-    monkeypatch.setattr("pretrain.blocks.walk", lambda config, blocks: walked.append(blocks) or walk(config, blocks))
-    assert walk_all(config) == _edges(full)
-    assert max(walked) < 9
+    monkeypatch.setattr("pretrain.blocks.walk", lambda config, few: walked.append(few.blocks) or walk(config, few))
+    assert walk_all(config) == _ends(full)
+    assert max(walked) < 13
     for step in ("regular", "refresh"):
-        assert highest(full, step).total() == highest(_edges(full), step).total()
+        assert highest(full, step).total() == highest(_ends(full), step).total()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optim.refresh_every=4",),
+        pytest.param(("optim.refresh_every=4", "optim.probe_steps=3"), marks=pytest.mark.slow),
+        pytest.param(("optim.refresh_every=8",), marks=pytest.mark.slow),
+        ("optim.refresh_every=6", "optim.probe_steps=3", "train.checkpointing=full", "train.seq_len=128"),
+        pytest.param(
+            ("optim.refresh_every=8", "train.checkpointing=full", "train.seq_len=128"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides, monkeypatch):
+    """With blocks whose turns come when a run of this many gives them theirs, step by step."""
+    config = tiny("model.num_hidden_layers=6", "optim.stagger=true", "train.tokens_per_step=256", *overrides)
+    planned = highest(walk(config, layout_of(config)), "refresh").total()
+
+    def window(walker):
+        grass = walker.optim.grass
+        offsets = turn_offsets(list(grass.layers), grass.refresh_every)
+        for step in range(2 * grass.refresh_every):  # the first sketches lie from one step to the next in the second
+            walker.step(f"window {step}", step, offsets)
+
+    monkeypatch.setattr("pretrain.walk._Walker.refresh", window)
+    worst = highest(walk(config, layout_of(config)), "window").total()
+    assert worst <= planned <= 1.005 * worst
 
 
 @pytest.mark.parametrize(
     ("overrides", "walked"),
     [
-        (("optim.stagger=auto", "optim.refresh_every=9"), [2, 3, 4]),
-        (("optim.stagger=auto", "optim.refresh_every=8"), [3, 4, 5]),  # two of 9 blocks refresh at once
-        (("optim.stagger=auto", "optim.refresh_every=10", "optim.probe_steps=2"), [3, 4, 5]),
-        (("optim.stagger=auto", "optim.refresh_every=9", "optim.probe_steps=2"), [9]),  # the last and the first at once
-        (("optim.stagger=auto", "optim.refresh_every=2"), [6, 7, 8]),
-        (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=2"), [9]),
-        (("optim.stagger=false", "optim.refresh_every=3"), [2, 3, 4]),
-        (("train.checkpointing=every:2",), [3, 5, 7]),
-        (("train.checkpointing=every:4",), [9]),
+        # One of 12 blocks at a time: the first, then the last.
+        (("optim.stagger=auto", "optim.refresh_every=12", "optim.probe_steps=1"), [(1, 2), (1, 3), (1, 4)]),
+        # Two at once, the first and the last.
+        (("optim.stagger=auto", "optim.refresh_every=8", "optim.probe_steps=1"), [(1, 2), (1, 3), (1, 4)]),
+        (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=1"), [(2, 2), (3, 2), (2, 3), (4, 4)]),
+        (("optim.stagger=auto", "optim.refresh_every=10", "optim.probe_steps=9"), [(2, 1), (3, 1), (4, 1)]),
+        (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=2"), [(3, 0), (4, 0), (5, 0)]),
+        (("optim.stagger=false", "optim.refresh_every=3"), [(3, 0), (4, 0), (5, 0)]),
+        (
+            (
+                "optim=adamw",
+                "train.checkpointing=every:2",
+            ),
+            [(3, 0), (5, 0), (7, 0)],
+        ),
+        (
+            (
+                "optim=adamw",
+                "train.checkpointing=every:5",
+            ),
+            [(11, 0)],
+        ),
     ],
 )
 def test_a_few_blocks_are_walked_where_they_are_like_many(overrides, walked, monkeypatch):
-    numbers = []
-    monkeypatch.setattr("pretrain.blocks.walk", lambda config, blocks: numbers.append(blocks) or {})
-    walk_all(tiny("model.num_hidden_layers=9", *overrides))
-    assert numbers == walked
+    layouts = []
+    monkeypatch.setattr("pretrain.blocks.walk", lambda config, few: layouts.append(tuple(few)) or {})
+    walk_all(tiny("model.num_hidden_layers=12", *overrides))
+    assert layouts == walked
 
 
 def test_what_can_be_counted_by_hand_is_so():
@@ -140,7 +183,8 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
 
     def peak(size):
         sized = [f"train.micro_batch_size={size}", f"train.tokens_per_step={size * tokens // 2}"]
-        seen = walk(tiny("model.num_hidden_layers=7", *sized), 7)
+        config = tiny("model.num_hidden_layers=7", *sized)
+        seen = walk(config, layout_of(config))
         return max(highest(seen, "regular").total(), highest(seen, "refresh").total())
 
     assert peak(size) <= budget < peak(size + 1)
