@@ -246,7 +246,10 @@ class Grass:
         parts = flat.split([p.numel() for p in probed.values()])
         for (name, probe), part in zip(probed.items(), parts, strict=True):
             part = part.view_as(probe)
-            self.gathered[name] = self.gathered[name] + part if name in self.gathered else part
+            if name in self.gathered:
+                self.gathered[name] += part
+            else:
+                self.gathered[name] = part.clone()  # the others' parts are let go
 
     # The refresh.
 

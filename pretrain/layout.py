@@ -13,7 +13,8 @@ class Layout(NamedTuple):
 
     Where blocks take turns at refreshing, the walked refresh probes those of the front and the last, together as many
     as any step of a window does: no stretch of any such step holds more than the same one here. Where no step probes
-    more than one, it is the first one's turn and then the last one's. Where all are probed at once there is no middle.
+    more than one there is no front, and it is the first one's turn and then the last one's. Where all are probed at
+    once there is no middle.
     """
 
     front: int
@@ -25,22 +26,21 @@ class Layout(NamedTuple):
 
     def place(self, block: int) -> str | None:
         """What the stretches of ``block`` are called; None between ends: peaks rise or fall from one to the other."""
-        ends = {self.front + self.middle - 1: "middle end", self.front: "middle", self.front - 1: "front end", 0: "0"}
-        return "-1" if block == self.blocks - 1 else ends.get(block)
+        last = self.blocks - 1
+        ends = {last - 1: "middle end", self.front: "middle", self.front - 1: "front end", 0: "0", last: "-1"}
+        return ends.get(block)
 
     def turns(self) -> list[set[int]]:
         """The blocks that each of the walked refreshes probes."""
-        front, last = set(range(self.front)), self.blocks - 1
-        return [front, {last}] if self.front == 1 and self.middle else [front | {last}]
+        last = self.blocks - 1
+        return [{*range(self.front), last}] if self.front else [{0}, {last}]
 
     def longer(self, front: int = 0, middle: int = 0) -> "Layout":
         return Layout(self.front + front, self.middle + middle)
 
     def shortest(self, period: int) -> "Layout":
         """The fewest blocks to which as many times ``period`` can be added, in front and middle, as make this."""
-        least = (
-            2 if self.middle else TOGETHER - 1
-        )  # ends apart, and as many matrices of each shape as Muon takes at once
+        least = 2 if self.front and self.middle else TOGETHER - 1  # and of each shape as many as Muon takes together
 
         def shorter(blocks: int) -> int:
             return min(blocks, least + (blocks - least) % period)
@@ -53,7 +53,7 @@ def layout_of(config: Config) -> Layout:
     if isinstance(optim, GrassConfig) and optim.stagger is not False:
         probed = most_at_once(blocks, optim.refresh_every, optim.probe_steps)
         if probed < blocks:
-            return Layout(max(probed - 1, 1), blocks - max(probed - 1, 1) - 1)
+            return Layout(probed - 1, blocks - probed)
     return Layout(blocks - 1, 0)
 
 

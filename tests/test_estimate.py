@@ -48,10 +48,10 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
     [
         (),
         pytest.param(("train.dtype=bfloat16", "optim.refresh_every=1"), marks=pytest.mark.slow),
-        pytest.param(("optim.side=columns", "optim.share_index=true", "optim.probe_steps=2"), marks=pytest.mark.slow),
-        pytest.param(("optim.stagger=true", "optim.refresh_every=9"), marks=pytest.mark.slow),
-        ("optim.stagger=true", "optim.refresh_every=4", "optim.side=columns", "optim.probe_steps=2"),
-        pytest.param(("optim.stagger=true", "optim.refresh_every=12", "optim.probe_steps=2"), marks=pytest.mark.slow),
+        pytest.param(("optim.side=columns", "optim.share_index=true", "optim.stagger=false"), marks=pytest.mark.slow),
+        pytest.param(("optim.probe_steps=1", "optim.refresh_every=9"), marks=pytest.mark.slow),
+        pytest.param(("optim.refresh_every=4", "optim.side=columns"), marks=pytest.mark.slow),
+        pytest.param(("optim.probe_steps=8", "optim.refresh_every=12"), marks=pytest.mark.slow),
         ("optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"),
         pytest.param(("optim=adamw8bit",), marks=pytest.mark.slow),
         pytest.param(("optim=galore", "optim.rank=4"), marks=pytest.mark.slow),
@@ -65,12 +65,12 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
 )  # fmt: skip
 def test_few_blocks_tell_what_many_hold_to_the_byte(overrides, monkeypatch):
     """And the peak is never between the ends, where the shortcut does not look."""
-    config = tiny("model.num_hidden_layers=13", *overrides)
+    config = tiny("model.num_hidden_layers=10", *overrides)
     full = walk(config, layout_of(config))
     walked = []
     monkeypatch.setattr("pretrain.blocks.walk", lambda config, few: walked.append(few.blocks) or walk(config, few))
     assert walk_all(config) == _ends(full)
-    assert max(walked) < 13
+    assert max(walked) < 10
     for step in ("regular", "refresh"):
         assert highest(full, step).total() == highest(_ends(full), step).total()
 
@@ -78,19 +78,22 @@ def test_few_blocks_tell_what_many_hold_to_the_byte(overrides, monkeypatch):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("optim.refresh_every=4",),
+        pytest.param(("optim.refresh_every=4", "optim.probe_steps=1"), marks=pytest.mark.slow),
         pytest.param(("optim.refresh_every=4", "optim.probe_steps=3"), marks=pytest.mark.slow),
-        pytest.param(("optim.refresh_every=8",), marks=pytest.mark.slow),
-        ("optim.refresh_every=6", "optim.probe_steps=3", "train.checkpointing=full", "train.seq_len=128"),
+        pytest.param(("optim.refresh_every=8", "optim.probe_steps=1"), marks=pytest.mark.slow),
+        ("optim.refresh_every=6", "train.checkpointing=full", "train.seq_len=128"),
         pytest.param(
             ("optim.refresh_every=8", "train.checkpointing=full", "train.seq_len=128"), marks=pytest.mark.slow
         ),
     ],
 )
 def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides, monkeypatch):
-    """With blocks whose turns come when a run of this many gives them theirs, step by step."""
+    """With blocks whose turns come when a run of this many gives them theirs, step by step.
+
+    It may hold more by the sketches of earlier steps: it takes all that are probed to have one already.
+    """
     config = tiny("model.num_hidden_layers=6", "optim.stagger=true", "train.tokens_per_step=256", *overrides)
-    planned = highest(walk(config, layout_of(config)), "refresh").total()
+    planned = highest(walk(config, layout_of(config)), "refresh")
 
     def window(walker):
         grass = walker.optim.grass
@@ -100,14 +103,14 @@ def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides
 
     monkeypatch.setattr("pretrain.walk._Walker.refresh", window)
     worst = highest(walk(config, layout_of(config)), "window").total()
-    assert worst <= planned <= 1.005 * worst
+    assert worst <= planned.total() <= worst + planned["sketch"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "walked"),
     [
         # One of 12 blocks at a time: the first, then the last.
-        (("optim.stagger=auto", "optim.refresh_every=12", "optim.probe_steps=1"), [(1, 2), (1, 3), (1, 4)]),
+        (("optim.stagger=auto", "optim.refresh_every=12", "optim.probe_steps=1"), [(0, 3), (0, 4), (0, 5)]),
         # Two at once, the first and the last.
         (("optim.stagger=auto", "optim.refresh_every=8", "optim.probe_steps=1"), [(1, 2), (1, 3), (1, 4)]),
         (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=1"), [(2, 2), (3, 2), (2, 3), (4, 4)]),
