@@ -16,7 +16,7 @@ from pretrain.update import Update
 
 NANO = [
     "model.vocab_size=2000", "model.num_hidden_layers=4", "train.seq_len=64", "train.tokens_per_step=512",
-    "train.compile=false", "optim.refresh_every=3", "optim.inner=adamw", "optim.stagger=false",
+    "train.compile=false", "optim.refresh_every=3", "optim.probe_steps=1", "optim.inner=adamw", "optim.stagger=false",
 ]  # fmt: skip
 RUNS = {
     "ddp": [],
@@ -97,8 +97,12 @@ def measure(overrides, rank, monkeypatch):
 def _measured(rank):
     found = {}
     for name, overrides in RUNS.items():
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            found[name] = measure(overrides, rank, monkeypatch)
+        times = []
+        for _ in range(6):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                times.append(measure(overrides, rank, monkeypatch))
+        # Gloo's threads hold a collective's tensors and copies of them for a while: 55 to 59 MB in the same FSDP run.
+        found[name] = min(times, key=lambda once: once["peak"])
     return found
 
 
