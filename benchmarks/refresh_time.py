@@ -18,7 +18,8 @@ from pretrain.parallel import engine_of
 from pretrain.update import Update
 
 SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
-TOGETHER = ["optim.refresh_every=2", "optim.stagger=false"]  # every other step refreshes all layers, at their dearest
+# Every other step gathers the scores of all layers and refreshes them, at their dearest; the others do nothing of it.
+TOGETHER = ["optim.refresh_every=2", "optim.probe_steps=1", "optim.stagger=false"]
 
 
 def measure(overrides: list[str], pairs: int) -> dict[str, float]:

@@ -36,14 +36,14 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
 
 
-def payload_bytes(steps: Steps) -> tuple[int, int]:
-    """Bytes that a process gives to all-reduces in a regular step and, besides, in a refresh, by the shapes."""
+def payload_bytes(steps: Steps) -> float:
+    """Bytes that a process gives to all-reduces in the mean step of a window, by the shapes."""
     gradients = sum(p.numel() * p.element_size() for p in steps.model.parameters() if p.requires_grad)
     grass = steps.optim.grass
     if not grass:
-        return gradients, 0
-    probes = sum(layer.selectable for layer in grass.layers.values()) * (grass.sketch_width or 1)
-    return gradients, 4 * probes
+        return gradients
+    sketches = 4 * sum(layer.selectable for layer in grass.layers.values()) * (grass.sketch_width or 1)
+    return gradients + sketches * grass.probe_steps / grass.refresh_every
 
 
 def work(arguments: argparse.Namespace, method: str) -> None:
@@ -52,7 +52,6 @@ def work(arguments: argparse.Namespace, method: str) -> None:
     config, refresh_every = configuration(method, arguments.rank, overrides(arguments))
     world = connect(timedelta(minutes=10))
     steps = Steps(config, world)
-    gradients, probes = payload_bytes(steps)
     ring = 2 * (world.size - 1) / world.size  # of what is summed, a process sends this multiple
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     made = iter(steps)
@@ -64,13 +63,11 @@ def work(arguments: argparse.Namespace, method: str) -> None:
     world.barrier()
     sent = sent_bytes(interface) - before
     timing = summarise(timed, refresh_every)
-    refreshes = sum(step.refreshed for step in timed)
-    counted = ring * (gradients * len(timed) + probes * refreshes)
+    payload = ring * payload_bytes(steps)
     row = {
         "method": method, "tokens_per_s": world.size * SEQ_LEN / timing.step_s, "step_s": timing.step_s,
         "regular_s": timing.regular_s, "with_refresh_s": timing.with_refresh_s, "refresh_every": refresh_every,
-        "bytes_per_step": round(ring * (gradients + probes / refresh_every)),
-        "counted_bytes": round(counted), "interface_bytes": sent,
+        "bytes_per_step": round(payload), "counted_bytes": round(payload * len(timed)), "interface_bytes": sent,
     }  # fmt: skip
     if world.is_main:
         print(json.dumps(row), flush=True)

@@ -13,7 +13,7 @@ from pretrain.distributed import World
 from pretrain.parallel import engine_of
 from pretrain.update import Update
 
-PERIOD = 4  # while it is timed, one step in so many is a refresh
+PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
 # With one inner optimizer, so that the methods differ in nothing else.
 METHODS = {
@@ -29,14 +29,15 @@ METHODS = {
 
 
 def configuration(method: str, rank: int, overrides: Sequence[str]) -> tuple[Config, int]:
-    """The settings of ``method``, with a refresh every PERIOD steps, and its refresh interval by default.
+    """The settings of ``method``, and its refresh interval by default; while it is timed that is PERIOD.
 
-    The interval of a method that never refreshes is 1: its two kinds of step are one.
+    The interval is 1 where all steps are of one kind: those of a method that never refreshes, and of Grass as it is by
+    default, in which some blocks refresh in each step.
     """
     base = [*METHODS[method], *COMMON, *overrides]
     optim = load(base).optim
     if isinstance(optim, GrassConfig):
-        return load([*base, f"optim.rank={rank}", f"optim.refresh_every={PERIOD}"]), optim.refresh_every
+        return load([*base, f"optim.rank={rank}"]), 1
     if isinstance(optim, BaselineConfig):
         return load([*base, f"optim.rank={rank}", f"optim.update_gap={PERIOD}"]), optim.update_gap
     return load(base), 1
@@ -94,14 +95,13 @@ class Steps:
         self.optim.optimizer.register_step_post_hook(lambda *_: end("optimizer"))
 
     def __iter__(self) -> Iterator[Step]:
-        # Grass chooses at the end of the last step of a window, GaLore at the beginning of the first.
-        step, turn = 0, PERIOD - 1 if self.optim.grass else 0
+        step = 0
         while True:
             self.spent = dict.fromkeys(self.spent, 0.0)
             began = self.now()
             self.update(self.batch)
             total = self.now() - began
-            yield Step(total, self.spent["forward"], self.spent["optimizer"], step % PERIOD == turn)
+            yield Step(total, self.spent["forward"], self.spent["optimizer"], step % PERIOD == 0)  # as GaLore
             step += 1
 
     def now(self) -> float:
