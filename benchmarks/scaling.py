@@ -138,11 +138,8 @@ def main() -> None:
                 rows.append(measure(arguments, method, loopback(arguments.ranks)))
                 link = "loopback"
     if arguments.json:
-        print(
-            json.dumps(
-                {"link": link, "size": arguments.size, "rank": arguments.rank, "ranks": arguments.ranks, "rows": rows}
-            )
-        )
+        asked = {name: getattr(arguments, name) for name in ("size", "rank", "ranks", "mbit")}
+        print(json.dumps({"link": link} | asked | {"rows": rows}))
     else:
         Console().print(table(rows, f"{arguments.size}, rank {arguments.rank}, {arguments.ranks} processes, {link}"))
     return None
