@@ -21,5 +21,7 @@ check "ruff format" -m ruff format --check .
 check "mypy" -m mypy
 check "lint-imports" -c 'import importlinter.cli as cli; cli.lint_imports_command(["--no-logo"])'
 if ((${#failed[@]})); then say "FAILED before the tests: ${failed[*]}"; fi
+# All tests, a file at a time on each core; a part of them as it is asked for.
+if (($# == 0)); then set -- -n auto --maxprocesses 8 --dist loadfile; fi
 check "pytest" -m pytest -q "$@" # last, so that its closing line is the last one
 exit $((${#failed[@]} > 0))
