@@ -22,8 +22,8 @@ class Host:
 
 
 @contextmanager
-def hosts(count: int, mbit: float) -> Iterator[list[Host]]:
-    """``count`` hosts on one switch, each sending at most ``mbit`` Mbit/s; gone when the block is left.
+def hosts(count: int) -> Iterator[list[Host]]:
+    """``count`` hosts on one switch, which ``limit`` their own links; gone when the block is left.
 
     Raises:
         PermissionError: without the right or the tools (iproute2) to make them.
@@ -43,7 +43,6 @@ def hosts(count: int, mbit: float) -> Iterator[list[Host]]:
             _run(f"ip -n {name} addr add {_address(i)}/24 dev {INTERFACE}")
             _run(f"ip -n {name} link set lo up")
             _run(f"ip -n {name} link set {INTERFACE} up")
-            _run(f"tc -n {name} qdisc add dev {INTERFACE} root tbf rate {mbit}mbit burst 1mb latency 200ms")
         yield [Host(["ip", "netns", "exec", name], _address(i), INTERFACE) for i, name in enumerate(names)]
     finally:
         for name in [*names, switch]:
@@ -52,6 +51,11 @@ def hosts(count: int, mbit: float) -> Iterator[list[Host]]:
 
 def loopback(count: int) -> list[Host]:
     return [Host([], "127.0.0.1", "lo") for _ in range(count)]
+
+
+def limit(interface: str, mbit: float) -> None:
+    """From now on this process' host sends at most ``mbit`` Mbit/s."""
+    _run(f"tc qdisc replace dev {interface} root tbf rate {mbit}mbit burst 1mb latency 200ms")
 
 
 def sent_bytes(interface: str) -> int:

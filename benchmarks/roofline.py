@@ -1,7 +1,7 @@
 """What a step should take on machines that nobody here has: a model from counted FLOPs and bytes, not a measurement.
 
 python -m benchmarks.roofline [--sizes 1b,7b,13b] [--methods adamw,galore,grass] [--tokens 4096] [--json]
-python -m benchmarks.roofline --fit docs/scaling.json      # the same model against what benchmarks.scaling measured
+python -m benchmarks.roofline --fit docs/scaling.jsonl     # the same model against what benchmarks.scaling measured
 
 One process alone takes  F + B + O:  forward and backward by their FLOPs at EFFICIENCY of the peak, the optimizer by the
 bytes that it moves through the memory. Under DDP the gradients travel while the backward goes on, all but those of the
@@ -113,25 +113,28 @@ def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_le
 
 
 def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predicted seconds beside the measured ones, of outputs of benchmarks.scaling at several bandwidths.
+    """Predicted seconds of a regular step beside the measured ones, of outputs of benchmarks.scaling.
 
-    What a process computes is taken, method by method, from the row of the fastest link, as what is left of it when its
-    sending is taken off; the other rows are then predictions.
+    What a process computes is taken, method by method, from its row of the fastest link, as what is left of it when the
+    sending of what comes last is taken off; its other rows are then predictions.
     """
-    fastest = max(measured, key=lambda run: run["mbit"])
-    compared = []
-    for row in fastest["rows"]:
-        work = work_of(row["method"], fastest["size"], fastest["rank"], 256, "float32")
+    points: dict[str, dict[float, float]] = {}
+    for run in measured:
+        for row in run["rows"]:
+            points.setdefault(row["method"], {})[run["mbit"]] = row["regular_s"]
+    of, compared = measured[0], []
+    ring = 2 * (of["ranks"] - 1) / of["ranks"] * 8e-6  # seconds for a byte at 1 Mbit/s
+    for method, seconds in points.items():
+        work = work_of(method, of["size"], of["rank"], 256, "float32")
         share = work.forward / (work.forward + work.backward)
-        ring = 2 * (fastest["ranks"] - 1) / fastest["ranks"]
-        computed = row["regular_s"] - ring * work.last * 8e-6 / fastest["mbit"]
-        for run in measured:
-            link = run["mbit"] / 8e-6
-            regular_s = next(r["regular_s"] for r in run["rows"] if r["method"] == row["method"])
+        fastest = max(seconds)
+        computed = seconds.pop(fastest) - ring * work.last / fastest
+        for mbit, regular_s in seconds.items():
             parts = share * computed, (1 - share) * computed, 0.0
-            predicted = step_seconds(*parts, ring * work.gradients / link, ring * work.last / link)
+            model_s = step_seconds(*parts, ring * work.gradients / mbit, ring * work.last / mbit)
+            ratio = model_s / regular_s
             compared.append(
-                {"method": row["method"], "mbit": run["mbit"], "regular_s": regular_s, "model_s": predicted}
+                {"method": method, "mbit": mbit, "regular_s": regular_s, "model_s": model_s, "model/measured": ratio}
             )
     return compared
 
@@ -152,11 +155,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=512, help="of GaLore and Grass (default 512)")
     parser.add_argument("--tokens", type=int, default=4096, help="of every process in a step (default 4096)")
     parser.add_argument("--seq-len", type=int, default=256, help="(default 256, as in the papers)")
-    parser.add_argument("--fit", type=Path, metavar="FILE", help="a JSON list of outputs of benchmarks.scaling --json")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="outputs of benchmarks.scaling --json, a line each")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
     if arguments.fit:
-        rows, title = fitted(json.loads(arguments.fit.read_text())), "The model against measured steps"
+        rows = fitted([json.loads(line) for line in arguments.fit.read_text().splitlines()])
+        title = "The model against measured steps"
     else:
         sizes, methods = arguments.sizes.split(","), arguments.methods.split(",")
         rows = rows_of(sizes, methods, arguments.tokens, arguments.rank, arguments.seq_len)

@@ -4,7 +4,10 @@ python -m benchmarks.scaling --size 350m --rank 128 --ranks 2 --mbit 1000 --meth
 
 Every process is a host of its own (a network namespace whose interface is slowed down), with one sequence of its own a
 step, DDP over gloo, float32. As root, on Linux with iproute2; elsewhere it says so and uses the loopback interface,
-at its full speed. Refreshes are counted at each method's default interval.
+at its full speed. A method is built once and makes its steps at one bandwidth after the other.
+
+A refresh of GaLore is timed in the first step, and counted once in its default interval; the blocks under Grass take
+turns, so that every step holds its share.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from statistics import median
 from subprocess import PIPE
 from typing import Any
 
@@ -21,11 +25,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.network import Host, hosts, loopback, sent_bytes
-from benchmarks.steps import METHODS, PERIOD, Steps, configuration, summarise
+from benchmarks.network import Host, hosts, limit, loopback, sent_bytes
+from benchmarks.steps import METHODS, Step, Steps, configuration
 from pretrain.distributed import connect, disconnect
 
 SEQ_LEN = 256
+LOOPBACK = "lo"
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -46,36 +51,46 @@ def payload_bytes(steps: Steps) -> float:
     return gradients + sketches * grass.probe_steps / grass.refresh_every
 
 
+def step_times(first: Step, regular: list[Step], refresh_every: int) -> dict[str, float]:
+    """Medians of the ``regular`` steps, and the mean step of a long run, which refreshes as the ``first`` one did."""
+    regular_s, optimizer_s = median(step.total_s for step in regular), median(step.optimizer_s for step in regular)
+    refresh_s = max(first.optimizer_s - optimizer_s, 0.0) if refresh_every > 1 else 0.0
+    return {"step_s": regular_s + refresh_s / refresh_every, "regular_s": regular_s, "refresh_s": refresh_s}
+
+
 def work(arguments: argparse.Namespace, method: str) -> None:
-    """One process of one method: prints its row as JSON."""
+    """One process of one method: prints a row of each bandwidth as JSON."""
     torch.set_num_threads(arguments.threads)
-    config, refresh_every = configuration(method, arguments.rank, overrides(arguments))
-    world = connect(timedelta(minutes=10))
+    config, refresh_every = configuration(method, arguments.rank, overrides(arguments), period=None)
+    world = connect(timedelta(minutes=20))
+    interface = os.environ["GLOO_SOCKET_IFNAME"]
     steps = Steps(config, world)
     ring = 2 * (world.size - 1) / world.size  # of what is summed, a process sends this multiple
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    made = iter(steps)
-    for _ in range(2):  # kernels and buckets settle
-        next(made)
-    world.barrier()
-    before = sent_bytes(interface)
-    timed = [next(made) for _ in range(arguments.periods * PERIOD)]
-    world.barrier()
-    sent = sent_bytes(interface) - before
-    timing = summarise(timed, refresh_every)
     payload = ring * payload_bytes(steps)
-    row = {
-        "method": method, "tokens_per_s": world.size * SEQ_LEN / timing.step_s, "step_s": timing.step_s,
-        "regular_s": timing.regular_s, "with_refresh_s": timing.with_refresh_s, "refresh_every": refresh_every,
-        "bytes_per_step": round(payload), "counted_bytes": round(payload * len(timed)), "interface_bytes": sent,
-    }  # fmt: skip
-    if world.is_main:
-        print(json.dumps(row), flush=True)
+    made = iter(steps)
+    first, _ = next(made), next(made)  # kernels settle
+    for mbit in arguments.mbit:
+        world.barrier()
+        if interface != LOOPBACK:
+            limit(interface, mbit)
+        world.barrier()
+        before = sent_bytes(interface)
+        timed = [next(made) for _ in range(arguments.steps)]
+        world.barrier()
+        sent = sent_bytes(interface) - before
+        times = step_times(first, timed, refresh_every)
+        row = {
+            "method": method, "tokens_per_s": world.size * SEQ_LEN / times["step_s"], **times,
+            "refresh_every": refresh_every, "bytes_per_step": round(payload),
+            "counted_bytes": round(payload * len(timed)), "interface_bytes": sent, "steps": len(timed),
+        }  # fmt: skip
+        if world.is_main:
+            print(json.dumps(row), flush=True)
     disconnect()
 
 
-def measure(arguments: argparse.Namespace, method: str, places: list[Host]) -> dict[str, Any]:
-    """The row of ``method``, from a process on each of ``places``."""
+def measure(arguments: argparse.Namespace, method: str, places: list[Host]) -> list[dict[str, Any]]:
+    """The rows of ``method``, one of each bandwidth, from a process on each of ``places``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,17 +107,17 @@ def measure(arguments: argparse.Namespace, method: str, places: list[Host]) -> d
     finished = [p.communicate() for p in processes]
     if any(p.returncode for p in processes):
         raise SystemExit(f"{method} failed:\n" + "\n".join(error[-2000:] for _, error in finished))
-    return json.loads(finished[0][0].splitlines()[-1])
+    return [json.loads(line) for line in finished[0][0].splitlines()[-len(arguments.mbit) :]]
 
 
 def table(rows: list[dict[str, Any]], link: str) -> Table:
     shown = Table(title=link)
-    for heading in ("method", "tokens/s", "of the first", "step s", "with refresh", "sent", "wire / counted"):
+    for heading in ("method", "tokens/s", "of the first", "step s", "a refresh", "sent", "wire / counted"):
         shown.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:
         shown.add_row(
             row["method"], f"{row['tokens_per_s']:,.1f}", f"{row['tokens_per_s'] / rows[0]['tokens_per_s']:.2f}",
-            f"{row['step_s']:.2f}", f"{row['with_refresh_s']:.2f}", f"{row['bytes_per_step'] / 2**20:,.1f} MiB",
+            f"{row['step_s']:.2f}", f"{row['refresh_s']:.2f}", f"{row['bytes_per_step'] / 2**20:,.1f} MiB",
             f"{row['interface_bytes'] / row['counted_bytes']:.3f}",
         )  # fmt: skip
     return shown
@@ -113,35 +128,37 @@ def main() -> None:
     parser.add_argument("--size", default="350m", help="a model of conf/model, such as 130m (default 350m)")
     parser.add_argument("--rank", type=int, default=128, help="of GaLore and Grass (default 128)")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--mbit", type=float, default=1000, help="Mbit/s that each sends at most (default 1000)")
+    parser.add_argument("--mbit", default="1000", help="Mbit/s that each sends at most, or several (default 1000)")
     parser.add_argument("--methods", default="adamw,galore,grass,grass+head", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--periods", type=int, default=2, help=f"of {PERIOD} steps with a refresh each (default 2)")
+    parser.add_argument("--steps", type=int, default=8, help="that are timed at each bandwidth (default 8)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default 1)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="a JSON object a bandwidth instead of tables")
     parser.add_argument("--worker", metavar="METHOD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.mbit = [float(mbit) for mbit in arguments.mbit.split(",")]
     if arguments.worker:
         return work(arguments, arguments.worker)
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
     console = Console(stderr=True)
-    rows = []
+    by_method, links = [], [f"{mbit:g} Mbit/s" for mbit in arguments.mbit]
     for method in methods:
         with console.status(f"{method} …"):
             try:
-                with hosts(arguments.ranks, arguments.mbit) as places:
-                    rows.append(measure(arguments, method, places))
-                link = f"{arguments.mbit:g} Mbit/s"
+                with hosts(arguments.ranks) as places:
+                    by_method.append(measure(arguments, method, places))
             except PermissionError as error:
                 console.print(f"on the loopback interface, whatever --mbit says: {error}")
-                rows.append(measure(arguments, method, loopback(arguments.ranks)))
-                link = "loopback"
-    if arguments.json:
-        asked = {name: getattr(arguments, name) for name in ("size", "rank", "ranks", "mbit")}
-        print(json.dumps({"link": link} | asked | {"rows": rows}))
-    else:
-        Console().print(table(rows, f"{arguments.size}, rank {arguments.rank}, {arguments.ranks} processes, {link}"))
+                by_method.append(measure(arguments, method, loopback(arguments.ranks)))
+                links = ["loopback"] * len(links)
+    for mbit, link, *rows in zip(arguments.mbit, links, *by_method, strict=True):
+        if arguments.json:
+            asked = {"size": arguments.size, "rank": arguments.rank, "ranks": arguments.ranks, "mbit": mbit}
+            print(json.dumps({"link": link} | asked | {"rows": rows}))
+        else:
+            title = f"{arguments.size}, rank {arguments.rank}, {arguments.ranks} processes, {link}"
+            Console().print(table(rows, title))
     return None
 
 

@@ -28,8 +28,8 @@ METHODS = {
 }  # fmt: skip
 
 
-def configuration(method: str, rank: int, overrides: Sequence[str]) -> tuple[Config, int]:
-    """The settings of ``method``, and its refresh interval by default; while it is timed that is PERIOD.
+def configuration(method: str, rank: int, overrides: Sequence[str], period: int | None = PERIOD) -> tuple[Config, int]:
+    """The settings of ``method``, and its refresh interval by default; while it is timed that is ``period``, if given.
 
     The interval is 1 where all steps are of one kind: those of a method that never refreshes, and of Grass as it is by
     default, in which some blocks refresh in each step.
@@ -39,7 +39,7 @@ def configuration(method: str, rank: int, overrides: Sequence[str]) -> tuple[Con
     if isinstance(optim, GrassConfig):
         return load([*base, f"optim.rank={rank}"]), 1
     if isinstance(optim, BaselineConfig):
-        return load([*base, f"optim.rank={rank}", f"optim.update_gap={PERIOD}"]), optim.update_gap
+        return load([*base, f"optim.rank={rank}", f"optim.update_gap={period or optim.update_gap}"]), optim.update_gap
     return load(base), 1
 
 

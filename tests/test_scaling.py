@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
+from benchmarks.scaling import step_times
 from benchmarks.steps import Step, Timing, configuration, summarise
 from models.grass_linear import GrassLinear
 from pretrain.build import outline
 
-COMMAND = [sys.executable, "-m", "benchmarks.scaling", "--size", "nano", "--rank", "64", "--periods", "1", "--json"]
+COMMAND = [sys.executable, "-m", "benchmarks.scaling", "--size", "nano", "--rank", "64", "--json"]
 
 
 def rows_of(root, *arguments):
@@ -24,7 +25,7 @@ def rows_of(root, *arguments):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("tc"), reason="makes network namespaces, as root")
 def test_the_bytes_on_the_wire_are_those_counted(root):
-    found, _ = rows_of(root, "--methods", "adamw,galore,grass,grass+head", "--mbit", "2000")
+    found, _ = rows_of(root, "--methods", "adamw,galore,grass,grass+head", "--mbit", "2000", "--steps", "4")
     adamw, galore, grass, headed = found["rows"]
     for row in found["rows"]:
         assert row["interface_bytes"] == pytest.approx(row["counted_bytes"], rel=0.05)
@@ -34,7 +35,7 @@ def test_the_bytes_on_the_wire_are_those_counted(root):
 
 def test_without_the_right_to_make_hosts_it_says_so_and_uses_the_loopback(root, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no `ip`, no `tc`
-    found, said = rows_of(root, "--methods", "grass")
+    found, said = rows_of(root, "--methods", "grass", "--steps", "1")
     assert found["link"] == "loopback" and "on the loopback interface" in said
     (row,) = found["rows"]
     assert row["method"] == "grass" and row["step_s"] > 0
@@ -42,16 +43,14 @@ def test_without_the_right_to_make_hosts_it_says_so_and_uses_the_loopback(root, 
 
 
 def test_a_refresh_counts_once_in_its_interval():
-    steps = [
-        Step(1.0, 0.25, 0.25, False),
-        Step(3.0, 0.25, 2.25, True),
-        Step(1.2, 0.5, 0.5, False),
-        Step(9, 8, 1, False),
-    ]
-    timing = summarise(steps, refresh_every=10)
+    first = Step(3.5, 0.5, 2.25, True)
+    regular = [Step(1.0, 0.25, 0.25, False), Step(1.2, 0.5, 0.5, False), Step(9, 8, 1, False)]
+    assert step_times(first, regular, 10) == {"regular_s": 1.2, "refresh_s": 1.75, "step_s": 1.2 + 1.75 / 10}
+    assert step_times(first, regular, 1) == {"regular_s": 1.2, "refresh_s": 0.0, "step_s": 1.2}
+    timing = summarise([*regular, Step(3.0, 0.25, 2.25, True)], refresh_every=10)
     assert timing == Timing(1.2, 0.5, pytest.approx(0.2), 0.5, with_refresh_s=3.0, refresh_every=10)
     assert timing.step_s == pytest.approx(1.2 + 1.8 / 10)
-    assert summarise(steps[:3], refresh_every=1).step_s == 1.2
+    assert summarise(regular, refresh_every=1).step_s == 1.2
 
 
 def test_a_layer_under_grass_sends_the_rank_s_share_of_its_full_gradient():
