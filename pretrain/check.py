@@ -114,11 +114,6 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
     problems += _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "hsdp"))
     if train.reduce_dtype is not None:
         problems += _one_of("train.reduce_dtype", train.reduce_dtype, DTYPES)
-        if train.parallel == "ddp" and train.reduce_dtype != "bfloat16":
-            problems.append(
-                f"train.reduce_dtype={train.reduce_dtype} is for sharded runs: DDP sends gradients as they are, or in "
-                "bfloat16; set it to null or bfloat16, or train.parallel=fsdp"
-            )
     problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
     try:
         checkpointing.parse(train.checkpointing)

@@ -131,7 +131,7 @@ class TrainConfig:
     parallel: str  # ddp | fsdp | hsdp: how several processes train one model
     shards: int | None  # hsdp: among how many processes a copy of the model is divided; null: those of a node
     reshard: bool  # fsdp, hsdp: let go of gathered weights after a forward and gather them again in the backward
-    reduce_dtype: str | None  # of gradients on the wire: bfloat16, sharded also float32; null: as they are
+    reduce_dtype: str | None  # of gradients on the wire, where they are summed; null: as they are
     timeout_minutes: float  # how long a process waits for the others before it ends with an error that names them
     sample_tokens: int  # length of each sample at the end; 0 for none
     dry_run: bool  # print the plan of the run and write nothing

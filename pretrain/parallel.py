@@ -12,7 +12,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -60,19 +59,19 @@ class Replicated(Engine):
     """DDP: a copy of the model on every process; its buckets hold the gradients of what is trained, and no others.
 
     Args:
-        compress: let the buckets travel, and be summed, in bfloat16.
+        wire: what the buckets travel, and are summed, in; as they are when None.
     """
 
-    def __init__(self, compress: bool):
-        self.compress = compress
+    def __init__(self, wire: torch.dtype | None):
+        self.wire = wire
 
     def wrap(self, model: Llama) -> None:
         # Nothing is broadcast: that the weights are the same everywhere is checked (pretrain.agreement).
         self.module = DistributedDataParallel(
             model, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-        if self.compress:
-            self.module.register_comm_hook(None, _compress)
+        if self.wire:
+            self.module.register_comm_hook(self.wire, _travel_in)
         self._settle_buckets(model)
 
     def _settle_buckets(self, model: Llama) -> None:
@@ -91,9 +90,16 @@ class Replicated(Engine):
         return nullcontext() if last else self.module.no_sync()
 
 
-def _compress(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Torch's own hook, under a name by which DDP does not refuse it without NCCL: gloo sums bfloat16 as well."""
-    return bf16_compress_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+def _travel_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A comm hook of DDP: the mean over the processes, summed in ``wire``.
+
+    Torch's bf16_compress_hook, for any dtype: DDP refuses torch's own without NCCL, though gloo sums bfloat16 as well.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.to(wire) / dist.get_world_size()
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda summed: gradients.copy_(summed.value()[0]))
 
 
 class Sharded(Engine):
@@ -191,11 +197,12 @@ def engine_of(train: TrainConfig, world: World) -> Engine:
     """The engine that ``train.parallel`` names; a single process needs none."""
     if world.size == 1:
         return Engine()
+    wire = DTYPES[train.reduce_dtype] if train.reduce_dtype else None
     if train.parallel == "ddp":
-        return Replicated(compress=train.reduce_dtype == "bfloat16")
+        return Replicated(wire)
     shards = shards_of(train.parallel, train.shards, world.size)
     shape, names = ((world.size // shards, shards), ("replica", "shard")) if shards < world.size else ((shards,), None)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names or ("shard",))
     for dim in range(mesh.ndim):  # groups of some of the processes begin with torch's own timeout
         mesh.get_group(dim).set_timeout(timedelta(minutes=train.timeout_minutes))
-    return Sharded(mesh, DTYPES[train.reduce_dtype] if train.reduce_dtype else None, train.reshard)
+    return Sharded(mesh, wire, train.reshard)

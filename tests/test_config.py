@@ -42,7 +42,7 @@ def test_the_optimizers_have_schemas_of_their_own():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.reduce_dtype=float32", "DDP sends gradients as they are, or in bfloat16"),
+        ("train.reduce_dtype=int8", r"train\.reduce_dtype=int8 is unknown; choose from float32"),
         ("optim.rank=0", r"optim\.rank=0 must be between 1 and 256"),
         ("optim.rank=257", r"q_proj and 15 more: optim\.rank=257 must be between 1 and 256"),
         ("train.seq_len=2048", r"train\.seq_len=2048 is longer than model\.max_position_embeddings=1024"),

@@ -45,6 +45,7 @@ TWO = {
 WIRE = {
     "ddp": ["train.dtype=float32"],
     "ddp-bf16": ["train.dtype=float32", "train.reduce_dtype=bfloat16"],
+    "ddp-wide": ["train.dtype=bfloat16", "train.reduce_dtype=float32"],
     "fsdp": [*FSDP, "train.dtype=float32"],
 }
 FOUR = {"hsdp-multinomial": [*HSDP, "train.micro_batch_size=2", *GRASS["multinomial_norm"]]}
@@ -74,7 +75,8 @@ def four(common, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(common, four, tmp_path_factory):
     runs = named(common, 2, TWO)
-    relay = [[*common, *RELAY, *FSDP, "train.steps=15"], [*common, *RELAY, "train.steps=20"]]
+    ddp = ["train.steps=20", "train.reduce_dtype=float64"]
+    relay = [[*common, *RELAY, *FSDP, "train.steps=15"], [*common, *RELAY, *ddp]]
     saved, settings = four["hsdp-multinomial"].latest_checkpoint, named(common, 4, FOUR)["hsdp-multinomial"]
     openings = [(saved, [*settings, "train.parallel=ddp"]), (saved, [*settings, *FSDP])]
     calls = [(run, overrides) for overrides in [*runs.values(), *relay]]
@@ -131,8 +133,8 @@ def test_a_run_handed_on_between_engines_and_numbers_of_processes_is_one_run(com
 
 
 def test_no_gradient_of_a_frozen_weight_travels(two):
-    """What DDP and FSDP2 sum is as large as what is trained, and no larger; in bfloat16 where that is asked for."""
-    for name, dtype in (("ddp", "Float"), ("ddp-bf16", "BFloat16"), ("fsdp", "Float")):
+    """What DDP and FSDP2 sum is as large as what is trained, and no larger; in another dtype where one is asked for."""
+    for name, dtype in (("ddp", "Float"), ("ddp-bf16", "BFloat16"), ("ddp-wide", "Float"), ("fsdp", "Float")):
         said, sizes = two["wire"][name]
         trained = sum(size for size, trains in sizes.values() if trains)
         assert sum(size for size, _ in sizes.values()) > 1.5 * trained
