@@ -315,7 +315,7 @@ class Grass:
     def _say_reset(self, state: dict[str, Any]) -> None:
         if not self._said_reset:
             logger.warning(
-                "the state of %s (%s) does not belong to single rows and cannot be carried: every refresh resets it",
+                "the state of %s (%s) is not all moments of single rows and cannot be carried: every refresh resets it",
                 *(type(self.optimizer).__name__, ", ".join(state)),
             )
         self._said_reset = True

@@ -11,6 +11,9 @@
 Adam counts its steps once for the whole matrix, so rows of different age share one bias correction. A second moment
 that starts at an estimate needs none; a first moment that starts at zero under a count that runs on makes a new row's
 first steps small, growing to full size over about 1 / (1 - β₁) updates: each new row warms up by itself.
+
+Only what is known to be an average of gradients or of their squares, element by element, can be carried. All else
+(factored or quantised moments, Rprop's step sizes) is reset, and ``optim.grass`` says so.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +26,9 @@ from models.grass_linear import positions_among
 
 POLICIES = ("reset", "carry")
 NEW_SECOND_MOMENTS = ("mean", "score", "zero")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # what torch.optim calls averages of squares
+# What torch.optim calls averages (Adamax: a maximum) of gradients, and averages (Adagrad: the sum) of their squares.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "exp_inf")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 class Change(NamedTuple):
@@ -37,10 +42,10 @@ class Change(NamedTuple):
 
 
 def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
-    """Whether every tensor of ``state`` belongs to the rows element by element (factored or quantised ones do not)."""
+    """Whether every tensor of ``state`` but counts is a known moment of the rows, element by element."""
     return all(
-        not is_traceable_wrapper_subclass(t) and t.shape == shape
-        for t in state.values()
+        name in (*FIRST_MOMENTS, *SECOND_MOMENTS) and not is_traceable_wrapper_subclass(t) and t.shape == shape
+        for name, t in state.items()
         if torch.is_tensor(t) and t.ndim > 0
     )
 
@@ -53,7 +58,7 @@ def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: 
     over the rows selected before is that of G itself.
 
     Args:
-        state: the inner optimizer's state of ``rows``; tensors of the rows' shape are moments.
+        state: the inner optimizer's state of ``rows``, which ``can_be_carried``.
         new_second_moment: a name of NEW_SECOND_MOMENTS.
         score: (r,) estimated mean square of a gradient element of each new row, for "score".
     """

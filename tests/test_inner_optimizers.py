@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from models.grass_linear import GrassLinear, convert_linears
+from optim import muon
 from optim.build import inner_optimizer, optimizer_class, optimizer_of_groups, parameter_groups, set_rates
 from optim.grass import Grass
 
 # The optimizer by name, and its class as anyone would call it with lr, weight_decay and what is given here.
 INNER = {
+    "muon": lambda p, **kw: muon.Muon(p, momentum=0.8, **kw),  # tests/test_baselines.py holds it against torch's
     "adamw": lambda p, **kw: torch.optim.AdamW(p, betas=(0.9, 0.99), eps=1e-8, **kw),
     "adam": lambda p, **kw: torch.optim.Adam(p, betas=(0.9, 0.99), eps=1e-8, **kw),
     "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.8, **kw),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.grass_linear import GrassLinear
+from optim.build import optimizer_class
 from optim.grass import Grass
 from optim.moments import Change, carry
 
@@ -55,9 +56,21 @@ def test_carry_keeps_the_moments_of_rows_that_stay_and_starts_new_rows_as_named(
     assert torch.equal(state["max_exp_avg_sq"], second)
 
 
-def test_the_momentum_of_sgd_is_carried_as_a_first_moment():
-    layer, optimizer, lay = refreshed("rows", torch.optim.SGD, {"momentum_buffer": FIRST}, state_at_refresh="carry")
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("name", ["optim.muon.Muon", "sgd"])
+def test_the_momentum_of_muon_and_sgd_is_carried_as_a_first_moment(name, side):
+    before = {"momentum_buffer": FIRST}
+    layer, optimizer, lay = refreshed(side, optimizer_class(name), before, state_at_refresh="carry")
+    assert optimizer.state[layer.rows].keys() == before.keys()
     assert torch.equal(optimizer.state[layer.rows]["momentum_buffer"], lay([[3.0, 4.0], [0.0, 0.0]]))
+
+
+def test_what_other_optimizers_of_torch_keep_is_carried_by_what_it_is():
+    names = {"exp_avg": FIRST, "exp_inf": FIRST, "grad_avg": FIRST, "square_avg": SECOND, "sum": SECOND}
+    layer, optimizer, lay = refreshed("rows", torch.optim.AdamW, {"step": None, **names}, state_at_refresh="carry")
+    new = {name: [0.0, 0.0] if before is FIRST else NEW_SECOND["mean"] for name, before in names.items()}
+    for name, before in names.items():
+        assert torch.equal(optimizer.state[layer.rows][name], lay([before[1], new[name]])), name
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -109,18 +122,27 @@ def test_reset_equals_a_fresh_optimizer(side):
     assert torch.equal(layer.weight.index_select(layer.dim, layer.index), fresh)
 
 
-def test_state_that_cannot_be_carried_is_reset_and_said_once(caplog):
-    layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=2)
-    adafactor = torch.optim.Adafactor([layer.rows])
-    grass = Grass(nn.ModuleDict({"layer": layer}), adafactor, refresh_every=1, state_at_refresh="carry")
+# Factored moments, moments quantised in blocks of 256 elements, and step sizes, which are no moments.
+NOT_CARRIED = {
+    "adafactor": "Adafactor (step, row_var, col_var)",
+    "adamw8bit": "AdamW8bit (step, exp_avg, exp_avg_sq)",
+    "torch.optim.Rprop": "Rprop (step, prev, step_size)",
+}
+
+
+@pytest.mark.parametrize("name", NOT_CARRIED)
+def test_state_that_cannot_be_carried_is_reset_and_said_once(name, caplog):
+    layer = GrassLinear(nn.Parameter(torch.randn(64, 256)), rank=32)
+    optimizer = optimizer_class(name)([layer.rows])
+    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=2, state_at_refresh="carry")
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):
+        for step in range(1, 7):
             layer.rows.grad = torch.randn_like(layer.rows)
-            grass.gathered = {"layer": torch.rand(4)}
-            adafactor.step()
-            assert layer.rows not in adafactor.state
+            grass.gathered = {"layer": torch.rand(64)}
+            optimizer.step()
+            assert (layer.rows in optimizer.state) == (step % 2 == 1)
     said = [record.message for record in caplog.records if "cannot be carried" in record.message]
     assert said == [
-        "the state of Adafactor (step, row_var, col_var) does not belong to single rows and cannot be carried: "
-        "every refresh resets it"
+        f"the state of {NOT_CARRIED[name]} is not all moments of single rows and cannot be carried: every refresh "
+        "resets it"
     ]
