@@ -37,23 +37,20 @@ def test_a_choice_is_sorted_in_range_and_a_function_of_scores_and_seed(name):
 
 @pytest.mark.parametrize(("name", "power"), [("uniform", 0), ("multinomial_norm", 1), ("multinomial_norm_sq", 2)])
 def test_sampling_with_replacement_is_unbiased_and_converges_as_it_should(name, power):
-    """E[PPᵀG] = G, and the error of a mean over N draws falls as 1/√N."""
+    """E[PPᵀG] = G, and the mean square error of a mean over N draws is the variance of one, worked by hand, over N."""
     g = torch.Generator().manual_seed(1)
     gradient = torch.randn(6, 4, generator=g, dtype=torch.float64)
-
-    def mean_error(draws):
-        total = torch.zeros_like(gradient)
-        for seed in range(draws):
-            index, scale, _ = select(f"{name}_with_replacement", gradient.norm(dim=1), 3, seed=seed)
-            total.index_add_(0, index, gradient[index] * scale.double().square().unsqueeze(1))
-        return (total / draws - gradient).norm().item()
-
-    q = gradient.norm(dim=1) ** power
-    q = q / q.sum()
-    norms = gradient.norm(dim=1).square()
-    deviation = ((norms / q).sum().item() - norms.sum().item()) / 3  # variance of one draw of PPᵀG
-    for draws in (100, 1600):
-        assert mean_error(draws) < 3 * (deviation / draws) ** 0.5
+    norms = gradient.norm(dim=1)
+    draws = torch.zeros(6000, 6, 4, dtype=torch.float64)
+    for seed, drawn in enumerate(draws):
+        index, scale, _ = select(f"{name}_with_replacement", norms, 3, seed=seed)
+        drawn.index_add_(0, index, gradient[index] * scale.double().square().unsqueeze(1))
+    q = norms**power / (norms**power).sum()
+    variance = ((norms.square() / q).sum() - norms.square().sum()).item() / 3
+    for together in (1, 10, 60):
+        errors = draws.unflatten(0, (-1, together)).mean(1) - gradient
+        assert errors.square().sum((1, 2)).mean().item() == pytest.approx(variance / together, rel=0.35)
+    assert (draws.mean(0) - gradient).norm().item() < 3 * (variance / len(draws)) ** 0.5
 
 
 def test_sampling_by_norm_has_the_least_variance_of_the_three():

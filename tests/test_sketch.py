@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Allocations
+from helpers import Allocations, allocations
 from processes import in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.grass_linear import GrassLinear, convert_linears
 from models.llama import Llama
+from optim.build import inner_optimizer, parameter_groups
 from optim.grass import Grass
 from optim.selection import SELECTIONS
 
@@ -89,8 +90,7 @@ def _of_two_processes(rank):
         for selection in SELECTIONS
         for micro in (1, 4)
     }
-    found["exact"] = chosen_rows("top_r", "exact", 2, rank, 2)
-    return found
+    return found | {(selection, "exact"): chosen_rows(selection, "exact", 2, rank, 2) for selection in SELECTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,12 @@ def test_with_sketch_two_processes_choose_as_one_with_the_whole_batch(two_proces
     assert chosen_rows(selection, "sketch", 1, 0, 4) == expected
 
 
-def test_with_exact_processes_choose_as_one_does_at_the_same_micro_batch_size(two_processes):
-    assert two_processes["exact"] == chosen_rows("top_r", "exact", 1, 0, 4)
-    assert two_processes["exact"] != chosen_rows("top_r", "exact", 1, 0, 1)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_with_exact_processes_choose_as_one_does_at_the_same_micro_batch_size(two_processes, selection):
+    assert two_processes[selection, "exact"] == chosen_rows(selection, "exact", 1, 0, 4)
+    # Squared norms of parts do not add up to those of the whole; uniform samples do not look at them.
+    differs = two_processes[selection, "exact"] != chosen_rows(selection, "exact", 1, 0, 1)
+    assert differs != selection.startswith("uniform")
 
 
 # What it costs.
@@ -144,8 +147,32 @@ def test_a_probed_step_takes_at_most_a_tenth_more_flops_at_60m():
     assert step_flops(True) == regular + dense  # exact: a weight gradient each
 
 
+def test_exact_holds_the_full_gradient_of_one_layer_at_a_time():
+    """Three layers whose gradients are large beside all else: the peak rises by one of them, the sketch's by none."""
+    size, full = 256, 256 * 256 * 4
+    model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(3)))
+    layers = convert_linears(model, rank=8, patterns=["*"])
+    x = torch.randn(4, size)
+
+    def peak(probed, width=None):
+        for layer in layers.values() if probed else ():
+            layer.start_probe(key=1, width=width)
+        most, _ = allocations(lambda: model(x).sum().backward())
+        for layer in layers.values() if probed else ():
+            layer.stop_probe()
+        model.zero_grad()
+        return most
+
+    peak(False)
+    regular = peak(False)
+    assert regular < full / 4
+    assert full <= peak(True) - regular < 1.25 * full
+    assert peak(True, width=4) - regular < full / 4
+
+
+@pytest.mark.parametrize("inner", ["adamw", "muon"])
 @pytest.mark.parametrize("side", ["rows", "columns"])
-def test_neither_start_nor_refresh_with_sketch_makes_a_tensor_of_a_full_gradient_s_shape(side):
+def test_neither_start_nor_refresh_with_sketch_makes_a_tensor_of_a_full_gradient_s_shape(side, inner):
     def shapes_of_a_refresh_step(score):
         model = Llama(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -153,7 +180,7 @@ def test_neither_start_nor_refresh_with_sketch_makes_a_tensor_of_a_full_gradient
         )  # fmt: skip
         model.init_weights(seed=0)
         layers = convert_linears(model, rank=4, side=side)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        optimizer = inner_optimizer(inner, parameter_groups(model, lr=1e-3, linear_lr=1e-3, weight_decay=0.1))
         grass = Grass(model, optimizer, refresh_every=2, score=score, sketch_width=3, state_at_refresh="carry")
         ids = torch.zeros(3, 7, dtype=torch.int64)
         with Allocations() as allocations:
