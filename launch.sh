@@ -14,7 +14,7 @@ set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     cd "$(dirname "${BASH_SOURCE[0]}")"
-    if [[ -x .venv/bin/python ]]; then exec .venv/bin/python -m pretrain.train --help; fi
+    if [[ -x .venv/bin/python ]]; then echo && exec .venv/bin/python -m pretrain.train --help; fi
     echo "The overrides are told by ./launch.sh --help once there is a .venv, and by README.md."
     exit
 fi

@@ -4,6 +4,8 @@ The dataclasses hold names and types; the values are in ``conf/``. A key that is
 """
 
 import difflib
+import sys
+import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,22 @@ def register_schema() -> None:
 
 
 register_schema()
+
+
+def _about_program() -> str:
+    """What --help begins with: the docstring of the program that runs, its dollars kept from the help's template."""
+    return (sys.modules["__main__"].__doc__ or "").strip().replace("``", "").replace("$", "$$")
+
+
+def _tell_groups() -> str:
+    """What ``group=option`` can be, a paragraph for each group of ``conf/`` that a user chooses from."""
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    lines = [f"  {group:<12}{', '.join(_options(group))}" for group in groups]
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent=14 * " ") for line in lines)
+
+
+OmegaConf.register_new_resolver("about_program", _about_program, replace=True)
+OmegaConf.register_new_resolver("tell_groups", _tell_groups, replace=True)
 
 
 def load(overrides: list[str]) -> Config:

@@ -154,7 +154,7 @@ def _details(run: RunData) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pretrain.report", description=__doc__.replace("``", ""))
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of sweeps")
     parser.add_argument("--out", type=Path, help="where to write (default: report/ in the folder that holds them all)")
     arguments = parser.parse_args(argv)

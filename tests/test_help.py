@@ -1,16 +1,49 @@
-"""``--help`` tells the groups and the usual overrides, and what it names is there."""
+"""``--help`` of every command says what it does; of those that take overrides also the groups and the usual ones."""
 
+import importlib
+import os
 import re
 import subprocess
+import sys
+
+import pytest
 
 from pretrain.config import CONF, load
 
 
-def test_the_help_of_a_launch_tells_groups_and_overrides_that_exist(root):
-    told = subprocess.run(["./launch.sh", "--help"], cwd=root, capture_output=True, text=True, check=True).stdout
+def told(*command):
+    env = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["./launch.sh"], "Pretrain a LLaMA"),
+        ([sys.executable, "-m", "pretrain.sweep"], "A run for each combination of settings"),
+        ([sys.executable, "-m", "pretrain.estimate"], "What a run would hold"),
+    ],
+)
+def test_what_takes_overrides_tells_groups_and_overrides_that_exist(command, words, root, monkeypatch):
+    monkeypatch.chdir(root)
+    text = told(*command, "--help")
+    assert words in text and "_schema" not in text
+    groups = " ".join(text.split("Groups (group=option):")[1].split("\n\n")[0].split())
     for group in ("data", "experiment", "logger", "model", "optim"):
-        (options,) = re.findall(rf"^{group}: (.*)$", told, re.M)
-        assert {path.stem for path in (CONF / group).glob("*.yaml")} <= set(options.split(", "))
-    overrides = re.findall(r"^  ([\w.]+=\S+)", told.split("The overrides people use")[1], re.M)
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        assert f"{group} {', '.join(options)}" in groups
+    overrides = re.findall(r"^  ([\w.]+=\S+)", text.split("The overrides people use")[1], re.M)
     assert len(overrides) >= 10
     load(overrides)
+
+
+@pytest.mark.parametrize("module", ["generate", "evaluate", "export", "report"])
+def test_what_takes_a_run_tells_every_option(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"pretrain.{module}").main(["--help"])
+    text = capsys.readouterr().out
+    assert f"python -m pretrain.{module} runs/" in text
+    usage, options = text.split("\n\n")[0], text.split("options:")[1]
+    for option in re.findall(r"--[a-z-]+", usage):
+        assert re.search(rf"^  .*{option}\b.*\s+\w+", options, re.M), option
