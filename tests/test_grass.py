@@ -158,6 +158,39 @@ def test_weighted_samples_train(selection):
         assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows)
 
 
+@pytest.mark.parametrize("selection", ["top_r", "multinomial_norm_with_replacement"])
+def test_clipping_acts_on_the_norm_of_the_dense_gradient_s_rows_rho_and_repeats_counted(selection):
+    """Two micro-batches; the inner optimizer is SGD at rate 1, whose step is the clipped gradient."""
+    model, dense = tiny_llama(), tiny_llama()
+    layers = convert_linears(model, 8)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    grass = Grass(model, sgd, refresh_every=9, selection=selection)
+    grass.start(lambda: loss_at(model, 0).backward())
+    for one in (model, dense):
+        for micro_batch in (1, 2):
+            loss_at(one, micro_batch).backward()
+    names = {f"{name}.weight": layer for name, layer in layers.items()}
+    restricted = {}
+    for name, p in dense.named_parameters():
+        restricted[name] = p.grad
+        if layer := names.get(name):
+            rho = layer.scale.double().unsqueeze(1 - layer.dim)
+            restricted[name] = p.grad.index_select(layer.dim, layer.index) * rho
+    norm = torch.stack([g.norm() for g in restricted.values()]).norm()
+    clip = norm.item() / 2
+    found = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+    torch.testing.assert_close(found, norm, rtol=1e-6, atol=0)  # ρ is float32
+    sgd.step()
+    repeated = 0
+    for name, layer in names.items():
+        expected = dense.get_parameter(name).detach().clone()
+        rho = layer.scale.double().unsqueeze(1 - layer.dim)
+        expected.index_add_(layer.dim, layer.index, restricted[name] * rho, alpha=-0.5)
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=0, atol=1e-6)
+        repeated += layer.rank - len(layer.index.unique())
+    assert (repeated > 0) == selection.endswith("with_replacement")
+
+
 def test_useless_scores_do_not_stop_a_run(caplog):
     _, layers, _, grass = grass_of(4, refresh_every=1)
     grass.gathered = {name: torch.full((layer.selectable,), float("nan")) for name, layer in layers.items()}
