@@ -1,15 +1,18 @@
 """The study behind the defaults of ``optim=grass``: ``python -m benchmarks.ablation [--jobs 2] [stage …]``.
 
-Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``, and writes
-``docs/ablation.md`` and ``docs/ablation.png``, of the stages it was told. The same command again resumes what is
-unfinished, skips what is finished, and writes both anew.
+Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``. Each result is added to
+``docs/ablation.jsonl``, and what that file has is not run again, on any machine; an unfinished run is resumed. From the
+file it writes ``docs/ablation.md`` and ``docs/ablation.png``; with ``--written`` that alone.
+
+A record is of the defaults of its commit. Who changes a default takes its lines out of the file, or out of the listing.
 """
 
 import argparse
+import json
 import math
-import platform
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,16 @@ from typing import Any
 import matplotlib.pyplot as plt
 import yaml
 
-from pretrain.sweep import JobResult, run_sweep
+from pretrain.sweep import JobResult, combinations, parse, run_sweep
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
+RECORDS = DOCS / "ablation.jsonl"
+SEED = "train.seed="
+
+# A line of the file is one run: stage, setting, seed, loss, tokens_per_s, commit, machine, date. Or it is a trial of
+# which only the sums are left: seeds instead of seed, error, commits, and minus: {setting: [difference, its error]}.
+Record = dict[str, Any]
 
 
 @dataclass
@@ -31,20 +40,30 @@ class Trial:
     by_seed: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     commits: set[str] = field(default_factory=set)
+    summed: Record | None = None  # all there is, where no single run is on record
+
+    @property
+    def seeds(self) -> list[str]:
+        return self.summed["seeds"] if self.summed else list(self.by_seed)
 
     @property
     def loss(self) -> float:
-        return statistics.mean(self.by_seed.values())
+        return self.summed["loss"] if self.summed else statistics.mean(self.by_seed.values())
 
     @property
     def error(self) -> float:
-        return standard_error(list(self.by_seed.values()))
+        return self.summed["error"] if self.summed else standard_error(list(self.by_seed.values()))
 
     def minus(self, other: "Trial") -> tuple[float, float]:
-        """The mean difference of the losses and its standard error, seed by seed.
+        """The mean difference of the losses and its standard error, seed by seed; NaN where that is not known.
 
         A seed's weights and order of the data move every method alike, and by more than methods differ.
         """
+        if other is self:
+            return 0.0, 0.0
+        if self.summed:
+            difference, error = self.summed["minus"].get(other.setting, (math.nan, math.nan))
+            return difference, error
         differences = [loss - other.by_seed[seed] for seed, loss in self.by_seed.items() if seed in other.by_seed]
         return (statistics.mean(differences) if differences else math.nan), standard_error(differences)
 
@@ -54,29 +73,71 @@ def standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def run_stage(stage: dict[str, Any], common: list[str], root: Path, jobs: int) -> dict[str, list[Trial]]:
-    """The trials of a stage by topic; a job that fails is named by the sweep and left out here."""
+def split(overrides: Iterable[str], fixed: Sequence[str]) -> tuple[str, str]:
+    """A job's setting, which is its overrides without the seed and those that all share, and its seed."""
+    told = [o for o in overrides if o not in fixed]
+    seeds = [o.removeprefix(SEED) for o in told if o.startswith(SEED)]
+    return " ".join(o for o in told if not o.startswith(SEED)), seeds[0] if seeds else "0"
+
+
+def recorded(file: Path) -> list[Record]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def record_of(stage: str, result: JobResult, fixed: Sequence[str]) -> Record | None:
+    """What is kept of a finished job; a job that failed is named by the sweep and left out here."""
+    if (summary := result.summary) is None:
+        return None
+    setting, seed = split(result.overrides, fixed)
+    told = {name: summary.get(name) for name in ("commit", "machine")}
+    numbers = {"loss": round(summary["val/loss"], 6), "tokens_per_s": round(summary["tokens_per_s"])}
+    return {"stage": stage, "setting": setting, "seed": seed, **numbers, **told, "date": time.strftime("%Y-%m-%d")}
+
+
+def run_missing(name: str, stage: dict[str, Any], common: list[str], root: Path, jobs: int) -> None:
+    """Run what a stage lists and the file of records lacks, and add it there after every sweep."""
+    fixed = [*common, *stage.get("common", [])]
+    for line in (line for lines in stage["sweeps"].values() for line in lines):
+        known = {
+            (record["setting"], seed)
+            for record in recorded(RECORDS)
+            if record["stage"] == name
+            for seed in record.get("seeds", [record.get("seed")])
+        }
+        missing = [o for o in combinations(parse([*fixed, *line.split()])) if split(o, fixed) not in known]
+        if not missing:
+            continue
+        # The least sweep that has them all.
+        alternatives = [list(dict.fromkeys(column)) for column in zip(*missing, strict=True)]
+        sweep = [",".join([first, *(o.partition("=")[2] for o in more)]) for first, *more in alternatives]
+        with RECORDS.open("a") as file:
+            for result in run_sweep(sweep, root=str(root / name), jobs=jobs):
+                record = record_of(name, result, fixed)
+                if record and (record["setting"], record["seed"]) not in known:
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def trials_of(name: str, stage: dict[str, Any], common: list[str], records: list[Record]) -> dict[str, list[Trial]]:
+    """By topic what is on record of what the stage lists."""
+    fixed = [*common, *stage.get("common", [])]
     topics: dict[str, list[Trial]] = {}
     for topic, lines in stage["sweeps"].items():
-        trials: dict[str, Trial] = {}
-        for line in lines:
-            fixed = [*common, *stage.get("common", [])]
-            for result in run_sweep([*fixed, *line.split()], root=str(root), jobs=jobs):
-                gather(trials, result, fixed)
-        topics[topic] = list(trials.values())
-    return topics
+        jobs = [o for line in lines for o in combinations(parse([*fixed, *line.split()]))]
+        settings = dict.fromkeys(split(o, fixed)[0] for o in jobs)
+        ours = [record for record in records if record["stage"] == name]
+        trials = [trial_of(setting, [r for r in ours if r["setting"] == setting]) for setting in settings]
+        topics[topic] = [trial for trial in trials if trial.seeds]
+    return {topic: trials for topic, trials in topics.items() if trials}
 
 
-def gather(trials: dict[str, Trial], result: JobResult, fixed: list[str]) -> None:
-    """Add a finished job to the trial of its setting: its overrides without the seed and those that all share."""
-    if result.summary is None:
-        return
-    seeds = [o for o in result.overrides if o.startswith("train.seed=")]
-    told = " ".join(o for o in result.overrides if o not in fixed and o not in seeds)
-    trial = trials.setdefault(told, Trial(told))
-    trial.by_seed[" ".join(seeds)] = result.summary["val/loss"]
-    trial.speeds.append(result.summary["tokens_per_s"])
-    trial.commits.add(str(result.summary.get("commit")))
+def trial_of(setting: str, records: list[Record]) -> Trial:
+    """Single runs count where there is one for every seed that was summed, else the sums do."""
+    runs = [record for record in records if "seed" in record]
+    summed = next((record for record in records if "seeds" in record), None)
+    if summed and not {*summed["seeds"]} <= {run["seed"] for run in runs}:
+        return Trial(setting, {}, [summed["tokens_per_s"]], {*summed["commits"]}, summed)
+    by_seed = {run["seed"]: run["loss"] for run in runs}
+    return Trial(setting, by_seed, [run["tokens_per_s"] for run in runs], {str(run["commit"]) for run in runs})
 
 
 def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
@@ -95,9 +156,7 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
                 "" if math.isnan(difference) else f"{difference:+.4f}{plus_minus(error) if t is not against else ''}"
             )
             speed = f"{statistics.median(t.speeds):,.0f}"
-            lines.append(
-                f"| `{t.setting}` | {len(t.by_seed)} | {t.loss:.4f}{plus_minus(t.error)} | {beside} | {speed} |"
-            )
+            lines.append(f"| `{t.setting}` | {len(t.seeds)} | {t.loss:.4f}{plus_minus(t.error)} | {beside} | {speed} |")
         lines.append("")
     return lines
 
@@ -122,24 +181,27 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
             losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
             if losses:
                 axis.axvline(min(losses), ls=style, c="0.5", label=f"best of {method}")
+                axis.legend(fontsize=7)
         axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
         axis.invert_yaxis()
         axis.set(title=name, xlabel="validation loss, nats a token")
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 
-def write(study: dict[str, Any], stages: dict[str, dict[str, list[Trial]]]) -> None:
-    """``docs/ablation.md`` and ``docs/ablation.png`` of what is finished."""
+def write(study: dict[str, Any], records: list[Record]) -> None:
+    """``docs/ablation.md`` and ``docs/ablation.png`` of what is on record."""
+    every = {name: trials_of(name, stage, study["common"], records) for name, stage in study["stages"].items()}
+    stages = {name: topics for name, topics in every.items() if topics}
+    dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
     lines = [
         "# The ablation",
         "",
-        f"Written by `python -m benchmarks.ablation` on {time.strftime('%Y-%m-%d')} from the runs it made; "
-        f"machine: {platform.platform()}, CPU. Losses are of the validation split after the last step, in nats a "
-        f"token; ± is the standard error over seeds, of a difference that of the differences seed by seed. "
-        f"Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
+        f"Written by `python -m benchmarks.ablation` from the runs it made, which `ablation.jsonl` beside this page "
+        f"has: {', '.join(dates)}; {', '.join(machines)}, CPU. Losses are of the validation split after the last "
+        f"step, in nats a token; ± is the standard error over seeds, of a difference that of the differences seed by "
+        f"seed. Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
         "are no measurement.",
         "",
         "![every trial's final loss](ablation.png)",
@@ -169,15 +231,14 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(study['stages'])}; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--written", action="store_true", help="run nothing, write the page of what is on record")
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(study["stages"]):
         parser.error(f"{', '.join(unknown)}: no stage of benchmarks/ablation.yaml")
-    stages = {
-        name: run_stage(stage, study["common"], arguments.root / name, arguments.jobs)
-        for name, stage in study["stages"].items()
-        if name in (arguments.stages or study["stages"])
-    }
-    write(study, stages)
+    for name, stage in study["stages"].items() if not arguments.written else ():
+        if name in (arguments.stages or study["stages"]):
+            run_missing(name, stage, study["common"], arguments.root, arguments.jobs)
+    write(study, recorded(RECORDS))
 
 
 if __name__ == "__main__":
