@@ -1,8 +1,9 @@
-"""Turn a corpus into token shards, once: `prepare` reuses what an earlier call left.
+"""Turn a corpus into token shards, once: `prepare` reuses what an earlier call left, and goes on where one was killed.
 
 A preparation lies in `<root>/<name>-<12 hex>`, where the digits are a hash of the text and of every setting
 that shapes the tokens; what changes one of them gets a folder of its own beside the old ones. It is written
-to a hidden sibling and renamed when complete, under a file lock.
+to a hidden sibling, named by a hash of the settings and the list of files, and renamed when complete, under
+a file lock.
 
     python -m data.prepare --help
 """
@@ -14,25 +15,25 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from data.corpus import Corpus
-from data.progress import progress
+from data.records import PART_CHARS
 from data.settings import FORMAT, DataSettings, examine, identity
-from data.shards import ShardWriter, Tokens, sha256, token_dtype
-from data.sources import Document, SourceFile
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.shards import COUNTS, Tokens, sha256, token_dtype
+from data.sources import SourceFile
+from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer, train_tokenizer
+from data.write import State, Writing
 
 logger = logging.getLogger(__name__)
 
-BATCH_CHARS = 2**22
 EXACTNESS_PROBE = " a  b\r\n\n\tc ﬁ \u2581 \U00010348 "
 HEX12 = 12 * "[0-9a-f]"
 
@@ -66,13 +67,17 @@ def prepare(settings: DataSettings) -> Prepared:
         if known := _known(settings, files):
             return load(known)
         corpus = Corpus(files, settings)
-        folder = root / f"{settings.name}-{_hash(identity(settings), corpus.sha256)[:12]}"
-        if not folder.exists():
-            _log_changes(root, settings, corpus)
-            _build(folder, settings, corpus)
+        folder = _folder(settings, files, corpus.sha256) if corpus.sha256 else None
+        if folder is None or not folder.exists():
+            _log_changes(settings, files, corpus.sha256)
+            folder = _build(root / f".{settings.name}-{seen[-16:]}.tmp", settings, files, corpus)
         prepared = load(folder)
         (folder / seen).touch()
     return prepared
+
+
+def _folder(settings: DataSettings, files: list[SourceFile], corpus: str) -> Path:
+    return Path(settings.root) / f"{settings.name}-{_hash(identity(settings, files), corpus)[:12]}"
 
 
 def find(settings: DataSettings) -> Prepared | None:
@@ -93,7 +98,7 @@ def _known(settings: DataSettings, files: list[SourceFile]) -> Path | None:
 
 def _seen(settings: DataSettings, files: list[SourceFile]) -> str:
     """The name of the empty file that marks a preparation of these files."""
-    return f".seen-{_hash(identity(settings), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
+    return f".seen-{_hash(identity(settings, files), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
 
 
 def load(folder: str | Path) -> Prepared:
@@ -106,116 +111,134 @@ def load(folder: str | Path) -> Prepared:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
-            raise ValueError(f"{folder}: has format {manifest['format']}, this version reads {FORMAT}; {mend}")
-        (train,), (val,) = (manifest["splits"][split]["shards"] for split in ("train", "val"))
-        lengths = {name: file["bytes"] for shard in (train, val) for name, file in shard["files"].items()}
-        tokenizer_hash, fingerprint = manifest["tokenizer"]["sha256"], manifest["fingerprint"]
+            raise _Unreadable(f"has format {manifest['format']}, this version reads {FORMAT}")
+        shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
+        lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
+        names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
+        tokenizer_hash, fingerprint = manifest["tokenizer"]["sha256"], str(manifest["fingerprint"])
         dtype = np.dtype(manifest["dtype"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+            raise ValueError("no shards, or of an unknown type")
+    except _Unreadable as error:
+        raise ValueError(f"{folder / 'manifest.json'}: {error}; {mend}") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'manifest.json'}: cannot be read ({error!r}); {mend}") from None
     for name, length in lengths.items():
         actual = (folder / name).stat().st_size if (folder / name).exists() else "no"
         if actual != length:
             raise ValueError(f"{folder / name}: has {actual} bytes instead of {length}; {mend}")
-    model = folder / "tokenizer.model"
+    model = find_tokenizer(folder) or folder / "tokenizer.model"
     if not model.exists() or sha256(model) != tokenizer_hash:
         raise ValueError(f"{model}: is not the tokenizer these shards were made with; {mend}")
-    return Prepared(
-        folder=folder,
-        tokenizer=Tokenizer(model),
-        train=Tokens(folder, train["name"], dtype),
-        val=Tokens(folder, val["name"], dtype),
-        fingerprint=fingerprint,
-        manifest=manifest,
-    )
-
-
-def _build(folder: Path, settings: DataSettings, corpus: Corpus) -> None:
-    """Write the preparation beside `folder`, then rename it; a failure leaves nothing behind."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    temporary.mkdir()
     try:
-        tokenizer = _make_tokenizer(temporary / "tokenizer.model", settings, corpus)
-        entries = _write_shards(temporary, tokenizer, corpus)
-        manifest = _manifest(settings, corpus, tokenizer, entries)
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary)
+        train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
+        return Prepared(folder, Tokenizer(model), train, val, fingerprint, manifest)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder}: cannot be read ({error}); {mend}") from None
+
+
+class _Unreadable(Exception):
+    """A manifest of another kind."""
+
+
+def _build(work: Path, settings: DataSettings, files: list[SourceFile], corpus: Corpus) -> Path:
+    """Write the preparation in `work`, or go on with it, and rename it; returns the folder it is then.
+
+    What is wrong with the text removes it; whatever else happens leaves it, for the next call to go on.
+    """
+    work.mkdir(exist_ok=True)
+    try:
+        tokenizer = _make_tokenizer(work, settings, corpus)
+        writing = Writing(work, corpus, tokenizer, settings.shard_tokens)
+        splits = writing(settings.workers or os.cpu_count() or 1)
+        _check(writing, splits, corpus)
+        manifest = _manifest(settings, files, writing.state, tokenizer, splits)
+    except ValueError:
+        shutil.rmtree(work)
         raise
-    logger.info("prepared %s", describe(manifest, folder))
+    kept = {name for entries in splits.values() for entry in entries for name in entry["files"]}
+    for file in work.iterdir():
+        if file.name not in {*kept, tokenizer.path.name, SPECIAL}:
+            file.unlink()
+    _write_synced(work / "manifest.json", json.dumps(manifest, indent=1))
+    folder = _folder(settings, files, writing.state.chain)
+    if folder.exists():
+        logger.info("%s holds the same already", folder)
+        shutil.rmtree(work)
+    else:
+        os.replace(work, folder)
+        logger.info("prepared %s", describe(manifest, folder))
+    return folder
 
 
-def _make_tokenizer(path: Path, settings: DataSettings, corpus: Corpus) -> Tokenizer:
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _make_tokenizer(work: Path, settings: DataSettings, corpus: Corpus) -> Tokenizer:
     if settings.tokenizer is None:
+        path = work / "tokenizer.model"
+        if path.exists():  # written by the call that was killed
+            return Tokenizer(path)
         logger.info("training a tokenizer of %d pieces", settings.vocab_size)
-        texts = (document.text for document, split in corpus.documents() if split == "train")
-        return train_tokenizer(texts, path, settings.vocab_size, settings.seed)
-    shutil.copyfile(settings.tokenizer, path)
-    tokenizer = Tokenizer(path)
+        return train_tokenizer(corpus.training_texts(), path, settings.vocab_size, settings.seed)
+    tokenizer = Tokenizer(Tokenizer(settings.tokenizer, settings.bos, settings.eos).copy_to(work))
     if tokenizer.decode(tokenizer.encode(EXACTNESS_PROBE)) != EXACTNESS_PROBE:
         logger.warning("%s does not keep all white space and characters as they are", settings.tokenizer)
     return tokenizer
 
 
-def _write_shards(folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, dict]:
-    """Tokenise all documents into one shard per split; returns the shards' manifest entries."""
-    dtype, has_prompts = token_dtype(tokenizer.vocab_size), corpus.has_prompts
-    with (
-        ShardWriter(folder, "train-00000", dtype) as train,
-        ShardWriter(folder, "val-00000", dtype) as val,
-        progress("tokenising", corpus.text_bytes) as advance,
-    ):
-        writers = {"train": train, "val": val}
-        for batch in _batches(corpus.documents()):
-            given = tokenizer.encode_batch([document.text[: document.given] for document, _ in batch])
-            encoded = tokenizer.encode_batch([document.text[document.given :] for document, _ in batch])
-            for (document, split), prompt, tokens in zip(batch, given, encoded, strict=True):
-                text_bytes = len(document.text.encode())
-                framed = np.concatenate([[tokenizer.bos_id], prompt, tokens, [tokenizer.eos_id]])
-                writers[split].add(document.name, framed, text_bytes, len(prompt) if has_prompts else None)
-                advance(text_bytes)
-    return {split: writer.entry() for split, writer in writers.items()}
+def _check(writing: Writing, splits: dict[str, list[dict[str, Any]]], corpus: Corpus) -> None:
+    """Say what was skipped and cut. Raises ValueError if files changed meanwhile, or a split holds nothing."""
+    if changed := corpus.changed():
+        raise ValueError(f"data.paths: {', '.join(changed[:8])} changed while it was being read; start again")
+    skipped, documents, whole = writing.describe_skipped(), writing.state.documents, len(corpus.files)
+    if not documents:
+        raise corpus.nothing(skipped)
+    if skipped:
+        logger.warning("skipped %s", skipped)
+    whole -= sum(writing.state.skipped_counts.values())
+    if corpus.is_text and documents > whole:
+        logger.info("cut files longer than %d characters: %d documents of %d files", PART_CHARS, documents, whole)
+    if empty := [split for split, entries in splits.items() if not sum(entry["documents"] for entry in entries)]:
+        raise ValueError(
+            f"data.validation_share: leaves no document of {documents} for {' and '.join(empty)}; change it, or "
+            "name data.validation_paths"
+        )
 
 
-def _batches(documents: Iterable[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
-    batch: list[tuple[Document, str]] = []
-    chars = 0
-    for document, split in documents:
-        batch.append((document, split))
-        chars += len(document.text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _manifest(settings: DataSettings, corpus: Corpus, tokenizer: Tokenizer, entries: dict[str, dict]) -> dict[str, Any]:
-    totals = ("documents", "tokens", "bytes")
-    checksums = [file["sha256"] for entry in entries.values() for file in entry["files"].values()]
+def _manifest(
+    settings: DataSettings, files: list[SourceFile], state: State, tokenizer: Tokenizer, splits: dict[str, list[dict]]
+) -> dict[str, Any]:
+    checksums = [file["sha256"] for entries in splits.values() for entry in entries for file in entry["files"].values()]
     return {
         "format": FORMAT,
         "fingerprint": _hash(tokenizer.sha256, checksums),
-        "identity": identity(settings),
+        "identity": identity(settings, files),
         "settings": asdict(settings),
         "corpus": {
-            "sha256": corpus.sha256,
-            "documents": len(corpus),
-            "bytes": corpus.text_bytes,
-            "skipped": corpus.skipped,
+            "sha256": state.chain,
+            "documents": state.documents,
+            "bytes": state.bytes,
+            "skipped": state.skipped,
+            "skipped_counts": state.skipped_counts,
         },
-        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, **tokenizer.special},
         "dtype": token_dtype(tokenizer.vocab_size).str,
         "splits": {
-            split: {**{key: entry[key] for key in totals}, "shards": [entry]} for split, entry in entries.items()
+            split: {**{key: sum(entry[key] for entry in entries) for key in COUNTS}, "shards": entries}
+            for split, entries in splits.items()
         },
     }
 
 
-def _log_changes(root: Path, settings: DataSettings, corpus: Corpus) -> None:
-    """Say in what the newest preparation of the same name differs, if there is one."""
-    manifests = sorted(root.glob(f"{settings.name}-{HEX12}/manifest.json"), key=lambda path: path.stat().st_mtime)
+def _log_changes(settings: DataSettings, files: list[SourceFile], corpus: str | None) -> None:
+    """Say in what the newest preparation of the same name differs, if there is one; `corpus` if that is known."""
+    found = Path(settings.root).glob(f"{settings.name}-{HEX12}/manifest.json")
+    manifests = sorted(found, key=lambda path: path.stat().st_mtime)
     if not manifests:
         return
     try:
@@ -224,14 +247,15 @@ def _log_changes(root: Path, settings: DataSettings, corpus: Corpus) -> None:
     except (KeyError, TypeError, json.JSONDecodeError):
         logger.warning("%s: cannot be read; it is left alone", manifests[-1])
         return
-    new = {**identity(settings), "corpus": corpus.sha256[:12]}
+    new = {**identity(settings, files), **({"corpus": corpus[:12]} if corpus else {})}
     changes = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
-    logger.info("%s does not fit: %s; preparing anew", manifests[-1].parent, ", ".join(changes))
+    said = ", ".join(changes) or "its files are others"
+    logger.info("%s does not fit: %s; preparing anew", manifests[-1].parent, said)
 
 
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
-    """Hold the lock on a name's preparations, and clear away what a killed process left half done."""
+    """Hold the lock on a name's preparations."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f".{name}.lock")
@@ -243,9 +267,8 @@ def _locked(root: Path, name: str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"data.root: cannot write to {root} ({error}); choose another folder") from None
     try:
-        for leftover in root.glob(f".{name}-{HEX12}.tmp"):
-            logger.info("removing %s, left by a preparation that did not finish", leftover)
-            shutil.rmtree(leftover)
+        for leftover in root.glob(f".{name}-*.tmp"):
+            logger.info("%s was left by a preparation that did not finish: the same settings go on with it", leftover)
         yield
     finally:
         lock.release()
@@ -270,10 +293,14 @@ def main() -> None:
     defaults = DataSettings()
     for entry in fields(DataSettings):
         default = getattr(defaults, entry.name)
-        several = isinstance(default, list)
+        several, flag = isinstance(default, list), f"--{entry.name.replace('_', '-')}"
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+            continue
+        (kind,) = [t for t in get_args(entry.type) or (entry.type,) if t is not type(None)]
         parser.add_argument(
-            f"--{entry.name.replace('_', '-')}",
-            type=str if several or default is None else type(default),
+            flag,
+            type=str if several else kind,
             nargs="*" if several else None,
             default=default,
             help=f"default: {' '.join(default) if several else default}",
@@ -281,7 +308,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         prepared = prepare(DataSettings(**vars(parser.parse_args())))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(describe(prepared.manifest, prepared.folder))
 

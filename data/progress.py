@@ -15,21 +15,36 @@ LOG_SECONDS = 10.0
 
 
 @contextmanager
-def progress(action: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function that takes the bytes done since it was last called."""
+def progress(action: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int, int], None]]:
+    """Yields the function that takes how many of the bytes are done, and the tokens made since it was last called.
+
+    A total of 0 is one that is not known. The time left is told from the pace since this began.
+    """
+    began, tokens = time.monotonic(), 0
     if sys.stderr.isatty():
-        columns = TextColumn(action), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(action, total=total_bytes)
-            yield lambda count: bar.advance(task, count)
+        columns = TextColumn(action), BarColumn(), TransferSpeedColumn(), TextColumn("{task.fields[speed]}")
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(action, total=total_bytes or None, completed=done_bytes, speed="")
+
+            def show(done: int, count: int) -> None:
+                nonlocal tokens
+                tokens += count
+                bar.update(task, completed=done, speed=f"{tokens / (time.monotonic() - began + 1e-9):,.0f} tokens/s")
+
+            yield show
         return
-    done, said = 0, time.monotonic()
+    said = began
 
-    def advance(count: int) -> None:
-        nonlocal done, said
-        done += count
-        if time.monotonic() > said + LOG_SECONDS:
-            said = time.monotonic()
-            logger.info("%s: %.1f of %.1f MB", action, done / 1e6, total_bytes / 1e6)
+    def say(done: int, count: int) -> None:
+        nonlocal tokens, said
+        tokens, now = tokens + count, time.monotonic()
+        if now > said + LOG_SECONDS:
+            said, seconds = now, now - began
+            pace = max(1, done - done_bytes) / seconds
+            left = f", {max(0, total_bytes - done) / pace:,.0f} s left" if total_bytes else ""
+            of = f" of {total_bytes / 1e6:,.1f}" if total_bytes else ""
+            logger.info(
+                "%s: %s%s MB, %s tokens/s%s", action, f"{done / 1e6:,.1f}", of, f"{tokens / seconds:,.0f}", left
+            )
 
-    yield advance
+    yield say

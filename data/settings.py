@@ -10,7 +10,8 @@ from data.shards import sha256
 from data.sources import SourceFile, stdlib_files, text_files
 from data.tokenizer import Tokenizer
 
-SOURCES = ("stdlib", "text", "instructions", "c4")
+LINES = ("records", "instructions", "c4")  # of JSON, or rows of Parquet
+SOURCES = ("stdlib", "text", *LINES, "datasets")
 FORMAT = 2  # of the folder; also to be raised when the same settings would give other tokens
 
 
@@ -21,15 +22,32 @@ class DataSettings:
     name: str = "stdlib"
     """First part of the prepared folder's name."""
     source: str = "stdlib"
-    """`stdlib`: the source of Python's standard library; `text`, `instructions`, `c4`: the files under `paths`."""
+    """`stdlib`: the source of Python's standard library; `text`, `records` (Parquet and JSON lines, also .gz, .zst),
+    `instructions`, `c4`: the files under `paths`; `datasets`: `dataset`, by Hugging Face's library."""
     paths: list[str] = field(default_factory=list)
     """Files, folders and globs."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
     """The file names taken from folders."""
     max_bytes: int = 30_000_000
     """Files that would exceed this are left out, tests first."""
+    validation_paths: list[str] = field(default_factory=list)
+    """Files of their own to hold out, instead of a share; what they hold is left out of training."""
+    column: str = "text"
+    """Of JSON lines, Parquet and datasets: which one is the text."""
+    dataset: str | None = None
+    """Of source `datasets`: a name on the hub, or a folder."""
+    dataset_name: str | None = None
+    """Which of the dataset's configurations."""
+    dataset_split: str = "train"
+    dataset_revision: str | None = None
+    streaming: bool = True
+    """Read the dataset as it comes, without a copy of it on this machine."""
     tokenizer: str | None = None
-    """A sentencepiece model to use; none: one is trained on the training split."""
+    """A sentencepiece model or a tokenizer.json to use; none: one is trained on the training split."""
+    bos: str | None = None
+    """The token that begins a document, when the tokenizer's file does not tell."""
+    eos: str | None = None
+    """The token that ends a document, when the tokenizer's file does not tell."""
     vocab_size: int = 4096
     """Of the tokenizer to train, or as the one brought has it."""
     validation_share: float = 0.05
@@ -38,6 +56,10 @@ class DataSettings:
     """Folder of all preparations."""
     seed: int = 0
     """Chooses the documents held out and the sample a tokenizer is trained on."""
+    shard_tokens: int = 2**28
+    """Tokens in a shard of the preparation; one more begins behind the document that reaches them."""
+    workers: int | None = None
+    """Processes that tokenise; none: as many as there are cores."""
 
 
 def problems(settings: DataSettings) -> list[str]:
@@ -51,42 +73,73 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
         (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} cannot begin a folder's name"),
         (s.vocab_size > 0, f"data.vocab_size: {s.vocab_size} must be positive"),
         (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must lie between 0 and 1"),
+        (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
+        (s.workers is None or s.workers > 0, f"data.workers: {s.workers} must be positive, or null for all cores"),
         (s.source in SOURCES, f"data.source: {s.source!r} is not known; use {', '.join(SOURCES)}"),
+        (
+            (s.dataset is None) == (s.source != "datasets"),
+            "data.dataset: goes with data.source=datasets, which needs it",
+        ),
+        (
+            not s.validation_paths or s.source in ("text", "records", "instructions"),
+            f"data.validation_paths: {s.source} has none; leave it empty",
+        ),
     ]
     found = [message for holds, message in checks if not holds]
     try:
-        if s.source == "stdlib":
-            files = stdlib_files(s.max_bytes)
-        elif s.source in SOURCES:
-            files = text_files(s.paths, s.patterns, s.max_bytes)
+        files = _files(s)
         found += c4.problems(files) if s.source == "c4" else []
     except ValueError as error:
         found += str(error).splitlines()
         found += [f"data.source: c4: {c4.HINT}"] if s.source == "c4" else []
     if s.tokenizer is not None:
-        found += _tokenizer_problems(s.tokenizer, s.vocab_size)
+        found += _tokenizer_problems(s)
     return files, found
 
 
-def _tokenizer_problems(path: str, vocab_size: int) -> list[str]:
+def _files(s: DataSettings) -> list[SourceFile]:
+    if s.source == "stdlib":
+        return stdlib_files(s.max_bytes)
+    if s.source == "datasets":
+        local = s.dataset and Path(s.dataset).exists()
+        return text_files([str(s.dataset)], ["*"], 2**63) if local else []
+    if s.source not in SOURCES:
+        return []
+    files = text_files(s.paths, s.patterns, s.max_bytes)
+    if s.source == "c4":
+        return c4.by_split(files)
+    if s.validation_paths:
+        own = text_files(s.validation_paths, s.patterns, 2**63, key="data.validation_paths")
+        held_out = {file.path.resolve() for file in own}
+        files = [file for file in files if file.path.resolve() not in held_out]
+        files += [file._replace(held_out=True) for file in own]
+    return files
+
+
+def _tokenizer_problems(s: DataSettings) -> list[str]:
+    path = str(s.tokenizer)
     if not Path(path).is_file():
-        return [f"data.tokenizer: there is no file {path}; name a sentencepiece .model or null to train one"]
+        return [f"data.tokenizer: there is no file {path}; name a .model or tokenizer.json, or null to train one"]
     try:
-        actual = Tokenizer(path).vocab_size
+        actual = Tokenizer(path, s.bos, s.eos).vocab_size
     except ValueError as error:
-        return [f"data.tokenizer: {error}"]
-    if actual != vocab_size:
-        return [f"data.vocab_size: is {vocab_size}, but {path} has {actual} tokens; set it to {actual}"]
+        return [str(error) if str(error).startswith("data.") else f"data.tokenizer: {error}"]
+    if actual != s.vocab_size:
+        return [f"data.vocab_size: is {s.vocab_size}, but {path} has {actual} tokens; set it to {actual}"]
     return []
 
 
-def identity(settings: DataSettings) -> dict[str, Any]:
+def identity(settings: DataSettings, files: list[SourceFile]) -> dict[str, Any]:
     """What, besides the text, decides which tokens come out."""
+    usual, s = DataSettings(), settings
+    unusual = ("column", "dataset", "dataset_name", "dataset_split", "dataset_revision", "bos", "eos", "shard_tokens")
     return {
         "format": FORMAT,
-        "source": settings.source,
-        "tokenizer": settings.tokenizer and sha256(Path(settings.tokenizer)),
-        "vocab_size": settings.vocab_size,
-        "validation_share": settings.validation_share,
-        "seed": settings.seed,
+        "source": s.source,
+        "tokenizer": s.tokenizer and sha256(Path(s.tokenizer)),
+        "vocab_size": s.vocab_size,
+        "validation_share": s.validation_share,
+        "seed": s.seed,
+        **{key: getattr(s, key) for key in unusual if getattr(s, key) != getattr(usual, key)},
+        **({"held_out": [f.name for f in files if f.held_out]} if s.validation_paths else {}),
     }

@@ -1,20 +1,26 @@
 """The files that hold a tokenised split, and memory-mapped reading of them.
 
-A shard is three files: `.bin`, the tokens, little-endian and nothing else; `.index.npy`, for every document
-its first token, the place of its name and its length in bytes; `.names`, the documents' names, one behind
-the other. Where documents begin with a prompt there is a fourth, `.given.npy`, of the prompts' lengths in
-tokens. Every document is bos + its tokens + eos. What belongs together, and the lengths and checksums
-of the files, is in the manifest of the preparation.
+A split is one shard or several, one behind the other; a document lies in one of them. A shard is three files:
+`.bin`, the tokens, little-endian and nothing else; `.index.npy`, for every document its first token, the place
+of its name and its length in bytes; `.names`, the documents' names, one behind the other. Where documents begin
+with a prompt there is a fourth, `.given.npy`, of the prompts' lengths in tokens. Every document is bos + its
+tokens + eos. What belongs together, and the lengths and checksums of the files, is in the manifest of the
+preparation.
 """
 
 import hashlib
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 INDEX = np.dtype([("token", "<i8"), ("name", "<i8"), ("bytes", "<i8")])
+GIVEN = np.dtype("<i8")
+COUNTS = ("documents", "tokens", "bytes")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -22,96 +28,197 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes one shard: a context manager, behind which `entry` gives what the manifest says of it."""
+    """Writes one shard: a context manager, behind which `entry` gives what the manifest says of it.
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+    `done`, the `state` of an earlier writer, goes on from there: what was written after it is dropped.
+    Raises ValueError when files are shorter than they were.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
         self._folder, self._name, self._dtype = folder, name, dtype
-        self._index: list[tuple[int, int, int]] = []
-        self._given: list[int] = []
-        self._tokens = 0
+        self._done = done
+        self._counts = done or {"documents": 0, "tokens": 0, "bytes": 0, "names": 0, "given": 0}
 
     def __enter__(self) -> "ShardWriter":
+        c, self._counts = self._counts, dict(self._counts)
         with ExitStack() as files:
-            self._bin = files.enter_context(open(self._folder / f"{self._name}.bin", "wb"))
-            self._names = files.enter_context(open(self._folder / f"{self._name}.names", "wb"))
+
+            def opened(ending: str, length: int) -> BinaryIO:
+                path = self._folder / f"{self._name}.{ending}"
+                if self._done is None:
+                    return files.enter_context(open(path, "wb"))
+                if not path.exists() or path.stat().st_size < length:
+                    raise ValueError(f"{path}: is shorter than it was")
+                os.truncate(path, length)
+                return files.enter_context(open(path, "ab"))
+
+            self._bin = opened("bin", c["tokens"] * self._dtype.itemsize)
+            self._names = opened("names", c["names"])
+            # These become arrays when the shard is whole.
+            self._index = opened("index", c["documents"] * INDEX.itemsize)
+            self._given = opened("given", c["given"] * GIVEN.itemsize)
             self._files = files.pop_all()
         return self
 
+    @property
+    def tokens(self) -> int:
+        return self._counts["tokens"]
+
     def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
         """Append a document, its `tokens` (n,) already between bos and eos, `given` of them after bos a prompt."""
+        counts, encoded = self._counts, name.encode()
+        self._index.write(np.array((counts["tokens"], counts["names"], text_bytes), dtype=INDEX).tobytes())
+        self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._names.write(encoded)
         if given is not None:
-            self._given.append(given)
-        self._index.append((self._tokens, self._names.tell(), text_bytes))
-        self._bin.write(tokens.astype(self._dtype).tobytes())
-        self._names.write(name.encode())
-        self._tokens += len(tokens)
+            self._given.write(GIVEN.type(given).tobytes())
+        added = {"documents": 1, "tokens": len(tokens), "bytes": text_bytes, "names": len(encoded)}
+        for key, count in (added | {"given": given is not None}).items():
+            counts[key] += count
+
+    def state(self) -> dict[str, int]:
+        """How far the shard is; all of that is on the disk now."""
+        for file in (self._bin, self._names, self._index, self._given):
+            file.flush()
+            os.fsync(file.fileno())
+        return dict(self._counts)
 
     def __exit__(self, *error: object) -> None:
         self._files.close()
-        np.save(self._folder / f"{self._name}.index.npy", np.array(self._index, dtype=INDEX))
-        if self._given:
-            np.save(self._folder / f"{self._name}.given.npy", np.array(self._given, dtype="<i8"))
+        if error[0] is None:
+            for ending, dtype in (("index", INDEX), ("given", GIVEN)):
+                raw = self._folder / f"{self._name}.{ending}"
+                if ending == "index" or raw.stat().st_size:
+                    np.save(f"{raw}.npy", np.fromfile(raw, dtype))
 
     def entry(self) -> dict[str, Any]:
         """Counts, and length and checksum of every file."""
-        endings = ["bin", "index.npy", "names", *(["given.npy"] if self._given else [])]
+        endings = ["bin", "index.npy", "names", *(["given.npy"] if self._counts["given"] else [])]
         files = [self._folder / f"{self._name}.{ending}" for ending in endings]
         return {
             "name": self._name,
-            "documents": len(self._index),
-            "tokens": self._tokens,
-            "bytes": sum(text_bytes for _, _, text_bytes in self._index),
+            **{key: self._counts[key] for key in COUNTS},
             "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
         }
 
 
-class Tokens:
-    """The tokens of a split: `len`, slices as arrays (n,) of the shard's dtype, and the documents' names.
+class SplitWriter:
+    """Writes a split as shards, a new one where the last has `shard_tokens` or more; goes on from a `state`."""
 
-    `given` (documents,) int64 is how many tokens after bos are a prompt, None where there are no prompts.
+    def __init__(
+        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
+    ) -> None:
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self.entries: list[dict[str, Any]] = list(state["shards"]) if state else []
+        """What the manifest says of the shards that are whole."""
+        self._open(state["open"] if state else None)
+
+    def _open(self, done: dict[str, int] | None) -> None:
+        name = f"{self._split}-{len(self.entries):05d}"
+        self._shard = ShardWriter(self._folder, name, self._dtype, done).__enter__()
+
+    def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
+        if self._shard.tokens >= self._shard_tokens:
+            self.close()
+            self._open(None)
+        self._shard.add(name, tokens, text_bytes, given)
+
+    def state(self) -> dict[str, Any]:
+        return {"shards": self.entries, "open": self._shard.state()}
+
+    def close(self) -> None:
+        """Make the last shard whole."""
+        self._shard.state()
+        self._shard.__exit__(None, None, None)
+        self.entries.append(self._shard.entry())
+
+    def abandon(self) -> None:
+        self._shard.__exit__(ValueError)
+
+
+class Tokens:
+    """The tokens of a split: `len`, slices as arrays (n,) of the shards' dtype, and the documents' names.
+
+    `names` are those of its shards, in order.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
-        self._tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-        self._index = np.load(folder / f"{name}.index.npy", mmap_mode="r")
-        self._names = np.memmap(folder / f"{name}.names", dtype=np.uint8, mode="r")
-        given = folder / f"{name}.given.npy"
-        self.given = np.load(given) if given.exists() else None
+    def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
+        names = [names] if isinstance(names, str) else names
+        self._shards = [_Shard(folder, name, dtype) for name in names]
+        self._dtype = dtype
+        self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
+        self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return int(self._first_token[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        return np.asarray(self._tokens[where])
+        start, stop, _ = where.indices(len(self))
+        parts = [shard.tokens[first:last] for shard, first, last in self._pieces(start, stop)]
+        return np.asarray(parts[0]) if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
+
+    def _pieces(self, start: int, stop: int) -> list[tuple["_Shard", int, int]]:
+        """The shards that tokens [start, stop) lie in, each with the places there."""
+        number, pieces = int(np.searchsorted(self._first_token, start, side="right")) - 1, []
+        while start < stop:
+            base, end = int(self._first_token[number]), min(stop, int(self._first_token[number + 1]))
+            if start < end:
+                pieces.append((self._shards[number], start - base, end - base))
+            start, number = max(start, end), number + 1
+        return pieces
+
+    @cached_property
+    def given(self) -> np.ndarray | None:
+        """(documents,) int64: how many tokens after bos are a prompt; None where there are no prompts."""
+        parts = [shard.given for shard in self._shards if shard.given is not None]
+        return np.concatenate(parts) if parts else None
 
     def document(self, number: int) -> np.ndarray:
         """The tokens (n,) of a document, from bos to eos."""
         return self[slice(*self.document_bounds(number))]
 
     def document_bounds(self, number: int) -> tuple[int, int]:
-        last = number + 1 == len(self._index)
-        return int(self._index["token"][number]), len(self) if last else int(self._index["token"][number + 1])
+        shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        first, last = self._shards[shard].bounds(number - int(self._first_document[shard]))
+        base = int(self._first_token[shard])
+        return base + first, base + last
 
     @property
     def document_lengths(self) -> np.ndarray:
         """How many tokens each document has, (documents,) int64."""
-        return np.diff(self._index["token"], append=len(self))
+        return np.concatenate([np.diff(s.index["token"], append=len(s.tokens)) for s in self._shards])
 
     @property
     def document_count(self) -> int:
-        return len(self._index)
+        return int(self._first_document[-1])
 
     @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of the text the tokens stand for."""
-        return int(self._index["bytes"].sum())
+        return sum(int(shard.index["bytes"].sum()) for shard in self._shards)
 
     def documents(self, start: int, stop: int) -> list[str]:
         """Names of the documents that tokens [start, stop) belong to, in order."""
-        first = int(np.searchsorted(self._index["token"], start, side="right")) - 1
-        last = int(np.searchsorted(self._index["token"], stop, side="left"))
-        ends = [*self._index["name"][first + 1 : last + 1].tolist(), len(self._names)]
-        begins = self._index["name"][first:last].tolist()
+        return [name for shard, first, last in self._pieces(start, stop) for name in shard.documents(first, last)]
+
+
+class _Shard:
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+        self.index = np.load(folder / f"{name}.index.npy", mmap_mode="r")
+        self._names = np.memmap(folder / f"{name}.names", dtype=np.uint8, mode="r")
+        given = folder / f"{name}.given.npy"
+        self.given = np.load(given) if given.exists() else None
+
+    def bounds(self, document: int) -> tuple[int, int]:
+        last = document + 1 == len(self.index)
+        return int(self.index["token"][document]), len(self.tokens) if last else int(self.index["token"][document + 1])
+
+    def documents(self, start: int, stop: int) -> list[str]:
+        first = int(np.searchsorted(self.index["token"], start, side="right")) - 1
+        last = int(np.searchsorted(self.index["token"], stop, side="left"))
+        ends = [*self.index["name"][first + 1 : last + 1].tolist(), len(self._names)]
+        begins = self.index["name"][first:last].tolist()
         return [bytes(self._names[b:e]).decode() for b, e in zip(begins, ends, strict=False)]
 
 

@@ -1,4 +1,4 @@
-"""Where the text comes from: which files make up a corpus, and the documents read from them.
+"""Where the text comes from: which files make up a corpus.
 
 Listing only looks at names and sizes, so that an unchanged corpus is recognised without reading it.
 """
@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +28,16 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of the corpus: its name in the corpus, where it lies, its size in bytes and its time in ns."""
+    """A file of the corpus: its name in the corpus, where it lies, its size in bytes and its time in ns.
+
+    What is `held_out` is for validation.
+    """
 
     name: str
     path: Path
     size: int
     mtime: int
+    held_out: bool = False
 
 
 def stdlib_files(max_bytes: int) -> list[SourceFile]:
@@ -45,7 +49,9 @@ def stdlib_files(max_bytes: int) -> list[SourceFile]:
     return _within(files, max_bytes)
 
 
-def text_files(paths: Iterable[str], patterns: Iterable[str], max_bytes: int) -> list[SourceFile]:
+def text_files(
+    paths: Iterable[str], patterns: Iterable[str], max_bytes: int, key: str = "data.paths"
+) -> list[SourceFile]:
     """Files, folders (searched for `patterns`) and globs, each file once, in order of name.
 
     A file is named by its path from the parent of the folder it was found under.
@@ -57,60 +63,24 @@ def text_files(paths: Iterable[str], patterns: Iterable[str], max_bytes: int) ->
         files = [f for m in matches for f in (_walk(m, patterns, hidden) if m.is_dir() else [m])]
         if not matches:
             kind = "no file matches" if glob.has_magic(entry) else "there is no file or folder"
-            problems.append(f"data.paths: {kind} {entry}; check data.paths")
+            problems.append(f"{key}: {kind} {entry}; check {key}")
         elif not files:
             wanted = ", ".join(patterns) or "nothing (data.patterns is empty)"
-            problems.append(f"data.paths: {entry} holds no {wanted} file; check data.paths or data.patterns")
+            problems.append(f"{key}: {entry} holds no {wanted} file; check {key} or data.patterns")
         for path in files:
             found.setdefault(path.resolve(), _source_file(path, root.parent))
     if problems:
         raise ValueError("\n".join(problems))
     if not found:
-        raise ValueError("data.paths: is empty; name the files, folders or globs to train on")
+        raise ValueError(f"{key}: is empty; name the files, folders or globs to train on")
     if hidden:
         logger.info("left out %d hidden folders: %s", len(hidden), shorten(hidden))
     return _within(list(found.values()), max_bytes)
 
 
-def read_documents(
-    files: Iterable[SourceFile], skipped: dict[str, list[str]], part_chars: int | None = None
-) -> Iterator[Document]:
-    """Yield the files' texts, byte for byte (no newline translation).
-
-    What is not read is added to `skipped`: reason → names. With `part_chars`, longer files are cut
-    behind a line end into documents `name#1`, `name#2`, … of at most so many characters.
-    """
-    for file in files:
-        try:
-            text = file.path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            skipped.setdefault("not UTF-8", []).append(file.name)
-            continue
-        except OSError as error:
-            skipped.setdefault(error.strerror or "unreadable", []).append(file.name)
-            continue
-        if not text:
-            skipped.setdefault("empty", []).append(file.name)
-        elif part_chars is None or len(text) <= part_chars:
-            yield Document(file.name, text)
-        else:
-            parts = enumerate(_parts(text, part_chars), start=1)
-            yield from (Document(f"{file.name}#{number}", part) for number, part in parts)
-
-
 def shorten(names: list[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _parts(text: str, size: int) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = start + size
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
 
 
 def _walk(folder: Path, patterns: list[str], hidden: list[str]) -> list[Path]:

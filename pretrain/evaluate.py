@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from data.loader import validation_batches
 from data.prepare import load as load_prepared
-from data.sources import read_documents, text_files
+from data.records import read_documents
+from data.sources import text_files
 from data.tokenizer import Tokenizer
 from pretrain.distributed import World
 

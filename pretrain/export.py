@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer
 from pretrain import hugging_face, hugging_face_tokenizer
 from pretrain.config import DTYPES
 from pretrain.preflight import clear_errors
@@ -42,7 +42,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     dtype = dtype or found.dtype
     _write_weights(temporary, _in(dtype, found), shard_bytes)
     _write_tokenizer(temporary, found.tokenizer(), found.arguments["max_position_embeddings"])
-    tokenizer = Tokenizer(temporary / "tokenizer.model")
+    tokenizer = Tokenizer(find_tokenizer(temporary) or found.tokenizer())
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     _write_json(temporary / hugging_face.CONFIG, {**hugging_face.as_config(found.arguments, dtype), **special})
     _write_json(temporary / "generation_config.json", special)
@@ -91,7 +91,12 @@ def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]
 
 
 def _write_tokenizer(folder: Path, model: Path, positions: int) -> None:
-    shutil.copyfile(model, folder / "tokenizer.model")
+    tokenizer = Tokenizer(model)
+    if tokenizer.copy_to(folder).name == "tokenizer.json":
+        special = {f"{key}_token": name for key, name in tokenizer.special.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions, **special}
+        _write_json(folder / "tokenizer_config.json", config)
+        return
     if reason := hugging_face_tokenizer.obstacle(model):
         logger.warning("wrote tokenizer.model alone, without a tokenizer.json for AutoTokenizer: %s", reason)
         return

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.shards import sha256
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
 from pretrain import checkpoint, hugging_face
 from pretrain.build import fill
@@ -53,7 +53,8 @@ def find_trained(path: str | Path) -> Trained:
         arguments, dtype = hugging_face.read_arguments(path)
         return Trained(
             path, arguments, dtype, arguments["max_position_embeddings"],
-            lambda: hugging_face.read_weights(path), lambda: _existing(path / "tokenizer.model"),
+            lambda: hugging_face.read_weights(path),
+            lambda: find_tokenizer(path) or _existing(path / "tokenizer.model"),
         )  # fmt: skip
     raise ValueError(
         f"{path} holds no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's "
@@ -145,10 +146,10 @@ def _of_checkpoint(path: Path) -> Trained:
 
 def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:
     """The run's own copy, or, for a run that kept none, the one in the preparation it was trained on."""
-    if (run / "tokenizer.model").exists():
-        return run / "tokenizer.model"
+    if found := find_tokenizer(run):
+        return found
     wanted = checkpoint.read_state(path)["data"]["tokenizer"]
-    for file in Path(config["data"]["root"]).glob("*/tokenizer.model"):
+    for file in Path(config["data"]["root"]).glob("*/tokenizer.*"):
         if sha256(file) == wanted:
             return file
     raise ValueError(f"{run} holds no tokenizer.model; copy it there from the preparation the run was trained on")

@@ -5,7 +5,6 @@ import logging
 import math
 import platform
 import resource
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -176,7 +175,7 @@ class Trainer:
     def _open_folder(self, changes: list[str]) -> None:
         if self.world.is_main:
             self.folder.open(self.config, self.step)
-            shutil.copyfile(self.data.folder / "tokenizer.model", self.folder.tokenizer_file)
+            self.data.tokenizer.copy_to(self.folder.path)
             log_to_file(self.folder.log_file)
         for change in changes:
             logger.info("changed since the run began: %s", change)

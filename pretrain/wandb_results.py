@@ -24,7 +24,7 @@ def log_results(run: Any, folder: Path, samples: list[tuple[str, str]], with_che
     run.log(shown)
     if with_checkpoint and (newest := checkpoint.latest(folder / "checkpoints")):
         artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": data.step})
-        for path in (newest, folder / "config.yaml", folder / "tokenizer.model"):
+        for path in (newest, folder / "config.yaml", folder / "tokenizer.model", folder / "tokenizer.json"):
             if path.exists():
                 artifact.add_dir(str(path), path.name) if path.is_dir() else artifact.add_file(str(path))
         run.log_artifact(artifact)

@@ -22,8 +22,9 @@ def test_every_yaml_composes_with_the_defaults_and_passes_the_check_if_its_packa
     for split in ("train", "validation"):
         (tmp_path / f"c4-{split}.00000-of-00001.json.gz").touch()
     (tmp_path / "some.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    needs_paths = group == "experiment" or option in ("text", "instructions", "c4")
+    needs_paths = group == "experiment" or option in ("text", "instructions", "records", "c4")
     paths = [f"data.paths=[{tmp_path}]"] if needs_paths else []
+    paths += [f"data.dataset={tmp_path}"] if option == "datasets" else []
     config = load([f"{group}={option}", *paths])
     assert isinstance(config, Config)
     package = INNER_OPTIMIZERS[config.optim.inner].partition(".")[0]

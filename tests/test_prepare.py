@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
+import data.shards
 from data.prepare import DataSettings, Prepared, load, prepare
-from data.settings import FORMAT, problems
-from data.sources import read_documents, stdlib_files
+from data.records import read_documents
+from data.settings import FORMAT, SOURCES, problems
+from data.sources import stdlib_files
 
 REPO = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 400
@@ -310,30 +311,28 @@ def test_several_processes_at_once_make_one_preparation(settings):
     assert len(folders(settings)) == 1
 
 
-def test_a_killed_preparation_is_not_taken_for_a_whole_one(settings):
-    root = Path(settings.root)
-    run = start(settings, pause=1.0)
-    deadline = time.monotonic() + 30
-    while not list(root.glob(".own-*.tmp/train-00000.bin")):
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    (leftover,) = folders(settings)
-    assert leftover.endswith(".tmp")
-    prepared = prepare(settings)
-    assert folders(settings) == [prepared.folder.name] == [leftover[1:-4]]
-    assert prepared.train.document_count + prepared.val.document_count == 60
+def test_an_interrupted_preparation_is_gone_on_with(settings, monkeypatch, caplog):
+    whole = prepare(replace(settings, root=str(Path(settings.root) / "undisturbed")))
+    add, added = data.shards.ShardWriter.add, []
 
+    def interrupt(shard, name, *more):
+        if len(added) == 40:
+            raise KeyboardInterrupt
+        added.append(name)
+        add(shard, name, *more)
 
-def test_an_interrupted_preparation_leaves_nothing_behind(settings, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("data.shards.ShardWriter.add", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("data.corpus.BATCH_CHARS", 2**14)
+    monkeypatch.setattr("data.write.COMMIT_SECONDS", 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.shards.ShardWriter.add", interrupt)
         prepare(settings)
-    assert folders(settings) == []
+    assert folders(settings) == [".own-" + folders(settings)[0][5:-4] + ".tmp", "undisturbed"]
+    caplog.set_level(logging.INFO)
+    prepared = prepare(settings)
+    (message,) = [m for m in caplog.messages if m.startswith("going on behind")]
+    assert 30 <= int(message.split()[3]) < 40
+    assert folders(settings) == [prepared.folder.name, "undisturbed"]
+    assert prepared.fingerprint == whole.fingerprint and prepared.folder.name == whole.folder.name
 
 
 def test_a_file_that_changes_during_preparation_is_noticed(settings, tmp_path, monkeypatch):
@@ -372,11 +371,12 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
     assert all(f"--{field.name.replace('_', '-')}" in help_text for field in fields(DataSettings))
 
 
-@pytest.mark.parametrize("name", ["stdlib", "text"])
-def test_the_yaml_files_set_every_setting(name):
-    values = yaml.safe_load((REPO / "conf" / "data" / f"{name}.yaml").read_text())
-    assert {field.name for field in fields(DataSettings)} <= set(values)
-    assert values["source"] == values["name"] == name
+@pytest.mark.parametrize("file", sorted((REPO / "conf" / "data").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_yaml_files_set_what_is_usually_set_and_nothing_unknown(file):
+    values = yaml.safe_load(file.read_text())
+    usual = {"name", "source", "tokenizer", "vocab_size", "validation_share", "root", "seed"}
+    assert usual <= set(values) <= {field.name for field in fields(DataSettings)} | {"defaults", "prompts"}
+    assert values["name"] == file.stem and values["source"] in SOURCES
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.sources import read_documents, stdlib_files, text_files
+from data.records import read_documents
+from data.sources import stdlib_files, text_files
 
 PATTERNS = ["*.txt", "*.md", "*.py"]
 ENOUGH = 10**9

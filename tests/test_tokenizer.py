@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data.sources import read_documents, stdlib_files
+from data.records import read_documents
+from data.sources import stdlib_files
 from data.tokenizer import Tokenizer, _sample, train_tokenizer
 
 VOCAB_SIZE = 1024

@@ -1,0 +1,209 @@
+"""Records in, tokens out: in this process for little, else in as many as there are cores, in the records' order.
+
+A worker is `python -m data.encode`, spoken to through its standard input and output: it shares no memory, lock or
+thread with the process that asks, and ends when that one does, however it does.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.records import Record
+from data.shards import token_dtype
+from data.sources import Document
+from data.tokenizer import Tokenizer
+
+AHEAD = 2  # batches a worker, read and not yet written
+PAIR, TEXT = "no JSON object with the texts prompt and response", "without a text"
+
+
+class Batch(NamedTuple):
+    """Records, and how many bytes of the files were read up to their end."""
+
+    records: list[Record]
+    done_bytes: int
+
+
+class Encoded(NamedTuple):
+    """The documents of a batch: `tokens` (n,) of all, each between bos and eos, and for every one its name, its
+    number of tokens, its text's bytes, how many tokens of a prompt it begins with, and the digest of its content.
+
+    `files` has for each document which file it is from. `problems` are the records that gave none.
+    """
+
+    tokens: np.ndarray
+    names: list[str]
+    lengths: list[int]
+    text_bytes: list[int]
+    given: list[int]
+    digests: list[bytes]
+    files: list[int]
+    problems: list[Record]
+
+
+class Parser:
+    """What a record holds: a text, or JSON with a text in `column`, or, with `pairs`, with a prompt and a response."""
+
+    def __init__(self, column: str, pairs: bool = False) -> None:
+        self.column, self.pairs = column, pairs
+
+    def __call__(self, record: Record) -> Document | str:
+        """The record's document, or why there is none."""
+        if record.content is None:
+            return record.problem
+        if isinstance(record.content, str):
+            return Document(record.name, record.content)
+        try:
+            entry = json.loads(record.content)
+            if self.pairs:
+                prompt, response = entry["prompt"], entry["response"]
+                (prompt + response).encode()
+                return Document(record.name, prompt + response, len(prompt)) if response else "without a response"
+            text = entry[self.column]
+            text.encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # also what UTF-8 cannot hold
+            return PAIR if self.pairs else TEXT
+        return Document(record.name, text) if text else TEXT
+
+
+def digest(document: Document) -> bytes:
+    """Of what a document says, whatever its name."""
+    prompt = f"\0{document.given}" if document.given else ""
+    return hashlib.sha256((document.text + prompt).encode()).digest()
+
+
+class Encoder:
+    """Batches of records to tokens, in this process, on `threads` (all cores, when None)."""
+
+    def __init__(self, tokenizer: Tokenizer, parse: Parser, threads: int | None = None) -> None:
+        self._tokenizer, self._parse, self._threads = tokenizer, parse, threads
+
+    def __call__(self, records: list[Record]) -> Encoded:
+        parsed = [(record, self._parse(record)) for record in records]
+        documents = [(record.file, found) for record, found in parsed if isinstance(found, Document)]
+        problems = [record._replace(content=None, problem=found) for record, found in parsed if isinstance(found, str)]
+        texts = [document.text[document.given :] for _, document in documents]
+        encoded = self._tokenizer.encode_batch(texts, self._threads)
+        given = [np.empty(0, np.int32) for _ in documents]
+        if self._parse.pairs:
+            given = self._tokenizer.encode_batch([d.text[: d.given] for _, d in documents], self._threads)
+        bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
+        parts = [part for prompt, tokens in zip(given, encoded, strict=True) for part in (bos, prompt, tokens, eos)]
+        return Encoded(
+            tokens=np.concatenate([*parts, []]).astype(token_dtype(self._tokenizer.vocab_size)),
+            names=[document.name for _, document in documents],
+            lengths=[2 + len(prompt) + len(tokens) for prompt, tokens in zip(given, encoded, strict=True)],
+            text_bytes=[len(document.text.encode()) for _, document in documents],
+            given=[len(prompt) for prompt in given],
+            digests=[digest(document) for _, document in documents],
+            files=[file for file, _ in documents],
+            problems=problems,
+        )
+
+
+@contextmanager
+def encoders(tokenizer: Path, special: dict[str, str], parse: Parser, workers: int) -> Iterator["Workers"]:
+    """The function that maps batches to tokens on `workers` processes."""
+    pool = Workers(tokenizer, special, parse, workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+class Workers:
+    """Maps batches to tokens, in order, holding but a few of them; with one worker in this process.
+
+    Raises OSError when a worker ends before its time.
+    """
+
+    def __init__(self, tokenizer: Path, special: dict[str, str], parse: Parser, count: int) -> None:
+        self._count = count
+        if count == 1:
+            self._here = Encoder(Tokenizer(tokenizer, **special), parse)
+            return
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+        environment = os.environ | {"PYTHONPATH": path}
+        command = [sys.executable, "-m", "data.encode"]
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment, "start_new_session": True}
+        self._processes: list[subprocess.Popen] = [subprocess.Popen(command, **pipe) for _ in range(count)]  # type: ignore[call-overload]
+        self._free: SimpleQueue[subprocess.Popen] = SimpleQueue()
+        for process in self._processes:
+            self._free.put(process)
+            _send(process, (str(tokenizer), special, parse))
+        self._threads = ThreadPoolExecutor(count)
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
+        if self._count == 1:
+            yield from ((batch, self._here(batch.records)) for batch in batches)
+            return
+        waiting: deque[tuple[Batch, Future[Encoded]]] = deque()
+        for batch in batches:
+            waiting.append((batch, self._threads.submit(self._encode, batch.records)))
+            if len(waiting) >= AHEAD * self._count:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+
+    def _encode(self, records: list[Record]) -> Encoded:
+        process = self._free.get()
+        try:
+            _send(process, records)
+            return pickle.load(process.stdout)  # type: ignore[arg-type]
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            raise OSError(
+                f"a process that tokenises ended with code {process.wait()}; with too little memory, lower data.workers"
+            ) from None
+        finally:
+            self._free.put(process)
+
+    def close(self) -> None:
+        if self._count == 1:
+            return
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.communicate()
+
+
+def _send(process: subprocess.Popen, what: Any) -> None:
+    assert process.stdin
+    pickle.dump(what, process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+    process.stdin.flush()
+
+
+def main() -> None:
+    """Answer every list of records with its tokens until the asking process is gone."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    questions = sys.stdin.buffer
+    try:
+        path, special, parse = pickle.load(questions)
+        encode = Encoder(Tokenizer(path, **special), parse, threads=1)
+        while True:
+            pickle.dump(encode(pickle.load(questions)), answers, protocol=pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    from data import encode as this  # whose classes are then those of the process that asks
+
+    this.main()
