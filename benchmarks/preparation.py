@@ -1,0 +1,100 @@
+"""How fast a corpus is prepared, against sentencepiece alone on the same cores, and in how much memory.
+
+Files in C4's own format are made of the standard library's source. sentencepiece alone encodes the same texts, held in
+memory, on as many threads as there are cores.
+
+    python -m benchmarks.preparation --megabytes 20 200
+"""
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import sentencepiece
+
+from data.records import read_documents
+from data.settings import DataSettings
+from data.sources import stdlib_files
+from data.tokenizer import train_tokenizer
+
+VOCAB_SIZE = 4096
+CHARS = 2200  # of a document, about as in C4
+
+
+def texts(megabytes: int) -> list[str]:
+    """Documents of real text, so many megabytes of it in all."""
+    whole = "".join(document.text for document in read_documents(stdlib_files(30_000_000), {}))
+    copies = -(-megabytes * 10**6 // len(whole))
+    parts = [whole[start : start + CHARS] for start in range(0, len(whole), CHARS)]
+    return [f"{copy}\n{part}" for copy in range(copies) for part in parts][: megabytes * 10**6 // CHARS]
+
+
+def write_c4(folder: Path, documents: list[str]) -> None:
+    """One large training file, and a small one for validation."""
+    folder.mkdir()
+    for name, part in (("c4-train.00000-of-00001", documents), ("c4-validation.00000-of-00001", documents[:50])):
+        with gzip.open(folder / f"{name}.json.gz", "wt", compresslevel=1) as file:
+            file.writelines(json.dumps({"text": text, "url": "http://a"}) + "\n" for text in part)
+
+
+def alone(model: Path, documents: list[str]) -> float:
+    """Seconds that sentencepiece takes for the documents on all cores."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    start = time.perf_counter()
+    for first in range(0, len(documents), 2000):
+        processor.encode_as_numpy(documents[first : first + 2000], num_threads=os.cpu_count())
+    return time.perf_counter() - start
+
+
+def prepared(settings: DataSettings) -> tuple[float, int, int]:
+    """(seconds, bytes of the process at the most, of the largest worker) of preparing, in a process of its own."""
+    script = (
+        "import json, sys, time, resource\n"
+        "from data.prepare import prepare, DataSettings\n"
+        "start = time.perf_counter()\n"
+        "prepare(DataSettings(**json.loads(sys.argv[1])))\n"
+        "usage = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
+        "print(json.dumps([time.perf_counter() - start, *usage]))\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(vars(settings))]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, own, workers = json.loads(result.stdout.splitlines()[-1])
+    return seconds, own * 1024, workers * 1024
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.preparation", description=__doc__.partition("\n")[0])
+    p.add_argument("--megabytes", type=int, nargs="+", default=[20, 200], help="of text (default: 20 200)")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = folder / "tokenizer.model"
+        train_tokenizer(texts(5), model, VOCAB_SIZE, seed=0)
+        print(
+            f"{'text':>8}  {'sentencepiece alone':>19}  {'preparation':>14}  {'share':>5}  peak memory, largest worker"
+        )
+        for megabytes in args.megabytes:
+            documents = texts(megabytes)
+            size = sum(len(text.encode()) for text in documents) / 1e6
+            write_c4(folder / str(megabytes), documents)
+            bare = alone(model, documents)
+            del documents
+            settings = DataSettings(
+                name="c4", source="c4", paths=[str(folder / str(megabytes))], patterns=["*.json.gz"],
+                tokenizer=str(model), vocab_size=VOCAB_SIZE, root=str(folder / "prepared"), max_bytes=2**62,
+            )  # fmt: skip
+            seconds, own, worker = prepared(settings)
+            print(
+                f"{size:5.0f} MB  {size / bare:14.2f} MB/s  {size / seconds:9.2f} MB/s  {bare / seconds:5.2f}"
+                f"  {own / 2**20:.0f} MiB, {worker / 2**20:.0f} MiB"
+            )
+
+
+if __name__ == "__main__":
+    main()
