@@ -176,7 +176,7 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
         for colour, trials in enumerate(topics.values()):
             for t in sorted(trials, key=lambda t: t.loss):
                 axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
-                labels.append(t.setting)
+                labels.append(t.setting.removeprefix("optim=grass ").replace("optim.", ""))
         for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
             losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
             if losses:
@@ -205,6 +205,8 @@ def write(study: dict[str, Any], records: list[Record]) -> None:
         "are no measurement.",
         "",
         "![every trial's final loss](ablation.png)",
+        "",
+        "The picture has a colour for each table below; settings without `optim=` are of `optim=grass`.",
         "",
     ]
     for name, topics in stages.items():

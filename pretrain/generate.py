@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -161,8 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             serve(writer, args.port)
             return
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        print(args.prompt, end="", flush=True)
-        for piece in writer.write(args.prompt, args.tokens, sampling, args.stop):
+        pieces = writer.write(args.prompt, args.tokens, sampling, args.stop)
+        first = next(pieces, "")  # before the prompt is shown: what the model has to say of itself comes ahead of both
+        for piece in chain([args.prompt, first], pieces):
             print(piece, end="", flush=True)
     print()
     print(writer.speed, file=sys.stderr)

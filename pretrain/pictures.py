@@ -68,7 +68,7 @@ def curves(
         if log:
             _logarithmic(axes)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
         axes.xaxis.set_major_formatter(EngFormatter(sep="") if over == "tokens" else FuncFormatter(_plain))
         axes.set_xlabel("tokens" if over == "tokens" else "minutes of training")
         axes.set_title(label, loc="left", fontsize=9, color="#444444")

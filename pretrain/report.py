@@ -30,8 +30,11 @@ p, figcaption { color: #444; } figure { margin: 0; } img { width: 100%; height: 
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; white-space: nowrap; }
 th, td { padding: .25em .8em .25em 0; text-align: right; border-bottom: 1px solid #e6e6e6; }
 th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 .best { font-weight: 700; } pre { overflow-x: auto; background: #f6f6f6; padding: .8em; font-size: .85em; }
-summary { cursor: pointer; margin: .4em 0; }
+summary { cursor: pointer; margin: .4em 0; overflow-wrap: anywhere; }
+@media (max-width: 600px) { body { font-size: 15px; } table { font-size: .8em; } h2, li { overflow-wrap: anywhere; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7em; } }
 """
 
 

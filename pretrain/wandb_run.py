@@ -6,6 +6,7 @@ The x axis of every chart is ``tokens``. A resumed run goes on with the same W&B
 import logging
 import netrc
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,10 @@ class WandbRun:
             except Exception as error:  # no network, no rights, a broken install: the run goes on without
                 logger.warning("W&B could not start %s: %s", attempt, error)
             else:
-                where = "" if attempt == "online" else f"; it goes online by: wandb sync {folder}/wandb/offline-run-*"
+                program = os.path.relpath(Path(sys.executable).with_name("wandb"))
+                where = (
+                    "" if attempt == "online" else f"; it goes online by: {program} sync {folder}/wandb/offline-run-*"
+                )
                 logger.info("W&B is %s%s", attempt, where)
                 return
 

@@ -160,7 +160,6 @@ def test_tokens_arrive_in_a_browser(server, writer, browser):
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
     page.goto(server)
     page.fill("#prompt", "class A")
     page.fill("#tokens", "60")

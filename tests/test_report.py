@@ -173,3 +173,7 @@ def test_a_browser_shows_the_page_without_a_word_on_its_console(runs, tmp_path, 
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(write_report([runs], tmp_path / "report").as_uri())
     assert page.locator("h1").is_visible() and said == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    images = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.clientWidth])")
+    assert len(images) == len(PICTURES) + 2
+    assert all(natural > 1.9 * shown > 0.75 * 1.9 * width for natural, shown in images)  # sharp, and as wide as may be
