@@ -231,7 +231,7 @@ class Llama(nn.Module):
             elif name.endswith("weight"):
                 generator = torch.Generator().manual_seed(key(seed, "init", name))
                 draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
-                fill_weight(self, name, draw * self.initializer_range)
+                fill_weight(self, name, draw.mul_(self.initializer_range))
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
         """Cast the parameters in place, norm weights to no less than fp32: near 1, bf16 steps by 2⁻⁸."""

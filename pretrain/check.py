@@ -130,7 +130,11 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
 def _estimate_problems(estimate: EstimateConfig) -> list[str]:
     problems = _one_of("estimate.format", estimate.format, ("table", "json"))
     problems += _at_least(1, "estimate", estimate, "devices")
-    problems += _at_least(0, "estimate", estimate, "context_gib", "allocator_overhead", "device_memory_gib")
+    problems += _at_least(0, "estimate", estimate, "context_gib", "allocator_overhead")
+    if estimate.device_memory_gib is not None and not estimate.device_memory_gib > 0:
+        problems.append(
+            f"estimate.device_memory_gib={estimate.device_memory_gib:g} must be greater than 0, or null for no limit"
+        )
     return problems
 
 

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from models.int8_weight import whole
+from optim.grass import block_of
 from pretrain.build import Optimization
 from pretrain.distributed import World
 
@@ -110,16 +112,21 @@ def load(path: Path, model: nn.Module, optim: Optimization) -> None:
     tensors = tensors_of(model, optim)
     if unlike := sorted(tensors.keys() ^ stored.keys()):
         raise ValueError(f"{path} is not of this model and optimizer: {', '.join(unlike[:4])} …")
+    _fill(path, reader, tensors, no_dist=not torch.distributed.is_initialized())
+
+
+def _fill(path: Path, reader: dcp.HuggingFaceStorageReader, tensors: dict[str, Tensor], no_dist: bool) -> None:
+    """Copy into ``tensors`` what the checkpoint has by their names, one at a time."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
         try:
-            dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+            dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
         except (SafetensorError, dcp.api.CheckpointException) as error:
             raise _damaged(path, error) from None
 
 
-def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's weights of these names, and nothing else of the checkpoint at ``path``, on the CPU.
+def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights of these names, and nothing else of the checkpoint at ``path``: read a block at a time.
 
     Those that a run kept in 8 bits come whole, in ``dtype``; the others as they are.
 
@@ -130,19 +137,24 @@ def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> dict[str, 
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         stored = reader.read_metadata().state_dict_metadata
-        if absent := [name for name in names if f"model.{name}" not in stored]:
-            raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
-        layers = [name.removesuffix(".weight") for name in names if f"model.{name}_step" in stored]  # in 8 bits
-        parts = [f"{layer}.{part}" for layer in layers for part in INT8_PARTS]
-        tensors = {}
-        for name in [*names, *parts]:
-            entry: Any = stored[f"model.{name}"]
-            tensors[f"model.{name}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (SafetensorError, dcp.api.CheckpointException) as error:
+    except SafetensorError as error:
         raise _damaged(path, error) from None
+    if absent := [name for name in names if f"model.{name}" not in stored]:
+        raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
+    for _, block in groupby(names, block_of):
+        yield from _read_together(path, reader, stored, list(block), dtype).items()
+
+
+def _read_together(
+    path: Path, reader: dcp.HuggingFaceStorageReader, stored: Mapping[str, Any], names: list[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    layers = [name.removesuffix(".weight") for name in names if f"model.{name}_step" in stored]  # in 8 bits
+    parts = [f"{layer}.{part}" for layer in layers for part in INT8_PARTS]
+    tensors = {}
+    for name in [*names, *parts]:
+        entry = stored[f"model.{name}"]
+        tensors[f"model.{name}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _fill(path, reader, tensors, no_dist=True)
     for layer in layers:
         step, rows, index = (tensors.pop(f"model.{layer}.{part}") for part in INT8_PARTS)
         codes = tensors[f"model.{layer}.weight"]

@@ -32,7 +32,7 @@ def dry_run(config: Config, world_size: int) -> None:
         print(f"{name:<18}  {text}")
     for change in changes:
         print(f"changed since the run began: {change}")
-    require_fit(config, found)
+    require_fit(config, found, refresh)
 
 
 def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pretrain.config import Config, ConfigError, load, to_config
 from pretrain.preflight import clear_errors, only_asks_hydra
 from pretrain.walk import COMPONENTS, MODEL, Seen, micro_batch_size
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 MANY = 2**16
 MENDS = {
     "weights": "train.dtype=bfloat16, optim.int8_weights=true with optim=grass, train.parallel=fsdp on several "
@@ -105,17 +105,22 @@ def largest_micro_batch(config: Config, seen: Seen) -> int:
     """The most sequences a device can take at once, in a run that accumulates if ``config`` does; 0 when not even one.
 
     A stretch of a step holds a fixed number of bytes and some for each sequence, or nearly so: ``seen``, the walk of
-    ``config``, and one with a sequence more tell the answer, and two more walks whether it is right.
+    ``config``, and one with a sequence more point to the answer, from where two more walks do the same. It is the
+    answer once it has been seen to fit, and one more not to.
     """
-    size = micro_batch_size(config)
-    for _ in range(8):
+    size, fits, too_many = micro_batch_size(config), 0, MANY
+    while True:
         one_more = walk_all(_with_micro_batch(config, size + 1), verify=False)
         room = min(_room(config, held.total(), one_more[name].total()) for name, held in seen.items() if name != MODEL)
-        if room == 0 or (size == 1 and room < 0):
-            return size if room == 0 else 0
-        size = max(size + room, 1)
+        if room < 0:
+            too_many = min(too_many, size)
+        else:
+            fits = max(fits, size)
+            too_many = min(too_many, size + 1) if room == 0 else too_many
+        if fits + 1 >= too_many:
+            return fits
+        size = min(max(size + room, fits + 1), too_many - 1)
         seen = walk_all(_with_micro_batch(config, size), verify=False)
-    return size
 
 
 def _room(config: Config, held: int, with_one_more: int) -> int:
@@ -132,49 +137,81 @@ def _with_micro_batch(config: Config, size: int) -> Config:
     return replace(config, train=replace(train, micro_batch_size=size, tokens_per_step=tokens))
 
 
-def require_fit(config: Config, found: Estimate) -> None:
-    """Raise ConfigError when the run does not fit the device: what holds the most, and what to change."""
+def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> None:
+    """Raise ConfigError when the run does not fit the device: what holds the most, and what to change.
+
+    Args:
+        refresh: components of the refresh's peak.
+    """
     peak = max(found.peak_bytes, found.refresh_peak_bytes)
-    if needed(config, peak) <= limit(config):
+    if _fits(config, peak):
         return
-    others = {name: size for name, size in found.components.items() if name != "weights"}
-    blame = (
-        "weights" if found.components["weights"] > 0.8 * limit(config) else max(others, key=lambda name: others[name])
-    )
-    verb = "are" if blame.endswith("s") else "is"
+    components, blame = _to_blame(config, found, refresh)
     mend = f"try {MENDS[blame]}"
-    if found.max_micro_batch_size:
-        mend = f"set train.micro_batch_size={found.max_micro_batch_size}"
+    if found.max_micro_batch_size and (size := _smaller_micro_batch(config, found.max_micro_batch_size)):
+        mend = f"set train.micro_batch_size={size}"
     raise ConfigError(
         f"the run does not fit: it takes {needed(config, peak) / GIB:.2f} GiB of estimate.device_memory_gib="
-        f"{config.estimate.device_memory_gib:g}; the {blame.replace('_', ' ')} {verb} to blame with "
-        f"{found.components[blame] / GIB:.2f} GiB: {mend}"
+        f"{config.estimate.device_memory_gib:g}; the {blame.replace('_', ' ')} {'are' if blame.endswith('s') else 'is'}"
+        f" to blame with {components[blame] / GIB:.2f} GiB: {mend}"
     )
+
+
+def _fits(config: Config, peak: int) -> bool:
+    return needed(config, peak) <= limit(config)
+
+
+def _to_blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[dict[str, int], str]:
+    """Components of a peak that does not fit, and the one to blame for it."""
+    if _fits(config, found.peak_bytes):
+        grown = max(refresh, key=lambda name: refresh[name] - found.components[name])
+        return refresh, "sketch" if refresh["sketch"] else grown
+    others = {name: size for name, size in found.components.items() if name != "weights"}
+    alone = found.components["weights"] > 0.8 * limit(config)
+    return found.components, "weights" if alone else max(others, key=lambda name: others[name])
+
+
+def _smaller_micro_batch(config: Config, most: int) -> int:
+    """The largest micro-batch up to ``most`` with which the same step fits, accumulated; 0 if none does."""
+    share = config.train.tokens_per_step // (config.train.seq_len * config.estimate.devices)
+    for size in range(min(most, micro_batch_size(config) - 1), 0, -1):
+        smaller = replace(config, train=replace(config.train, micro_batch_size=size))
+        if share % size == 0 and _fits(config, _peak(walk_all(smaller, verify=False))):
+            return size
+    return 0
+
+
+def _peak(seen: Seen) -> int:
+    return max(highest(seen, step).total() for step in ("regular", "refresh"))
 
 
 def print_table(config: Config, found: Estimate, refresh: dict[str, int]) -> None:
-    table = Table("GiB", "a step", "a refresh")
-    for name, size in found.components.items():
-        table.add_row(name.replace("_", " "), f"{size / GIB:.2f}", f"{refresh[name] / GIB:.2f}")
     peaks = found.peak_bytes, found.refresh_peak_bytes
-    table.add_row("peak", *(f"{peak / GIB:.2f}" for peak in peaks))
-    table.add_row("on the device", *(f"{needed(config, peak) / GIB:.2f}" for peak in peaks))
+    name_of_unit, unit = ("GiB", GIB) if max(peaks) >= GIB else ("MiB", MIB)
+    table = Table(name_of_unit, "a step", "a refresh")
+    for name, size in found.components.items():
+        if size or refresh[name]:
+            table.add_row(name.replace("_", " "), f"{size / unit:.2f}", f"{refresh[name] / unit:.2f}")
+    table.add_row("peak", *(f"{peak / unit:.2f}" for peak in peaks))
+    table.add_row("on the device", *(f"{needed(config, peak) / unit:.2f}" for peak in peaks))
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{found.parameters / 1e6:,.0f}M parameters, {found.flops_per_token / 1e9:,.2f} GFLOPs a token")
-    regular, refreshed = found.communicated_bytes_per_step, found.communicated_bytes_per_refresh
-    console.print(f"{regular / GIB:.3f} GiB communicated a step, {refreshed / GIB:.3f} with a refresh")
+    if config.estimate.devices > 1:
+        regular, refreshed = found.communicated_bytes_per_step, found.communicated_bytes_per_refresh
+        console.print(f"{regular / unit:.3f} {name_of_unit} communicated a step, {refreshed / unit:.3f} with a refresh")
     if found.max_micro_batch_size is not None:
         console.print(f"largest micro-batch in {config.estimate.device_memory_gib:g} GiB: {found.max_micro_batch_size}")
 
 
 def run(config: Config) -> None:
-    found, refresh = estimate(config)
+    with Console(stderr=True).status("walking through the steps of the run …"):  # on a terminal alone
+        found, refresh = estimate(config)
     if config.estimate.format == "json":
         print(json.dumps(asdict(found)))
     else:
         print_table(config, found, refresh)
-    require_fit(config, found)
+    require_fit(config, found, refresh)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

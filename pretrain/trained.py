@@ -138,7 +138,7 @@ def _of_checkpoint(path: Path) -> Trained:
     def weights() -> Iterable[tuple[str, Tensor]]:
         with torch.device("meta"):
             names = [name for name, _ in Llama(**arguments).named_parameters()]  # a tied head once
-        return checkpoint.read_weights(path, names, dtype).items()
+        return checkpoint.read_weights(path, names, dtype)
 
     train, dtype = config["train"], DTYPES[config["train"]["dtype"]]
     return Trained(path, arguments, dtype, train["seq_len"], weights, lambda: _tokenizer_of(run, path, config))

@@ -199,17 +199,33 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
         (["model=llama_1b", "estimate.device_memory_gib=4"], "the weights are to blame with 4.99 GiB.*bfloat16"),
         (["model=llama_130m", "optim=adamw", "train.micro_batch_size=1", "train.seq_len=64",
           "estimate.device_memory_gib=2"], "optimizer state is to blame.*optim=grass, optim.embedding_inner="),
-        (["model.num_hidden_layers=1", "train.seq_len=1024", "train.tokens_per_step=65536", "estimate.context_gib=0",
-          "estimate.device_memory_gib=1"], "set train.micro_batch_size="),
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
         (["model.attention=flash"], "flash-attn needs a CUDA device"),
         (["estimate.devices=0"], "estimate.devices=0 must be at least 1"),
+        (["estimate.device_memory_gib=0"], "estimate.device_memory_gib=0 must be greater than 0, or null for no limit"),
         (["estimate.format=xml"], "choose from table, json"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_cause_and_mend(overrides, message, capsys):
     with pytest.raises(ConfigError, match=message):
         run(load(overrides))
+
+
+def test_the_micro_batch_that_is_advised_divides_the_step_and_fits():
+    """Though a run that accumulates holds its gradients besides: what fits without is 17 sequences of the 64."""
+    base = ["model.num_hidden_layers=1", "train.seq_len=1024", "train.tokens_per_step=65536", "estimate.context_gib=0"]
+    with pytest.raises(ConfigError, match=r"the activations are to blame .*: set train.micro_batch_size=16$"):
+        run(load([*base, "estimate.device_memory_gib=1.3"]))
+    run(load([*base, "estimate.device_memory_gib=1.3", "train.micro_batch_size=16"]))
+
+
+def test_where_only_a_refresh_does_not_fit_the_sketch_is_to_blame():
+    wide = ["optim.sketch_width=512", "model.num_hidden_layers=2", "train.micro_batch_size=1"]
+    found, _ = estimate(tiny(*wide))
+    between = (found.peak_bytes + found.refresh_peak_bytes) / 2 / GIB
+    exact = ["estimate.context_gib=0", "estimate.allocator_overhead=0", f"estimate.device_memory_gib={between}"]
+    with pytest.raises(ConfigError, match=r"the sketch is to blame .* try a smaller optim.sketch_width"):
+        run(tiny(*wide, *exact))
 
 
 COLUMNS = ("optim.side=columns", "optim.share_index=true", "optim.stagger=auto", "optim.refresh_every=50")

@@ -62,6 +62,19 @@ def test_loss_and_gradients_equal_the_plain_path(head, dtype, chunk):
         assert (ours[name] - gradient).norm() <= rounding * gradient.norm(), name
 
 
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_a_head_under_grass_gets_the_selected_slice_of_the_plain_head_s_gradient(side):
+    plain, ours = build(dtype=torch.float64), build(side, torch.float64)
+    (_, expected), (_, gradients) = loss_and_gradients(plain), loss_and_gradients(ours)
+    head = ours.lm_head
+    expected["lm_head.rows"] = expected.pop("lm_head.weight").index_select(head.dim, head.index)
+    del gradients["probe"]
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_logits_of_all_tokens_are_never_there_at_once(head, dtype):

@@ -1,4 +1,6 @@
-"""The table of what methods hold, from rows worked by hand; the rows in docs/ are whole."""
+"""The table of what methods hold, from rows worked by hand; rows in docs/ are whole, and tests named there exist."""
+
+import re
 
 from benchmarks.memory_table import FOLDER, METHODS, PAPER, SIZES, known, table
 from pretrain.estimate import GIB
@@ -18,3 +20,10 @@ def test_the_documents_show_every_row_that_was_estimated():
     page = (FOLDER / "memory.md").read_text()
     ordered = {(size, method): rows[size, method] for size in SIZES for method in METHODS}
     assert table(ordered) in page
+
+
+def test_every_test_that_the_documents_name_exists(root):
+    named = set(re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (FOLDER / "memory.md").read_text()))
+    assert len(named) > 15
+    for file, test in named:
+        assert not test or re.search(rf"^def {test}\(", (root / file).read_text(), re.M), f"{file}::{test}"
