@@ -47,13 +47,16 @@ def curves(
 ) -> Figure | None:  # fmt: skip
     """``key`` of each group against ``over``: the mean of its seeds in a band from the least to the greatest.
 
-    Returns None when no run holds ``key``. ``log`` makes both axes logarithmic; ``smoothed`` leaves the points as
-    they are visible behind a moving average.
+    Returns None when no run holds ``key``. ``log`` makes both axes logarithmic, which leaves out what was before the
+    first step; ``smoothed`` leaves the points as they are visible behind a moving average.
     """
+    log = log and any((run.series(key, over)[0] > 0).any() for runs in groups.values() for run in runs)
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(width, 0.42 if width == "wide" else 0.8)
         for colour, (name, runs) in zip(_colours(len(groups)), groups.items(), strict=True):
-            series = [(x, y * scale) for x, y in (run.series(key, over) for run in runs) if len(x)]
+            series = [(x, y * scale) for x, y in (run.series(key, over) for run in runs)]
+            series = [(x[x > 0], y[x > 0]) if log else (x, y) for x, y in series]
+            series = [(x, y) for x, y in series if len(x)]
             if not series:
                 continue
             if smoothed and len(groups) <= 4:
@@ -129,7 +132,8 @@ def _logarithmic(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.minorticks_off()
-    axes.xaxis.set_major_locator(LogLocator(subs=[1, 2, 5]))
+    least, most = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 4, 6] if most < 8 * least else [1, 2, 5]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
 

@@ -73,9 +73,9 @@ def _curves(groups: dict[str, list[RunData]]) -> list[tuple[str, str, str, Draw]
         ("loss-time", "Training loss against time", "The time of training steps: validation and saving are left out.",
          draw("train/loss", "nats a token", over="minutes", log=True, smoothed=True)),
         ("validation-tokens", "Validation loss against tokens", "",
-         draw("val/loss", "nats a token", marker="o")),
+         draw("val/loss", "nats a token", log=True, marker="o")),
         ("validation-time", "Validation loss against time", "",
-         draw("val/loss", "nats a token", over="minutes", marker="o")),
+         draw("val/loss", "nats a token", over="minutes", log=True, marker="o")),
         ("captured", "Share of the gradient caught", "The norm of the selected rows' gradient over that of the whole, "
          "as estimated when rows were chosen; the mean over the layers.", draw("grass/captured", "%", scale=100)),
         ("covered", "Rows ever selected", "The mean over the layers.", draw("grass/coverage", "%", scale=100)),

@@ -1,6 +1,7 @@
-"""The commands of the README and the tutorial run as they stand, only smaller, and what the README names exists."""
+"""The commands that a user is told run as they stand, only smaller, and what the README names exists."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from models.llama import Llama
 from pretrain.check import check
-from pretrain.config import CONF, load
+from pretrain.config import CONF, _keys, load
 from pretrain.distributed import World
 from pretrain.interrupt import StopRequest
 from pretrain.preflight import ready
@@ -21,7 +23,11 @@ from pretrain.sweep import combinations, parse
 from pretrain.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README, SETTINGS, TUTORIAL, USING, RUNS, CHOOSING = (
+    (ROOT / name).read_text()
+    for name in ("README.md", *(f"docs/{page}.md" for page in ("settings", "tutorial", "using", "runs", "choosing")))
+)
+PAGES = [README, SETTINGS, TUTORIAL, USING, RUNS, CHOOSING]
 
 
 def commands(text: str) -> list[str]:
@@ -30,16 +36,27 @@ def commands(text: str) -> list[str]:
     return [shlex.join(shlex.split(line, comments=True)) for line in lines if not line.startswith("./test.sh")]
 
 
-COMMANDS = commands(README)
-OF_RUNS = [command for command in COMMANDS if re.search(r"\bruns\b", command)]  # in the order in which they are told
-TRAININGS = [command for command in COMMANDS if command not in OF_RUNS]
-TUTORIAL = commands((ROOT / "docs" / "tutorial.md").read_text())
+def is_of_a_run(command: str) -> bool:
+    """Whether it needs what a command before it left in runs/, or leaves what one behind it needs."""
+    return bool(re.search(r"\bruns\b|run.name=(mine|sympy)", command))
+
+
+PLANS = [c for c in dict.fromkeys(commands(README) + commands(RUNS)) if "dry_run" in c or "estimate" in c]
+FOLLOWED = [c for c in dict.fromkeys(commands(README) + commands(USING)) if is_of_a_run(c)]  # as they are told
+TRAININGS = [c for c in dict.fromkeys(commands(README) + commands(RUNS)) if c not in PLANS and not is_of_a_run(c)]
+CHECKED = [*TRAININGS, *commands(CHOOSING)]
 SMALLER = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
     "train.seq_len=32", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
     "train.eval_sequences=2", "train.sample_tokens=2", "optim.warmup_steps=1", "data.max_bytes=2000000",
     "logger.wandb.mode=disabled",
 ]  # fmt: skip
+
+
+def test_no_command_is_left_out():
+    told = {command for page in PAGES for command in commands(page)}
+    assert told == {*PLANS, *FOLLOWED, *CHECKED, *commands(TUTORIAL)}
+    assert min(map(len, (PLANS, FOLLOWED, TRAININGS, commands(TUTORIAL), commands(CHOOSING)))) > 0
 
 
 def train(command: str, root: Path, prepared: Path) -> None:
@@ -49,10 +66,11 @@ def train(command: str, root: Path, prepared: Path) -> None:
     run([*shlex.split(command), *smaller])
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str]) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def follow(command: str, root: Path, more: list[str]) -> None:
@@ -68,10 +86,21 @@ def follow(command: str, root: Path, more: list[str]) -> None:
 
 def test_what_is_done_with_runs_can_be_done_in_the_order_told(tmp_path, tmp_path_factory):
     prepared = [f"data.root={tmp_path_factory.getbasetemp() / 'readme-prepared'}"]
-    for command in ["./launch.sh", *OF_RUNS]:
-        follow(command, tmp_path, prepared)
-    assert (tmp_path / "exported" / "model.safetensors").exists() and (tmp_path / "continued").exists()
-    assert (tmp_path / "report" / "index.html").exists()
+    pairs = [json.dumps({"prompt": f"{a} + {a} =", "response": f" {2 * a}"}) for a in range(40)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(pairs))
+    for command in ["./launch.sh", *FOLLOWED]:
+        tasks = [f"data.paths=[{tmp_path}/tasks.jsonl]"] if "tasks.jsonl" in command else []
+        follow(command, tmp_path, prepared + tasks)
+    for file in ("mine-exported/model.safetensors", "exported/config.json", "report/index.html"):
+        assert (tmp_path / file).exists(), file
+    for name in ("continued", "tuned"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_plans_are_printed_and_nothing_is_written(command, tmp_path):
+    told = run([*shlex.split(command), *SMALLER, "optim.rank=8", f"run.root={tmp_path}"])
+    assert re.search("memory of a device|largest micro-batch in 24 GiB", told) and not list(tmp_path.iterdir())
 
 
 def test_the_tutorial_can_be_followed(tmp_path):
@@ -80,7 +109,7 @@ def test_the_tutorial_can_be_followed(tmp_path):
         "data.validation_share=0.2",
         f"data.root={tmp_path / 'prepared'}",
     ]
-    plan, *rest = TUTORIAL
+    plan, *rest = commands(TUTORIAL)
     assert plan.endswith("train.dry_run=true")
     check(load([word for word in shlex.split(plan) if "=" in word] + text))
     for command in rest:
@@ -92,7 +121,7 @@ def test_the_tutorial_can_be_followed(tmp_path):
 def test_the_commands_run(command, tmp_path, tmp_path_factory):
     train(command, tmp_path, tmp_path_factory.getbasetemp() / "readme-prepared")
     (folder,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
-    table = README.split("### What you should see")[1].split("## Settings")[0]
+    table = RUNS.split("## What a run leaves")[1].split("##")[0]
     for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
         assert (folder / name).exists() or name in ("wandb/", "selection.jsonl"), name
 
@@ -117,7 +146,7 @@ def test_the_python_block_runs():
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("command", TRAININGS)
+@pytest.mark.parametrize("command", CHECKED)
 def test_the_commands_pass_the_check_as_they_stand(command):
     overrides = [word for word in shlex.split(command) if "=" in word and not word.startswith("--")]
     for job in combinations(parse(overrides)):
@@ -140,6 +169,22 @@ def test_the_tables_name_what_there_is():
     for folder in re.findall(r"^\| `([\w/.]+/|docs/[\w.]+)` \|", README, re.M):
         if folder not in ("checkpoints/", "wandb/"):
             assert (ROOT / folder).exists(), folder
+
+
+def test_every_override_that_is_named_is_there():
+    known = {
+        key for optim in ("grass", "galore", "muon") for key in _keys(OmegaConf.structured(load([f"optim={optim}"])))
+    }
+    groups = "run|train|optim|data|model|logger|estimate|experiment"
+    words = {word for page in PAGES for code in re.findall(r"`([^`\n]+)`", page) for word in code.split()}
+    words.remove("train.log")  # a file
+    named = [
+        re.match(rf"((?:{groups})(?:\.[a-z0-9_]+)*)=(.+)|((?:run|train|optim)(?:\.[a-z_]+)+)$", word) for word in words
+    ]
+    assert sum(map(bool, named)) > 60
+    for key, value in ((match[1] or match[3], match[2]) for match in named if match):
+        options = {path.stem for path in (CONF / key).glob("*.yaml")}
+        assert key in known or value in options, f"{key}={value}"
 
 
 def test_every_test_that_the_docs_name_is_there(root):

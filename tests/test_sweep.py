@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from pretrain.config import ConfigError
 from pretrain.interrupt import EXIT_CODE
+from pretrain.report import write_report
 from pretrain.sweep import begin, job_name, results, run_sweep
 
 SMALL = [
@@ -74,11 +76,24 @@ def git(*arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_of_six_jobs_one_of_which_fails_five_end_well(small, tmp_path):
-    ended = run_sweep([*small, "optim.rank=4,8,33", "train.seed=0,1"], root=str(tmp_path / "six"))
-    assert [job.status for job in ended] == ["finished"] * 4 + ["failed"] * 2
-    ended = run_sweep([*small, "optim.rank=1,2,4,8,16,33"], root=str(tmp_path / "six"), jobs=2)
-    assert [job.status for job in ended] == ["finished"] * 5 + ["failed"]
+def test_of_six_jobs_one_of_which_fails_five_end_well_and_the_report_names_the_sixth(small, tmp_path):
+    six = [o for o in small if o != "optim.rank=8"] + [
+        "optim.rank=1,2,4,8,16,33",
+        f"run.root={tmp_path}",
+        "run.name=six",
+    ]
+    process = sweep(six, stdout=subprocess.PIPE)
+    table = process.communicate(timeout=900)[0].splitlines()
+    assert process.returncode == 1
+    assert [line.split()[1] for line in table] == ["finished"] * 5 + ["failed"]
+    assert "optim.rank=33 must be between 1 and 32" in table[-1] and all(
+        "validation loss" in line for line in table[:5]
+    )
+    assert len(list(tmp_path.glob("six/*/summary.json"))) == 5
+    page = write_report([tmp_path / "six"], tmp_path / "report").read_text()
+    assert "<h1>5 runs</h1>" in page and page.count("<h2>Failed</h2>") == 1
+    (failure,) = re.findall("<li>(.*?)</li>", page)
+    assert failure.startswith("rank-33") and "optim.rank=33 must be between 1 and 32" in failure
 
 
 @pytest.mark.slow
