@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from data.corpus import Corpus
 from data.records import PART_CHARS
-from data.settings import FORMAT, DataSettings, examine, identity
+from data.settings import FORMAT, DataSettings, examine, identity, meanings
 from data.shards import COUNTS, Tokens, sha256, token_dtype
 from data.sources import SourceFile
 from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer, train_tokenizer
@@ -289,21 +289,23 @@ def _hash(*parts: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Prepare a corpus by hand.")
-    defaults = DataSettings()
+    about = "Prepare a corpus by hand, as a run with the same settings (data.*) does by itself."
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=about)
+    defaults, meaning = DataSettings(), meanings()
     for entry in fields(DataSettings):
         default = getattr(defaults, entry.name)
         several, flag = isinstance(default, list), f"--{entry.name.replace('_', '-')}"
         if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=meaning[entry.name])
             continue
+        shown = " ".join(default) if several else default
         (kind,) = [t for t in get_args(entry.type) or (entry.type,) if t is not type(None)]
         parser.add_argument(
             flag,
             type=str if several else kind,
             nargs="*" if several else None,
             default=default,
-            help=f"default: {' '.join(default) if several else default}",
+            help=(meaning[entry.name] + (f" Default: {shown}" if shown else "")).replace("%", "%%"),
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

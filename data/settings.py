@@ -1,7 +1,10 @@
 """What a corpus is made of and how it is tokenised: the settings, and the check that finds all that is wrong."""
 
+import ast
+import inspect
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,9 @@ class DataSettings:
     dataset_name: str | None = None
     """Which of the dataset's configurations."""
     dataset_split: str = "train"
+    """Which of the dataset's parts."""
     dataset_revision: str | None = None
+    """A commit of the hub's."""
     streaming: bool = True
     """Read the dataset as it comes, without a copy of it on this machine."""
     tokenizer: str | None = None
@@ -60,6 +65,20 @@ class DataSettings:
     """Tokens in a shard of the preparation; one more begins behind the document that reaches them."""
     workers: int | None = None
     """Processes that tokenise; none: as many as there are cores."""
+
+
+def meanings() -> dict[str, str]:
+    """What each setting is, in the words of the class above."""
+    (settings,) = ast.parse(inspect.getsource(DataSettings)).body
+    assert isinstance(settings, ast.ClassDef)
+    return {
+        a.target.id: inspect.cleandoc(str(b.value.value)).replace("`", "")
+        for a, b in pairwise(settings.body)
+        if isinstance(a, ast.AnnAssign)
+        and isinstance(a.target, ast.Name)
+        and isinstance(b, ast.Expr)
+        and isinstance(b.value, ast.Constant)
+    }
 
 
 def problems(settings: DataSettings) -> list[str]:

@@ -5,9 +5,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
+from data import prepare
+from data.settings import DataSettings, meanings
 from pretrain.config import CONF, load
 
 
@@ -47,3 +50,13 @@ def test_what_takes_a_run_tells_every_option(module, monkeypatch, capsys):
     usage, options = text.split("\n\n")[0], text.split("options:")[1]
     for option in re.findall(r"--[a-z-]+", usage):
         assert re.search(rf"^  .*{option}\b.*\s+\w+", options, re.M), option
+
+
+def test_preparation_tells_what_each_setting_is(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare", "--help"])
+    with pytest.raises(SystemExit):
+        prepare.main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert meanings().keys() == {entry.name for entry in fields(DataSettings)}
+    for meaning in meanings().values():
+        assert " ".join(meaning.split()) in text
