@@ -1,12 +1,14 @@
 """How much longer a step with a refresh takes than a regular one: steps in turn, medians.
 
-python -m benchmarks.refresh_time                       # llama_60m, rank 128, sketch
+python -m benchmarks.refresh_time                       # llama_60m, rank 128, sketch; all layers refresh at once
 python -m benchmarks.refresh_time optim.score=exact     # any overrides of the training command
+python -m benchmarks.refresh_time --as-set --pairs 20   # as the settings have it, beside a run that never refreshes
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -23,11 +25,29 @@ TOGETHER = ["optim.refresh_every=2", "optim.probe_steps=1", "optim.stagger=false
 
 
 def measure(overrides: list[str], pairs: int) -> dict[str, float]:
-    """Median seconds of a regular and of a refresh step, which take turns, and the median of the ratios of neighbours.
+    """Median seconds of a regular and a refresh step, which take turns, and the median of the ratios of neighbours."""
+    timed = timed_step([*overrides, *TOGETHER])
+    regular, refresh = zip(*[(timed(), timed()) for _ in range(pairs + 2)][2:], strict=True)  # two to warm up
+    ratios = [slow / plain for plain, slow in zip(regular, refresh, strict=True)]
+    return {"regular_s": median(regular), "refresh_s": median(refresh), "ratio": median(ratios)}
 
-    Seconds are the process' own on all of its threads, where the device is a CPU: what else is at work counts less.
+
+def measure_as_set(overrides: list[str], pairs: int) -> dict[str, float]:
+    """Median seconds of a step of two runs that take turns, and the ratio of their sums: as set, and with frozen rows.
+
+    Where blocks take turns every step may gather scores of some, and none is regular; whole windows say what it costs.
     """
-    config = load([*SHAPE, *overrides, *TOGETHER])
+    frozen, as_set = (timed_step([*overrides, *more]) for more in (["optim.selection=frozen"], []))
+    plain, whole = zip(*[(frozen(), as_set()) for _ in range(pairs + 2)][2:], strict=True)
+    return {"frozen_s": median(plain), "as_set_s": median(whole), "ratio": sum(whole) / sum(plain)}
+
+
+def timed_step(overrides: list[str]) -> Callable[[], float]:
+    """What makes the next step of a run of its own, at SHAPE, and returns its seconds.
+
+    They are the process' own on all of its threads, where the device is a CPU: what else is at work counts less.
+    """
+    config = load([*SHAPE, *overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device)
     optim = build_optimization(config, model)
@@ -53,17 +73,16 @@ def measure(overrides: list[str], pairs: int) -> dict[str, float]:
         update(batch)
         return seconds() - began
 
-    regular, refresh = zip(*[(timed(), timed()) for _ in range(pairs + 2)][2:], strict=True)  # two to warm up
-    ratios = [slow / plain for plain, slow in zip(regular, refresh, strict=True)]
-    return {"regular_s": median(regular), "refresh_s": median(refresh), "ratio": median(ratios)}
+    return timed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the training command, such as optim.sketch_width=32")
     parser.add_argument("--pairs", type=int, default=15, help="regular and refresh steps that are timed")
+    parser.add_argument("--as-set", action="store_true", help="leave what is refreshed when to the settings")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.overrides, arguments.pairs)))
+    print(json.dumps((measure_as_set if arguments.as_set else measure)(arguments.overrides, arguments.pairs)))
 
 
 if __name__ == "__main__":
