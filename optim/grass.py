@@ -30,7 +30,7 @@ from optim.build import decay_factor
 from optim.history import SelectionHistory
 from optim.lent_precision import lend, take_back
 from optim.partly import only
-from optim.selection import WITH_REPLACEMENT, select
+from optim.selection import SELECTIONS, WITH_REPLACEMENT, select
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Grass:
         seed: the run's seed.
 
     Raises:
-        ValueError: a model without GrassLinear layers, an optimizer that does not hold their rows, or stagger with
-            refresh_warmup (there is no common refresh).
+        ValueError: an unknown name or a number below one, a model without GrassLinear layers, an optimizer that does
+            not hold their rows, or stagger with refresh_warmup (there is no common refresh).
     """
 
     def __init__(
@@ -80,6 +80,17 @@ class Grass:
         block_by_block: bool = False,
         seed: int = 0,
     ):
+        for option, value, known in (
+            ("selection", selection, SELECTIONS),
+            ("score", score, SCORES),
+            ("stagger", stagger, (True, False, "auto")),
+            ("state_at_refresh", state_at_refresh, moments.POLICIES),
+            ("new_second_moment", new_second_moment, moments.NEW_SECOND_MOMENTS),
+        ):
+            if value not in known:
+                raise ValueError(f"optim.{option}={value} is unknown; choose from {', '.join(map(str, known))}")
+        if min(refresh_every, sketch_width, probe_steps) < 1:
+            raise ValueError("optim.refresh_every, sketch_width and probe_steps must be at least 1")
         self.layers = {name: m for name, m in model.named_modules() if isinstance(m, GrassLinear)}
         if not self.layers:
             raise ValueError("the model has no GrassLinear layer; call convert_linears first")

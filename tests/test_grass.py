@@ -204,6 +204,25 @@ def test_a_model_without_grass_layers_is_refused():
         Grass(model, optimizer_of(model), refresh_every=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "best"}, "optim.selection=best is unknown; choose from top_r, frozen, uniform"),
+        ({"score": "sketched"}, "optim.score=sketched is unknown; choose from exact, sketch"),
+        ({"stagger": "off"}, "optim.stagger=off is unknown; choose from True, False, auto"),
+        ({"state_at_refresh": "keep"}, "optim.state_at_refresh=keep is unknown; choose from reset, carry"),
+        ({"new_second_moment": "one"}, "optim.new_second_moment=one is unknown; choose from mean, score, zero"),
+        ({"probe_steps": 0}, "probe_steps must be at least 1"),
+        ({"stagger": True, "refresh_warmup": 2}, "optim.refresh_warmup needs a common refresh"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, message):
+    model = tiny_llama()
+    convert_linears(model, 4)
+    with pytest.raises(ValueError, match=message):
+        Grass(model, optimizer_of(model), **{"refresh_every": 4} | options)
+
+
 def test_parameter_groups_name_the_same_layers_in_dense_and_grass_training():
     def names(model, group):
         groups = {g["name"]: [n for n, _ in g["params"]] for g in parameter_groups(model, lr=1e-3, linear_lr=1e-4)}
