@@ -305,7 +305,7 @@ def main() -> None:
             type=str if several else kind,
             nargs="*" if several else None,
             default=default,
-            help=(meaning[entry.name] + (f" Default: {shown}" if shown else "")).replace("%", "%%"),
+            help=(meaning[entry.name] + (f" Default: {shown}" if shown not in ("", None) else "")).replace("%", "%%"),
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
