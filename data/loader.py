@@ -4,6 +4,8 @@ A split is cut into windows of `seq_len` inputs and the same number of targets, 
 window's last target is the next one's first input. Documents are packed: a window may hold several.
 Where documents begin with a prompt, each is a window of its own, cut to `seq_len` targets or filled up, and
 the prompt's tokens are no targets.
+With `masks` a batch says besides which document of its row every input belongs to, and the first token of a
+document, which nothing before it tells, is no target.
 """
 
 import hashlib
@@ -41,6 +43,7 @@ class TrainBatches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        masks: bool = False,
     ) -> None:
         self.windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
         """Windows in an epoch."""
@@ -55,7 +58,7 @@ class TrainBatches:
                 f"train.tokens_per_step: {sequences_per_step} sequences a step do not divide into {world_size} "
                 f"processes with micro-batches of {micro_batch_size}; change it or train.micro_batch_size"
             )
-        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        self._tokens, self._seq_len, self._seed, self._masks = tokens, seq_len, seed, masks
         self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
         self._share = sequences_per_step // world_size
         self._first = rank * self._share
@@ -66,16 +69,23 @@ class TrainBatches:
                 *(self.windows, seq_len, left_out),
             )
 
-    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0)."""
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
+        """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0).
+
+        With masks also the number of each input's document in its row, int32 of that shape.
+        """
         windows = self._windows_of(step, self._first, self._share)
         for chunk in windows.reshape(-1, self._micro_batch_size):
-            yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size)
+            yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size, self._masks)
 
     def targets(self, step: int) -> int:
         """How many targets a step has on all ranks, at least 1."""
         if self._targets is None:
-            return self._sequences_per_step * self._seq_len
+            every = self._sequences_per_step * self._seq_len
+            if not self._masks:
+                return every
+            bounds = (self._bounds(w) for w in self._windows_of(step, 0, self._sequences_per_step).tolist())
+            return max(1, every - sum(len(self._tokens.document_starts(first + 1, last)) for first, last in bounds))
         return max(1, int(self._targets[self._windows_of(step, 0, self._sequences_per_step)].sum()))
 
     def documents(self, step: int) -> list[str]:
@@ -108,7 +118,8 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     max_sequences: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    masks: bool = False,
+) -> Iterator[tuple[Tensor, ...]]:
     """This rank's inputs and targets, int64 (batch_size, seq_len) each, from a split in order.
 
     Over all ranks every token but the first is a target once; what fills up the last window and the last
@@ -122,11 +133,16 @@ def validation_batches(
     rounds = -(-len(windows) // (batch_size * world_size))
     for number in range(rounds):
         start = (number * world_size + rank) * batch_size
-        yield _batch(tokens, windows[start : start + batch_size].tolist(), seq_len, batch_size)
+        yield _batch(tokens, windows[start : start + batch_size].tolist(), seq_len, batch_size, masks)
 
 
-def _batch(tokens: Tokens, windows: list[int], seq_len: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 (batch_size, seq_len) each, of these windows; the rest is 0, and -100 as target."""
+def _batch(
+    tokens: Tokens, windows: list[int], seq_len: int, batch_size: int, masks: bool = False
+) -> tuple[Tensor, ...]:
+    """Inputs and targets, int64 (batch_size, seq_len) each, of these windows; the rest is 0, and -100 as target.
+
+    With `masks`, also documents, int32 of that shape: in a row they count from 0.
+    """
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), IGNORED)
     for row, window in enumerate(windows):
@@ -136,7 +152,15 @@ def _batch(tokens: Tokens, windows: list[int], seq_len: int, batch_size: int) ->
         first = 0 if given is None else int(given[window])  # the target of input i is token i + 1, and token 0 is bos
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, first : len(ids) - 1] = ids[1 + first :]
-    return inputs, targets
+    if not masks:
+        return inputs, targets
+    documents = torch.zeros(batch_size, seq_len, dtype=torch.int32)
+    for row, window in enumerate(windows):
+        begin = window * seq_len
+        places = torch.from_numpy(tokens.document_starts(begin + 1, begin + 1 + seq_len) - begin)
+        targets[row, places - 1] = IGNORED
+        documents[row, places[places < seq_len]] = 1
+    return inputs, targets, documents.cumsum(1, dtype=torch.int32)
 
 
 def _given(tokens: Tokens) -> np.ndarray | None:

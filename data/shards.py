@@ -197,6 +197,15 @@ class Tokens:
         """UTF-8 bytes of the text the tokens stand for."""
         return sum(int(shard.index["bytes"].sum()) for shard in self._shards)
 
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The tokens in [start, stop) with which a document begins, int64 in order."""
+        starts = np.empty(0, np.int64)
+        for shard, first, last in self._pieces(start, min(stop, len(self))):
+            low, high = np.searchsorted(shard.index["token"], (first, last))
+            base = int(self._first_token[self._shards.index(shard)])
+            starts = np.concatenate([starts, shard.index["token"][low:high] + base])
+        return starts
+
     def documents(self, start: int, stop: int) -> list[str]:
         """Names of the documents that tokens [start, stop) belong to, in order."""
         return [name for shard, first, last in self._pieces(start, stop) for name in shard.documents(first, last)]

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 STATE, HELD_OUT = "state.json", "held_out"
 COMMIT_SECONDS = 1.0
 NAMED = 1000  # of the skipped records, those that the manifest names
-BYTES_A_WORKER = 2**23  # fewer are not worth starting a process
+BYTES_A_WORKER = 2**22  # fewer are not worth starting a process
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import BACKENDS, attention, resolve_backend
+from models.attention import BACKENDS, attention, document_layout, resolve_backend
 from models.checkpointing import run
 from models.counter_rng import key
 from models.int8_weight import fill_weight
@@ -72,13 +72,21 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        backend: str,
+        cache: KVCache | None = None,
+        layout: Tensor | None = None,
+    ) -> Tensor:
         with as_recipe(x):
             q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = attention(q, k, v, backend=backend)
+        y = attention(q, k, v, backend=backend, layout=layout)
         return self.o_proj(y.flatten(-2))
 
 
@@ -118,11 +126,21 @@ class Block(nn.Module):
         self.mlp = MLP(hidden_size, intermediate_size)
         self.checkpointing = "none"
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None = None) -> Tensor:
-        return run(self.checkpointing, self._forward, x, cos, sin, backend, cache)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        backend: str,
+        cache: KVCache | None = None,
+        layout: Tensor | None = None,
+    ) -> Tensor:
+        return run(self.checkpointing, self._forward, x, cos, sin, backend, cache, layout)
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend, cache)
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None, layout: Tensor | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, backend, cache, layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -188,12 +206,18 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor | None = None, caches: Sequence[KVCache] | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
         """Logits (b, t, vocab) of the next token for input_ids (b, t) int64.
 
         With targets (b, t) int64, -100 where none: the cross-entropies in nats, summed over the targets, as
         a scalar in fp32 (fp64 for an fp64 model).
+        With documents (b, t), the number of the document that a token belongs to, it sees those of its own alone;
+        rotary positions go on from one to the next, which changes nothing: only their differences count.
         With caches, one a layer, input_ids go on from the tokens these hold, and are added to them.
         Raises ValueError for more tokens than the model has positions.
         """
@@ -207,8 +231,9 @@ class Llama(nn.Module):
         x = self.embed_tokens(input_ids)
         cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.rope_theta, like=x, start=start)
         backend = resolve_backend(self.attention, x.device, x.dtype)
+        layout = None if documents is None else document_layout(documents, backend)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, backend, caches[i] if caches else None)
+            x = layer(x, cos, sin, backend, caches[i] if caches else None, layout)
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x)

@@ -119,6 +119,10 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
         checkpointing.parse(train.checkpointing)
     except ValueError as error:
         problems.append(str(error))
+    if train.document_masks and config.data.source == "instructions":
+        problems.append(
+            "train.document_masks=true: a row of data=instructions is one document already; set it to false"
+        )
     if train.seq_len > model.max_position_embeddings:
         problems.append(
             f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="

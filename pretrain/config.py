@@ -128,6 +128,7 @@ class TrainConfig:
     log_every: int
     compile: bool
     checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
+    document_masks: bool  # packed documents do not see each other
     lean_activations: bool  # norms and SwiGLU products are made again; compiled blocks leave it to the compiler
     loss_chunk_tokens: int | None  # how many tokens the loss takes at a time; null: all
     parallel: str  # ddp | fsdp | hsdp: how several processes train one model

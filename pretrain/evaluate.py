@@ -63,17 +63,17 @@ def _perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, world: World) -> Score:
-    """The score of ``model`` on ``batches`` of (input_ids, targets), each process bringing its own.
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], token_bytes: Tensor, world: World) -> Score:
+    """The score of ``model`` on ``batches`` of what it takes, inputs and targets first; each process brings its own.
 
     Args:
         token_bytes: (vocab,) int64, the UTF-8 bytes that each token stands for.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=world.device)
     model.eval()
-    for input_ids, targets in batches:
-        input_ids, targets = input_ids.to(world.device), targets.to(world.device)
-        real, nats = targets[targets != -100], model(input_ids, targets).double()
+    for batch in batches:
+        input_ids, targets, *documents = (tensor.to(world.device) for tensor in batch)
+        real, nats = targets[targets != -100], model(input_ids, targets, *documents).double()
         if real.numel():
             ones = [nats, real.numel(), token_bytes[real].sum(), nats / real.numel(), 1]
             sums += torch.stack([torch.as_tensor(one, dtype=torch.float64, device=world.device) for one in ones])

@@ -40,8 +40,8 @@ class Engine:
         """Take ``model`` into use, before its weights are loaded from a checkpoint, and before it is compiled."""
         self.module: nn.Module = model
 
-    def __call__(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        return self.module(input_ids, targets)
+    def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
+        return self.module(input_ids, targets, *documents)
 
     def backward(self, last: bool) -> AbstractContextManager:
         """Around the forward and backward of a micro-batch; gradients travel only with the ``last`` one of a step."""

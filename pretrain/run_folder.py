@@ -20,7 +20,7 @@ from pretrain.config import Config, ConfigError
 MAY_CHANGE = {
     "run": {"root"},
     "model": {"attention"},
-    "data": {"root", "prompts"},
+    "data": {"root", "prompts", "workers"},
     "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
               "micro_batch_size", "sample_tokens", "checkpoint_every", "eval_every", "eval_sequences", "log_every",
               "parallel", "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run"},

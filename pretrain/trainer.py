@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.loader import TrainBatches, validation_batches
+from data.prefetch import Prefetch
 from data.prepare import Prepared
 from optim.build import set_rates
 from optim.schedule import rate_factor
@@ -58,8 +59,9 @@ class Trainer:
         )  # fmt: skip
         self.batches = TrainBatches(
             data.train, train.seq_len, train.tokens_per_step // train.seq_len, self.micro_batch_size,
-            train.seed, world.rank, world.size,
+            train.seed, world.rank, world.size, train.document_masks,
         )  # fmt: skip
+        self.ahead = Prefetch(self.batches.micro_batches, pin=world.device.type == "cuda")
         self.watch = Stopwatch()
         self.step, self.seconds = 0, 0.0
         if resume_from is not None:
@@ -109,7 +111,7 @@ class Trainer:
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
         set_rates(self.optim.optimizer, self.rate(step), self.optim.grass.rate_factor() if self.optim.grass else 1.0)
-        return self.update(self.batches.micro_batches(step), self.batches.targets(step))
+        return self.update(self.ahead(step), self.batches.targets(step))
 
     # What is written down.
 
@@ -129,7 +131,7 @@ class Trainer:
         rates = {f"train/lr_{g['name']}": float(g["lr"]) for g in self.optim.optimizer.param_groups}
         values |= {
             "train/lr": rates["train/lr_linears"], **rates,
-            "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s,
+            "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/data_s": self.ahead.lap(),
             "perf/tflops": tokens_per_s * self.flops_per_token / 1e12, "mem/peak_bytes": peak_bytes(self.world.device),
         }  # fmt: skip
         if self.optim.grass:
@@ -148,7 +150,13 @@ class Trainer:
         """Score the validation split and log it."""
         train = self.config.train
         batches = validation_batches(
-            self.data.val, train.seq_len, self.micro_batch_size, self.world.rank, self.world.size, train.eval_sequences
+            self.data.val,
+            train.seq_len,
+            self.micro_batch_size,
+            self.world.rank,
+            self.world.size,
+            train.eval_sequences,
+            train.document_masks,
         )
         token_bytes = torch.as_tensor(self.data.tokenizer.token_bytes, dtype=torch.int64, device=self.world.device)
         with torch.compiler.set_stance("force_eager"):  # no second, gradient-free graph to compile

@@ -14,7 +14,8 @@ from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.parallel import Engine
 
-MicroBatch = tuple[Tensor, Tensor]  # inputs and targets, int64 (micro_batch_size, seq_len) each
+# Inputs and targets, int64 (micro_batch_size, seq_len) each, and, with train.document_masks, whose tokens they are.
+MicroBatch = tuple[Tensor, ...]
 
 
 class Update:
@@ -54,11 +55,11 @@ class Update:
         # The engine averages over processes; the mean over tokens wants their sum.
         scale = self.world.size / (count or self.config.train.tokens_per_step)
         micro_batches = list(micro_batches)
-        for i, (input_ids, targets) in enumerate(micro_batches):
+        for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
             steps = self.optim.in_backward.steps() if self.optim.in_backward and step and last else nullcontext()
             with self.engine.backward(last), steps:
-                loss = self.engine(self.world.upload(input_ids), self.world.upload(targets))
+                loss = self.engine(*(self.world.upload(tensor) for tensor in batch))
                 (loss * scale).backward()
             nats += loss.detach()
         self.engine.finish_backward()

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from models import attention as attention_module
-from models.attention import attention, resolve_backend
+from models.attention import attention, document_layout, resolve_backend
 from models.llama import Block, rope_tables
 
 FLASH_ATTN = "2.8.3.post2"
@@ -61,11 +61,40 @@ def flash_attn_func(
     return plain_attention(q, k, v, causal, softmax_scale)
 
 
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    """flash-attn's contract for sequences of many lengths, one behind the other: each by itself."""
+    asked = (dropout_p, window_size, softcap, alibi_slopes, return_attn_probs, block_table)
+    assert asked == (0.0, (-1, -1), 0.0, None, False, None)
+    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    lengths = cu_seqlens_q.diff().tolist()
+    assert cu_seqlens_q[0] == 0 and sum(lengths) == len(q) and max_seqlen_q == max_seqlen_k >= max(lengths)
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([plain_attention(*(x[None] for x in part), causal, softmax_scale)[0] for part in parts])
+
+
 @pytest.fixture
 def flash_attn(monkeypatch):
     """A stand-in for flash-attn, importable by its name."""
     module = types.ModuleType("flash_attn")
     module.flash_attn_func = flash_attn_func
+    module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return module
 
@@ -76,8 +105,8 @@ def no_flash_attn(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def flash_attn_signature():
-    """The signature of flash_attn_func in flash-attn's source distribution, fetched by pip once."""
+def flash_attn_signatures():
+    """The signatures of flash-attn's functions in its source distribution, fetched by pip once, by name."""
     name = f"flash_attn-{FLASH_ATTN}"
     sdist = CACHE / f"{name}.tar.gz"
     if not sdist.exists():
@@ -87,13 +116,12 @@ def flash_attn_signature():
             os.replace(Path(folder) / sdist.name, sdist)
     with tarfile.open(sdist) as archive:
         source = archive.extractfile(f"{name}/flash_attn/flash_attn_interface.py").read()
-    (function,) = (
-        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_func"
-    )
-    function.body, function.decorator_list = [ast.Pass()], []
     namespace = {"torch": torch}
-    exec(ast.unparse(function), namespace)
-    return inspect.signature(namespace["flash_attn_func"])
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in ("flash_attn_func", "flash_attn_varlen_func"):
+            node.body, node.decorator_list = [ast.Pass()], []
+            exec(ast.unparse(node), namespace)
+    return {name: inspect.signature(namespace[name]) for name in ("flash_attn_func", "flash_attn_varlen_func")}
 
 
 def download(folder):
@@ -152,20 +180,39 @@ def test_block_on_flash_equals_block_on_sdpa(flash_attn, compiled):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_call_binds_to_flash_attns_own_signature(flash_attn, flash_attn_signature, monkeypatch, deterministic):
+def test_the_call_binds_to_flash_attns_own_signature(flash_attn, flash_attn_signatures, monkeypatch, deterministic):
     calls = []
     monkeypatch.setattr(flash_attn, "flash_attn_func", lambda *args, **kwargs: calls.append((args, kwargs)))
     q, k, v = qkv(2)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     attention(q, k, v, backend="flash")
     ((args, kwargs),) = calls
-    bound = flash_attn_signature.bind(*args, **kwargs).arguments
+    bound = flash_attn_signatures["flash_attn_func"].bind(*args, **kwargs).arguments
     assert all(bound.pop(name) is tensor for name, tensor in (("q", q), ("k", k), ("v", v)))
     assert bound == {"causal": True, "deterministic": deterministic}
 
 
-def test_the_stand_in_has_flash_attns_own_signature(flash_attn_signature):
-    assert inspect.signature(flash_attn_func) == flash_attn_signature
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_call_for_documents_binds_to_flash_attns_own_signature(
+    flash_attn, flash_attn_signatures, monkeypatch, deterministic
+):
+    calls = []
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda *a, **kw: calls.append((a, kw)) or a[0])
+    q, k, v = qkv(2)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    layout = document_layout(torch.tensor([[0] * 4 + [1] * 9, [0] * 13]), "flash")
+    assert layout.tolist() == [0, 4, 13, 26]
+    attention(q, k, v, backend="flash", layout=layout)
+    ((args, kwargs),) = calls
+    bound = flash_attn_signatures["flash_attn_varlen_func"].bind(*args, **kwargs).arguments
+    assert all(torch.equal(bound.pop(name), x.flatten(0, 1)) for name, x in (("q", q), ("k", k), ("v", v)))
+    assert bound.pop("cu_seqlens_q") is layout and bound.pop("cu_seqlens_k") is layout
+    assert bound == {"max_seqlen_q": 13, "max_seqlen_k": 13, "causal": True, "deterministic": deterministic}
+
+
+def test_the_stand_ins_have_flash_attns_own_signatures(flash_attn_signatures):
+    for stand_in in (flash_attn_func, flash_attn_varlen_func):
+        assert inspect.signature(stand_in) == flash_attn_signatures[stand_in.__name__]
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -30,8 +30,8 @@ TINY = [
 ]  # fmt: skip
 GRASS = ["optim.rank=8", "optim.refresh_every=7"]
 LOGGED = [
-    "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/tflops",
-    "mem/peak_bytes",
+    "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/data_s",
+    "perf/tflops", "mem/peak_bytes",
 ]  # fmt: skip
 SAMPLED = "multinomial_norm_with_replacement"
 
@@ -108,6 +108,7 @@ def test_a_run_leaves_what_it_promises(overrides):
         "train/grad_norm",
         "perf/tokens_per_s",
         "perf/step_s",
+        "perf/data_s",
         "perf/tflops",
         "mem/peak_bytes",
     ]:
