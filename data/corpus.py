@@ -12,11 +12,13 @@ from data.hub import Rows
 from data.records import PART_CHARS, Record, Records
 from data.settings import LINES, DataSettings
 from data.sources import Document, SourceFile, shorten
+from data.token_files import TokenRecords
+from data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-BATCH_CHARS, BATCH_RECORDS = 2**22, 2**14
-SURVEY_BYTES = 2**26  # of the files that are read once more beforehand, for what they hold
+BATCH_CHARS, BATCH_RECORDS = 2**20, 2**14
+SURVEY_BYTES = 2**26  # of text in the files that are read once more beforehand, for what they hold
 SAMPLE_BYTES = 2**30  # of the files at the most that are read for a tokenizer's sample
 
 
@@ -31,20 +33,24 @@ class Corpus:
         self.files, self._settings = sorted(files, key=_held_out_first), settings
         self.parse = Parser(settings.column, pairs=settings.source == "instructions")
         self.total_bytes = sum(file.size for file in files)
+        self.text_bytes = sum(map(_text_bytes, files))
         self.own_validation = any(file.held_out for file in files)
         self.sha256: str | None = None
         self._threshold = settings.validation_share
-        if survey and files and self.total_bytes <= SURVEY_BYTES:
+        if survey and files and self.text_bytes <= SURVEY_BYTES:
             self._survey()
 
     @property
     def is_text(self) -> bool:
-        return self._settings.source not in (*LINES, "datasets")
+        return self._settings.source not in (*LINES, "datasets", "tokens")
 
     def records(self, start: tuple[int, int] = (0, 0)) -> Any:
         """The records behind `start`, as in ``data.records.Records``."""
-        if self._settings.source == "datasets":
-            return Rows(self._settings, start[1])
+        s = self._settings
+        if s.source == "datasets":
+            return Rows(s, start[1])
+        if s.source == "tokens":
+            return TokenRecords(self.files, s.token_dtype, Tokenizer(str(s.tokenizer), s.bos, s.eos), start)
         return self._records(self.files, start)
 
     def _records(self, files: list[SourceFile], start: tuple[int, int] = (0, 0)) -> Records:
@@ -56,7 +62,7 @@ class Corpus:
         records, batch, size = self.records(start), [], 0
         for record in records:
             batch.append(record)
-            size += len(record.content or "")
+            size += 0 if record.content is None else len(record.content)
             if size >= BATCH_CHARS or len(batch) >= BATCH_RECORDS:
                 yield Batch(batch, records.done_bytes)
                 batch, size = [], 0
@@ -134,6 +140,11 @@ class Corpus:
         if not self.own_validation:
             self._threshold = _threshold(draws, self._settings.validation_share)
         self.sha256 = chain
+
+
+def _text_bytes(file: SourceFile) -> int:
+    """About how many bytes of text a file holds."""
+    return file.size * 4 if file.name.endswith((".gz", ".zst", ".parquet")) else file.size
 
 
 def extended(chain: str, name: str, content: bytes) -> str:

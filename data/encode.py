@@ -63,6 +63,8 @@ class Parser:
         """The record's document, or why there is none."""
         if record.content is None:
             return record.problem
+        if isinstance(record.content, np.ndarray):
+            return Document(record.name, record.content.tobytes().decode("latin-1"))  # only to be hashed
         if isinstance(record.content, str):
             return Document(record.name, record.content)
         try:
@@ -94,18 +96,20 @@ class Encoder:
         parsed = [(record, self._parse(record)) for record in records]
         documents = [(record.file, found) for record, found in parsed if isinstance(found, Document)]
         problems = [record._replace(content=None, problem=found) for record, found in parsed if isinstance(found, str)]
+        made = [r.content for r in records if isinstance(r.content, np.ndarray)]
         texts = [document.text[document.given :] for _, document in documents]
-        encoded = self._tokenizer.encode_batch(texts, self._threads)
+        encoded = made or self._tokenizer.encode_batch(texts, self._threads)
         given = [np.empty(0, np.int32) for _ in documents]
         if self._parse.pairs:
             given = self._tokenizer.encode_batch([d.text[: d.given] for _, d in documents], self._threads)
-        bos, eos = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
+        bos, eos = (np.array([token], np.int32) for token in (self._tokenizer.bos_id, self._tokenizer.eos_id))
         parts = [part for prompt, tokens in zip(given, encoded, strict=True) for part in (bos, prompt, tokens, eos)]
         return Encoded(
-            tokens=np.concatenate([*parts, []]).astype(token_dtype(self._tokenizer.vocab_size)),
+            tokens=np.concatenate([*parts, np.empty(0, np.int32)]).astype(token_dtype(self._tokenizer.vocab_size)),
             names=[document.name for _, document in documents],
             lengths=[2 + len(prompt) + len(tokens) for prompt, tokens in zip(given, encoded, strict=True)],
-            text_bytes=[len(document.text.encode()) for _, document in documents],
+            text_bytes=[int(self._tokenizer.token_bytes[ids].sum()) for ids in made]
+            or [len(document.text.encode()) for _, document in documents],
             given=[len(prompt) for prompt in given],
             digests=[digest(document) for _, document in documents],
             files=[file for file, _ in documents],

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.mixture import Mixture
 from data.shards import Tokens
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class TrainBatches:
         masks: bool = False,
     ) -> None:
         self.windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
-        """Windows in an epoch."""
+        """Windows in an epoch; of a mixture, those until every corpus was gone through at least once."""
+        self._mixture = self._mix(seq_len, seed, tokens) if tokens.parts else None
         self._targets = None if tokens.given is None else _targets_by_document(tokens, seq_len)
         if self.windows < 1:
             raise ValueError(
@@ -69,13 +71,24 @@ class TrainBatches:
                 *(self.windows, seq_len, left_out),
             )
 
+    def _mix(self, seq_len: int, seed: int, tokens: Tokens) -> Mixture:
+        windows = [(length - 1) // seq_len for _, length, _ in tokens.parts]
+        if short := [number for number, count in enumerate(windows) if count < 1]:
+            raise ValueError(
+                f"data.mixture: corpus {short[0]} has fewer training tokens than a window of train.seq_len={seq_len} "
+                "and one more; give more of it, or lower train.seq_len"
+            )
+        mixture = Mixture(windows, [weight for *_, weight in tokens.parts], seed, permute)
+        self.windows = mixture.epoch
+        return mixture
+
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0).
 
         With masks also the number of each input's document in its row, int32 of that shape.
         """
-        windows = self._windows_of(step, self._first, self._share)
-        for chunk in windows.reshape(-1, self._micro_batch_size):
+        places = self._places(step, self._first, self._share)
+        for chunk in places.reshape(-1, self._micro_batch_size):
             yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size, self._masks)
 
     def targets(self, step: int) -> int:
@@ -84,31 +97,35 @@ class TrainBatches:
             every = self._sequences_per_step * self._seq_len
             if not self._masks:
                 return every
-            bounds = (self._bounds(w) for w in self._windows_of(step, 0, self._sequences_per_step).tolist())
+            bounds = map(self._bounds, self._places(step, 0, self._sequences_per_step).tolist())
             return max(1, every - sum(len(self._tokens.document_starts(first + 1, last)) for first, last in bounds))
-        return max(1, int(self._targets[self._windows_of(step, 0, self._sequences_per_step)].sum()))
+        return max(1, int(self._targets[self._places(step, 0, self._sequences_per_step)].sum()))
 
     def documents(self, step: int) -> list[str]:
         """Names of the documents in a step's batch on all ranks, in the order of its sequences, each once."""
-        windows = self._windows_of(step, 0, self._sequences_per_step).tolist()
-        return list(dict.fromkeys(name for w in windows for name in self._tokens.documents(*self._bounds(w))))
+        places = self._places(step, 0, self._sequences_per_step).tolist()
+        return list(dict.fromkeys(name for place in places for name in self._tokens.documents(*self._bounds(place))))
 
     def epoch(self, step: int) -> int:
         """The epoch (from 0) that a step's first sequence belongs to."""
         return step * self._sequences_per_step // self.windows
 
-    def _windows_of(self, step: int, first: int, count: int) -> np.ndarray:
+    def _places(self, step: int, first: int, count: int) -> np.ndarray:
+        """Where the samples of a step from `first` on begin: at which token, or, with prompts, which document it is."""
         samples = step * self._sequences_per_step + first + np.arange(count, dtype=np.int64)
+        if self._mixture:
+            corpora, windows = self._mixture(samples)
+            return np.array([first for first, *_ in self._tokens.parts])[corpora] + windows * self._seq_len
         epochs, positions = np.divmod(samples, self.windows)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             positions[here] = permute(positions[here], self.windows, f"{self._seed} shuffle {epoch}")
-        return positions
+        return positions * self._seq_len if self._targets is None else positions
 
-    def _bounds(self, window: int) -> tuple[int, int]:
+    def _bounds(self, place: int) -> tuple[int, int]:
         if self._targets is not None:
-            return self._tokens.document_bounds(window)
-        return window * self._seq_len, (window + 1) * self._seq_len + 1
+            return self._tokens.document_bounds(place)
+        return place, place + self._seq_len + 1
 
 
 def validation_batches(
@@ -130,36 +147,34 @@ def validation_batches(
     windows = np.arange(count)
     if max_sequences is not None and max_sequences < count:
         windows = np.arange(max_sequences) * count // max_sequences
+    places = windows * seq_len if _given(tokens) is None else windows
     rounds = -(-len(windows) // (batch_size * world_size))
     for number in range(rounds):
         start = (number * world_size + rank) * batch_size
-        yield _batch(tokens, windows[start : start + batch_size].tolist(), seq_len, batch_size, masks)
+        yield _batch(tokens, places[start : start + batch_size].tolist(), seq_len, batch_size, masks)
 
 
-def _batch(
-    tokens: Tokens, windows: list[int], seq_len: int, batch_size: int, masks: bool = False
-) -> tuple[Tensor, ...]:
-    """Inputs and targets, int64 (batch_size, seq_len) each, of these windows; the rest is 0, and -100 as target.
+def _batch(tokens: Tokens, places: list[int], seq_len: int, batch_size: int, masks: bool = False) -> tuple[Tensor, ...]:
+    """Inputs and targets, int64 (batch_size, seq_len) each, from these places on; the rest is 0, and -100 as target.
 
     With `masks`, also documents, int32 of that shape: in a row they count from 0.
     """
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), IGNORED)
-    for row, window in enumerate(windows):
+    for row, place in enumerate(places):
         given = _given(tokens)
-        read = tokens[window * seq_len : (window + 1) * seq_len + 1] if given is None else tokens.document(window)
+        read = tokens[place : place + seq_len + 1] if given is None else tokens.document(place)
         ids = torch.from_numpy(read[: seq_len + 1].astype(np.int64))
-        first = 0 if given is None else int(given[window])  # the target of input i is token i + 1, and token 0 is bos
+        first = 0 if given is None else int(given[place])  # the target of input i is token i + 1, and token 0 is bos
         inputs[row, : len(ids) - 1] = ids[:-1]
         targets[row, first : len(ids) - 1] = ids[1 + first :]
     if not masks:
         return inputs, targets
     documents = torch.zeros(batch_size, seq_len, dtype=torch.int32)
-    for row, window in enumerate(windows):
-        begin = window * seq_len
-        places = torch.from_numpy(tokens.document_starts(begin + 1, begin + 1 + seq_len) - begin)
-        targets[row, places - 1] = IGNORED
-        documents[row, places[places < seq_len]] = 1
+    for row, place in enumerate(places):
+        begins = torch.from_numpy(tokens.document_starts(place + 1, place + 1 + seq_len) - place)
+        targets[row, begins - 1] = IGNORED
+        documents[row, begins[begins < seq_len]] = 1
     return inputs, targets, documents.cumsum(1, dtype=torch.int32)
 
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from data.corpus import Corpus
 from data.records import PART_CHARS
-from data.settings import FORMAT, DataSettings, examine, identity, meanings
+from data.settings import FORMAT, DataSettings, examine, identity, meanings, parts
 from data.shards import COUNTS, Tokens, sha256, token_dtype
 from data.sources import SourceFile
 from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer, train_tokenizer
@@ -60,6 +60,8 @@ def prepare(settings: DataSettings) -> Prepared:
     files, found = examine(settings)
     if found:
         raise ValueError("\n".join(found))
+    if settings.source == "mixture":
+        return _mixed(settings, [(prepare(part), weight) for part, weight in parts(settings)])
     root, seen = Path(settings.root), _seen(settings, files)
     if known := _known(settings, files):
         return load(known)
@@ -86,8 +88,19 @@ def find(settings: DataSettings) -> Prepared | None:
     Raises ValueError for a preparation that was damaged.
     """
     files, found = examine(settings)
+    if settings.source == "mixture" and not found:
+        corpora = [(prepared, weight) for part, weight in parts(settings) if (prepared := find(part))]
+        return _mixed(settings, corpora) if len(corpora) == len(settings.mixture) else None
     known = None if found else _known(settings, files)
     return load(known) if known else None
+
+
+def _mixed(settings: DataSettings, corpora: list[tuple[Prepared, float]]) -> Prepared:
+    """Preparations as one: training in the shares of their weights, validation of all that they hold out."""
+    (first, _), own = corpora[0], [[prepared.fingerprint, weight] for prepared, weight in corpora]
+    train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
+    val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
+    return Prepared(Path(settings.root), first.tokenizer, train, val, _hash(own), {"mixture": own})
 
 
 def _known(settings: DataSettings, files: list[SourceFile]) -> Path | None:
@@ -294,6 +307,8 @@ def main() -> None:
     defaults, meaning = DataSettings(), meanings()
     for entry in fields(DataSettings):
         default = getattr(defaults, entry.name)
+        if entry.name == "mixture":
+            continue  # each of its corpora by itself, or data=mixture of a run
         several, flag = isinstance(default, list), f"--{entry.name.replace('_', '-')}"
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=meaning[entry.name])

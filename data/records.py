@@ -13,6 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data.sources import Document, SourceFile
 
 PART_CHARS = 2**16  # texts beyond are cut into several documents
@@ -28,7 +30,7 @@ class Record(NamedTuple):
     file: int
     number: int
     name: str
-    content: str | bytes | None
+    content: str | bytes | np.ndarray | None
     problem: str = ""
 
 

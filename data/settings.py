@@ -2,8 +2,9 @@
 
 import ast
 import inspect
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from data.sources import SourceFile, stdlib_files, text_files
 from data.tokenizer import Tokenizer
 
 LINES = ("records", "instructions", "c4")  # of JSON, or rows of Parquet
-SOURCES = ("stdlib", "text", *LINES, "datasets")
+SOURCES = ("stdlib", "text", *LINES, "tokens", "datasets", "mixture")
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # of token files
+PART_KEYS = {
+    "name", "source", "paths", "patterns", "max_bytes", "validation_paths", "column", "dataset", "dataset_name",
+    "dataset_split", "dataset_revision", "streaming", "validation_share", "token_dtype",
+}  # fmt: skip
 FORMAT = 2  # of the folder; also to be raised when the same settings would give other tokens
 
 
@@ -26,7 +32,9 @@ class DataSettings:
     """First part of the prepared folder's name."""
     source: str = "stdlib"
     """`stdlib`: the source of Python's standard library; `text`, `records` (Parquet and JSON lines, also .gz, .zst),
-    `instructions`, `c4`: the files under `paths`; `datasets`: `dataset`, by Hugging Face's library."""
+    `instructions`, `c4`: the files under `paths`; `datasets`: `dataset`, by Hugging Face's library;
+    `tokens`: what another program tokenised; `mixture`: several of these.
+    """
     paths: list[str] = field(default_factory=list)
     """Files, folders and globs."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
@@ -37,6 +45,8 @@ class DataSettings:
     """Files of their own to hold out, instead of a share; what they hold is left out of training."""
     column: str = "text"
     """Of JSON lines, Parquet and datasets: which one is the text."""
+    token_dtype: str = "uint16"
+    """Of source `tokens`: of files that are no .npy."""
     dataset: str | None = None
     """Of source `datasets`: a name on the hub, or a folder."""
     dataset_name: str | None = None
@@ -47,6 +57,8 @@ class DataSettings:
     """A commit of the hub's."""
     streaming: bool = True
     """Read the dataset as it comes, without a copy of it on this machine."""
+    mixture: list[Any] = field(default_factory=list)
+    """Of source `mixture`: for each corpus its weight, and the settings in which it differs from these."""
     tokenizer: str | None = None
     """A sentencepiece model or a tokenizer.json to use; none: one is trained on the training split."""
     bos: str | None = None
@@ -86,6 +98,39 @@ def problems(settings: DataSettings) -> list[str]:
     return examine(settings)[1]
 
 
+def parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
+    """The corpora of a mixture and their weights.
+
+    Raises ValueError with a line for everything wrong with them.
+    """
+    common = {f.name: getattr(settings, f.name) for f in fields(DataSettings)} | {"mixture": [], "source": "text"}
+    made, found = [], []
+    for number, part in enumerate(settings.mixture):
+        own = dict(part) if isinstance(part, dict) else {}
+        weight = own.pop("weight", None)
+        own.setdefault("name", f"{settings.name}-{number}")
+        unknown = set(own) - PART_KEYS
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            found.append(f"data.mixture: corpus {number} needs a weight above 0")
+        elif unknown:
+            found.append(f"data.mixture: corpus {number}: {', '.join(sorted(unknown))} cannot be set for one of them")
+        elif own.get("source") in ("instructions", "mixture"):
+            found.append(f"data.mixture: corpus {number}: source {own['source']} cannot be mixed")
+        else:
+            made.append((DataSettings(**{**common, **own}), float(weight)))
+    if len(made) + len(found) < 2:
+        found.append(
+            "data.mixture: needs two corpora or more, such as [{weight: 3, paths: [a]}, {weight: 1, paths: [b]}]"
+        )
+    if len({part.name for part, _ in made}) < len(made):
+        found.append("data.mixture: two corpora have the same name; change one")
+    if settings.tokenizer is None:
+        found.append("data.tokenizer: a mixture needs one for all; train it with python -m data.tokenizer train")
+    if found:
+        raise ValueError("\n".join(found))
+    return made
+
+
 def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
     s, files = settings, list[SourceFile]()
     checks = [
@@ -95,6 +140,9 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
         (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
         (s.workers is None or s.workers > 0, f"data.workers: {s.workers} must be positive, or null for all cores"),
         (s.source in SOURCES, f"data.source: {s.source!r} is not known; use {', '.join(SOURCES)}"),
+        (s.source != "tokens" or s.tokenizer, "data.tokenizer: must be the one that the tokens of data.paths are of"),
+        (s.token_dtype in DTYPES, f"data.token_dtype: {s.token_dtype} is not known; use {', '.join(DTYPES)}"),
+        (bool(s.mixture) == (s.source == "mixture"), "data.mixture: belongs to data.source=mixture, which needs it"),
         (
             (s.dataset is None) == (s.source != "datasets"),
             "data.dataset: goes with data.source=datasets, which needs it",
@@ -105,6 +153,12 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
         ),
     ]
     found = [message for holds, message in checks if not holds]
+    if s.source == "mixture":
+        try:
+            of_parts = [(part.name, problems(part)) for part, _ in parts(s)]
+            return [], found + [f"{line} (in {name})" for name, lines in of_parts for line in lines]
+        except (ValueError, TypeError) as error:
+            return [], found + str(error).splitlines()
     try:
         files = _files(s)
         found += c4.problems(files) if s.source == "c4" else []
@@ -151,7 +205,17 @@ def _tokenizer_problems(s: DataSettings) -> list[str]:
 def identity(settings: DataSettings, files: list[SourceFile]) -> dict[str, Any]:
     """What, besides the text, decides which tokens come out."""
     usual, s = DataSettings(), settings
-    unusual = ("column", "dataset", "dataset_name", "dataset_split", "dataset_revision", "bos", "eos", "shard_tokens")
+    unusual = (
+        "column",
+        "token_dtype",
+        "dataset",
+        "dataset_name",
+        "dataset_split",
+        "dataset_revision",
+        "bos",
+        "eos",
+        "shard_tokens",
+    )
     return {
         "format": FORMAT,
         "source": s.source,

@@ -10,6 +10,7 @@ preparation.
 
 import hashlib
 import os
+import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -67,14 +68,16 @@ class ShardWriter:
     def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
         """Append a document, its `tokens` (n,) already between bos and eos, `given` of them after bos a prompt."""
         counts, encoded = self._counts, name.encode()
-        self._index.write(np.array((counts["tokens"], counts["names"], text_bytes), dtype=INDEX).tobytes())
+        self._index.write(struct.pack("<qqq", counts["tokens"], counts["names"], text_bytes))  # as INDEX says
         self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._names.write(encoded)
         if given is not None:
-            self._given.write(GIVEN.type(given).tobytes())
-        added = {"documents": 1, "tokens": len(tokens), "bytes": text_bytes, "names": len(encoded)}
-        for key, count in (added | {"given": given is not None}).items():
-            counts[key] += count
+            self._given.write(struct.pack("<q", given))
+            counts["given"] += 1
+        counts["documents"] += 1
+        counts["tokens"] += len(tokens)
+        counts["bytes"] += text_bytes
+        counts["names"] += len(encoded)
 
     def state(self) -> dict[str, int]:
         """How far the shard is; all of that is on the disk now."""
@@ -144,8 +147,21 @@ class Tokens:
 
     def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
         names = [names] if isinstance(names, str) else names
-        self._shards = [_Shard(folder, name, dtype) for name in names]
-        self._dtype = dtype
+        self._join([_Shard(folder, name, dtype) for name in names], dtype)
+        self.parts: list[tuple[int, int, float]] = []
+        """Of a mixture: for every corpus its first token, how many it has, and its weight."""
+
+    @classmethod
+    def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
+        """Corpora of the same dtype with their weights, one behind the other."""
+        joined = cls.__new__(cls)
+        joined._join([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
+        ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
+        joined.parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
+        return joined
+
+    def _join(self, shards: list["_Shard"], dtype: np.dtype) -> None:
+        self._shards, self._dtype = shards, dtype
         self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 

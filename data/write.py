@@ -71,8 +71,8 @@ class Writing:
         corpus, state, said = self._corpus, self.state, time.monotonic()
         if state.documents:
             logger.info("going on behind %d documents", state.documents)
-        if corpus.total_bytes:
-            workers = max(1, min(workers, corpus.total_bytes // BYTES_A_WORKER))
+        if corpus.text_bytes:
+            workers = max(1, min(workers, corpus.text_bytes // BYTES_A_WORKER))
         file, _ = state.place
         behind = sum(f.size for f in corpus.files[:file])
         try:

@@ -73,13 +73,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        backend: str,
-        cache: KVCache | None = None,
-        layout: Tensor | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None, layout: Tensor | None
     ) -> Tensor:
         with as_recipe(x):
             q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenizer import train_tokenizer
 from optim.build import INNER_OPTIMIZERS, REQUIREMENTS
 from pretrain.check import check
 from pretrain.config import CONF, Config, ConfigError, GrassConfig, OptimConfig, load
@@ -25,6 +26,14 @@ def test_every_yaml_composes_with_the_defaults_and_passes_the_check_if_its_packa
     needs_paths = group == "experiment" or option in ("text", "instructions", "records", "c4")
     paths = [f"data.paths=[{tmp_path}]"] if needs_paths else []
     paths += [f"data.dataset={tmp_path}"] if option == "datasets" else []
+    if option in ("mixture", "tokens"):
+        model = train_tokenizer([file.read_text() for file in CONF.glob("*/*.yaml")], tmp_path / "t.model", 500, seed=0)
+        corpora = ",".join(f"{{weight: {weight}, paths: ['{tmp_path}/*.txt']}}" for weight in (1, 2))
+        paths += [
+            f"data.tokenizer={model.path}",
+            "model.vocab_size=500",
+            *([f"data.mixture=[{corpora}]"] if option == "mixture" else [f"data.paths=[{tmp_path}/some.txt]"]),
+        ]
     config = load([f"{group}={option}", *paths])
     assert isinstance(config, Config)
     package = INNER_OPTIMIZERS[config.optim.inner].partition(".")[0]

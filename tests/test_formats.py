@@ -264,3 +264,14 @@ def test_a_worker_ends_with_the_process_that_asked(tokenizer):
     worker = subprocess.Popen([sys.executable, "-m", "data.encode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     worker.stdin.close()
     assert worker.wait(timeout=30) == 0
+
+
+def test_a_library_that_is_not_there_is_named_with_the_way_to_it(texts, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    write_parquet(tmp_path / "corpus", texts)
+    for library in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=r"read by pyarrow, which is missing: pip install -r requirements-extra\.txt"):
+        prepare(settings(tmp_path, tokenizer))
+    with pytest.raises(ValueError, match=r"data\.source: datasets needs .* pip install -r requirements-extra\.txt"):
+        prepare(settings(tmp_path, tokenizer, source="datasets", paths=[], dataset="some/name"))

@@ -8,11 +8,21 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from data.prepare import load, prepare
 from data.settings import DataSettings, problems
 from data.tokenizer import Tokenizer, train_tokenizer
+from pretrain.config import load as load_config
+from pretrain.distributed import World
+from pretrain.export import export
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
+from pretrain.trained import load_trained
+from pretrain.trainer import Trainer
 
 REPO = Path(__file__).resolve().parent.parent
 SPECIAL = ["<|begin|>", "<|end|>"]
@@ -125,3 +135,32 @@ def test_the_command_trains_one_and_says_what_is_wrong(tmp_path, texts):
     run = command(*flags, str(tmp_path / "d.model"), "--coverage", "7")
     assert run.returncode == 1 and run.stderr.startswith("--coverage: 7.0 must be")
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+
+
+def test_a_run_on_a_mixture_keeps_it_and_is_exported_with_it(file, tmp_path, texts):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, text in enumerate(texts * 2):
+        folder = folders[number % 2]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.txt").write_text(text + str(number))
+    corpora = ",".join(f"{{weight: {weight}, paths: ['{folder}']}}" for weight, folder in enumerate(folders, start=1))
+    config = load_config([
+        "data=mixture", f"data.mixture=[{corpora}]", f"data.tokenizer={file}", f"data.eos='{SPECIAL[1]}'",
+        f"data.bos='{SPECIAL[0]}'", "data.validation_share=0.3", f"data.root={tmp_path / 'prepared'}",
+        "model.vocab_size=600", "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1",
+        "model.num_attention_heads=2", "optim.rank=8", "optim.warmup_steps=1", "train.steps=3", "train.seq_len=64",
+        "train.tokens_per_step=512", "train.eval_every=0", "train.log_every=1", "train.compile=false",
+        "train.sample_tokens=8", "logger.wandb.mode=disabled", f"run.root={tmp_path / 'runs'}", "run.name=one",
+        "train.document_masks=true",
+    ])  # fmt: skip
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    Trainer(config, world, ready(config, 1), RunFolder(config), StopRequest()).fit()
+    run, out = tmp_path / "runs" / "one", tmp_path / "out"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["perf/data_s"] < 5 for line in lines if "train/loss" in line)
+    _, tokenizer = load_trained(run)
+    assert (tokenizer.path.name, tokenizer.bos_id, tokenizer.eos_id) == ("tokenizer.json", 0, 1)
+    export(run, out)
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert (theirs.bos_token, theirs.eos_token) == tuple(SPECIAL)
+    assert theirs(texts[0], add_special_tokens=False)["input_ids"] == tokenizer.encode(texts[0])
