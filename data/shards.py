@@ -234,6 +234,10 @@ class _Shard:
         self._names = np.memmap(folder / f"{name}.names", dtype=np.uint8, mode="r")
         given = folder / f"{name}.given.npy"
         self.given = np.load(given) if given.exists() else None
+        if self.index.dtype != INDEX or self.index.ndim != 1 or len(self.index) == 0:
+            raise ValueError(f"{name}.index.npy is no index of documents")
+        if self.given is not None and (self.given.dtype != GIVEN or self.given.shape != self.index.shape):
+            raise ValueError(f"{name}.given.npy is not of the index's documents")
 
     def bounds(self, document: int) -> tuple[int, int]:
         last = document + 1 == len(self.index)

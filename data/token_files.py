@@ -69,6 +69,6 @@ class TokenRecords:
                 tokens = np.memmap(file.path, self._dtype.newbyteorder("<"), mode="r") if file.size else np.empty(0)
             if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
                 raise ValueError(f"{tokens.dtype} of shape {tokens.shape} is no row of whole numbers")
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # numpy reads the head of an array as Python, and fails as that does
             raise ValueError(f"data.paths: {file.path} holds no tokens ({error}); check data.token_dtype") from None
         return tokens

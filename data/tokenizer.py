@@ -62,7 +62,11 @@ class Tokenizer:
         self.eos_id: int = found
         begin = self._model.bos_id if bos is None else self._named(bos, "data.bos")
         self.bos_id: int = begin if begin >= 0 else self.eos_id
-        self.token_bytes = np.array([self._model.bytes_of(token) for token in range(self.vocab_size)], dtype=np.int32)
+        try:
+            lengths = [self._model.bytes_of(token) for token in range(self.vocab_size)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: holds a piece that is no text ({error}); bring a whole copy") from None
+        self.token_bytes = np.array(lengths, dtype=np.int32)
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 
     def _named(self, name: str, key: str) -> int:
@@ -121,7 +125,7 @@ class _SentencePiece:
         try:
             self._model.load_from_serialized_proto(content)
             self.vocab_size: int = self._model.vocab_size()
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no sentencepiece model ({error})") from None
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
