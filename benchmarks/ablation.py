@@ -187,7 +187,7 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
         axis.set(title=name, xlabel="validation loss, nats a token")
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
 def write(study: dict[str, Any], records: list[Record]) -> None:
