@@ -32,6 +32,8 @@ from pretrain.config import (
 from pretrain.parallel import sharding_problems
 from pretrain.trained import init_problems
 
+OR_NONE = ("checkpoint_every", "keep_last", "keep_every", "eval_every", "sample_tokens")  # of train; 0 is allowed
+
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
     """Hold the settings against each other and against the model they describe, built without memory.
@@ -49,7 +51,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
             problems += _grass_problems(config.optim)
         problems += _baseline_problems(config.optim)
         if config.train.step_in_backward:
-            problems += _step_in_backward_problems(config.optim, world_size)
+            problems += _step_in_backward_problems(config.optim, config.train.non_finite == "skip", world_size)
         if 0 <= config.train.steps <= config.optim.warmup_steps:
             problems.append(
                 f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
@@ -107,7 +109,12 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f"train.tokens_per_step={train.tokens_per_step} is not divisible by micro_batch_size × seq_len × processes"
             f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"
         )
-    problems += _at_least(0, "train", train, "checkpoint_every", "eval_every", "sample_tokens")
+    problems += _at_least(
+        0, "train", train, "checkpoint_every", "eval_every", "sample_tokens", "keep_last", "keep_every"
+    )
+    if train.keep_every and not train.keep_last:
+        problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
+    problems += _one_of("train.non_finite", train.non_finite, ("stop", "skip"))
     if not 0 < train.timeout_minutes < math.inf:
         problems.append(f"train.timeout_minutes={train.timeout_minutes} must be greater than 0 and finite")
     problems += _one_of("train.dtype", train.dtype, DTYPES) + _one_of("train.resume", train.resume, ("auto", "never"))
@@ -215,13 +222,15 @@ def _chunked_head_problems(optim: GrassConfig) -> list[str]:
     ]
 
 
-def _step_in_backward_problems(optim: OptimConfig, world_size: int) -> list[str]:
+def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int) -> list[str]:
     key, problems = "train.step_in_backward=true", []
     if optim.clip:
         problems.append(
             f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
             "optim.norm_growth=1.01, which limits each linear by itself"
         )
+    if skips:
+        problems.append(f"{key}: steps are made before all gradients are seen; set train.non_finite=stop")
     if world_size > 1:
         problems.append(f"{key}: gradients of {world_size} processes meet only after the backward; set it to false")
     if optim.master_weights:

@@ -1,15 +1,10 @@
-"""Checkpoints: torch.distributed.checkpoint in safetensors files, beside a JSON file for everything that is no tensor.
+"""What a checkpoint holds: every tensor of a run by name, by torch.distributed.checkpoint in safetensors files.
 
-    checkpoints/step-00000200/   tensors by name: model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>,
-                                 history.<layer>.<rows or latest>
-                state.json         format, step, tokens, what the data and the settings were
+    model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>, history.<layer>.<rows or latest>
 
-A checkpoint is written beside its place and renamed once it is whole: a folder without ``.tmp`` can be trusted.
+How it is written is in pretrain.saver, what lies beside the tensors in pretrain.checkpoint_folder.
 """
 
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -26,75 +21,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from models.int8_weight import whole
 from optim.grass import block_of
 from pretrain.build import Optimization
-from pretrain.distributed import World
+from pretrain.checkpoint_folder import Damaged, latest, path_of, read_state, verify
+from pretrain.distributed import first_line
 
-FORMAT = 1
+__all__ = ["Damaged", "latest", "load", "path_of", "read_state", "read_weights", "tensors_of"]
 INT8_PARTS = ("weight_step", "rows", "index")  # what makes a weight in 8 bits whole
-
-
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below ``folder``."""
-    whole = [p for p in folder.glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists()]
-    return max(whole, default=None)
-
-
-def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: World) -> None:
-    """Write ``tensors`` and the JSON-able ``state`` to the folder ``path``, all of it or nothing.
-
-    Raises:
-        FileExistsError: ``path`` is there already; checkpoints are never overwritten.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists; checkpoints are never overwritten")
-    temporary = path.with_suffix(".tmp")
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    with warnings.catch_warnings():  # it warns of being alone, which a single process is
-        warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
-    if world.is_main:
-        (temporary / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-        for file in [*temporary.iterdir(), temporary]:
-            _to_disk(file)
-        temporary.rename(path)
-        _to_disk(path.parent)
-    world.barrier()
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk: a rename may otherwise get there first."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _damaged(path: Path, error: BaseException) -> ValueError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{path} is damaged ({first}); move it away to go on from the checkpoint before it")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state of the checkpoint at ``path``.
-
-    Raises:
-        ValueError: a damaged file, or a format that this version does not read.
-    """
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except ValueError as error:
-        raise _damaged(path, error) from None
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
-    return state
 
 
 def load(path: Path, model: nn.Module, optim: Optimization) -> None:
@@ -107,7 +38,7 @@ def load(path: Path, model: nn.Module, optim: Optimization) -> None:
     try:
         stored = reader.read_metadata().state_dict_metadata
     except SafetensorError as error:
-        raise _damaged(path, error) from None
+        raise Damaged(path, first_line(error)) from None
     _make_room(optim, stored)
     tensors = tensors_of(model, optim)
     if unlike := sorted(tensors.keys() ^ stored.keys()):
@@ -122,7 +53,7 @@ def _fill(path: Path, reader: dcp.HuggingFaceStorageReader, tensors: dict[str, T
         try:
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
         except (SafetensorError, dcp.api.CheckpointException) as error:
-            raise _damaged(path, error) from None
+            raise Damaged(path, first_line(error)) from None
 
 
 def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -133,12 +64,12 @@ def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[t
     Raises:
         ValueError: a damaged checkpoint, or one that lacks a name.
     """
-    read_state(path)
+    verify(path)
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         stored = reader.read_metadata().state_dict_metadata
     except SafetensorError as error:
-        raise _damaged(path, error) from None
+        raise Damaged(path, first_line(error)) from None
     if absent := [name for name in names if f"model.{name}" not in stored]:
         raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
     for _, block in groupby(names, block_of):

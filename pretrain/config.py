@@ -123,6 +123,10 @@ class TrainConfig:
     seed: int
     resume: str  # auto | never
     checkpoint_every: int
+    keep_last: int  # how many of the newest checkpoints stay; 0: all
+    keep_every: int  # those of its multiples stay besides; 0: none
+    async_save: bool  # save while the run goes on; a step waits for the copy to the host's memory alone
+    non_finite: str  # stop | skip: what a loss or gradient that is not finite means
     eval_every: int
     eval_sequences: int  # at the most, from the validation split
     log_every: int

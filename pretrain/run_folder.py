@@ -14,7 +14,9 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from pretrain import checkpoint
+from pretrain.checkpoint_folder import remove_unfinished
 from pretrain.config import Config, ConfigError
+from pretrain.files import UNFINISHED, write_whole
 
 # What a resumed run may have different, section by section: how long, how fast and what is shown.
 MAY_CHANGE = {
@@ -22,8 +24,9 @@ MAY_CHANGE = {
     "model": {"attention"},
     "data": {"root", "prompts", "workers"},
     "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
-              "micro_batch_size", "sample_tokens", "checkpoint_every", "eval_every", "eval_sequences", "log_every",
-              "parallel", "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run"},
+              "micro_batch_size", "sample_tokens", "checkpoint_every", "keep_last", "keep_every", "async_save",
+              "non_finite", "eval_every", "eval_sequences", "log_every", "parallel", "shards", "reshard",
+              "reduce_dtype", "timeout_minutes", "dry_run"},
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
               "decay_share"},
     "logger": {"wandb"},
@@ -53,7 +56,10 @@ class RunFolder:
     def is_finished(self, steps: int) -> bool:
         """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
         newest = self.latest_checkpoint
-        return self.summary_file.exists() and newest is not None and checkpoint.read_state(newest)["step"] >= steps
+        try:
+            return self.summary_file.exists() and newest is not None and checkpoint.read_state(newest)["step"] >= steps
+        except checkpoint.Damaged:
+            return False  # the run goes on from the one before
 
     def check(self, config: Config) -> list[str]:
         """What the settings of an existing run differ in, a line each; [] for a new run.
@@ -61,7 +67,7 @@ class RunFolder:
         Raises:
             ConfigError: the run exists and ``config`` may not go on with it.
         """
-        if not self.path.exists() or all(p.name == ".lock" for p in self.path.iterdir()):
+        if not self.path.exists() or all(p.name == ".lock" or p.suffix == UNFINISHED for p in self.path.iterdir()):
             return []
         if config.train.resume == "never":
             raise ConfigError(
@@ -99,11 +105,14 @@ class RunFolder:
 
     def open(self, config: Config, step: int) -> None:
         """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
-        if self.config_file.exists() and self.config_file.read_text() != text:
-            self.config_file.rename(_unused(self.path / "config.before.yaml"))
-        self.config_file.write_text(text)
+        before = self.config_file.read_text() if self.config_file.exists() else text
+        if before != text:
+            write_whole(_unused(self.path / "config.before.yaml"), before)
+        write_whole(self.config_file, text)  # at no moment is there a run without it
+        self.checkpoints.mkdir(exist_ok=True)
+        remove_unfinished(self.checkpoints)
         for lines in (self.metrics_file, self.selection_file):
             self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
         for stale in (self.samples_file, self.summary_file):
@@ -119,10 +128,8 @@ class RunFolder:
         keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
         if len(keep) < len(lines):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
-            aside.write_text("".join(line for line in lines if line not in keep))
-            replacement = file.with_suffix(".tmp")
-            replacement.write_text("".join(keep))
-            replacement.replace(file)
+            write_whole(aside, "".join(line for line in lines if line not in keep))
+            write_whole(file, "".join(keep))
 
 
 def _may_change(key: str) -> bool:

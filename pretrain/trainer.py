@@ -6,6 +6,7 @@ import math
 import platform
 import resource
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
 from pretrain.build import build_model, build_optimization, compile_blocks
+from pretrain.checkpoint_folder import Damaged, newest_good, set_aside
 from pretrain.code_version import git_commit
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.evaluate import evaluate
+from pretrain.files import write_whole
 from pretrain.flops import flops_per_token, parameter_counts
 from pretrain.generate import generate
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
 from pretrain.parallel import engine_of
 from pretrain.run_folder import RunFolder
+from pretrain.saver import Saver
 from pretrain.trained import weights_at
 from pretrain.update import Update
 
@@ -47,7 +51,7 @@ class Trainer:
         self.config, self.world, self.data, self.folder, self.stop = config, world, data, folder, stop
         train = config.train
         self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
-        changes, resume_from = self._look_into_folder()
+        changes, resume_from, damaged = self._look_into_folder()
         start = weights_at(train.init_from) if train.init_from and resume_from is None else None
         self.engine = engine_of(train, world)
         self.model = build_model(config, world.device, start, self.engine.shard)
@@ -67,11 +71,15 @@ class Trainer:
         if resume_from is not None:
             self._load(resume_from)
         require_same_weights(checkpoint.tensors_of(self.model, self.optim), world)
-        self._open_folder(changes)  # only now: what is refused above leaves the folder as it was
+        self._open_folder(changes, damaged)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(self.model, world.device)
         self.update = Update(config, world, self.model, self.engine, self.optim)
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
+        self.saver = Saver(
+            folder.checkpoints, world, background=train.async_save, keep_last=train.keep_last,
+            keep_every=train.keep_every, timeout=timedelta(minutes=train.timeout_minutes),
+        )  # fmt: skip
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
         self.commit = git_commit() if world.is_main else None  # now: the code may change while the run goes on
 
@@ -88,6 +96,7 @@ class Trainer:
             self.validate()
         for step in range(self.step, total):
             self._step_and_log(step)
+            self.saver.look()
             asked = self.world.any(bool(self.stop))
             if self._due(self.config.train.checkpoint_every) or asked:
                 self.save()
@@ -173,18 +182,27 @@ class Trainer:
 
     # Beginning, saving, ending.
 
-    def _look_into_folder(self) -> tuple[list[str], Path | None]:
-        """What changed since the run began and what to resume from, as the main process finds it."""
-        found: tuple[list[str], Path | None] = ([], None)
+    def _look_into_folder(self) -> tuple[list[str], Path | None, list[Damaged]]:
+        """What changed since the run began, what to resume from and what cannot be, as the main process finds it."""
+        found: Any = None
         if self.world.is_main:
-            found = self.folder.check(self.config), self.folder.latest_checkpoint
-        return self.world.from_main(found)
+            try:
+                found = self.folder.check(self.config), *newest_good(self.folder.checkpoints)
+            except ValueError as error:
+                found = error
+        found = self.world.from_main(found)
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
-    def _open_folder(self, changes: list[str]) -> None:
+    def _open_folder(self, changes: list[str], damaged: list[Damaged]) -> None:
         if self.world.is_main:
+            asides = [set_aside(error) for error in damaged]
             self.folder.open(self.config, self.step)
             self.data.tokenizer.copy_to(self.folder.path)
             log_to_file(self.folder.log_file)
+            for error, aside in zip(damaged, asides, strict=True):
+                logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, aside.name)
         for change in changes:
             logger.info("changed since the run began: %s", change)
         if self.step:
@@ -207,21 +225,17 @@ class Trainer:
             self.optim.grass.resume(self.step)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one."""
-        path = checkpoint.path_of(self.folder.checkpoints, self.step)
-        if path.exists():
-            return
+        """Have a checkpoint of the present step written, unless there is one."""
         if self.step:
             self._values()  # raises before a state that is not finite could be saved
-        tensors = checkpoint.tensors_of(self.model, self.optim)
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
             "training_seconds": self.watch.total_seconds, "world_size": self.world.size, "data": self._data_identity(),
         }  # fmt: skip
-        checkpoint.save(path, tensors, state, self.world)
-        logger.info("saved %s", path)
+        self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optim), state)
 
     def _stopped(self) -> bool:
+        self.saver.finish()
         logger.info("stopped by a signal at step %d; the same command goes on from here", self.step)
         if self.metrics:
             self.metrics.close({"stopped_at": self.step})
@@ -231,6 +245,7 @@ class Trainer:
         self.save()
         summary: dict[str, Any] = {**self.validate(), **parameter_counts(self.model)}
         samples = self._samples() if self.metrics or self.engine.sharded else []
+        self.saver.finish()
         if not self.metrics:
             return
         seconds = self.seconds + time.perf_counter() - self.began
@@ -244,9 +259,7 @@ class Trainer:
         }  # fmt: skip
         if samples:
             self._write_samples(samples)
-        unfinished = self.folder.summary_file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(summary, indent=1) + "\n")
-        unfinished.replace(self.folder.summary_file)
+        write_whole(self.folder.summary_file, json.dumps(summary, indent=1) + "\n")
         self.metrics.show_results(samples)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)

@@ -15,6 +15,7 @@ from pretrain.build import build_model, build_optimization
 from pretrain.check import check
 from pretrain.config import BaselineConfig, ConfigError, OptimConfig, load
 from pretrain.distributed import World
+from pretrain.saver import Saver
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 TINY = [
@@ -167,9 +168,11 @@ def test_what_a_checkpoint_holds_goes_on_to_the_bit(name, dtype, tmp_path):
     config = configuration(name, *more)
     model, optim = build(config)
     train(model, [optim.optimizer], 7)
-    checkpoint.save(tmp_path / "step-7", checkpoint.tensors_of(model, optim), {"step": 7}, ALONE)
+    saver = Saver(tmp_path, ALONE)
+    saver.save(7, checkpoint.tensors_of(model, optim), {"step": 7})
+    saver.finish()
     again, optim_again = build(config)
-    checkpoint.load(tmp_path / "step-7", again, optim_again)
+    checkpoint.load(checkpoint.path_of(tmp_path, 7), again, optim_again)
     assert train(again, [optim_again.optimizer], 9) == train(model, [optim.optimizer], 9)
     expected, resumed = (checkpoint.tensors_of(*pair) for pair in ((model, optim), (again, optim_again)))
     assert expected.keys() == resumed.keys()

@@ -1,0 +1,223 @@
+"""Kill a tiny run again and again, wherever it happens to be, and hold what it ends with against a run left alone.
+
+    PYTHONPATH=. python tests/kills.py 200 /tmp/kills 2      # kills, folder, seed
+
+prints where the kills hit, as JSON, and fails when a run shows a trace of them.
+
+Each life of a run is a fork of this process, which has imported torch and prepared the data. In it, and in it alone,
+what goes to the disk goes slowly, so that many kills hit a save. It writes down where it is in memory that outlives it.
+"""
+
+import json
+import logging
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import time
+import zlib
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from parallel_runs import TINY
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import filesystem
+
+from pretrain import checkpoint_folder, files, saver, trainer
+from pretrain.config import load
+from pretrain.distributed import World
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY = 16, 4
+RUN = [
+    *TINY, f"train.steps={STEPS}", "train.dtype=float32", f"train.checkpoint_every={EVERY}", "train.sample_tokens=0",
+    f"data.paths=[{ROOT / 'optim'}]",
+]  # fmt: skip
+PLACES = [
+    "starting", "training", "saving: tensors", "saving: checksums", "saving: state and manifest",
+    "saving: rename, latest", "ending",
+]  # fmt: skip
+SLOW = 0.01  # seconds that the disk takes longer each time
+
+
+class Whereabouts:
+    """Where a run is, in memory shared with its parent: its own thread's place, the save's place or 0, steps."""
+
+    def __init__(self):
+        self._memory = mmap.mmap(-1, 32)
+
+    def set(self, **what):
+        for name, value in what.items():
+            struct.pack_into("q", self._memory, 8 * ("place", "save", "began_at", "steps").index(name), value)
+
+    def read(self):
+        place, save, began_at, steps = struct.unpack("4q", self._memory)
+        return PLACES[save or place], began_at, steps
+
+
+def note(where, function, before, after=None):
+    def noting(*given, **named):
+        where.set(**before)
+        try:
+            return function(*given, **named)
+        finally:
+            where.set(**(after or {}))
+
+    return noting
+
+
+def watch(where):
+    """In a child: make the disk slow, and have the run write down where it is."""
+    fsync, create = os.fsync, filesystem.FileSystem.create_stream
+
+    def slow_fsync(descriptor):
+        time.sleep(SLOW)
+        fsync(descriptor)
+
+    class Slowly:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def write(self, content):
+            for start in range(0, len(content), len(content) // 4 + 1):
+                self.stream.write(content[start : start + len(content) // 4 + 1])
+                self.stream.flush()
+                time.sleep(SLOW)
+            return len(content)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+    @contextmanager
+    def slow_stream(system, path, mode):
+        with create(system, path, mode) as stream:
+            yield Slowly(stream)
+
+    os.fsync, filesystem.FileSystem.create_stream = slow_fsync, slow_stream
+    place, saving = PLACES.index, saver.Saver
+    saving._write = note(where, saving._write, {"save": place("saving: tensors")}, {"save": 0})
+    saving._checksums = note(where, saving._checksums, {"save": place("saving: checksums")})
+    saving._put_in_place = note(where, saving._put_in_place, {"save": place("saving: state and manifest")})
+    rename = Path.rename
+
+    def renaming(path, target):
+        if path.parent.name == "checkpoints" and where.read()[0].startswith("saving"):
+            where.set(save=place("saving: rename, latest"))
+            time.sleep(SLOW)
+            result = rename(path, target)
+            time.sleep(SLOW)
+            return result
+        return rename(path, target)
+
+    Path.rename = renaming
+    trainer.Trainer._finish = note(where, trainer.Trainer._finish, {"place": place("ending")})
+    step = trainer.Trainer._step_and_log
+
+    def stepping(self, number):
+        if where.read()[0] == "starting":
+            where.set(place=place("training"), began_at=number)
+        step(self, number)
+        where.set(steps=number + 1)
+
+    trainer.Trainer._step_and_log = stepping
+
+
+def live(overrides, data, where=None):
+    """A life of the run in a child; returns its process."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        if where:
+            watch(where)
+        config = load(overrides)
+        folder = RunFolder(config)
+        with folder.locked():
+            trainer.Trainer(config, World(0, 1, torch.device("cpu")), data, folder, StopRequest()).fit()
+        code = 0
+    except BaseException as error:  # of a child, which must not go on as if it were the parent
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    return [(x["step"], x.get("train/loss"), x.get("train/grad_norm"), x.get("val/loss")) for x in lines]
+
+
+def tensors(folder):
+    """All bits of each checkpoint, as a number each; the order of tensors in their file is nobody's promise."""
+    return {path.name: {name: _bits(t) for name, t in _tensors_in(path)} for path in folder.checkpoints.glob("step-*")}
+
+
+def _tensors_in(path):
+    return [item for file in path.glob("*.safetensors") for item in load_file(file).items()]
+
+
+def _bits(tensor):
+    return tensor.dtype, tensor.shape, zlib.crc32(tensor.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def committed(folder):
+    newest = checkpoint_folder.latest(folder.checkpoints)
+    return int(newest.name.removeprefix("step-")) if newest else 0
+
+
+def kill(times, root, seed=0):
+    """Where so many kills hit, and how many steps each of them cost, after all runs ended as the one left alone."""
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    common = [*RUN, f"run.root={root}", f"data.root={root / 'prepared'}"]
+    data = ready(load([*common, "run.name=none"]), 1)
+    whole, draw = RunFolder(load([*common, "run.name=whole"])), random.Random(seed)
+    assert os.waitpid(live([*common, "run.name=whole"], data), 0)[1] == 0
+    where, hits, lost, runs, sure = Whereabouts(), Counter(), {"async": [], "sync": []}, 0, 0.0
+    while hits.total() < times:
+        way = "sync" if runs % 2 else "async"
+        overrides = [*common, f"run.name=run-{runs}", f"train.async_save={'false' if way == 'sync' else 'true'}"]
+        folder, runs = RunFolder(load(overrides)), runs + 1
+        while True:
+            expected = committed(folder)
+            where.set(place=0, save=0, began_at=-1, steps=expected)
+            child, began = live(overrides, data, where), time.monotonic()
+            # Some moment of a whole life, whose length the first to be left alone tells; the last life is left alone.
+            moment = began + draw.random() * (sure or 4.0) if hits.total() < times else float("inf")
+            while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+                if time.monotonic() >= moment:
+                    os.kill(child, signal.SIGKILL)
+                    ended = os.waitpid(child, 0)
+                    break
+                time.sleep(0.001)
+            place, began_at, steps = where.read()
+            assert began_at in (-1, expected), f"began at {began_at}, but {expected} was on the disk"
+            if ended[1] == 0:
+                sure = sure or time.monotonic() - began
+                break
+            assert os.WIFSIGNALED(ended[1]), "a life ended by itself"
+            hits[place] += 1
+            lost[way].append(max(0, steps - committed(folder)))
+        assert losses(folder) == losses(whole), folder.path
+        assert tensors(folder) == tensors(whole), folder.path
+        assert checkpoint_folder.newest_good(folder.checkpoints)[0].name == f"step-{STEPS:08d}"
+        assert folder.summary_file.exists()
+        assert not [p for p in folder.path.rglob("*") if files.UNFINISHED in p.name or ".damaged" in p.name]
+        assert (folder.checkpoints / "latest").resolve().name == f"step-{STEPS:08d}"
+    return {
+        "kills": hits.total(), "runs": runs, "inside a save": sum(n for p, n in hits.items() if "saving" in p),
+        "where": {place: hits[place] for place in PLACES},
+        "steps lost": {way: dict(sorted(Counter(n).items())) for way, n in lost.items()}, "interval": EVERY,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(kill(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])), indent=1))

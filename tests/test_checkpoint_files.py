@@ -1,0 +1,180 @@
+"""Checkpoints on the disk: what is damaged is seen, the one before is used, nothing else is removed, old ones load."""
+
+import json
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_runs import TINY
+from safetensors.torch import load_file
+
+from pretrain import checkpoint
+from pretrain.build import build_model, build_optimization
+from pretrain.check import check
+from pretrain.checkpoint_folder import MANIFEST, newest_good, path_of
+from pretrain.config import ConfigError, load, to_config
+from pretrain.distributed import World
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
+from pretrain.trained import load_trained
+from pretrain.trainer import Trainer
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def overrides(root, tmp_path_factory):
+    """Overrides of a tiny run below a folder of this file's own."""
+    here = tmp_path_factory.mktemp("runs")
+    more = ["train.steps=8", "train.checkpoint_every=4", "train.dtype=float32", "train.sample_tokens=0"]
+    data = [f"data.paths=[{root / 'optim'}]", f"data.root={here / 'prepared'}"]
+    return lambda *given: [*TINY, *more, *data, f"run.root={here}", *given]
+
+
+def train(overrides):
+    config = load(overrides)
+    folder = RunFolder(config)
+    with folder.locked():
+        trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest())
+        trainer.fit()
+    return folder, trainer
+
+
+@pytest.fixture(scope="module")
+def finished(overrides):
+    """The folder of a run with checkpoints of steps 4 and 8."""
+    return train(overrides("run.name=finished"))[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be damaged; returns its folder and overrides that go on with it."""
+    shutil.copytree(finished.path, tmp_path / "finished", symlinks=True)
+    return tmp_path / "finished", [f"run.root={tmp_path}", "run.name=finished"]
+
+
+def damage(folder, draw):
+    """Flip a bit, cut off some of, or remove a file of ``folder``; returns the file."""
+    file = draw.choice(sorted(folder.iterdir()))
+    content = bytearray(file.read_bytes())
+    what = draw.choice(["flip", "flip", "truncate", "remove"])
+    place = draw.randrange(len(content))
+    if what == "flip":
+        content[place] ^= 1 << draw.randrange(8)
+    if what == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content if what == "flip" else content[:place])
+    return file
+
+
+def test_whatever_happens_to_a_file_is_seen_and_the_checkpoint_before_is_used(copied):
+    folder = copied[0] / "checkpoints"
+    newest, draw, seen = path_of(folder, 8), random.Random(0), {"fell back": 0, "refused": 0, "harmless": 0}
+    whole = {file: file.read_bytes() for file in newest.iterdir()}
+    assert newest_good(folder) == (newest, [])
+    for _ in range(400):
+        file = damage(newest, draw)
+        try:
+            found, damaged = newest_good(folder)
+        except ValueError as error:  # of a format of its own: it may be one of a newer version
+            assert "format" in str(error) and str(newest) in str(error)
+            seen["refused"] += 1
+        else:
+            if found == newest:  # a space became another one
+                assert file.name == MANIFEST and json.loads(file.read_text()) == json.loads(whole[file])
+                seen["harmless"] += 1
+            else:
+                assert found == path_of(folder, 4) and [error.path for error in damaged] == [newest]
+                seen["fell back"] += 1
+        file.write_bytes(whole[file])
+    assert seen["fell back"] >= 390 and seen["harmless"] < 5
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(copied, overrides, finished, caplog):
+    path, where = copied
+    tensors = next(path_of(path / "checkpoints", 8).glob("*.safetensors"))
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    with caplog.at_level(logging.INFO):
+        folder, trainer = train(overrides(*where))
+    assert f"{tensors.parent} is damaged ({tensors.name} has" in caplog.text
+    assert "it is now step-00000008.damaged" in caplog.text and "going on from step 4" in caplog.text
+    assert trainer.step == 8
+    again, before = (load_file(next(path_of(f.checkpoints, 8).glob("*.safetensors"))) for f in (folder, finished))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert {p.name for p in folder.checkpoints.iterdir()} == {
+        "latest", "step-00000004", "step-00000008", "step-00000008.damaged",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"step-00000008.damaged is damaged"):
+        load_trained(folder.checkpoints / "step-00000008.damaged")
+
+
+def test_where_none_is_good_the_run_is_refused_and_nothing_moves(copied, overrides):
+    path, where = copied
+    for step in (4, 8):
+        (path_of(path / "checkpoints", step) / "state.json").unlink()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"no checkpoint of this run is good:\n.*00000008 is damaged \(state.json"):
+        train(overrides(*where, "train.steps=12"))
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    for step in (4, 8):
+        shutil.rmtree(path_of(path / "checkpoints", step))
+    with pytest.raises(ValueError, match=r"held step-00000008, which is gone; bring a good one back"):
+        train(overrides(*where, "train.steps=12"))
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_left_where_it_is(copied, overrides):
+    path, where = copied
+    manifest = path_of(path / "checkpoints", 8) / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(ValueError, match="has checkpoint format 3; this version reads formats 1 to 2"):
+        train(overrides(*where, "train.steps=12"))
+    assert manifest.exists()
+
+
+def test_only_what_keep_last_and_keep_every_leave_out_is_removed(overrides):
+    folder, _ = train(
+        overrides(
+            "run.name=kept", "train.steps=14", "train.checkpoint_every=2", "train.keep_last=2", "train.keep_every=6"
+        )
+    )
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == [
+        "latest",
+        *(f"step-000000{n:02}" for n in (6, 12, 14)),
+    ]
+    with pytest.raises(ConfigError, match=r"train.keep_every adds to train.keep_last, which keeps all"):
+        check(load(overrides("train.keep_every=6")))
+
+
+def test_a_checkpoint_of_format_1_still_loads(root, tmp_path):
+    """Written by the version of 2026-11-24 (d1f8099), before there were manifests; safetensors itself is the oracle."""
+    kept = root / "tests" / "data" / "format-1"
+    path = path_of(kept / "checkpoints", 2)
+    config = load_kept(kept, tmp_path)
+    assert newest_good(kept / "checkpoints") == (path, [])
+    model = build_model(config, ALONE.device)
+    optim = build_optimization(config, model)
+    checkpoint.load(path, model, optim)
+    (file,) = path.glob("*.safetensors")
+    found, stored = checkpoint.tensors_of(model, optim), load_file(file)
+    assert found.keys() == stored.keys() and len(stored) > 40
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    copy = tmp_path / "kept" / "checkpoints"
+    shutil.copytree(path, copy / path.name)
+    (cut,) = copy.glob("*/*.safetensors")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"no checkpoint of this run is good"):
+        newest_good(copy)
+
+
+def load_kept(kept: Path, tmp_path: Path):
+    """The configuration of the kept run, as today's version composes it."""
+    from omegaconf import OmegaConf
+
+    old = OmegaConf.load(kept / "config.yaml")
+    base = OmegaConf.structured(load(["data=text", "data.paths=[.]", f"run.root={tmp_path}"]))
+    return to_config(OmegaConf.merge(base, {key: old[key] for key in ("model", "optim", "train")}))
