@@ -154,6 +154,13 @@ class Grass:
         self.steps = steps
         self._start_probes(self._probing)
 
+    def skip_update(self) -> None:
+        """Count an update that is not made: its gradient goes into no score, and refreshes keep their turns."""
+        for layer in self.layers.values():
+            if layer.probe is not None:
+                layer.stop_probe()
+        self.end_update()
+
     def rate_factor(self) -> float:
         """What the warm-up after a refresh makes of the rows' learning rate in the coming update."""
         since = self.steps % self.refresh_every

@@ -32,7 +32,8 @@ from pretrain.config import (
 from pretrain.parallel import sharding_problems
 from pretrain.trained import init_problems
 
-OR_NONE = ("checkpoint_every", "keep_last", "keep_every", "eval_every", "sample_tokens")  # of train; 0 is allowed
+# Of train: what may be 0.
+OR_NONE = ("checkpoint_every", "keep_last", "keep_every", "eval_every", "sample_tokens", "most_rollbacks")
 
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
@@ -114,6 +115,8 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
     )
     if train.keep_every and not train.keep_last:
         problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
+    if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
+        problems.append(f"train.spike_factor={train.spike_factor} must be greater than 1, or 0 for no spikes")
     problems += _one_of("train.non_finite", train.non_finite, ("stop", "skip"))
     if not 0 < train.timeout_minutes < math.inf:
         problems.append(f"train.timeout_minutes={train.timeout_minutes} must be greater than 0 and finite")

@@ -127,6 +127,8 @@ class TrainConfig:
     keep_every: int  # those of its multiples stay besides; 0: none
     async_save: bool  # save while the run goes on; a step waits for the copy to the host's memory alone
     non_finite: str  # stop | skip: what a loss or gradient that is not finite means
+    spike_factor: float  # a loss so many times the median of the latest 32 is a spike; 0: none is
+    most_rollbacks: int  # how many spikes the run goes back to its newest checkpoint for
     eval_every: int
     eval_sequences: int  # at the most, from the validation split
     log_every: int

@@ -47,26 +47,49 @@ class Stopwatch:
         return rates
 
 
+class Lines:
+    """Appends JSON lines to a file. What the disk does not take is said once, kept, and written when it can be."""
+
+    def __init__(self, path: Path):
+        self.path, self._pending, self._failing = path, b"", False
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._pending += json.dumps(line).encode() + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:  # each time: the folder may have been away
+                while self._pending:
+                    self._pending = self._pending[file.write(self._pending) :]
+        except OSError as error:
+            if not self._failing:
+                logger.warning("%s cannot be written (%s); the run goes on and keeps its lines", self.path, error)
+            self._failing = True
+        else:
+            if self._failing:
+                logger.warning("%s can be written again; no line is lost", self.path)
+            self._failing = False
+
+
 class MetricLog:
     """Writes a run's metric lines to ``metrics.jsonl`` and to W&B, and shows them to whoever watches."""
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int):
-        self._file = folder.metrics_file.open("a", encoding="utf-8")
-        self._selection_file = folder.selection_file
+        self._lines, self._selection = Lines(folder.metrics_file), Lines(folder.selection_file)
+        self._bad_batches = Lines(folder.bad_batches_file)
         self._wandb = WandbRun(config, folder.path)
         self._bar = _progress_bar(config.train.steps, first_step)
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         line = {"step": step, "tokens": tokens, **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.write(line)
         self._wandb.log(line)
 
     def write_selection(self, step: int, layers: dict[str, Any]) -> None:
         """A line of ``selection.jsonl``: what the refreshes since the last one chose, by layer."""
         if layers:
-            with self._selection_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "layers": layers}) + "\n")
+            self._selection.write({"step": step, "layers": layers})
+
+    def write_bad_batch(self, line: dict[str, Any]) -> None:
+        self._bad_batches.write(line)
 
     def advance(self, step: int, shown: dict[str, float]) -> None:
         """Move the bar to ``step``, or, without a terminal, say ``shown`` in a plain line."""
@@ -78,11 +101,9 @@ class MetricLog:
 
     def show_results(self, samples: list[tuple[str, str]]) -> None:
         """Show what a finished run came to, where tables and pictures can be shown."""
-        self._file.flush()
         self._wandb.log_results(samples)
 
     def close(self, summary: dict[str, Any]) -> None:
-        self._file.close()
         if self._bar:
             self._bar.stop()
         self._wandb.finish(summary)
@@ -114,7 +135,26 @@ def log_to_terminal(is_main: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class _LogFile(logging.FileHandler):
+    """Says once that the disk does not take its lines, instead of a traceback for each."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8")
+        self._failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failing:
+            self._failing = True  # before the warning, which comes here too
+            logger.warning("%s cannot be written; the run goes on", self.baseFilename)
+
+
 def log_to_file(path: Path) -> None:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    root = logging.getLogger()
+    for other in [
+        h for h in root.handlers if isinstance(h, _LogFile)
+    ]:  # of this run before it went back, or of another
+        root.removeHandler(other)
+        other.close()
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
+    root.addHandler(handler)

@@ -25,8 +25,8 @@ MAY_CHANGE = {
     "data": {"root", "prompts", "workers"},
     "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
               "micro_batch_size", "sample_tokens", "checkpoint_every", "keep_last", "keep_every", "async_save",
-              "non_finite", "eval_every", "eval_sequences", "log_every", "parallel", "shards", "reshard",
-              "reduce_dtype", "timeout_minutes", "dry_run"},
+              "non_finite", "spike_factor", "most_rollbacks", "eval_every", "eval_sequences", "log_every", "parallel",
+              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run"},
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
               "decay_share"},
     "logger": {"wandb"},
@@ -42,6 +42,8 @@ class RunFolder:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.selection_file = self.path / "selection.jsonl"
+        self.bad_batches_file = self.path / "bad_batches.jsonl"
+        self.rollbacks_file = self.path / "rollbacks.json"
         self.log_file = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer_file = self.path / "tokenizer.model"
@@ -52,6 +54,11 @@ class RunFolder:
     @property
     def latest_checkpoint(self) -> Path | None:
         return checkpoint.latest(self.checkpoints)
+
+    @property
+    def rollbacks(self) -> list[int]:
+        """The steps whose batches are passed over, because the loss jumped there."""
+        return json.loads(self.rollbacks_file.read_text())["steps"] if self.rollbacks_file.exists() else []
 
     def is_finished(self, steps: int) -> bool:
         """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
@@ -105,6 +112,7 @@ class RunFolder:
 
     def open(self, config: Config, step: int) -> None:
         """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
+        self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         before = self.config_file.read_text() if self.config_file.exists() else text
@@ -113,7 +121,7 @@ class RunFolder:
         write_whole(self.config_file, text)  # at no moment is there a run without it
         self.checkpoints.mkdir(exist_ok=True)
         remove_unfinished(self.checkpoints)
-        for lines in (self.metrics_file, self.selection_file):
+        for lines in (self.metrics_file, self.selection_file, self.bad_batches_file):
             self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
         for stale in (self.samples_file, self.summary_file):
             if stale.exists():

@@ -79,6 +79,7 @@ class Saver:
             FloatingPointError: of the save before: there was a tensor that is not finite.
         """
         self.wait()
+        self._lost = None
         path = checkpoint_folder.path_of(self.folder, step)
         if path.exists():
             return

@@ -4,6 +4,7 @@ Exit codes: 0 finished, 2 something to mend (one message says what), 3 another p
 by a signal after saving.
 """
 
+import gc
 import logging
 import signal
 import sys
@@ -19,6 +20,7 @@ from pretrain.agreement import require_same_setting
 from pretrain.config import Config, load, to_config
 from pretrain.distributed import World
 from pretrain.dry_run import dry_run
+from pretrain.faults import RolledBack
 from pretrain.interrupt import EXIT_CODE, StopRequest
 from pretrain.metrics import log_to_terminal
 from pretrain.preflight import clear_errors, only_asks_hydra, ready
@@ -59,9 +61,19 @@ def _train(config: Config, world: World, data: Prepared, stop: StopRequest) -> b
         )
         return True
     with folder.locked() if world.is_main else nullcontext():
-        trainer = Trainer(config, world, data, folder, stop)
-        stop.listen()
+        while (finished := _train_on(config, world, data, folder, stop)) is None:
+            gc.collect()  # the model that went astray makes room
+        return finished
+
+
+def _train_on(config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest) -> bool | None:
+    """Build everything and train; None when the run is to go on from its newest checkpoint."""
+    trainer = Trainer(config, world, data, folder, stop)
+    stop.listen()
+    try:
         return trainer.fit()
+    except RolledBack:
+        return None
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

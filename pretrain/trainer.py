@@ -9,7 +9,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from pretrain.code_version import git_commit
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.evaluate import evaluate
+from pretrain.faults import MOST_SKIPPED_IN_A_ROW, RolledBack, SpikeWatch, bad_batch, in_short
 from pretrain.files import write_whole
 from pretrain.flops import flops_per_token, parameter_counts
 from pretrain.generate import generate
@@ -51,7 +52,7 @@ class Trainer:
         self.config, self.world, self.data, self.folder, self.stop = config, world, data, folder, stop
         train = config.train
         self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
-        changes, resume_from, damaged = self._look_into_folder()
+        changes, self.rollbacks, resume_from, damaged = self._look_into_folder()
         start = weights_at(train.init_from) if train.init_from and resume_from is None else None
         self.engine = engine_of(train, world)
         self.model = build_model(config, world.device, start, self.engine.shard)
@@ -67,14 +68,17 @@ class Trainer:
         )  # fmt: skip
         self.ahead = Prefetch(self.batches.micro_batches, pin=world.device.type == "cuda")
         self.watch = Stopwatch()
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.skipped_at, self.skipped_in_a_row = 0, 0
+        self.first_bad = torch.zeros((), dtype=torch.int64, device=world.device)  # the first step that was not finite
+        self.spikes = SpikeWatch(train.spike_factor)
         if resume_from is not None:
             self._load(resume_from)
         require_same_weights(checkpoint.tensors_of(self.model, self.optim), world)
         self._open_folder(changes, damaged)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(self.model, world.device)
-        self.update = Update(config, world, self.model, self.engine, self.optim)
+        self.update = Update(config, world, self.model, self.engine, self.optim, train.non_finite == "skip")
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.saver = Saver(
             folder.checkpoints, world, background=train.async_save, keep_last=train.keep_last,
@@ -87,8 +91,15 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the last step. Returns False when a signal stopped the run, which is then saved."""
-        total = self.config.train.steps
         self.began = time.perf_counter()
+        try:
+            return self._fit()
+        except (OSError, ValueError, FloatingPointError):
+            self.saver.wait()  # the run ends; what it has saved is to be there
+            raise
+
+    def _fit(self) -> bool:
+        total = self.config.train.steps
         if self.optim.grass and self.step == 0:
             count = self.batches.targets(0)
             self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0), count))
@@ -96,6 +107,8 @@ class Trainer:
             self.validate()
         for step in range(self.step, total):
             self._step_and_log(step)
+            if self.config.train.spike_factor and self.sums is not None:
+                self._look_for_spike()
             self.saver.look()
             asked = self.world.any(bool(self.stop))
             if self._due(self.config.train.checkpoint_every) or asked:
@@ -110,8 +123,15 @@ class Trainer:
     def _step_and_log(self, step: int) -> None:
         logged = (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
         self.watch.start()
-        self.sums = self.train_step(step)
+        self.sums = None if step + 1 in self.rollbacks else self.train_step(step)
         self.step = step + 1
+        if self.sums is None:
+            self.update.pass_over()
+            self._skip("passed over: the loss jumped here")
+        elif self.update.skipped:
+            self._skip("skipped: loss or gradient not finite")
+        else:
+            self._note_non_finite()
         values = self._values() if logged else {}
         self.watch.stop(self.config.train.tokens_per_step)
         if logged:
@@ -124,18 +144,85 @@ class Trainer:
 
     # What is written down.
 
-    def _values(self) -> dict[str, float]:
-        """The numbers of the latest step, which wait for the device: asked for when it is logged or saved."""
-        nats, grad_norm = self.sums
-        loss = self.world.sum(nats.clone()).item() / self.batches.targets(self.step - 1)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm.item()):
-            raise FloatingPointError(
-                f"the training loss is {loss} and the gradient's norm {grad_norm.item()} at step {self.step}: "
-                f"lower optim.lr or optim.linear_lr; {self.folder.checkpoints} holds the steps before"
-            )
-        return {"train/loss": loss, "train/grad_norm": grad_norm.item()}
+    def _values(self) -> dict[str, float | None]:
+        """The numbers of the latest step, which wait for the device: asked for when it is logged or saved.
 
-    def _log(self, values: dict[str, float]) -> None:
+        None for a step that was not made.
+        """
+        if self.sums is None or self.update.skipped:
+            return {"train/loss": None, "train/grad_norm": None}
+        nats, grad_norm = self.sums
+        summed = self.world.sum(torch.stack([nats, (self.first_bad > 0).to(nats)]))
+        loss, bad, norm = summed[0].item() / self.batches.targets(self.step - 1), summed[1].item(), grad_norm.item()
+        if bad or not math.isfinite(loss) or not math.isfinite(norm):
+            self._stop_at_non_finite(loss, norm)
+        return {"train/loss": loss, "train/grad_norm": norm}
+
+    # Steps that go wrong.
+
+    def _note_non_finite(self) -> None:
+        """Keep, on the device and without waiting for it, which step was the first that was not finite."""
+        assert self.sums is not None
+        nats, grad_norm = self.sums
+        bad = (self.first_bad == 0) & ~(nats.isfinite() & grad_norm.isfinite())
+        self.first_bad = torch.where(bad, self.step, self.first_bad)
+
+    def _stop_at_non_finite(self, loss: float, norm: float) -> NoReturn:
+        first = min(step for step in self.world.all_of(int(self.first_bad) or self.step))
+        documents = self._tell_bad_batch(first, "stopped: loss or gradient not finite", loss=loss, grad_norm=norm)
+        self.saver.wait()
+        newest = self.folder.latest_checkpoint
+        raise FloatingPointError(
+            f"the training loss is {loss} and the gradient's norm {norm} at step {self.step}"
+            f"{f', not finite since step {first}' if first < self.step else ''}: lower optim.lr or optim.linear_lr, or "
+            f"set train.non_finite=skip; the batch of step {first} has {in_short(documents)}, all of them named in "
+            f"{self.folder.bad_batches_file}; the newest checkpoint is {newest or 'none'}"
+        )
+
+    def _skip(self, what: str) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row = 1 if self.step != self.skipped_at + 1 else self.skipped_in_a_row + 1
+        self.skipped_at = self.step
+        documents = self._tell_bad_batch(self.step, what)
+        logger.warning("step %d is %s; its batch has %s", self.step, what, in_short(documents))
+        if self.skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, have a loss or gradient that is not "
+                f"finite: lower optim.lr or optim.linear_lr; {self.folder.bad_batches_file} names their documents"
+            )
+
+    def _tell_bad_batch(self, step: int, what: str, **numbers: float) -> list[str]:
+        documents = self.batches.documents(step - 1)
+        if self.metrics:
+            self.metrics.write_bad_batch(bad_batch(step, what, documents, **numbers))
+        return documents
+
+    def _look_for_spike(self) -> None:
+        """Go back to the newest checkpoint when the loss has jumped; waits for the device.
+
+        Raises:
+            RolledBack: the folder says now which batch to pass over.
+        """
+        loss = self._values()["train/loss"]
+        if loss is None or not self.spikes.sees_spike(loss):
+            return
+        documents = in_short(self.batches.documents(self.step - 1))
+        if len(self.rollbacks) >= self.config.train.most_rollbacks:
+            logger.warning("the loss jumped to %.4f at step %d; the run went back often enough", loss, self.step)
+            return
+        logger.warning(
+            "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint, and on from "
+            "there without this batch",
+            *(loss, self.step, documents),
+        )
+        self.saver.wait()
+        if self.metrics:
+            write_whole(self.folder.rollbacks_file, json.dumps({"steps": [*self.rollbacks, self.step]}))
+            self.metrics.close({"went_back_at": self.step})
+        self.world.barrier()
+        raise RolledBack
+
+    def _log(self, values: dict[str, float | None]) -> None:
         tokens_per_s, step_s = self.watch.lap()
         rates = {f"train/lr_{g['name']}": float(g["lr"]) for g in self.optim.optimizer.param_groups}
         values |= {
@@ -145,7 +232,10 @@ class Trainer:
         }  # fmt: skip
         if self.optim.grass:
             values |= self.optim.grass.history.means()
-        self._write(values, {"loss": values["train/loss"], "tokens/s": tokens_per_s})
+        if self.update.skip or self.rollbacks:
+            values |= {"train/skipped": self.skipped}
+        loss = values["train/loss"]
+        self._write(values, {"loss": math.nan if loss is None else loss, "tokens/s": tokens_per_s})
         if self.optim.grass and self.metrics:
             logged_before = (self.step - 1) // self.config.train.log_every * self.config.train.log_every
             self.metrics.write_selection(self.step, self.optim.grass.history.by_layer(since=logged_before))
@@ -182,12 +272,15 @@ class Trainer:
 
     # Beginning, saving, ending.
 
-    def _look_into_folder(self) -> tuple[list[str], Path | None, list[Damaged]]:
-        """What changed since the run began, what to resume from and what cannot be, as the main process finds it."""
+    def _look_into_folder(self) -> tuple[list[str], list[int], Path | None, list[Damaged]]:
+        """What changed since the run began, which steps to pass over, what to resume from and what cannot be.
+
+        As the main process finds it.
+        """
         found: Any = None
         if self.world.is_main:
             try:
-                found = self.folder.check(self.config), *newest_good(self.folder.checkpoints)
+                found = self.folder.check(self.config), self.folder.rollbacks, *newest_good(self.folder.checkpoints)
             except ValueError as error:
                 found = error
         found = self.world.from_main(found)
@@ -221,6 +314,8 @@ class Trainer:
         checkpoint.load(path, self.model, self.optim)
         self.step, self.seconds = state["step"], state["seconds"]
         self.watch.total_seconds = state["training_seconds"]
+        self.skipped = state.get("skipped", 0)
+        self.spikes.losses.extend(state.get("losses", []))
         if self.optim.grass:
             self.optim.grass.resume(self.step)
 
@@ -231,6 +326,7 @@ class Trainer:
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
             "training_seconds": self.watch.total_seconds, "world_size": self.world.size, "data": self._data_identity(),
+            "skipped": self.skipped, "losses": list(self.spikes.losses),
         }  # fmt: skip
         self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optim), state)
 

@@ -25,10 +25,14 @@ class Update:
         model: whose parameters are trained.
         engine: runs the model's forwards and backwards on one process or several.
         optim: of ``pretrain.build.build_optimization``.
+        skip: make no update from a loss or gradient that is not finite, which needs to wait for the device each step.
     """
 
-    def __init__(self, config: Config, world: World, model: nn.Module, engine: Engine, optim: Optimization):
+    def __init__(
+        self, config: Config, world: World, model: nn.Module, engine: Engine, optim: Optimization, skip: bool = False
+    ):
         self.config, self.world, self.model, self.engine, self.optim = config, world, model, engine, optim
+        self.skip, self.skipped = skip, False  # whether the latest update was
 
     def __call__(self, micro_batches: Iterable[MicroBatch], count: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
@@ -37,11 +41,25 @@ class Update:
             return nats, self.optim.in_backward.grad_norm()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         grad_norm = self.engine.clip(trainable, self.config.optim.clip or float("inf"))
+        self.skipped = self.skip and not self._finite(nats, grad_norm)
+        if self.skipped:
+            self.pass_over()
+            return nats, grad_norm
         if self.optim.limiter:
             self.optim.limiter()
         self.optim.optimizer.step()
         self.model.zero_grad(set_to_none=True)
         return nats, grad_norm
+
+    def pass_over(self) -> None:
+        """Make no update, and count it where updates are counted."""
+        self.model.zero_grad(set_to_none=True)
+        if self.optim.grass:
+            self.optim.grass.skip_update()
+
+    def _finite(self, nats: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the loss of every process and the gradient are finite: the same answer on all of them."""
+        return bool(self.world.sum(torch.stack([nats, grad_norm.to(nats)])).isfinite().all())
 
     def accumulate(self, micro_batches: Iterable[MicroBatch], count: int | None = None, step: bool = False) -> Tensor:
         """Forward and backward of every micro-batch; the gradient is that of the mean over all targets of the step.
