@@ -27,6 +27,7 @@ FORMAT = 2
 WITHOUT_MANIFEST = 1  # the format before, which had no checksums
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 DAMAGED = ".damaged"
+OF_A_RUN: dict[str, Any] = {"step": int, "seconds": (int, float), "training_seconds": (int, float), "data": dict}
 
 
 class Damaged(ValueError):
@@ -99,7 +100,10 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: a damaged file, or a format that this version does not read.
     """
-    return _read_json(path, STATE)
+    state = _read_json(path, STATE)
+    if lacking := [key for key, kind in OF_A_RUN.items() if not isinstance(state.get(key), kind)]:
+        raise Damaged(path, f"{STATE} does not tell {lacking[0]}")
+    return state
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def verify(path: Path) -> None:
                 raise Damaged(path, f"the content of {name} is not what was written")
     except OSError as error:
         raise Damaged(path, error) from None
-    read_state(path)
+    _read_json(path, STATE)
 
 
 def _verify_lengths(path: Path) -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from pretrain import checkpoint
 from pretrain.checkpoint_folder import remove_unfinished
 from pretrain.config import Config, ConfigError
+from pretrain.distributed import first_line
 from pretrain.files import UNFINISHED, write_whole
 
 # What a resumed run may have different, section by section: how long, how fast and what is shown.
@@ -58,7 +61,15 @@ class RunFolder:
     @property
     def rollbacks(self) -> list[int]:
         """The steps whose batches are passed over, because the loss jumped there."""
-        return json.loads(self.rollbacks_file.read_text())["steps"] if self.rollbacks_file.exists() else []
+        if not self.rollbacks_file.exists():
+            return []
+        try:
+            steps = json.loads(self.rollbacks_file.read_text())["steps"]
+            if all(isinstance(step, int) for step in steps):
+                return steps
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise ConfigError(f"{self.rollbacks_file} lists no steps to pass over; bring it back from a copy")
 
     def is_finished(self, steps: int) -> bool:
         """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
@@ -84,7 +95,7 @@ class RunFolder:
             raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
         if self.latest_checkpoint is None:
             return []
-        old, new = flat(OmegaConf.load(self.config_file)), flat(OmegaConf.structured(config))
+        old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
         # A key that only one of them has belongs to another version of this program, which is no change of settings.
         changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
         refused = [k for k in changed if not _may_change(k)]
@@ -140,8 +151,25 @@ class RunFolder:
             write_whole(file, "".join(keep))
 
 
+def read_config(file: Path) -> DictConfig:
+    """What a run's config.yaml holds.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    try:
+        stored = OmegaConf.load(file)
+        OmegaConf.to_container(stored, resolve=True)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read ({first_line(error)}); bring it back from a copy") from None
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(f"{file} is no configuration of a run; bring it back from a copy")
+    return stored
+
+
 def _may_change(key: str) -> bool:
-    section, name = key.split(".")[:2]
+    section, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
     return name in MAY_CHANGE.get(section, ())
 
 

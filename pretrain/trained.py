@@ -16,6 +16,7 @@ from models.llama import Llama
 from pretrain import checkpoint, hugging_face
 from pretrain.build import fill
 from pretrain.config import DTYPES
+from pretrain.run_folder import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
 
 def _of_checkpoint(path: Path) -> Trained:
     run = path.parent.parent
-    stored = OmegaConf.load(_existing(run / "config.yaml"))
+    stored = read_config(_existing(run / "config.yaml"))
     config = cast("dict[str, Any]", OmegaConf.to_container(stored, resolve=True))
     arguments = {key: value for key, value in config["model"].items() if key in hugging_face.OURS}
 

@@ -1,0 +1,57 @@
+"""How long a step waits for a save, in the background and without: ``python -m benchmarks.saving [hydra overrides]``.
+
+Builds the model and the optimizer of a run, makes one update, and saves several times below a temporary folder. Prints,
+as JSON, the bytes of a checkpoint and by way the median seconds that the caller waited and that the whole save took.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from pretrain import checkpoint
+from pretrain.build import build_model, build_optimization
+from pretrain.config import Config, load
+from pretrain.distributed import World
+from pretrain.parallel import Engine
+from pretrain.saver import Saver
+from pretrain.update import Update
+
+SAVES = 7
+
+
+def measure(config: Config) -> dict[str, float]:
+    """Of a run with ``config`` on this process' CPU."""
+    world = World(0, 1, torch.device("cpu"))
+    model = build_model(config, world.device)
+    optim = build_optimization(config, model)
+    engine = Engine()
+    engine.wrap(model)
+    ids = torch.randint(config.model.vocab_size, (1, config.train.seq_len + 1))
+    Update(config, world, model, engine, optim)([(ids[:, :-1], ids[:, 1:])])
+    tensors = checkpoint.tensors_of(model, optim)
+    told: dict[str, float] = {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())}
+    for way in ("background", "waiting"):
+        waited, took = [], []
+        with tempfile.TemporaryDirectory(dir=".") as folder:  # of the disk here, which /tmp may not be
+            saver = Saver(Path(folder), world, background=way == "background", keep_last=1)
+            for step in range(SAVES):
+                saver.save(step, tensors, {"step": step})
+                saver.finish()
+                waited.append(saver.blocked_seconds)
+                took.append(saver.seconds)
+        told |= {f"{way}: waited": round(median(waited), 4), f"{way}: whole": round(median(took), 4)}
+    return told
+
+
+def main() -> None:
+    logging.disable(logging.INFO)
+    print(json.dumps(measure(load(sys.argv[1:])), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Stopped on N processes and gone on with on M, in other micro-batches: the same rows of tokens, the same losses."""
+
+import shutil
+import zlib
+
+import pytest
+from parallel_runs import CPU, TINY, spawn, values
+
+from pretrain.config import load
+from pretrain.distributed import World
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
+from pretrain.trainer import Trainer
+
+STOP, STEPS, SIZES = 7, 14, (1, 2, 4)
+
+
+class Asked(StopRequest):
+    """A request to stop that comes during step STOP of a run's first life."""
+
+    left = STOP
+
+    def __bool__(self):
+        self.left -= 1
+        return self.left == 0
+
+
+def go_on(name, overrides, rank, size):
+    """Train as rank of size; returns by step the rows that this process trained on, in their order."""
+    config = load([*overrides, f"run.name={name}"])
+    folder = RunFolder(config)
+    stop = StopRequest() if "to" in name else Asked()
+    trainer = Trainer(config, World(rank, size, CPU), ready(config, size), folder, stop)
+    rows, given = {}, trainer.batches.micro_batches
+
+    def noting(step):
+        rows[step] = []  # the first rows are chosen by the first batch as well
+        for inputs, targets in given(step):
+            rows[step].extend(zlib.crc32(row.numpy().tobytes()) for row in inputs)
+            yield inputs, targets
+
+    trainer.batches.micro_batches = noting
+    trainer.fit()
+    return rows
+
+
+def together(by_rank):
+    """Of all processes, in the order of the step's sequences."""
+    return {step: [row for rows in by_rank for row in rows[step]] for step in by_rank[0]}
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_and_the_micro_batch_change_neither_rows_nor_losses(root, tmp_path):
+    common = [*TINY, f"train.steps={STEPS}", "optim.score=sketch", f"run.root={tmp_path / 'runs'}"]
+    common += [f"data.paths=[{root / 'models'}]", f"data.root={tmp_path / 'prepared'}"]
+    ready(load([*common, "run.name=none"]), 1)
+    micro = {1: 4, 2: 2, 4: 1}  # of 8 sequences a step
+    rows = {}
+    (tmp_path / "0").mkdir()
+    whole = together(spawn(1, tmp_path / "0", [(go_on, "whole-to-the-end", common)])[0])
+    for size in SIZES:
+        (tmp_path / f"first-{size}").mkdir()
+        rows[size] = together(spawn(size, tmp_path / f"first-{size}", [(go_on, f"from-{size}", common)])[0])
+    for size in SIZES:
+        calls, others = [], [n for n in SIZES if n != size]
+        for n in others:
+            shutil.copytree(tmp_path / "runs" / f"from-{n}", tmp_path / "runs" / f"from-{n}-to-{size}", symlinks=True)
+            calls.append((go_on, f"from-{n}-to-{size}", [*common, f"train.micro_batch_size={micro[size]}"]))
+        (tmp_path / f"then-{size}").mkdir()
+        for n, after in zip(others, spawn(size, tmp_path / f"then-{size}", calls), strict=True):
+            assert rows[n] | together(after) == whole
+            assert list(rows[n]) == list(range(STOP)) and list(together(after)) == list(range(STOP, STEPS))
+            ours, theirs = (
+                values(RunFolder(load([*common, f"run.name={name}"])), "train/loss")
+                for name in (f"from-{n}-to-{size}", "whole-to-the-end")
+            )
+            assert ours.keys() == theirs.keys()
+            assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-9  # in float64
