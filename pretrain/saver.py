@@ -63,8 +63,8 @@ class Saver:
         self.keep = keep_last, keep_every
         # A group of its own: the other collectives of the run are not to be mixed with those of a save.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
-        on_gpu = world.device.type == "cuda"  # the copies are kept and used again
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        # Pinned copies are kept for the next save; a CPU's own memory is not filled twice for longer than a save takes.
+        self._pinned = DefaultStager(StagingOptions(True, False, False, True)) if world.device.type == "cuda" else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the save under way, for the process' own thread to see
         self._lost: NotSaved | None = None  # what was said of the latest save, when that is not on the disk
@@ -87,7 +87,8 @@ class Saver:
         total = sum(t.numel() * t.element_size() for t in tensors.values())  # a sharded one counts as a whole
         tensors = _share(tensors, self.world)
         if self.background:
-            tensors = self._stager.stage(tensors)  # type: ignore[assignment]
+            stager = self._pinned or DefaultStager(StagingOptions(False, False, False, False))
+            tensors = stager.stage(tensors)  # type: ignore[assignment]
             # Let go at exit: a run that is told to end at once ends at once.
             self._thread = threading.Thread(target=self._write, args=(path, tensors, state, total), daemon=True)
             self._thread.start()

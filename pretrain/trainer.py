@@ -209,6 +209,7 @@ class Trainer:
         documents = in_short(self.batches.documents(self.step - 1))
         if len(self.rollbacks) >= self.config.train.most_rollbacks:
             logger.warning("the loss jumped to %.4f at step %d; the run went back often enough", loss, self.step)
+            self.spikes.losses.append(loss)  # where it stays, it is no jump for long
             return
         logger.warning(
             "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint, and on from "

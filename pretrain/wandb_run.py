@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pretrain.config import Config
+from pretrain.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def _start(config: Config, folder: Path, mode: Any):
 
     settings, id_file = config.logger.wandb, folder / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(wandb.sdk.lib.runid.generate_id())
+        write_whole(id_file, wandb.sdk.lib.runid.generate_id())
     run = wandb.init(
         mode=mode,
         project=settings.project,
