@@ -3,6 +3,7 @@
 import json
 import shutil
 import string
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -11,11 +12,12 @@ from omegaconf import OmegaConf
 
 from pretrain.check import check
 from pretrain.checkpoint_folder import MANIFEST, STATE, newest_good, path_of, read_state
-from pretrain.config import ConfigError, _keys, load
+from pretrain.config import ConfigError, RunConfig, _keys, load
 from pretrain.run_folder import RunFolder
 
 BASE = ["data=text", "data.paths=[models]"]
-KEYS = _keys(OmegaConf.structured(load(BASE)))
+CONFIG = load(BASE)
+KEYS = _keys(OmegaConf.structured(CONFIG))
 TEXT = st.text(string.printable, max_size=12)
 NUMBERS = st.one_of(st.integers(-(10**12), 10**12), st.floats(), st.booleans(), st.none())
 VALUES = st.one_of(TEXT, NUMBERS.map(str), st.lists(NUMBERS, max_size=3).map(str), st.just("{}"), st.just("???"))
@@ -27,16 +29,30 @@ ANYTHING = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(v
 SEVERAL = settings(max_examples=170, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@SEVERAL
-@given(key=st.one_of(st.sampled_from(KEYS), TEXT), value=VALUES)
-@example(key="optim.rank", value="{*:0}")
-@example(key="optim.betas", value="[x, 0.9]")
-@example(key="train.steps", value="1e400")
-def test_any_override_is_taken_or_refused_in_words(key, value):
+def take_or_refuse(key, value):
     try:
         check(load([*BASE, f"{key}={value}"]), needs_data=False)
     except ConfigError as error:
         assert str(error).strip()
+
+
+ANY_OVERRIDE = given(key=st.one_of(st.sampled_from(KEYS), TEXT), value=VALUES)
+
+
+@settings(max_examples=12, deadline=None)
+@ANY_OVERRIDE
+@example(key="optim.rank", value="{*:0}")
+@example(key="optim.betas", value="[x, 0.9]")
+@example(key="train.steps", value="1e400")
+def test_any_override_is_taken_or_refused_in_words(key, value):
+    take_or_refuse(key, value)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@ANY_OVERRIDE
+def test_two_hundred_overrides_are_taken_or_refused_in_words(key, value):
+    take_or_refuse(key, value)
 
 
 @pytest.fixture
@@ -70,7 +86,7 @@ def test_anything_in_the_json_of_a_checkpoint_is_refused(kept, name, content):
 @example(name="config.yaml", content=b"train: [1]\nmodel: 3\n1: 2\n")
 @example(name="rollbacks.json", content=b'{"steps": 3}')
 def test_anything_in_the_files_of_a_run_is_refused_or_read(kept, name, content):
-    config = load([*BASE, f"run.root={kept.parent}", "run.name=kept"])
+    config = replace(CONFIG, run=RunConfig(name="kept", root=str(kept.parent)))
     folder = RunFolder(config)
     before = folder.config_file.read_bytes()
     (kept / name).write_bytes(content)
