@@ -322,6 +322,9 @@ class Trainer:
 
     def save(self) -> None:
         """Have a checkpoint of the present step written, unless there is one."""
+        self.saver.wait()
+        if checkpoint.path_of(self.folder.checkpoints, self.step).exists():
+            return
         if self.step:
             self._values()  # raises before a state that is not finite could be saved
         state = {
