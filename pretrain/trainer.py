@@ -22,7 +22,7 @@ from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
 from pretrain.build import build_model, build_optimization, compile_blocks
-from pretrain.checkpoint_folder import Damaged, newest_good, set_aside
+from pretrain.checkpoint_folder import Damaged, newest_good, point_at, set_aside
 from pretrain.code_version import git_commit
 from pretrain.config import Config
 from pretrain.distributed import World
@@ -75,7 +75,7 @@ class Trainer:
         if resume_from is not None:
             self._load(resume_from)
         require_same_weights(checkpoint.tensors_of(self.model, self.optim), world)
-        self._open_folder(changes, damaged)  # only now: what is refused above leaves the folder as it was
+        self._open_folder(changes, resume_from, damaged)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(self.model, world.device)
         self.update = Update(config, world, self.model, self.engine, self.optim, train.non_finite == "skip")
@@ -289,10 +289,12 @@ class Trainer:
             raise found
         return found
 
-    def _open_folder(self, changes: list[str], damaged: list[Damaged]) -> None:
+    def _open_folder(self, changes: list[str], resume_from: Path | None, damaged: list[Damaged]) -> None:
         if self.world.is_main:
             asides = [set_aside(error) for error in damaged]
             self.folder.open(self.config, self.step)
+            if resume_from:
+                point_at(resume_from)  # the process that wrote it may have been killed before it could
             self.data.tokenizer.copy_to(self.folder.path)
             log_to_file(self.folder.log_file)
             for error, aside in zip(damaged, asides, strict=True):

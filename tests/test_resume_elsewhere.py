@@ -26,11 +26,11 @@ class Asked(StopRequest):
         return self.left == 0
 
 
-def go_on(name, overrides, rank, size):
+def go_on(name, overrides, to_the_end, rank, size):
     """Train as rank of size; returns by step the rows that this process trained on, in their order."""
     config = load([*overrides, f"run.name={name}"])
     folder = RunFolder(config)
-    stop = StopRequest() if "to" in name else Asked()
+    stop = StopRequest() if to_the_end else Asked()
     trainer = Trainer(config, World(rank, size, CPU), ready(config, size), folder, stop)
     rows, given = {}, trainer.batches.micro_batches
 
@@ -58,22 +58,23 @@ def test_the_number_of_processes_and_the_micro_batch_change_neither_rows_nor_los
     micro = {1: 4, 2: 2, 4: 1}  # of 8 sequences a step
     rows = {}
     (tmp_path / "0").mkdir()
-    whole = together(spawn(1, tmp_path / "0", [(go_on, "whole-to-the-end", common)])[0])
+    whole = together(spawn(1, tmp_path / "0", [(go_on, "whole", common, True)])[0])
+    alone = RunFolder(load([*common, "run.name=whole"]))
     for size in SIZES:
         (tmp_path / f"first-{size}").mkdir()
-        rows[size] = together(spawn(size, tmp_path / f"first-{size}", [(go_on, f"from-{size}", common)])[0])
+        rows[size] = together(spawn(size, tmp_path / f"first-{size}", [(go_on, f"from-{size}", common, False)])[0])
     for size in SIZES:
         calls, others = [], [n for n in SIZES if n != size]
         for n in others:
-            shutil.copytree(tmp_path / "runs" / f"from-{n}", tmp_path / "runs" / f"from-{n}-to-{size}", symlinks=True)
-            calls.append((go_on, f"from-{n}-to-{size}", [*common, f"train.micro_batch_size={micro[size]}"]))
+            there = tmp_path / f"to-{size}"
+            shutil.copytree(tmp_path / "runs" / f"from-{n}", there / f"from-{n}", symlinks=True)
+            there = [*common, f"run.root={there}", f"train.micro_batch_size={micro[size]}"]
+            calls.append((go_on, f"from-{n}", there, True))
         (tmp_path / f"then-{size}").mkdir()
         for n, after in zip(others, spawn(size, tmp_path / f"then-{size}", calls), strict=True):
             assert rows[n] | together(after) == whole
             assert list(rows[n]) == list(range(STOP)) and list(together(after)) == list(range(STOP, STEPS))
-            ours, theirs = (
-                values(RunFolder(load([*common, f"run.name={name}"])), "train/loss")
-                for name in (f"from-{n}-to-{size}", "whole-to-the-end")
-            )
+            on_size = RunFolder(load([*common, f"run.root={tmp_path / f'to-{size}'}", f"run.name=from-{n}"]))
+            ours, theirs = values(on_size, "train/loss"), values(alone, "train/loss")
             assert ours.keys() == theirs.keys()
             assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-9  # in float64
