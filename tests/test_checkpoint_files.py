@@ -113,6 +113,14 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(copied, overrides,
         load_trained(folder.checkpoints / "step-00000008.damaged")
 
 
+def test_latest_is_put_right_where_a_kill_came_before_it_moved(copied, overrides):
+    path, where = copied
+    (path / "checkpoints" / "latest").unlink()
+    (path / "checkpoints" / "latest").symlink_to("step-00000004")
+    folder, _ = train(overrides(*where))
+    assert (folder.checkpoints / "latest").readlink().name == "step-00000008"
+
+
 def test_where_none_is_good_the_run_is_refused_and_nothing_moves(copied, overrides):
     path, where = copied
     for step in (4, 8):
