@@ -76,8 +76,10 @@ class Steps:
         pieces = ids.split(train.micro_batch_size or sequences)
         self.batch = [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
         self._time_parts()
-        if self.optim.grass:
-            self.optim.grass.start(lambda: self.update.accumulate(self.batch))
+        if self.optim.grass:  # any rows will do, without the backwards that a run chooses its first ones by
+            for layer in self.optim.grass.layers.values():
+                layer.select(torch.arange(layer.rank, device=layer.index.device) * layer.selectable // layer.rank)
+            self.optim.grass.resume(0)
 
     def _time_parts(self) -> None:
         """Note when forwards and the optimizer's step begin and end; Grass attached its own hooks before these."""

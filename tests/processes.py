@@ -2,12 +2,14 @@
 
 import faulthandler
 import gc
+import multiprocessing
 import os
 
 import torch
 import torch.distributed as dist
 
 PATIENCE = 1200  # seconds
+multiprocessing.set_forkserver_preload(["pretrain.trainer"])  # imported once, by the process that all others come from
 
 
 def _process(rank, function, size, folder, given):
@@ -24,5 +26,6 @@ def _process(rank, function, size, folder, given):
 
 def in_processes(size, folder, function, *given):
     """What ``function(rank, *given)`` returns to each of ``size`` processes, which are one gloo group."""
-    torch.multiprocessing.spawn(_process, (function, size, folder, given), nprocs=size)
+    given = (function, size, folder, given)
+    torch.multiprocessing.start_processes(_process, given, nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"returned-{rank}") for rank in range(size)]
