@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
@@ -112,31 +113,69 @@ def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_le
     return rows
 
 
-def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predicted seconds of a regular step beside the measured ones, of outputs of benchmarks.scaling.
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a regular step of a method by Mbit/s: measured ones, and the model's.
 
-    What a process computes is taken, method by method, from its row of the fastest link, as what is left of it when the
-    sending of what comes last is taken off; its other rows are then predictions.
+    What a process computes is taken from the measured step of the fastest link, as what is left of it when the sending
+    of what comes last is taken off; the others are then predictions.
     """
-    points: dict[str, dict[float, float]] = {}
+
+    measured: dict[float, float]
+    work: Work
+    ring: float  # seconds that sending and summing a byte takes at 1 Mbit/s
+
+    @property
+    def fastest(self) -> float:
+        return max(self.measured)
+
+    def model(self, mbit: float) -> float:
+        computed = self.measured[self.fastest] - self.ring * self.work.last / self.fastest
+        forward = self.work.forward / (self.work.forward + self.work.backward) * computed
+        sent, last = (self.ring * size / mbit for size in (self.work.gradients, self.work.last))
+        return step_seconds(forward, computed - forward, 0.0, sent, last)
+
+
+def curves(measured: list[dict[str, Any]]) -> dict[str, Curve]:
+    """By method, from outputs of benchmarks.scaling."""
+    found: dict[str, Curve] = {}
     for run in measured:
+        ring = 2 * (run["ranks"] - 1) / run["ranks"] * 8e-6
         for row in run["rows"]:
-            points.setdefault(row["method"], {})[run["mbit"]] = row["regular_s"]
-    of, compared = measured[0], []
-    ring = 2 * (of["ranks"] - 1) / of["ranks"] * 8e-6  # seconds for a byte at 1 Mbit/s
-    for method, seconds in points.items():
-        work = work_of(method, of["size"], of["rank"], 256, "float32")
-        share = work.forward / (work.forward + work.backward)
-        fastest = max(seconds)
-        computed = seconds.pop(fastest) - ring * work.last / fastest
-        for mbit, regular_s in seconds.items():
-            parts = share * computed, (1 - share) * computed, 0.0
-            model_s = step_seconds(*parts, ring * work.gradients / mbit, ring * work.last / mbit)
-            ratio = model_s / regular_s
-            compared.append(
-                {"method": method, "mbit": mbit, "regular_s": regular_s, "model_s": model_s, "model/measured": ratio}
-            )
-    return compared
+            if row["method"] not in found:
+                work = work_of(row["method"], run["size"], run["rank"], 256, "float32")
+                found[row["method"]] = Curve({}, work, ring)
+            found[row["method"]].measured[run["mbit"]] = row["regular_s"]
+    return found
+
+
+def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predicted seconds of a regular step beside the measured ones, of outputs of benchmarks.scaling."""
+    return [
+        {"method": method, "mbit": mbit, "regular_s": seconds, "model_s": curve.model(mbit),
+         "model/measured": curve.model(mbit) / seconds}
+        for method, curve in curves(measured).items()
+        for mbit, seconds in sorted(curve.measured.items())
+        if mbit != curve.fastest
+    ]  # fmt: skip
+
+
+def plot(measured: list[dict[str, Any]], file: Path) -> None:
+    """Tokens/s against the bandwidth: measured points, and the model's lines."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    tokens, links = 256 * measured[0]["ranks"], [run["mbit"] for run in measured]
+    grid = [min(links) / 2 * (4 * max(links) / min(links)) ** (i / 200) for i in range(201)]
+    for method, curve in curves(measured).items():
+        (line,) = axis.plot(grid, [tokens / curve.model(mbit) for mbit in grid], linewidth=1)
+        found = sorted(curve.measured.items())
+        axis.plot([m for m, _ in found], [tokens / s for _, s in found], "o", color=line.get_color(), label=method)
+    axis.set_xscale("log")
+    axis.set_xlabel("Mbit/s of each process")
+    axis.set_ylabel("tokens/s (points measured, lines modelled)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
@@ -156,10 +195,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of every process in a step (default 4096)")
     parser.add_argument("--seq-len", type=int, default=256, help="(default 256, as in the papers)")
     parser.add_argument("--fit", type=Path, metavar="FILE", help="outputs of benchmarks.scaling --json, a line each")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw what --fit compares")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args()
+    if arguments.plot and not arguments.fit:
+        parser.error("--plot draws what --fit compares; add --fit FILE")
     if arguments.fit:
-        rows = fitted([json.loads(line) for line in arguments.fit.read_text().splitlines()])
+        measured = [json.loads(line) for line in arguments.fit.read_text().splitlines()]
+        rows = fitted(measured)
+        if arguments.plot:
+            plot(measured, arguments.plot)
         title = "The model against measured steps"
     else:
         sizes, methods = arguments.sizes.split(","), arguments.methods.split(",")

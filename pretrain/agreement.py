@@ -81,7 +81,7 @@ def _place(tensor: Tensor) -> str:
 
 def _digest(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(content.tobytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(content.data, digest_size=8).hexdigest()
 
 
 def code_hash() -> str:

@@ -15,6 +15,7 @@ from parallel_runs import CPU, TINY, spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from optim.grass import _require_agreement
 from pretrain.agreement import Disagreement, require_same_setting, require_same_weights
 from pretrain.check import check
 from pretrain.config import ConfigError, load
@@ -63,6 +64,16 @@ def weights_of_rank_1(overrides, rank, size):
     ]
 
 
+def choice_of_rank_1(chosen, rank, size):
+    """What is said when rank 1 has chosen the rows ``chosen`` for the second layer, and rank 0 the rows 0 and 2."""
+    indices = [torch.tensor([1, 3]), torch.tensor(chosen if rank == 1 else [0, 2])]
+    try:
+        _require_agreement(indices, CPU)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def test_processes_that_differ_are_told_which_in_what_and_how_before_they_compute(common, tmp_path):
     ready(load(common), 2)
     ready(load([*common, "data.seed=1"]), 2)
@@ -75,7 +86,8 @@ def test_processes_that_differ_are_told_which_in_what_and_how_before_they_comput
         ([], [], "2.12.0+cpu"),
     ]
     calls = [(setting_of_rank_1, common, *case) for case in cases]
-    alike, moved, settings, data, version, weights = spawn(2, tmp_path, [*calls, (weights_of_rank_1, common)])
+    calls += [(weights_of_rank_1, common), (choice_of_rank_1, [0, 2]), (choice_of_rank_1, [0, 3])]
+    alike, moved, settings, data, version, weights, agreed, apart = spawn(2, tmp_path, calls)
     assert alike == moved == (None, None)
     for both in (settings, data, version):
         assert both[0] == both[1]
@@ -90,6 +102,7 @@ def test_processes_that_differ_are_told_which_in_what_and_how_before_they_comput
     shards, changed, trainer = weights[0]
     assert shards is None
     assert "different values of 1 tensors\nw: " in changed
+    assert agreed == (None, None) and apart == ("the processes chose different rows: their scores or seeds differ",) * 2
     assert "model.embed_tokens.weight: " in trainer and not RunFolder(load(common)).config_file.exists()
 
 
@@ -125,13 +138,13 @@ class Pair:
 
     def end_of_first(self):
         """The exit code and the last line of rank 0."""
-        _, err = self.processes[0].communicate(timeout=60)
+        _, err = self.processes[0].communicate(timeout=120)
         return self.processes[0].returncode, err.splitlines()[-1]
 
 
 @pytest.fixture
 def pair(root, common):
-    pair = Pair(root, [*common, "train.steps=100000", "train.timeout_minutes=0.1", "logger.wandb.mode=disabled"])
+    pair = Pair(root, [*common, "train.steps=100000", "train.timeout_minutes=0.2", "logger.wandb.mode=disabled"])
     yield pair
     for process in pair.processes:
         process.kill()
@@ -143,7 +156,7 @@ def test_a_process_that_is_stuck_is_named_by_the_one_that_waits_for_it(pair):
     code, last = pair.end_of_first()
     assert code == 3
     assert re.match(r"error: rank 0 waited in vain in gloo:\w+\(\w+ \[\d*\]\): no answer from rank 1; ", last), last
-    assert "train.timeout_minutes=0.1" in last and "Timed out waiting 6000ms" in last
+    assert "train.timeout_minutes=0.2" in last and "Timed out waiting 12000ms" in last
 
 
 @pytest.mark.slow
