@@ -19,6 +19,7 @@ from data.sources import stdlib_files
 from data.write import STATE
 
 REPO = Path(__file__).resolve().parent.parent
+DOCUMENTS = 120
 
 # Writes the names of the documents it takes, and takes its time: half of it where files are flushed.
 SCRIPT = """
@@ -50,10 +51,10 @@ prepare(DataSettings(**json.loads(sys.argv[1])))
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Settings for two hundred files of real text, and their preparation, undisturbed."""
+    """Settings for some files of real text, and their preparation, undisturbed."""
     folder = tmp_path_factory.mktemp("kills")
     (folder / "corpus").mkdir()
-    files = [file for file in stdlib_files(10**9) if 200 < file.size < 20_000][:200]
+    files = [file for file in stdlib_files(10**9) if 200 < file.size < 20_000][:DOCUMENTS]
     for number, file in enumerate(files):
         shutil.copyfile(file.path, folder / "corpus" / f"{number:03d}.py")
     settings = DataSettings(
@@ -99,7 +100,7 @@ def kill_and_go_on(settings: DataSettings, undisturbed: Path, folder: Path, kill
             moments["in a commit" if in_commit else "between commits" if state["documents"] else "before one"] += 1
             assert state["documents"] >= done
             done = state["documents"]
-        assert len(set(names)) == len(names) == 200
+        assert len(set(names)) == len(names) == DOCUMENTS
         (made,) = (path for path in root.iterdir() if not path.name.endswith(".lock"))
         assert made.name == undisturbed.name
         assert contents(made) == contents(undisturbed) | {f.name: b"" for f in made.glob(".seen-*")}
