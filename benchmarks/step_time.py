@@ -3,13 +3,18 @@
 python -m benchmarks.step_time --sizes 350m --methods adamw,galore,grass --rank 128 [--json]
 
 Every method lives in a process of its own; the processes make their steps in turn, so that a noisy machine is noisy for
-all of them. Medians; refreshes are counted at each method's default interval. The limit of a method is the first one's
-tokens/s times the ratio of their counted FLOPs: what it would reach if it did its smaller sum as fast.
+all of them. Medians; refreshes are counted at each method's default interval. The limit of a method is AdamW's tokens/s
+times the ratio of their counted FLOPs: what it would reach if it did its smaller sum as fast as the dense model does
+its own, optimizer and all. Without adamw among the methods there is no limit (null).
+
+On a GPU, to be sent back:
+    python -m benchmarks.step_time --sizes 350m,1b_block,7b_block --batch 16 --json train.dtype=bfloat16 > gpu.json
 """
 
 import argparse
 import json
 import multiprocessing
+import platform
 import resource
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,46 +31,56 @@ from pretrain.distributed import World
 from pretrain.flops import flops_per_token
 
 COLUMNS = {
-    "method": "", "tokens_per_s": ",.0f", "of_the_first": ".2f", "limit_ratio": ".3f", "forward_s": ".2f",
-    "backward_s": ".2f", "optimizer_s": ".3f", "refresh_s": ".2f", "peak_gib": ".2f",
+    "method": "", "tokens_per_s": ",.0f", "of_the_first": ".3f", "limit_ratio": ".3f", "step_s": ".3f", "spread": ".1%",
+    "forward_s": ".3f", "backward_s": ".3f", "optimizer_s": ".3f", "refresh_s": ".3f", "peak_gib": ".2f",
 }  # fmt: skip
+WARM_UP = 2  # steps that are not counted
+ONE_BLOCK = "_block"  # 1b_block: one block of the 1b model, between an embedding and a head too small to count
 
 
-def serve(connection: Connection, method: str, rank: int, overrides: list[str], threads: int) -> None:
+def serve(connection: Connection, method: str, rank: int, overrides: list[str], period: int, threads: int) -> None:
     """One method's process: a step for each message, and at the end what it came to."""
     torch.set_num_threads(threads)
-    config, refresh_every = configuration(method, rank, overrides)
+    config, refresh_every = configuration(method, rank, overrides, period)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = Steps(config, World(rank=0, size=1, device=device))
+    steps = Steps(config, World(rank=0, size=1, device=device), lora_rank=rank if method == "lora" else None)
     made, timed = iter(steps), []
     connection.send("ready")
     while connection.recv() == "step":
         timed.append(next(made))
         connection.send(timed[-1].total_s)
-    timing = summarise(timed[PERIOD:], refresh_every)  # the first period warms up
+    counted = timed[WARM_UP:]
+    if refresh_every > 1 and not any(step.refreshed for step in counted):
+        counted.append(timed[0])  # the one refresh of a run that is shorter than the period
+    timing = summarise(counted, refresh_every)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     connection.send({
         "method": method, "tokens_per_s": config.train.tokens_per_step / timing.step_s,
         "forward_s": timing.forward_s, "backward_s": timing.backward_s, "optimizer_s": timing.optimizer_s,
-        "refresh_s": timing.with_refresh_s - timing.regular_s, "refresh_every": refresh_every,
+        "refresh_s": timing.refresh_s, "refresh_every": refresh_every, "step_s": timing.step_s,
+        "spread": (timing.quartiles[1] - timing.quartiles[0]) / timing.regular_s, "steps": len(timed) - WARM_UP,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident,
         "flops_per_token": flops_per_token(steps.model, config.train.seq_len),
     })  # fmt: skip
 
 
-def measure(methods: list[str], rank: int, overrides: list[str], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """A row for each of ``methods``, whose steps took turns."""
+def measure(
+    methods: list[str], rank: int, overrides: list[str], rounds: int, period: int, threads: int
+) -> list[dict[str, Any]]:
+    """A row for each of ``methods``, whose steps took turns: so many rounds of ``period`` steps each."""
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     for method in methods:
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, method, rank, overrides, threads), daemon=True))
+        processes.append(
+            context.Process(target=serve, args=(theirs, method, rank, overrides, period, threads), daemon=True)
+        )
         processes[-1].start()
         theirs.close()
         ends.append(ours)
         ours.recv()  # one after the other: building is not to disturb either
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for _ in progress.track(range((rounds + 1) * PERIOD), description=" ".join(overrides[:1])):
+        for _ in progress.track(range(WARM_UP + rounds * period), description=" ".join(overrides[:1])):
             for end in ends:
                 end.send("step")
                 end.recv()
@@ -74,12 +89,30 @@ def measure(methods: list[str], rank: int, overrides: list[str], rounds: int, th
         end.send("done")
         rows.append(end.recv())
         process.join()
-    first = rows[0]
+    return compared(rows)
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With every row's speed beside the first one's and beside the limit that AdamW's sets."""
+    dense = next((row for row in rows if row["method"] == "adamw"), None)
     for row in rows:
-        row["of_the_first"] = row["tokens_per_s"] / first["tokens_per_s"]
-        row["limit_ratio"] = row["of_the_first"] * row["flops_per_token"] / first["flops_per_token"]
+        row["of_the_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        row["limit_ratio"] = None
+        if dense:
+            limit = dense["tokens_per_s"] * dense["flops_per_token"] / row["flops_per_token"]
+            row["limit_ratio"] = row["tokens_per_s"] / limit
         row["peak_gib"] = row["peak_bytes"] / 2**30
     return rows
+
+
+def shape_of(size: str, batch: int, seq_len: int) -> list[str]:
+    """The overrides that make a model of ``size`` and its batch."""
+    block = size.endswith(ONE_BLOCK)
+    alone = ["model.num_hidden_layers=1", "model.vocab_size=256", "data.vocab_size=256"] if block else []
+    return [
+        f"model=llama_{size.removesuffix(ONE_BLOCK)}", f"train.seq_len={seq_len}",
+        f"train.tokens_per_step={batch * seq_len}", *alone,
+    ]  # fmt: skip
 
 
 def table(size: str, rows: list[dict[str, Any]]) -> Table:
@@ -87,7 +120,7 @@ def table(size: str, rows: list[dict[str, Any]]) -> Table:
     for name in COLUMNS:
         shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
     for row in rows:
-        shown.add_row(*(format(row[name], form) for name, form in COLUMNS.items()))
+        shown.add_row(*("–" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()))
     return shown
 
 
@@ -106,17 +139,24 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers were taken on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "platform": platform.platform(), "threads": threads, "torch": torch.__version__}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the training command, such as train.compile=true")
-    parser.add_argument("--sizes", default="60m", help="models of conf/model, such as 60m,130m,350m (default 60m)")
+    parser.add_argument("--sizes", default="60m", help="models of conf/model, or 1b_block (default 60m)")
     parser.add_argument(
-        "--methods", default="adamw,adamw8bit,galore,apollo,grass,grass+head", help=f"of {', '.join(METHODS)}"
+        "--methods", default="adamw,galore,apollo,grass,grass+muon,grass+head", help=f"of {', '.join(METHODS)}"
     )
-    parser.add_argument("--rank", type=int, default=128, help="of GaLore, APOLLO and Grass (default 128)")
+    parser.add_argument("--rank", type=int, default=128, help="of all but AdamW (default 128)")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step (default 4)")
     parser.add_argument("--seq-len", type=int, default=256, help="(default 256)")
-    parser.add_argument("--rounds", type=int, default=3, help=f"of {PERIOD} steps of every method (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="of a period's steps of every method (default 3)")
+    parser.add_argument("--period", type=int, default=PERIOD, help=f"steps to a refresh of GaLore (default {PERIOD})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a process on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw the parts of a step")
@@ -126,16 +166,16 @@ def main() -> None:
         parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
     rows = []
     for size in arguments.sizes.split(","):
-        shape = [
-            f"model=llama_{size}", f"train.seq_len={arguments.seq_len}",
-            f"train.tokens_per_step={arguments.batch * arguments.seq_len}",
-        ]  # fmt: skip
-        measured = measure(methods, arguments.rank, [*shape, *arguments.overrides], arguments.rounds, arguments.threads)
+        shape = shape_of(size, arguments.batch, arguments.seq_len)
+        overrides = [*shape, *arguments.overrides]
+        measured = measure(
+            methods, arguments.rank, overrides, arguments.rounds, arguments.period, arguments.threads
+        )  # fmt: skip
         rows += [{"size": size, **row} for row in measured]
         if not arguments.json:
-            Console().print(table(size, measured))
+            Console(width=120).print(table(size, measured))
     if arguments.json:
-        print(json.dumps({"rank": arguments.rank, "rows": rows}))
+        print(json.dumps({"rank": arguments.rank, "machine": machine(arguments.threads), "rows": rows}))
     if arguments.plot:
         plot(rows, arguments.plot)
 

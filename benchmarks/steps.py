@@ -3,9 +3,10 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median, quantiles
 
 import torch
+from torch import nn
 
 from pretrain.build import build_model, build_optimization, compile_blocks
 from pretrain.config import BaselineConfig, Config, GrassConfig, load
@@ -15,7 +16,7 @@ from pretrain.update import Update
 
 PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
-# With one inner optimizer, so that the methods differ in nothing else.
+# With one inner optimizer, so that the methods differ in nothing else; grass+muon is Grass with its default one.
 METHODS = {
     "adamw": ["optim=adamw"],
     "adamw8bit": ["optim=adamw8bit"],
@@ -25,7 +26,21 @@ METHODS = {
     "grass+head": [
         "optim=grass", "optim.inner=adamw", "optim.patterns=['*.self_attn.*_proj','*.mlp.*_proj','lm_head']",
     ],
+    "grass+muon": ["optim=grass", "optim.inner=muon"],
+    "lora": ["optim=adamw"],  # with what add_lora makes of the model
 }  # fmt: skip
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Low-rank adapters (the peft package's) on every linear but the head; all that Grass trains in full still is."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError(f"the method lora: {error}; pip install -r requirements-baselines.txt") from None
+    full = [p for name, p in model.named_parameters() if "_proj" not in name]
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=r".*\.(self_attn|mlp)\..*_proj"), model)
+    for p in full:
+        p.requires_grad_(True)
 
 
 def configuration(method: str, rank: int, overrides: Sequence[str], period: int | None = PERIOD) -> tuple[Config, int]:
@@ -45,26 +60,35 @@ def configuration(method: str, rank: int, overrides: Sequence[str], period: int 
 
 @dataclass
 class Step:
-    """Seconds of one step and of its parts; the optimizer's hold the fold and, where one was due, the refresh."""
+    """Seconds of one step and of its parts; the optimizer's hold the fold and a refresh of a projection, if due.
+
+    choosing_s is what Grass's refresh takes after the fold; what its probes take is part of forward and backward.
+    """
 
     total_s: float
     forward_s: float
     optimizer_s: float
     refreshed: bool
+    choosing_s: float = 0.0
 
     @property
     def backward_s(self) -> float:
         """With the clipping of its gradients."""
-        return self.total_s - self.forward_s - self.optimizer_s
+        return self.total_s - self.forward_s - self.optimizer_s - self.choosing_s
 
 
 class Steps:
-    """A model and all it takes to train it; iterating makes steps."""
+    """A model and all it takes to train it; iterating makes steps.
 
-    def __init__(self, config: Config, world: World):
+    With ``lora_rank`` the model's linears are frozen and get adapters of that rank.
+    """
+
+    def __init__(self, config: Config, world: World, lora_rank: int | None = None):
         self.config, self.world = config, world
         train, engine = config.train, engine_of(config.train, world)
         self.model = build_model(config, world.device, shard=engine.shard)
+        if lora_rank is not None:
+            add_lora(self.model, lora_rank)
         self.optim = build_optimization(config, self.model)
         if train.compile:
             compile_blocks(self.model, world.device)
@@ -83,7 +107,7 @@ class Steps:
 
     def _time_parts(self) -> None:
         """Note when forwards and the optimizer's step begin and end; Grass attached its own hooks before these."""
-        self.spent = {"forward": 0.0, "optimizer": 0.0}
+        self.spent = {"forward": 0.0, "optimizer": 0.0, "choosing": 0.0}
 
         def begin(part: str) -> None:
             self.spent[part] -= self.now()
@@ -95,15 +119,27 @@ class Steps:
         self.model.register_forward_hook(lambda *_: end("forward"))
         self.optim.optimizer.register_step_pre_hook(lambda *_: begin("optimizer"))
         self.optim.optimizer.register_step_post_hook(lambda *_: end("optimizer"))
+        if grass := self.optim.grass:
+            end_update = grass.end_update
+
+            def timed() -> None:
+                begin("choosing")
+                end_update()
+                end("choosing")
+
+            grass.end_update = timed  # type: ignore[method-assign]
 
     def __iter__(self) -> Iterator[Step]:
-        step = 0
+        optim, step = self.config.optim, 0
+        period = optim.update_gap if isinstance(optim, BaselineConfig) else PERIOD
         while True:
             self.spent = dict.fromkeys(self.spent, 0.0)
             began = self.now()
             self.update(self.batch)
             total = self.now() - began
-            yield Step(total, self.spent["forward"], self.spent["optimizer"], step % PERIOD == 0)  # as GaLore
+            forward, choosing = self.spent["forward"], self.spent["choosing"]
+            optimizer = self.spent["optimizer"] - choosing
+            yield Step(total, forward, optimizer, step % period == 0, choosing)
             step += 1
 
     def now(self) -> float:
@@ -122,6 +158,13 @@ class Timing:
     optimizer_s: float
     with_refresh_s: float
     refresh_every: int  # steps, by the method's default
+    choosing_s: float = 0.0  # of Grass's mean step
+    quartiles: tuple[float, float] = (0.0, 0.0)  # of regular steps
+
+    @property
+    def refresh_s(self) -> float:
+        """What one refresh adds; of Grass, some blocks of which refresh in each step, what choosing takes in a step."""
+        return self.with_refresh_s - self.regular_s if self.refresh_every > 1 else self.choosing_s
 
     @property
     def step_s(self) -> float:
@@ -136,5 +179,13 @@ def summarise(steps: Sequence[Step], refresh_every: int) -> Timing:
     return Timing(
         median(step.total_s for step in regular), median(step.forward_s for step in regular),
         median(step.backward_s for step in regular), median(step.optimizer_s for step in regular),
-        median(step.total_s for step in refreshing), refresh_every,
+        median(step.total_s for step in refreshing), refresh_every, mean(step.choosing_s for step in regular),
+        _quartiles([step.total_s for step in regular]),
     )  # fmt: skip
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return low, high

@@ -48,7 +48,8 @@ def test_a_refresh_counts_once_in_its_interval():
     assert step_times(first, regular, 10) == {"regular_s": 1.2, "refresh_s": 1.75, "step_s": 1.2 + 1.75 / 10}
     assert step_times(first, regular, 1) == {"regular_s": 1.2, "refresh_s": 0.0, "step_s": 1.2}
     timing = summarise([*regular, Step(3.0, 0.25, 2.25, True)], refresh_every=10)
-    assert timing == Timing(1.2, 0.5, pytest.approx(0.2), 0.5, with_refresh_s=3.0, refresh_every=10)
+    assert timing == Timing(1.2, 0.5, pytest.approx(0.2), 0.5, 3.0, 10, quartiles=pytest.approx((1.1, 5.1)))
+    assert timing.refresh_s == pytest.approx(1.8)
     assert timing.step_s == pytest.approx(1.2 + 1.8 / 10)
     assert summarise(regular, refresh_every=1).step_s == 1.2
 
