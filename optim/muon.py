@@ -68,7 +68,7 @@ def orthogonalize(
     wide = wide / squares.sqrt().clamp(min=1e-7)
     for _ in range(steps):
         gram = total(wide @ wide.mT)
-        wide = a * wide + (b * gram + c * (gram @ gram)) @ wide
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
     return wide.mT if tall else wide
 
 
