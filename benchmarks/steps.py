@@ -1,7 +1,7 @@
 """Training steps without a trainer, to be timed: a method at a size on random tokens."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, quantiles
 
@@ -83,8 +83,14 @@ class Steps:
     With ``lora_rank`` the model's linears are frozen and get adapters of that rank.
     """
 
-    def __init__(self, config: Config, world: World, lora_rank: int | None = None):
-        self.config, self.world = config, world
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        lora_rank: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.config, self.world, self.clock = config, world, clock
         train, engine = config.train, engine_of(config.train, world)
         self.model = build_model(config, world.device, shard=engine.shard)
         if lora_rank is not None:
@@ -145,7 +151,7 @@ class Steps:
     def now(self) -> float:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
 
 @dataclass

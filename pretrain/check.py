@@ -30,6 +30,7 @@ from pretrain.config import (
     model_arguments,
 )
 from pretrain.parallel import sharding_problems
+from pretrain.profile import SETTLING
 from pretrain.trained import init_problems
 
 # Of train: what may be 0.
@@ -111,7 +112,7 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"
         )
     problems += _at_least(
-        0, "train", train, "checkpoint_every", "eval_every", "sample_tokens", "keep_last", "keep_every"
+        0, "train", train, "checkpoint_every", "eval_every", "sample_tokens", "keep_last", "keep_every", "profile"
     )
     if train.keep_every and not train.keep_last:
         problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
@@ -124,6 +125,12 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
     problems += _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "hsdp"))
     if train.reduce_dtype is not None:
         problems += _one_of("train.reduce_dtype", train.reduce_dtype, DTYPES)
+    problems += _one_of("train.matmul_precision", train.matmul_precision, ("highest", "high", "medium"))
+    if train.profile and train.profile + SETTLING > train.steps:
+        problems.append(
+            f"train.profile={train.profile} begins after {SETTLING} steps, and train.steps={train.steps} leaves fewer; "
+            "lower it or raise train.steps"
+        )
     problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
     try:
         checkpointing.parse(train.checkpointing)

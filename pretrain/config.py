@@ -133,6 +133,9 @@ class TrainConfig:
     eval_sequences: int  # at the most, from the validation split
     log_every: int
     compile: bool
+    matmul_precision: (
+        str  # of float32 products: highest | high (TF32 on GPUs that have it) | medium, as torch names them
+    )
     checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
     document_masks: bool  # packed documents do not see each other
     lean_activations: bool  # norms and SwiGLU products are made again; compiled blocks leave it to the compiler
@@ -142,6 +145,7 @@ class TrainConfig:
     reshard: bool  # fsdp, hsdp: let go of gathered weights after a forward and gather them again in the backward
     reduce_dtype: str | None  # of gradients on the wire, where they are summed; null: as they are
     timeout_minutes: float  # how long a process waits for the others before it ends with an error that names them
+    profile: int  # how many steps to record, after the first three; 0 for none
     sample_tokens: int  # length of each sample at the end; 0 for none
     dry_run: bool  # print the plan of the run and write nothing
 

@@ -1,9 +1,34 @@
 """Floating-point operations of a training step, counted from the shapes: 2 per multiply-add, matrix products only."""
 
+import re
+
+import torch
 from torch import nn
 
 from models.grass_linear import GrassLinear
 from models.llama import Llama, SelfAttention
+
+# Peaks of matrix products in (bfloat16, TF32), 10¹² a second, without sparsity, from NVIDIA's data sheets; by words of
+# torch's name for the GPU, of which the first match counts.
+PEAKS = {
+    "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494), "A100": (312, 156),
+    "L40S": (362, 183), "L4": (121, 60),
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float | None:
+    """What ``device`` can do a second in ``dtype``; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), dtype, matmul_precision)
+
+
+def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
+    """The same by the name of a GPU. Of float32 products it is TF32's, where those are asked for."""
+    found = next((peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
+    if found is None or (dtype, matmul_precision) == ("float32", "highest") or dtype not in ("bfloat16", "float32"):
+        return None
+    return found[dtype == "float32"] * 1e12
 
 
 def flops_per_token(model: Llama, seq_len: int) -> int:

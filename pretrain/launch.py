@@ -181,6 +181,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.local_addr = "localhost"  # a laptop's own name may resolve to nowhere
     # Otherwise all attempts share one store, and a restarted worker may read the address of one that was killed.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Steps with a refresh, a loss in chunks or a validation take other sizes than the rest: less is lost to gaps.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if args.max_restarts and args.nnodes not in ONE_NODE and args.rdzv_backend == "static":
         parser.error("restarts of several nodes need a rendezvous: RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR")
     return args

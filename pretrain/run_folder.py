@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
               "micro_batch_size", "sample_tokens", "checkpoint_every", "keep_last", "keep_every", "async_save",
               "non_finite", "spike_factor", "most_rollbacks", "eval_every", "eval_sequences", "log_every", "parallel",
-              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run"},
+              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run", "profile"},
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
               "decay_share"},
     "logger": {"wandb"},
@@ -52,6 +52,7 @@ class RunFolder:
         self.tokenizer_file = self.path / "tokenizer.model"
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
+        self.profile = self.path / "profile"
         self._lock = FileLock(self.path / ".lock")
 
     @property

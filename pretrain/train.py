@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 
 import hydra
+import torch
 from omegaconf import DictConfig
 
 from data.prepare import Prepared
@@ -38,6 +39,7 @@ def run(config: Config) -> int:
                 dry_run(config, distributed.world_size_from_env())
         return 0
     stop = StopRequest()
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     log_to_terminal(is_main=distributed.is_main_from_env())
     with clear_errors():
         data = ready(config, distributed.world_size_from_env())

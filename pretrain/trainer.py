@@ -29,11 +29,12 @@ from pretrain.distributed import World
 from pretrain.evaluate import evaluate
 from pretrain.faults import MOST_SKIPPED_IN_A_ROW, RolledBack, SpikeWatch, bad_batch, in_short
 from pretrain.files import write_whole
-from pretrain.flops import flops_per_token, parameter_counts
+from pretrain.flops import flops_per_token, parameter_counts, peak_flops
 from pretrain.generate import generate
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
 from pretrain.parallel import engine_of
+from pretrain.profile import StepProfile
 from pretrain.run_folder import RunFolder
 from pretrain.saver import Saver
 from pretrain.trained import weights_at
@@ -84,6 +85,7 @@ class Trainer:
             folder.checkpoints, world, background=train.async_save, keep_last=train.keep_last,
             keep_every=train.keep_every, timeout=timedelta(minutes=train.timeout_minutes),
         )  # fmt: skip
+        self.peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
         self.commit = git_commit() if world.is_main else None  # now: the code may change while the run goes on
 
@@ -105,18 +107,24 @@ class Trainer:
             self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0), count))
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
+        profile = StepProfile(
+            self.config.train.profile if self.world.is_main else 0, self.folder.profile, self.world.device
+        )
         for step in range(self.step, total):
             self._step_and_log(step)
             if self.config.train.spike_factor and self.sums is not None:
                 self._look_for_spike()
             self.saver.look()
+            profile.step()
             asked = self.world.any(bool(self.stop))
             if self._due(self.config.train.checkpoint_every) or asked:
                 self.save()
             if self._due(self.config.train.eval_every):
                 self.validate()
             if asked and self.step < total:
+                profile.stop()
                 return self._stopped()
+        profile.stop()
         self._finish()
         return True
 
@@ -231,6 +239,8 @@ class Trainer:
             "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/data_s": self.ahead.lap(),
             "perf/tflops": tokens_per_s * self.flops_per_token / 1e12, "mem/peak_bytes": peak_bytes(self.world.device),
         }  # fmt: skip
+        if self.peak_flops:
+            values["perf/mfu"] = tokens_per_s * self.flops_per_token / (self.peak_flops * self.world.size)
         if self.optim.grass:
             values |= self.optim.grass.history.means()
         if self.update.skip or self.rollbacks:

@@ -1,0 +1,101 @@
+"""How time and memory of a step grow with the rank, the width, the layers and the sequence: slopes on log-log axes.
+
+python -m benchmarks.growth [--json]
+
+A small LLaMA with next to no vocabulary; one number of it at a time takes each of its VALUES. Seconds are the process'
+own on one thread, medians; bytes are counted: of the optimizer's state, and the planner's peak of a step. A slope of 1
+means that twice the number takes twice as much. Fold and refresh must not grow faster than r·n: 1 with the rank, 1 with
+the width.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.steps import Steps, configuration
+from pretrain.distributed import World
+from pretrain.layout import layout_of
+from pretrain.walk import MODEL, walk
+
+VALUES = {
+    "rank": (32, 64, 128, 256), "width": (256, 512, 1024), "layers": (2, 4, 8), "sequence": (128, 256, 512),
+}  # fmt: skip
+BASE = {"rank": 64, "width": 512, "layers": 4, "sequence": 256}
+MEASURED = ("step_s", "fold_s", "refresh_s", "optimizer_s", "state_bytes", "peak_bytes")
+
+
+def overrides_of(rank: int, width: int, layers: int, sequence: int) -> list[str]:
+    return [
+        "model=llama_nano", f"model.hidden_size={width}", f"model.intermediate_size={width // 256 * 688}",
+        f"model.num_hidden_layers={layers}", f"model.num_attention_heads={width // 64}", "model.vocab_size=256",
+        "data.vocab_size=256", f"train.seq_len={sequence}", f"train.tokens_per_step={2 * sequence}",
+        # All blocks refresh together, every other step.
+        "optim.stagger=false", "optim.refresh_every=2", "optim.probe_steps=1", f"optim.rank={rank}",
+    ]  # fmt: skip
+
+
+def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
+    """Seconds of a regular step, of its optimizer's step with and by itself of the fold, and of a refresh; bytes."""
+    config, _ = configuration("grass", shape["rank"], overrides_of(**shape))
+    steps = Steps(config, World(rank=0, size=1, device=torch.device("cpu")), clock=time.process_time)
+    made = iter(steps)
+    timed = [next(made) for _ in range(2 * pairs + 2)][2:]
+    # Every second step ends with a refresh. Of the two it is the one that takes longer after the fold.
+    regular, refreshing = sorted((timed[::2], timed[1::2]), key=lambda some: sum(step.choosing_s for step in some))
+    grass = steps.optim.grass
+    assert grass is not None
+    folds = [spent(lambda: [layer.fold() for layer in grass.layers.values()]) for _ in range(pairs + 2)]
+    state = [t for states in steps.optim.optimizer.state.values() for t in states.values() if torch.is_tensor(t)]
+    seen = walk(config, layout_of(config))
+    peaks = [sum(held.values()) for stretch, held in seen.items() if stretch != MODEL]
+    return shape | {
+        "step_s": median(step.total_s for step in regular), "optimizer_s": median(step.optimizer_s for step in regular),
+        "refresh_s": median(step.choosing_s for step in refreshing), "fold_s": median(folds[2:]),
+        "state_bytes": sum(t.numel() * t.element_size() for t in state), "peak_bytes": max(peaks),
+    }  # fmt: skip
+
+
+def spent(work: Callable[[], Any]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of the line of least squares through log y against log x."""
+    xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    above = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
+    return above / sum((x - x_mean) ** 2 for x in xs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="of steps with and without a refresh (default 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, slopes = [], {}
+    for name, values in VALUES.items():
+        of_this = [measure(BASE | {name: value}, arguments.pairs) for value in values]
+        slopes[name] = {what: slope(list(values), [row[what] for row in of_this]) for what in MEASURED}
+        rows += [{"varied": name, **row} for row in of_this]
+    if arguments.json:
+        print(json.dumps({"rows": rows, "slopes": slopes}))
+        return
+    table = Table("grows with", *(what.replace("_", " ") for what in MEASURED), title="slopes")
+    for name, found in slopes.items():
+        table.add_row(name, *(f"{found[what]:.2f}" for what in MEASURED))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

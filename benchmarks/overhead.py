@@ -1,0 +1,114 @@
+"""What the trainer adds to a bare loop: data, metrics, W&B offline, checkpoints every 100 steps.
+
+python -m benchmarks.overhead                                     # the default run's model and optimizer, 200 steps
+python -m benchmarks.overhead model=llama_60m data.vocab_size=32000 train.steps=100   # any overrides
+
+The two take turns, a step each, in one process, so that a noisy machine is noisy for both. The trainer's time is that
+of its whole ``fit`` up to the last step, with what the bare loop took taken off.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.prepare import Prepared
+from pretrain.build import build_model, build_optimization
+from pretrain.config import Config, load
+from pretrain.distributed import World
+from pretrain.interrupt import StopRequest
+from pretrain.preflight import ready
+from pretrain.run_folder import RunFolder
+from pretrain.trainer import Trainer
+
+AS_TIMED = [
+    "train.steps=200", "train.checkpoint_every=100", "train.eval_every=0", "train.compile=false",
+    "train.sample_tokens=0", "logger.wandb.mode=offline",
+]  # fmt: skip
+
+
+def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
+    """What anybody would write: the same model and optimizer on tokens that are there already. After the first next a step for each."""
+    train = config.train
+    model = build_model(config, device)
+    optim = build_optimization(config, model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sequences = train.tokens_per_step // train.seq_len
+    ids = torch.randint(config.model.vocab_size, (8, sequences, train.seq_len + 1), device=device)
+
+    def loss_of(step: int) -> torch.Tensor:
+        batch = ids[step % len(ids)]
+        return model(batch[:, :-1], batch[:, 1:]) / train.tokens_per_step
+
+    yield
+    if optim.grass:
+        optim.grass.start(lambda: loss_of(0).backward())
+    for step in range(train.steps):
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, config.optim.clip)
+        optim.optimizer.step()
+        optim.optimizer.zero_grad()
+        if (step + 1) % train.log_every == 0:
+            loss.item()
+        yield
+
+
+class Timed(Trainer):
+    """A trainer that lets a bare loop make a step before each of its own, and stops the clock after its last one."""
+
+    def __init__(self, config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest):
+        super().__init__(config, world, data, folder, stop)
+        self.bare, self.bare_s, self.all_s = bare_loop(config, world.device), 0.0, 0.0
+        next(self.bare)  # the building of either is not timed
+
+    def fit(self) -> bool:
+        began = time.perf_counter()
+        self._bare_step()  # with its start, as the trainer's is part of its fit
+        finished = super().fit()
+        self.all_s = self.last - began
+        return finished
+
+    def _bare_step(self) -> None:
+        began = time.perf_counter()
+        next(self.bare, None)
+        self.bare_s += time.perf_counter() - began
+
+    def _step_and_log(self, step: int) -> None:
+        super()._step_and_log(step)
+        self._bare_step()
+
+    def _finish(self) -> None:
+        self.last = time.perf_counter()
+
+
+def measure(overrides: list[str]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as root:
+        config = load([*AS_TIMED, *overrides, f"run.root={root}"])
+        folder = RunFolder(config)
+        world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        with folder.locked():
+            trainer = Timed(config, world, ready(config, 1), folder, StopRequest())
+            trainer.fit()
+            if trainer.metrics:
+                trainer.metrics.close({})
+    tokens, trainer_s = config.train.steps * config.train.tokens_per_step, trainer.all_s - trainer.bare_s
+    return {
+        "bare_tokens_per_s": tokens / trainer.bare_s, "trainer_tokens_per_s": tokens / trainer_s,
+        "ratio": trainer.bare_s / trainer_s, "steps": config.train.steps,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the training command")
+    print(json.dumps(measure(parser.parse_args().overrides)))
+
+
+if __name__ == "__main__":
+    main()
