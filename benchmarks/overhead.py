@@ -33,7 +33,10 @@ AS_TIMED = [
 
 
 def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
-    """What anybody would write: the same model and optimizer on tokens that are there already. After the first next a step for each."""
+    """What anybody would write: the same model and optimizer, tokens that are there already.
+
+    Builds until the first yield, and makes a step until each of the others.
+    """
     train = config.train
     model = build_model(config, device)
     optim = build_optimization(config, model)

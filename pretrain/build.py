@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import calculate_time_spent
 
 from models.checkpointing import checkpoint_blocks
 from models.grass_linear import GrassLinear, convert_linears
@@ -135,6 +136,11 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
     in_backward = StepInBackward(optimizer, grass, limiter) if config.train.step_in_backward else None
     return Optimization(optimizer, masters, grass, limiter, in_backward)
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process so far, with looking up what an earlier one has left on the disk."""
+    return calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def compile_blocks(model: Llama, device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from optim.build import set_rates
 from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
-from pretrain.build import build_model, build_optimization, compile_blocks
+from pretrain.build import build_model, build_optimization, compile_blocks, compile_seconds
 from pretrain.checkpoint_folder import Damaged, newest_good, point_at, set_aside
 from pretrain.code_version import git_commit
 from pretrain.config import Config
@@ -85,6 +85,7 @@ class Trainer:
             folder.checkpoints, world, background=train.async_save, keep_last=train.keep_last,
             keep_every=train.keep_every, timeout=timedelta(minutes=train.timeout_minutes),
         )  # fmt: skip
+        self.compile_seconds = 0.0  # that were logged
         self.peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
         self.metrics = MetricLog(folder, config, self.step) if world.is_main else None
         self.commit = git_commit() if world.is_main else None  # now: the code may change while the run goes on
@@ -233,6 +234,9 @@ class Trainer:
 
     def _log(self, values: dict[str, float | None]) -> None:
         tokens_per_s, step_s = self.watch.lap()
+        if (compiling := compile_seconds()) - self.compile_seconds > 1:
+            logger.info("step %d: compiling has taken %.0f s so far", self.step, compiling)
+            self.compile_seconds = compiling
         rates = {f"train/lr_{g['name']}": float(g["lr"]) for g in self.optim.optimizer.param_groups}
         values |= {
             "train/lr": rates["train/lr_linears"], **rates,
@@ -364,6 +368,7 @@ class Trainer:
         summary |= {
             "steps": self.step, "tokens": self.tokens, "tokens_per_s": self.tokens / self.watch.total_seconds,
             "training_seconds": self.watch.total_seconds, "wall_seconds": seconds,
+            "compile_seconds": compile_seconds(),
             "peak_bytes": peak_bytes(self.world.device), "world_size": self.world.size,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "commit": self.commit,

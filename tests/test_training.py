@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what they leave, resuming to the bit, and one process against two."""
 
+import gzip
 import json
 import logging
 import math
@@ -319,6 +320,15 @@ def run_cli(root: Path, *arguments, env=None):
         [sys.executable, "-m", "pretrain.train", *arguments],
         cwd=root, env=env, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def test_a_profile_records_the_steps_asked_for_after_the_first_three(overrides):
+    folder, _ = train(overrides("train.profile=2"))
+    with gzip.open(folder.profile / "trace.json.gz", "rt") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"]}
+    assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#3", "ProfilerStep#4"}
+    assert "aten::mm" in names
+    assert f"wrote a profile to {folder.profile}" in folder.log_file.read_text()
 
 
 def test_a_machine_without_a_compiler_trains_and_says_so(overrides, root, tmp_path):
