@@ -1,0 +1,53 @@
+"""What a step's products are, and how much faster Grass can be at best: counted from the shapes, nothing is run.
+
+python -m benchmarks.limit [--sizes 60m,130m,350m,1b,7b] [--rank 128] [--seq-len 256]
+
+Every linear takes three products of its size: of the forward, of the gradient of its input, of that of its weight.
+Under Grass the third is r / min(m, n) of it. Embeddings are looked up and cost none.
+"""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.steps import configuration
+from models.grass_linear import GrassLinear
+from pretrain.build import outline
+from pretrain.flops import flops_per_token
+
+PARTS = ("forward", "input gradient", "weight gradient", "head", "attention")
+
+
+def parts_of(method: str, size: str, rank: int, seq_len: int) -> dict[str, float]:
+    """FLOPs a token of the linears' three products, of the head's, and of attention's."""
+    config, _ = configuration(method, rank, [f"model=llama_{size}"])
+    model = outline(config)
+    head = model.lm_head
+    linears = [(m.in_features * m.out_features, m) for n, m in model.named_modules() if n.endswith("_proj")]
+    whole = 2.0 * sum(weights for weights, _ in linears)
+    trained = 2 * sum(w * m.rank / m.selectable if isinstance(m, GrassLinear) else w for w, m in linears)
+    share = head.rank / head.selectable if isinstance(head, GrassLinear) else 1
+    parts = whole, whole, trained, 2 * (2 + share) * head.in_features * head.out_features
+    return dict(zip(PARTS, (*parts, flops_per_token(model, seq_len) - sum(parts)), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="60m,130m,350m,1b,7b", help="models of conf/model")
+    parser.add_argument("--rank", type=int, default=128, help="of Grass (default 128)")
+    parser.add_argument("--seq-len", type=int, default=256, help="(default 256)")
+    arguments = parser.parse_args()
+    table = Table("size", "method", *PARTS, "GFLOP a token", "limit")
+    for size in arguments.sizes.split(","):
+        found = {m: parts_of(m, size, arguments.rank, arguments.seq_len) for m in ("adamw", "grass", "grass+head")}
+        dense = sum(found["adamw"].values())
+        for method, parts in found.items():
+            total = sum(parts.values())
+            shares = (f"{part / total:.1%}" for part in parts.values())
+            table.add_row(size, method, *shares, f"{total / 1e9:.3f}", f"{dense / total:.3f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
