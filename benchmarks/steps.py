@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import mean, median, quantiles
+from statistics import median, quantiles
 
 import torch
 from torch import nn
@@ -164,7 +164,7 @@ class Timing:
     optimizer_s: float
     with_refresh_s: float
     refresh_every: int  # steps, by the method's default
-    choosing_s: float = 0.0  # of Grass's mean step
+    choosing_s: float = 0.0  # of Grass
     quartiles: tuple[float, float] = (0.0, 0.0)  # of regular steps
 
     @property
@@ -185,7 +185,7 @@ def summarise(steps: Sequence[Step], refresh_every: int) -> Timing:
     return Timing(
         median(step.total_s for step in regular), median(step.forward_s for step in regular),
         median(step.backward_s for step in regular), median(step.optimizer_s for step in regular),
-        median(step.total_s for step in refreshing), refresh_every, mean(step.choosing_s for step in regular),
+        median(step.total_s for step in refreshing), refresh_every, median(step.choosing_s for step in regular),
         _quartiles([step.total_s for step in regular]),
     )  # fmt: skip
 
