@@ -87,6 +87,7 @@ class Timed(Trainer):
         self._bare_step()
 
     def _finish(self) -> None:
+        self.saver.wait()
         self.last = time.perf_counter()
 
 

@@ -34,7 +34,7 @@ from pretrain.profile import SETTLING
 from pretrain.trained import init_problems
 
 # Of train: what may be 0.
-OR_NONE = ("checkpoint_every", "keep_last", "keep_every", "eval_every", "sample_tokens", "most_rollbacks")
+OR_NONE = ("checkpoint_every", "keep_last", "keep_every", "eval_every", "sample_tokens", "most_rollbacks", "profile")
 
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
@@ -111,9 +111,7 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f"train.tokens_per_step={train.tokens_per_step} is not divisible by micro_batch_size × seq_len × processes"
             f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"
         )
-    problems += _at_least(
-        0, "train", train, "checkpoint_every", "eval_every", "sample_tokens", "keep_last", "keep_every", "profile"
-    )
+    problems += _at_least(0, "train", train, *OR_NONE)
     if train.keep_every and not train.keep_last:
         problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
     if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:

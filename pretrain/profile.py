@@ -16,7 +16,7 @@ EVENTS = 100_000  # of the allocator, at most
 
 
 class StepProfile:
-    """Records ``steps`` steps of this process, after SETTLING others. Call ``step`` after each; with 0 it does nothing.
+    """Records ``steps`` steps of those made within it, after SETTLING others. Call ``step`` after each; 0 records none.
 
     folder/trace.json.gz  what ran when, on the CPU and the GPU
     folder/memory.pickle  on a GPU: every allocation of those steps, and the line that made it
@@ -31,19 +31,21 @@ class StepProfile:
             self.profiler = profile(
                 activities=activities, schedule=wanted, on_trace_ready=self._write, record_shapes=True
             )
+
+    def __enter__(self) -> "StepProfile":
+        if self.profiler:
             if self.on_gpu:
                 torch.cuda.memory._record_memory_history(max_entries=EVENTS)
             self.profiler.start()
+        return self
 
     def step(self) -> None:
         if self.profiler:
             self.profiler.step()
 
-    def stop(self) -> None:
-        """End what is still being recorded, and write it."""
+    def __exit__(self, *_) -> None:
         if self.profiler:
-            self.profiler.stop()
-            self.profiler = None
+            self.profiler.stop()  # writes what is still being recorded
 
     def _write(self, recorded: profile) -> None:
         self.folder.mkdir(exist_ok=True)

@@ -108,24 +108,21 @@ class Trainer:
             self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0), count))
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
-        profile = StepProfile(
-            self.config.train.profile if self.world.is_main else 0, self.folder.profile, self.world.device
-        )
-        for step in range(self.step, total):
-            self._step_and_log(step)
-            if self.config.train.spike_factor and self.sums is not None:
-                self._look_for_spike()
-            self.saver.look()
-            profile.step()
-            asked = self.world.any(bool(self.stop))
-            if self._due(self.config.train.checkpoint_every) or asked:
-                self.save()
-            if self._due(self.config.train.eval_every):
-                self.validate()
-            if asked and self.step < total:
-                profile.stop()
-                return self._stopped()
-        profile.stop()
+        profiled = self.config.train.profile if self.world.is_main else 0
+        with StepProfile(profiled, self.folder.profile, self.world.device) as profile:
+            for step in range(self.step, total):
+                self._step_and_log(step)
+                if self.config.train.spike_factor and self.sums is not None:
+                    self._look_for_spike()
+                self.saver.look()
+                profile.step()
+                asked = self.world.any(bool(self.stop))
+                if self._due(self.config.train.checkpoint_every) or asked:
+                    self.save()
+                if self._due(self.config.train.eval_every):
+                    self.validate()
+                if asked and self.step < total:
+                    return self._stopped()
         self._finish()
         return True
 
