@@ -18,8 +18,20 @@ EXACT = {
     "loss-in-chunks": ["train.loss_chunk_tokens=24"],
     "uneven-columns": ["model.intermediate_size=49", "optim.side={*:rows,down_proj:columns,o_proj:columns}"],
     "init-from": ["train.init_from=INIT"],
+    "with-replacement": ["optim.selection=multinomial_norm_with_replacement", "optim.side=rows"],
+    "drawn-by-squares": ["optim.selection=multinomial_norm_sq", "optim.stagger=true", "optim.probe_steps=1"],
+    "uniform": ["optim.selection=uniform", "optim.side=columns"],
+    "frozen": ["optim.selection=frozen"],
+    "shared-index": ["optim.side=columns", "optim.share_index=true"],
+    "a-head-of-rows": ["optim.patterns=['*.self_attn.*_proj','*.mlp.*_proj','lm_head']"],
+    "muon": ["optim.inner=muon"],
+    "full-rank": ["optim=adamw"],
 }
-BF16 = ["train.dtype=bfloat16", "train.reduce_dtype=float32"]
+BF16 = {
+    "bf16": ["train.dtype=bfloat16", "train.reduce_dtype=float32"],
+    "bf16-float32-rows": ["train.dtype=bfloat16", "optim.state_dtype=float32"],
+    "bf16-masters": ["train.dtype=bfloat16", "optim.master_weights=true"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +49,15 @@ def folders(common, tmp_path_factory):
     """The folders of the runs of two processes, by name, and of the same runs of one."""
     start = str(RunFolder(load([*common, "run.name=start"])).path)
     cases = {name: [o.replace("INIT", start) for o in more] for name, more in EXACT.items()}
-    cases |= {"bf16": BF16, "compiled": ["train.compile=true", "train.steps=4"]}
-    runs = {name: [*common, f"run.name={name}", *FSDP, *more] for name, more in cases.items()}
+    cases |= BF16 | {"compiled": ["train.compile=true", "train.steps=4"]}
+    of_grass = ("optim.rank", "optim.refresh_every")
+    general = [o for o in common if not o.startswith(of_grass)]
+    runs = {
+        name: [*(general if "optim=adamw" in more else common), *FSDP, *more, f"run.name={name}"]
+        for name, more in cases.items()
+    }
     spawn(2, tmp_path_factory.mktemp("two"), [(run, overrides) for overrides in runs.values()])
-    alone = {name: train([*common, f"run.name=alone-{name}", *FSDP, *more]) for name, more in cases.items()}
+    alone = {name: train([*overrides[:-1], f"run.name=alone-{name}"]) for name, overrides in runs.items()}
     return {name: (RunFolder(load(runs[name])), alone[name]) for name in cases}
 
 
@@ -59,8 +76,9 @@ def test_compiled_blocks_train_as_those_of_one_process(folders):
 
 
 @pytest.mark.slow
-def test_a_run_in_bfloat16_learns_as_that_of_one_process(folders):
-    ours, theirs = (values(folder, "train/loss") for folder in folders["bf16"])
+@pytest.mark.parametrize("name", BF16)
+def test_a_run_in_bfloat16_learns_as_that_of_one_process(folders, name):
+    ours, theirs = (values(folder, "train/loss") for folder in folders[name])
     assert max(abs(ours[step] - theirs[step]) for step in theirs) < 0.05
     assert ours[30] < ours[1] - 0.3
 
