@@ -44,6 +44,7 @@ PLACES = [
     "starting", "training", "saving: tensors", "saving: checksums", "saving: state and manifest",
     "saving: rename, latest", "ending",
 ]  # fmt: skip
+LIFE = 2.0  # seconds about a life takes from its first step on, slow as the disk is
 SLOW = 0.01  # seconds that the disk takes longer each time
 
 
@@ -181,7 +182,7 @@ def kill(times, root, seed=0):
     data = ready(load([*common, "run.name=none"]), 1)
     whole, draw = RunFolder(load([*common, "run.name=whole"])), random.Random(seed)
     assert os.waitpid(live([*common, "run.name=whole"], data), 0)[1] == 0
-    where, hits, lost, runs, sure = Whereabouts(), Counter(), {"async": [], "sync": []}, 0, 0.0
+    where, hits, lost, runs = Whereabouts(), Counter(), {"async": [], "sync": []}, 0
     while hits.total() < times:
         way = "sync" if runs % 2 else "async"
         overrides = [*common, f"run.name=run-{runs}", f"train.async_save={'false' if way == 'sync' else 'true'}"]
@@ -189,19 +190,19 @@ def kill(times, root, seed=0):
         while True:
             expected = committed(folder)
             where.set(place=0, save=0, began_at=-1, steps=expected)
-            child, began = live(overrides, data, where), time.monotonic()
-            # Some moment of a whole life, whose length the first to be left alone tells; the last life is left alone.
-            moment = began + draw.random() * (sure or 4.0) if hits.total() < times else float("inf")
-            while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            child, ended, moment = live(overrides, data, where), (0, 0), float("inf")
+            # Some moment of a life from its first step on, a tenth of them from its start; the last is left alone.
+            early, share, last = draw.random() < 0.1, draw.random(), hits.total() == times
+            while not ended[0]:
+                if moment == float("inf") and not last and (early or where.read()[0] != "starting"):
+                    moment = time.monotonic() + share * LIFE
                 if time.monotonic() >= moment:
                     os.kill(child, signal.SIGKILL)
-                    ended = os.waitpid(child, 0)
-                    break
                 time.sleep(0.001)
+                ended = os.waitpid(child, os.WNOHANG)
             place, began_at, steps = where.read()
             assert began_at in (-1, expected), f"began at {began_at}, but {expected} was on the disk"
             if ended[1] == 0:
-                sure = sure or time.monotonic() - began
                 break
             assert os.WIFSIGNALED(ended[1]), "a life ended by itself"
             hits[place] += 1

@@ -26,21 +26,29 @@ class Asked(StopRequest):
         return self.left == 0
 
 
+class Noted:
+    """What hands a step its micro-batches, noting the rows of inputs by step."""
+
+    def __init__(self, ahead, rows):
+        self.ahead, self.rows = ahead, rows
+
+    def __call__(self, step):
+        batches = self.ahead(step)
+        self.rows[step] = [zlib.crc32(row.numpy().tobytes()) for inputs, *_ in batches for row in inputs]
+        return batches
+
+    def __getattr__(self, name):
+        return getattr(self.ahead, name)
+
+
 def go_on(name, overrides, to_the_end, rank, size):
     """Train as rank of size; returns by step the rows that this process trained on, in their order."""
     config = load([*overrides, f"run.name={name}"])
     folder = RunFolder(config)
     stop = StopRequest() if to_the_end else Asked()
     trainer = Trainer(config, World(rank, size, CPU), ready(config, size), folder, stop)
-    rows, given = {}, trainer.batches.micro_batches
-
-    def noting(step):
-        rows[step] = []  # the first rows are chosen by the first batch as well
-        for inputs, targets in given(step):
-            rows[step].extend(zlib.crc32(row.numpy().tobytes()) for row in inputs)
-            yield inputs, targets
-
-    trainer.batches.micro_batches = noting
+    rows = {}
+    trainer.ahead = Noted(trainer.ahead, rows)
     trainer.fit()
     return rows
 
