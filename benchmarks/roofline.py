@@ -161,17 +161,20 @@ def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(measured: list[dict[str, Any]], file: Path) -> None:
-    """Tokens/s against the bandwidth: measured points, and the model's lines."""
+    """Tokens/s of regular steps against the bandwidth: measured points, and the model's lines, up to the fastest link.
+
+    Beyond it the model would take for computing what may still be waiting for the link.
+    """
     figure, axis = plt.subplots(figsize=(7, 4))
-    tokens, links = 256 * measured[0]["ranks"], [run["mbit"] for run in measured]
-    grid = [min(links) / 2 * (4 * max(links) / min(links)) ** (i / 200) for i in range(201)]
+    tokens, slowest = 256 * measured[0]["ranks"], min(run["mbit"] for run in measured)
     for method, curve in curves(measured).items():
+        grid = [slowest / 2 * (2 * curve.fastest / slowest) ** (i / 200) for i in range(201)]
         (line,) = axis.plot(grid, [tokens / curve.model(mbit) for mbit in grid], linewidth=1)
         found = sorted(curve.measured.items())
         axis.plot([m for m, _ in found], [tokens / s for _, s in found], "o", color=line.get_color(), label=method)
     axis.set_xscale("log")
     axis.set_xlabel("Mbit/s of each process")
-    axis.set_ylabel("tokens/s (points measured, lines modelled)")
+    axis.set_ylabel("tokens/s of regular steps\n(points measured, lines modelled)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -183,7 +186,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     for heading in rows[0]:
         table.add_column(heading.replace("_", " "))
     for row in rows:
-        table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
 
 

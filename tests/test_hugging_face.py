@@ -121,6 +121,7 @@ def test_a_hugging_face_model_comes_in_with_the_same_logits_and_goes_out_bit_for
     assert (run.model(IDS) - model(IDS).logits).abs().max() < 1e-4
     run.began = 0.0
     run.save()
+    run.saver.finish()
     export(tmp_path / "in", tmp_path / "out")
     before, after = tensors_in(folder), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()

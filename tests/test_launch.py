@@ -420,6 +420,7 @@ def test_the_tests_run_last_and_any_failed_check_fails(tree, script):
     )
     assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} {optional}", checks[0]]
     assert tree.calls[6:8] == checks[1:] and "lint_imports" in tree.calls[8]
-    assert tree.calls[9:] == [" ".join(["-m pytest -q", *arguments])]
+    on_all_cores = ("-n auto", "--maxprocesses 8", "--dist loadfile")
+    assert tree.calls[9:] == [" ".join(["-m pytest -q", *(arguments or on_all_cores)])]
     code, out, err = tree.run(script=script, RUFF_EXIT="1")
     assert code == 1 and out.endswith("1 passed\n") and err == "FAILED before the tests: ruff check\n"

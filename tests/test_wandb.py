@@ -115,6 +115,7 @@ def documented(root, section):
 def test_an_offline_run_holds_what_the_docs_list(root, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("pretrain.trainer.peak_flops", lambda *_: 1e12)  # a device whose peak is known
     config = load([
         "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "optim.rank=8",
         "model.num_attention_heads=2", "model.vocab_size=400", "train.seq_len=32", "train.tokens_per_step=64",
