@@ -232,7 +232,10 @@ def load(overrides: list[str]) -> Config:
 def _compose(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=overrides)
+        try:
+            return compose("config", overrides=overrides)
+        except ValueError as error:  # a group that is given a number, say
+            raise HydraException(str(error)) from None
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -255,7 +258,7 @@ def to_config(cfg: DictConfig) -> Config:
 def _explain(overrides: list[str], error: Exception) -> str:
     """One line for each override that is wrong by itself; the error as it came when only the combination is."""
     choices = {o: o.lstrip("+~").partition("=")[::2] for o in overrides}
-    if added := [o for o, (group, _) in choices.items() if o.startswith("+") and (CONF / group / "").is_dir()]:
+    if added := [o for o, (group, _) in choices.items() if o.startswith("+") and group and (CONF / group).is_dir()]:
         return "\n".join(f"{o}: this group is in the configuration already; leave the + out" for o in added)
     groups = [o for o, (group, value) in choices.items() if value in _options(group)]
     try:

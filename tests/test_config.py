@@ -1,6 +1,7 @@
 """Configurations: every YAML file composes, and everything wrong with one is said at once, before any compute."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -127,6 +128,12 @@ def test_an_experiment_that_is_not_there_and_a_plus_that_is_too_much_are_named()
         load(["experiment=c4_61m"])
     with pytest.raises(ConfigError, match=r"\+experiment=c4_60m: .* leave the \+ out"):
         load(["+experiment=c4_60m"])
+
+
+@pytest.mark.parametrize("override", ["model=3", "=0", "+=0"])
+def test_a_group_that_is_given_a_number_and_an_override_without_a_name_are_named(override):
+    with pytest.raises(ConfigError, match=f"^{re.escape(override)}: "):
+        load([override])
 
 
 def test_divisibility_counts_the_processes():
