@@ -316,6 +316,8 @@ def convert_linears(
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     problems: dict[str, list[str]] = {}  # message → names of the layers it is about
+    if not isinstance(side, (str, Mapping)):
+        raise ValueError(f"optim.side={side} is neither auto, rows or columns nor one of these for each name")
     sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
     ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
     for p in [*patterns, *sides, *ranks]:

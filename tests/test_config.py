@@ -130,6 +130,11 @@ def test_an_experiment_that_is_not_there_and_a_plus_that_is_too_much_are_named()
         load(["+experiment=c4_60m"])
 
 
+def test_a_side_that_is_a_number_is_refused():
+    with pytest.raises(ConfigError, match=r"optim\.side=0 is neither auto"):
+        check(load(["optim.side=0"]))
+
+
 @pytest.mark.parametrize("override", ["model=3", "=0", "+=0"])
 def test_a_group_that_is_given_a_number_and_an_override_without_a_name_are_named(override):
     with pytest.raises(ConfigError, match=f"^{re.escape(override)}: "):
