@@ -1,4 +1,4 @@
-"""The files that hold a tokenised split, and memory-mapped reading of them.
+"""The files that hold a tokenised split, and reading of them, piece by piece.
 
 A split is one shard or several, one behind the other; a document lies in one of them. A shard is three files:
 `.bin`, the tokens, little-endian and nothing else; `.index.npy`, for every document its first token, the place
@@ -11,13 +11,17 @@ preparation.
 import hashlib
 import os
 import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from data.array_file import ArrayFile
 
 INDEX = np.dtype([("token", "<i8"), ("name", "<i8"), ("bytes", "<i8")])
 GIVEN = np.dtype("<i8")
@@ -170,16 +174,16 @@ class Tokens:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, _ = where.indices(len(self))
-        parts = [shard.tokens[first:last] for shard, first, last in self._pieces(start, stop)]
-        return np.asarray(parts[0]) if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
+        parts = [self._shards[number].tokens[first:last] for number, first, last in self._pieces(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
 
-    def _pieces(self, start: int, stop: int) -> list[tuple["_Shard", int, int]]:
-        """The shards that tokens [start, stop) lie in, each with the places there."""
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The numbers of the shards that tokens [start, stop) lie in, each with the places there."""
         number, pieces = int(np.searchsorted(self._first_token, start, side="right")) - 1, []
         while start < stop:
             base, end = int(self._first_token[number]), min(stop, int(self._first_token[number + 1]))
             if start < end:
-                pieces.append((self._shards[number], start - base, end - base))
+                pieces.append((number, start - base, end - base))
             start, number = max(start, end), number + 1
         return pieces
 
@@ -202,7 +206,7 @@ class Tokens:
     @property
     def document_lengths(self) -> np.ndarray:
         """How many tokens each document has, (documents,) int64."""
-        return np.concatenate([np.diff(s.index["token"], append=len(s.tokens)) for s in self._shards])
+        return np.concatenate([np.diff(s.index[:]["token"], append=len(s.tokens)) for s in self._shards])
 
     @property
     def document_count(self) -> int:
@@ -211,44 +215,61 @@ class Tokens:
     @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of the text the tokens stand for."""
-        return sum(int(shard.index["bytes"].sum()) for shard in self._shards)
+        return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The tokens in [start, stop) with which a document begins, int64 in order."""
-        starts = np.empty(0, np.int64)
-        for shard, first, last in self._pieces(start, min(stop, len(self))):
-            low, high = np.searchsorted(shard.index["token"], (first, last))
-            base = int(self._first_token[self._shards.index(shard)])
-            starts = np.concatenate([starts, shard.index["token"][low:high] + base])
-        return starts
+        starts = [np.empty(0, np.int64)]
+        for number, first, last in self._pieces(start, min(stop, len(self))):
+            begins = self._shards[number].begins(first, last)
+            starts.append(begins[np.searchsorted(begins, first) :] + self._first_token[number])
+        return np.concatenate(starts)
 
     def documents(self, start: int, stop: int) -> list[str]:
         """Names of the documents that tokens [start, stop) belong to, in order."""
-        return [name for shard, first, last in self._pieces(start, stop) for name in shard.documents(first, last)]
+        return [
+            name
+            for number, first, last in self._pieces(start, stop)
+            for name in self._shards[number].documents(first, last)
+        ]
 
 
 class _Shard:
     def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
-        self.tokens = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
-        self.index = np.load(folder / f"{name}.index.npy", mmap_mode="r")
-        self._names = np.memmap(folder / f"{name}.names", dtype=np.uint8, mode="r")
+        self.tokens = ArrayFile(folder / f"{name}.bin", dtype)
+        self.index = ArrayFile.npy(folder / f"{name}.index.npy")
+        self._names = ArrayFile(folder / f"{name}.names", np.dtype(np.uint8))
         given = folder / f"{name}.given.npy"
         self.given = np.load(given) if given.exists() else None
-        if self.index.dtype != INDEX or self.index.ndim != 1 or len(self.index) == 0:
+        if self.index.dtype != INDEX or len(self.index) == 0:
             raise ValueError(f"{name}.index.npy is no index of documents")
-        if self.given is not None and (self.given.dtype != GIVEN or self.given.shape != self.index.shape):
+        if self.given is not None and (self.given.dtype != GIVEN or self.given.shape != (len(self.index),)):
             raise ValueError(f"{name}.given.npy is not of the index's documents")
 
     def bounds(self, document: int) -> tuple[int, int]:
-        last = document + 1 == len(self.index)
-        return int(self.index["token"][document]), len(self.tokens) if last else int(self.index["token"][document + 1])
+        first, *behind = self.index[document : document + 2]["token"].tolist()
+        return first, behind[0] if behind else len(self.tokens)
+
+    def within(self, start: int, stop: int) -> tuple[int, int]:
+        """The documents, first and behind the last, that tokens [start, stop) belong to."""
+        count = len(self.index)
+        first = bisect_right(range(count), start, key=self._begin) - 1
+        return first, bisect_left(range(count), stop, first, min(count, first + stop - start), key=self._begin)
+
+    def begins(self, start: int, stop: int) -> np.ndarray:
+        """The tokens that those documents begin with, the first of them perhaps before `start`."""
+        return self.index[slice(*self.within(start, stop))]["token"]
+
+    def _begin(self, document: int) -> int:
+        return int(self.index[document : document + 1]["token"][0])
 
     def documents(self, start: int, stop: int) -> list[str]:
-        first = int(np.searchsorted(self.index["token"], start, side="right")) - 1
-        last = int(np.searchsorted(self.index["token"], stop, side="left"))
-        ends = [*self.index["name"][first + 1 : last + 1].tolist(), len(self._names)]
-        begins = self.index["name"][first:last].tolist()
-        return [bytes(self._names[b:e]).decode() for b, e in zip(begins, ends, strict=False)]
+        first, behind = self.within(start, stop)
+        places = self.index[first : behind + 1]["name"].tolist()
+        if behind == len(self.index):
+            places.append(len(self._names))
+        names = self._names[places[0] : places[-1]].tobytes()
+        return [names[b - places[0] : e - places[0]].decode() for b, e in pairwise(places)]
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data.array_file import ArrayFile
 from data.records import Record
 from data.sources import SourceFile
 from data.tokenizer import Tokenizer
@@ -59,16 +60,12 @@ class TokenRecords:
         for start in range(0, len(document), LONGEST):
             yield document[start : start + LONGEST]
 
-    def _open(self, file: SourceFile) -> np.ndarray:
+    def _open(self, file: SourceFile) -> ArrayFile:
         try:
-            if file.name.endswith(".npy"):
-                tokens = np.load(file.path, mmap_mode="r", allow_pickle=False)
-            else:
-                if file.size % self._dtype.itemsize:
-                    raise ValueError(f"{file.size} bytes are no whole number of {self._dtype}")
-                tokens = np.memmap(file.path, self._dtype.newbyteorder("<"), mode="r") if file.size else np.empty(0)
-            if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-                raise ValueError(f"{tokens.dtype} of shape {tokens.shape} is no row of whole numbers")
+            bare = not file.name.endswith(".npy")
+            tokens = ArrayFile(file.path, self._dtype.newbyteorder("<")) if bare else ArrayFile.npy(file.path)
+            if len(tokens) and tokens.dtype.kind not in "iu":
+                raise ValueError(f"{tokens.dtype} is no row of whole numbers")
         except Exception as error:  # numpy reads the head of an array as Python, and fails as that does
             raise ValueError(f"data.paths: {file.path} holds no tokens ({error}); check data.token_dtype") from None
         return tokens

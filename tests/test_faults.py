@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -318,15 +319,29 @@ def test_a_clock_that_jumps_back_changes_nothing(overrides, monkeypatch):
     assert 0 < json.loads(folder.summary_file.read_text())["wall_seconds"] < 600
 
 
-def test_a_shard_that_cannot_be_read_ends_the_run_with_its_name_and_loses_nothing(overrides, monkeypatch):
-    whole, expected = train(overrides("run.name=whole"))
+@pytest.mark.parametrize("fault", ["cut short", "unreadable"])
+def test_a_shard_that_cannot_be_read_ends_the_run_with_its_name_and_loses_nothing(overrides, fault, tmp_path):
+    where = overrides(f"data.root={tmp_path / 'own'}")
+    whole, expected = train([*where, "run.name=whole"])
+    (shard,) = (tmp_path / "own").glob("*/train-00000.bin")
+    content = shard.read_bytes()
 
-    def break_reader():
-        raise OSError(errno.EIO, os.strerror(errno.EIO), "train-00000.bin")
+    def unreadable(*given):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with pytest.raises(OSError, match=r"Input/output error: 'train-00000.bin'"):
-        train(overrides(), trainer=failing_at(9, break_reader))
-    folder, tensors = train(overrides())
+    with pytest.MonkeyPatch.context() as patch:
+        fail = (
+            partial(patch.setattr, os, "preadv", unreadable)
+            if fault == "unreadable"
+            else partial(os.truncate, shard, 0)
+        )
+        with pytest.raises((OSError, ValueError)) as error:
+            train(where, trainer=failing_at(9, fail))
+    said = f"{shard}: is shorter than it was" if fault == "cut short" else f"Input/output error: '{shard}'"
+    assert said in str(error.value)
+    assert newest_good(RunFolder(load(where)).checkpoints)[0].name == "step-00000008"
+    shard.write_bytes(content)
+    folder, tensors = train(where)
     assert losses(folder) == losses(whole)
     assert_equal(tensors, expected)
 

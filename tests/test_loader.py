@@ -1,13 +1,19 @@
 """The order of training does not depend on who loads it; validation scores every token once."""
 
+import os
+import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from data import array_file
 from data.loader import TrainBatches, permute, validation_batches
+from data.prefetch import Prefetch
 from data.shards import INDEX, ShardWriter, Tokens, token_dtype
 
 SEQ_LEN = 8
@@ -180,6 +186,42 @@ def test_a_split_says_how_long_it_is_and_whose_its_tokens_are(tmp_path):
     assert (len(tokens), tokens.document_count, tokens.text_bytes) == (46, 3, 3 * 46)
     for start, stop, expected in [(0, 5, ["d0"]), (4, 6, ["d0", "d1"]), (45, 46, ["d2"]), (0, 46, ["d0", "d1", "d2"])]:
         assert tokens.documents(start, stop) == expected
+
+
+@pytest.mark.parametrize(("ending", "keep"), [("bin", 1000), ("index.npy", 150), ("names", 3)])
+def test_a_file_cut_short_while_it_is_read_is_an_error_with_its_name(tmp_path, ending, keep):
+    loader = TrainBatches(split(tmp_path, [5, 40, 1, 700, 60, 199]), SEQ_LEN, 5, 5, seed=0, masks=True)
+    ahead = Prefetch(loader.micro_batches)
+    ahead(0)
+    loader.documents(0)
+    os.truncate(tmp_path / f"s.{ending}", keep)
+    with pytest.raises(ValueError, match=rf"/s\.{ending}: is shorter than it was"):
+        for step in range(2, 30):
+            ahead(step)
+            loader.documents(step)
+    ahead.close()
+
+
+def test_many_shards_are_open_a_few_at_a_time_whoever_reads(tmp_path, monkeypatch):
+    """Of 200 shards, 600 files, less than the 40 descriptors that are left; four threads push each other's out."""
+    monkeypatch.setattr(array_file, "_opened", lru_cache(8)(array_file._opened.__wrapped__))
+    names = [f"train-{number:05d}" for number in range(200)]
+    for number, name in enumerate(names):
+        with ShardWriter(tmp_path, name, token_dtype(4096)) as shard:
+            shard.add(name, np.full(20, number), text_bytes=1)
+    usual, there = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (there + 40, usual[1]))
+    try:
+        tokens = Tokens(tmp_path, names, token_dtype(4096))
+        order = np.random.default_rng(0).permutation(200).tolist() * 5
+        with ThreadPoolExecutor(4) as threads:
+            found = threads.map(
+                lambda n: (tokens[20 * n : 20 * n + 20].tolist(), tokens.documents(20 * n, 20 * n + 5)), order
+            )
+            assert list(found) == [([n] * 20, [names[n]]) for n in order]
+        assert len(os.listdir("/proc/self/fd")) <= there + 9
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
 
 @pytest.mark.parametrize("masks", [False, True])

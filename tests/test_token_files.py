@@ -91,7 +91,7 @@ def files(tmp_path):
     [
         ("a.bin", np.array([5, 400, 7], "uint16"), r"holds token 400, which .*t\.model does not have"),
         ("a.npy", np.array([5, -1, 7]), r"holds token -1, which .*t\.model does not have"),
-        ("a.bin", np.array([5, 7, 9], "uint8"), r"holds no tokens \(3 bytes are no whole number of uint16\)"),
+        ("a.bin", np.array([5, 7, 9], "uint8"), r"holds no tokens \(a\.bin: 3 bytes are no whole number of uint16\)"),
         ("a.npy", np.array([[5, 7]]), r"holds no tokens .* is no row of whole numbers"),
         ("a.npy", np.array([0.5]), r"holds no tokens .* is no row of whole numbers"),
         ("a.npy", np.array([{}], dtype=object), r"a\.npy holds no tokens"),
