@@ -27,6 +27,7 @@ FORMAT = 2
 WITHOUT_MANIFEST = 1  # the format before, which had no checksums
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 DAMAGED = ".damaged"
+HALF_WAY = "half_way"  # in a state: of half an interval, there until a newer one is
 OF_A_RUN: dict[str, Any] = {"step": int, "seconds": (int, float), "training_seconds": (int, float), "data": dict}
 
 
@@ -192,12 +193,23 @@ def point_at(path: Path) -> None:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove the checkpoints that are neither among the newest ``keep_last`` nor of a multiple of ``keep_every``.
+    """Remove what a newer checkpoint makes needless: those of half an interval, but for the newest, and of the others
+    those that are neither among the newest ``keep_last`` nor of a multiple of ``keep_every``.
 
-    ``keep_last=0`` keeps all; what is set aside as damaged is never removed.
+    ``keep_last=0`` keeps all others; what is set aside as damaged is never removed.
     """
-    if keep_last == 0:
-        return
-    for path in all_of(folder)[keep_last:]:
-        if keep_every == 0 or int(path.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(path.rename(path.with_suffix(UNFINISHED)))
+    newest, *before = all_of(folder)
+    go = [path for path in before if _is_half_way(path)]
+    if keep_last:
+        others = [path for path in before if path not in go]
+        others = others[keep_last if _is_half_way(newest) else keep_last - 1 :]
+        go += [p for p in others if keep_every == 0 or int(p.name.removeprefix("step-")) % keep_every]
+    for path in go:
+        shutil.rmtree(path.rename(path.with_suffix(UNFINISHED)))
+
+
+def _is_half_way(path: Path) -> bool:
+    try:
+        return _read_json(path, STATE).get(HALF_WAY) is True
+    except ValueError:  # whatever it is, it stays
+        return False

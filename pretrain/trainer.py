@@ -22,7 +22,7 @@ from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
 from pretrain.build import build_model, build_optimization, compile_blocks, compile_seconds
-from pretrain.checkpoint_folder import Damaged, newest_good, point_at, set_aside
+from pretrain.checkpoint_folder import HALF_WAY, Damaged, newest_good, point_at, prune, set_aside
 from pretrain.code_version import git_commit
 from pretrain.config import Config
 from pretrain.distributed import World
@@ -82,8 +82,8 @@ class Trainer:
         self.update = Update(config, world, self.model, self.engine, self.optim, train.non_finite == "skip")
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.saver = Saver(
-            folder.checkpoints, world, background=train.async_save, keep_last=train.keep_last,
-            keep_every=train.keep_every, timeout=timedelta(minutes=train.timeout_minutes),
+            folder.checkpoints, world, background=train.async_save and train.checkpoint_every != 1,
+            keep_last=train.keep_last, keep_every=train.keep_every, timeout=timedelta(minutes=train.timeout_minutes),
         )  # fmt: skip
         self.compile_seconds = 0.0  # that were logged
         self.peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
@@ -119,6 +119,8 @@ class Trainer:
                 asked = self.world.any(bool(self.stop))
                 if self._due(self.config.train.checkpoint_every) or asked:
                     self.save()
+                elif self._half_way():
+                    self.save(half_way=True)
                 if self._due(self.config.train.eval_every):
                     self.validate()
                 if asked and self.step < total:
@@ -282,6 +284,15 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.config.train.steps
 
+    def _half_way(self) -> bool:
+        """Whether the run is half-way between two checkpoints that are saved while it goes on.
+
+        A kill during a save costs the steps since the save before: with one at the half, an interval at the most.
+        """
+        train = self.config.train
+        half = train.checkpoint_every // 2
+        return train.async_save and half > 0 and self.step % train.checkpoint_every == half and self.step < train.steps
+
     # Beginning, saving, ending.
 
     def _look_into_folder(self) -> tuple[list[str], list[int], Path | None, list[Damaged]]:
@@ -306,6 +317,7 @@ class Trainer:
             self.folder.open(self.config, self.step)
             if resume_from:
                 point_at(resume_from)  # the process that wrote it may have been killed before it could
+                prune(self.folder.checkpoints, self.config.train.keep_last, self.config.train.keep_every)
             self.data.tokenizer.copy_to(self.folder.path)
             log_to_file(self.folder.log_file)
             for error, aside in zip(damaged, asides, strict=True):
@@ -333,8 +345,8 @@ class Trainer:
         if self.optim.grass:
             self.optim.grass.resume(self.step)
 
-    def save(self) -> None:
-        """Have a checkpoint of the present step written, unless there is one."""
+    def save(self, half_way: bool = False) -> None:
+        """Have a checkpoint of the present step written, unless there is one; ``half_way``, until there is a newer."""
         self.saver.wait()
         if checkpoint.path_of(self.folder.checkpoints, self.step).exists():
             return
@@ -343,7 +355,7 @@ class Trainer:
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
             "training_seconds": self.watch.total_seconds, "world_size": self.world.size, "data": self._data_identity(),
-            "skipped": self.skipped, "losses": list(self.spikes.losses),
+            "skipped": self.skipped, "losses": list(self.spikes.losses), HALF_WAY: half_way,
         }  # fmt: skip
         self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optim), state)
 

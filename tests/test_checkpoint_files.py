@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 from pretrain import checkpoint
 from pretrain.build import build_model, build_optimization
 from pretrain.check import check
-from pretrain.checkpoint_folder import MANIFEST, newest_good, path_of
+from pretrain.checkpoint_folder import MANIFEST, newest_good, path_of, prune
 from pretrain.config import ConfigError, load, to_config
 from pretrain.distributed import World
 from pretrain.interrupt import StopRequest
 from pretrain.preflight import ready
 from pretrain.run_folder import RunFolder
+from pretrain.saver import Saver
 from pretrain.trained import load_trained
 from pretrain.trainer import Trainer
 
@@ -35,13 +37,17 @@ def overrides(root, tmp_path_factory):
     return lambda *given: [*TINY, *more, *data, f"run.root={here}", *given]
 
 
-def train(overrides):
+def train(overrides, trainer=Trainer):
     config = load(overrides)
     folder = RunFolder(config)
     with folder.locked():
-        trainer = Trainer(config, ALONE, ready(config, 1), folder, StopRequest())
+        trainer = trainer(config, ALONE, ready(config, 1), folder, StopRequest())
         trainer.fit()
     return folder, trainer
+
+
+def steps_in(folder):
+    return sorted(int(p.name.removeprefix("step-")) for p in folder.checkpoints.glob("step-????????"))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,86 @@ def test_where_none_is_good_the_run_is_refused_and_nothing_moves(copied, overrid
         shutil.rmtree(path_of(path / "checkpoints", step))
     with pytest.raises(ValueError, match=r"held step-00000008, which is gone; bring a good one back"):
         train(overrides(*where, "train.steps=12"))
+
+
+@pytest.mark.parametrize(("every", "background"), [(1, True), (2, True), (3, True), (4, True), (4, False)])
+def test_no_kill_costs_more_than_an_interval_however_slow_the_disk_is(overrides, monkeypatch, every, background):
+    """On the slowest of all disks, which is done with nothing before somebody waits for it."""
+    waited_for, put, end, costs, listed = threading.Event(), Saver._put_in_place, Saver._end, [], []
+
+    def put_late(saver, *given):
+        assert not saver.background or waited_for.wait(60)
+        put(saver, *given)
+
+    def waiting(saver):
+        waited_for.set()
+        try:
+            return end(saver)
+        finally:
+            waited_for.clear()
+
+    class Noting(Trainer):
+        def _step_and_log(self, number):
+            super()._step_and_log(number)
+            steps = steps_in(self.folder)
+            costs.append(self.step - max(steps, default=0))
+            listed.append([step for step in steps if step % every])
+
+    monkeypatch.setattr(Saver, "_put_in_place", put_late)
+    monkeypatch.setattr(Saver, "_end", waiting)
+    way = f"train.async_save={str(background).lower()}"
+    name = f"run.name=slow-{every}-{background}"
+    folder, _ = train(overrides(name, "train.steps=14", f"train.checkpoint_every={every}", way), Noting)
+    assert max(costs) == every
+    assert max(map(len, listed)) == (1 if background and every > 1 else 0)
+    assert steps_in(folder) == sorted({*range(every, 15, every), 14})
+
+
+def test_a_half_way_checkpoint_goes_when_a_newer_one_is_there_and_counts_for_nothing(tmp_path):
+    def left(*steps, keep_last=0, keep_every=0):
+        """Which stay of these; those of steps with a half are half-way."""
+        shutil.rmtree(tmp_path)
+        for step in steps:
+            path_of(tmp_path, int(step)).mkdir(parents=True)
+            state = {"format": 2, "half_way": step != int(step)}
+            (path_of(tmp_path, int(step)) / "state.json").write_text(json.dumps(state))
+        prune(tmp_path, keep_last, keep_every)
+        return sorted(int(p.name.removeprefix("step-")) for p in tmp_path.iterdir())
+
+    assert left(4, 6.5, 8) == [4, 8]
+    assert left(4, 8, 10.5) == [4, 8, 10]
+    assert left(4, 6.5, 8, 10.5, 12) == [4, 8, 12]
+    assert left(4, 8, 10.5, keep_last=1) == [8, 10]
+    assert left(4, 8, 10.5, 12, keep_last=1) == [12]
+    assert left(4, 8, 10.5, 12, 14.5, keep_last=2) == [8, 12, 14]
+    assert left(4, 6.5, 8, 12, 16, keep_last=1, keep_every=8) == [8, 16]
+    (path_of(tmp_path, 8) / "state.json").write_text("{")
+    prune(tmp_path, 0, 0)
+    assert path_of(tmp_path, 8).exists()
+
+
+def test_a_half_way_checkpoint_is_gone_on_from_and_what_a_kill_left_of_them_goes(copied, overrides, finished):
+    path, where = copied
+
+    class Killed(Trainer):
+        def _half_way(self):
+            if super()._half_way() and self.step == 10:
+                self.save(half_way=True)
+                self.saver.finish()
+                raise KeyboardInterrupt
+            return False
+
+    with pytest.raises(KeyboardInterrupt):
+        train(overrides(*where, "train.steps=12"), Killed)
+    assert (path / "checkpoints" / "latest").readlink().name == "step-00000010"
+    left = path_of(path / "checkpoints", 6)  # by a kill before it could be removed
+    shutil.copytree(path_of(path / "checkpoints", 10), left)
+    folder, _ = train(overrides(*where, "train.steps=12"))
+    shutil.copytree(finished.path, path / "whole" / "finished", symlinks=True)
+    whole, _ = train(overrides(f"run.root={path / 'whole'}", "run.name=finished", "train.steps=12"))
+    assert steps_in(folder) == steps_in(whole) == [4, 8, 12]
+    ours, theirs = (load_file(next(path_of(f.checkpoints, 12).glob("*.safetensors"))) for f in (folder, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused_and_left_where_it_is(copied, overrides):

@@ -108,13 +108,13 @@ def spoil(monkeypatch, step, spoil_loss, ranks=(0,)):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_its_documents(overrides, monkeypatch, prepared):
-    spoil(monkeypatch, 6, lambda nats: nats * float("nan"))
-    with pytest.raises(FloatingPointError) as error:  # noticed when the next step is saved, two steps later
+    spoil(monkeypatch, 5, lambda nats: nats * float("nan"))
+    with pytest.raises(FloatingPointError) as error:  # noticed when the next step is saved, a step later
         train(overrides("train.log_every=100"))
-    assert "at step 8, not finite since step 6" in str(error.value)
+    assert "at step 6, not finite since step 5" in str(error.value)
     folder = RunFolder(load(overrides()))
     (line,) = lines_of(folder.bad_batches_file)
-    assert line["step"] == 6 and line["what"].startswith("stopped") and line["loss"] == "nan"
+    assert line["step"] == 5 and line["what"].startswith("stopped") and line["loss"] == "nan"
     assert line["documents"] and all(name.endswith(".py") for name in line["documents"])
     assert line["documents"][0] in str(error.value) and "the newest checkpoint is" in str(error.value)
     assert newest_good(folder.checkpoints)[0].name == "step-00000004"
@@ -339,7 +339,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run_with_its_name_and_loses_nothin
             train(where, trainer=failing_at(9, fail))
     said = f"{shard}: is shorter than it was" if fault == "cut short" else f"Input/output error: '{shard}'"
     assert said in str(error.value)
-    assert newest_good(RunFolder(load(where)).checkpoints)[0].name == "step-00000008"
+    assert newest_good(RunFolder(load(where)).checkpoints)[0].name == "step-00000010"
     shard.write_bytes(content)
     folder, tensors = train(where)
     assert losses(folder) == losses(whole)
