@@ -5,7 +5,8 @@
 prints where the kills hit, as JSON, and fails when a run shows a trace of them.
 
 Each life of a run is a fork of this process, which has imported torch and prepared the data. In it, and in it alone,
-what goes to the disk goes slowly, so that many kills hit a save. It writes down where it is in memory that outlives it.
+what goes to the disk goes slowly, so that many kills hit a save, and so do the steps. It writes down where it is in
+memory that outlives it.
 """
 
 import json
@@ -44,8 +45,8 @@ PLACES = [
     "starting", "training", "saving: tensors", "saving: checksums", "saving: state and manifest",
     "saving: rename, latest", "ending",
 ]  # fmt: skip
-LIFE = 2.0  # seconds about a life takes from its first step on, slow as the disk is
-SLOW = 0.01  # seconds that the disk takes longer each time
+LIFE = {"async": 1.6, "sync": 0.9}  # seconds about that a run left alone takes from its first step on, slow as it is
+SLOW = 0.01  # seconds that the disk takes longer each time, and a step
 
 
 class Whereabouts:
@@ -124,6 +125,7 @@ def watch(where):
     def stepping(self, number):
         if where.read()[0] == "starting":
             where.set(place=place("training"), began_at=number)
+        time.sleep(SLOW)
         step(self, number)
         where.set(steps=number + 1)
 
@@ -193,9 +195,10 @@ def kill(times, root, seed=0):
             child, ended, moment = live(overrides, data, where), (0, 0), float("inf")
             # Some moment of a life from its first step on, a tenth of them from its start; the last is left alone.
             early, share, last = draw.random() < 0.1, draw.random(), hits.total() == times
+            life = LIFE[way] * (STEPS - expected + EVERY) / STEPS
             while not ended[0]:
                 if moment == float("inf") and not last and (early or where.read()[0] != "starting"):
-                    moment = time.monotonic() + share * LIFE
+                    moment = time.monotonic() + share * life
                 if time.monotonic() >= moment:
                     os.kill(child, signal.SIGKILL)
                 time.sleep(0.001)
