@@ -7,6 +7,8 @@ all of them. Medians; refreshes are counted at each method's default interval. T
 times the ratio of their counted FLOPs: what it would reach if it did its smaller sum as fast as the dense model does
 its own, optimizer and all. Without adamw among the methods there is no limit (null).
 
+    python -m benchmarks.step_time --written docs/step_time.jsonl --plot step_time.png    # what earlier runs printed
+
 On a GPU, to be sent back:
     python -m benchmarks.step_time --sizes 350m,1b_block,7b_block --batch 16 --json train.dtype=bfloat16 > gpu.json
 """
@@ -14,6 +16,7 @@ On a GPU, to be sent back:
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import resource
 from multiprocessing.connection import Connection
@@ -29,10 +32,15 @@ from rich.table import Table
 from benchmarks.steps import METHODS, PERIOD, Steps, configuration, summarise
 from pretrain.distributed import World
 from pretrain.flops import flops_per_token
+from pretrain.host_memory import KEEP, keep_freed_memory
 
 COLUMNS = {
     "method": "", "tokens_per_s": ",.0f", "of_the_first": ".3f", "limit_ratio": ".3f", "step_s": ".3f", "spread": ".1%",
     "forward_s": ".3f", "backward_s": ".3f", "optimizer_s": ".3f", "refresh_s": ".3f", "peak_gib": ".2f",
+}  # fmt: skip
+PARTS = {
+    "forward_s": "forward", "backward_s": "backward", "optimizer_s": "optimizer",
+    "refresh_s": "refresh, its share of a step",
 }  # fmt: skip
 WARM_UP = 2  # steps that are not counted
 ONE_BLOCK = "_block"  # 1b_block: one block of the 1b model, between an embedding and a head too small to count
@@ -68,6 +76,8 @@ def measure(
     methods: list[str], rank: int, overrides: list[str], rounds: int, period: int, threads: int
 ) -> list[dict[str, Any]]:
     """A row for each of ``methods``, whose steps took turns: so many rounds of ``period`` steps each."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as ./launch.sh does
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     for method in methods:
@@ -125,24 +135,41 @@ def table(size: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Where a step's time goes: a stack for each method and size."""
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.35 * len(rows)))
-    labels, left = [f"{row['size']}  {row['method']}" for row in rows], [0.0] * len(rows)
-    for part in ("forward_s", "backward_s", "optimizer_s", "refresh_s"):
-        share = [row[part] / (row["refresh_every"] if part == "refresh_s" else 1) for row in rows]
-        axis.barh(labels, share, left=left, label=part[:-2] + (", its share of a step" if part == "refresh_s" else ""))
-        left = [a + b for a, b in zip(left, share, strict=True)]
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds a step")
-    axis.legend(fontsize=8)
+    """Where a step's time goes: a panel for each size, and in it a stack for each method."""
+    sizes = {size: [row for row in rows if row["size"] == size] for size in dict.fromkeys(row["size"] for row in rows)}
+    heights = [len(of_one) + 1 for of_one in sizes.values()]
+    figure, axes = plt.subplots(
+        len(sizes), figsize=(8, 0.8 + 0.3 * sum(heights)), squeeze=False, height_ratios=heights
+    )  # fmt: skip
+    for axis, (size, of_one) in zip(axes[:, 0], sizes.items(), strict=True):
+        labels, left = [row["method"] for row in of_one], [0.0] * len(of_one)
+        for part, label in PARTS.items():
+            share = [row[part] / (row["refresh_every"] if part == "refresh_s" else 1) for row in of_one]
+            axis.barh(labels, share, left=left, label=label)
+            left = [a + b for a, b in zip(left, share, strict=True)]
+        for row, end in zip(of_one, left, strict=True):
+            axis.text(end, row["method"], f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=8)
+        axis.set_title(size, fontsize=9, loc="left")
+        axis.set_xlim(0, 1.25 * max(left))
+        axis.invert_yaxis()
+    axes[-1, 0].set_xlabel("seconds a step")
+    axes[0, 0].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
+
+
+def written(file: Path) -> list[dict[str, Any]]:
+    """The rows of outputs of --json, one a line."""
+    return [row for line in file.read_text().splitlines() for row in json.loads(line)["rows"]]
 
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were taken on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "platform": platform.platform(), "threads": threads, "torch": torch.__version__}
+    malloc = {name: os.environ[name] for name in KEEP if name in os.environ}
+    return {
+        "gpu": gpu, "platform": platform.platform(), "threads": threads, "torch": torch.__version__, "malloc": malloc,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -160,7 +187,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a process on a CPU")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw the parts of a step")
+    parser.add_argument("--written", type=Path, metavar="JSONL", help="show these outputs of --json, measure nothing")
     arguments = parser.parse_args()
+    rows = written(arguments.written) if arguments.written else measured(arguments, parser)
+    if arguments.written:
+        for size in dict.fromkeys(row["size"] for row in rows):
+            Console(width=120).print(table(size, [row for row in rows if row["size"] == size]))
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+def measured(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
+    """The rows of every size, printed as they come, or all at the end as JSON."""
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
@@ -168,16 +206,13 @@ def main() -> None:
     for size in arguments.sizes.split(","):
         shape = shape_of(size, arguments.batch, arguments.seq_len)
         overrides = [*shape, *arguments.overrides]
-        measured = measure(
-            methods, arguments.rank, overrides, arguments.rounds, arguments.period, arguments.threads
-        )  # fmt: skip
-        rows += [{"size": size, **row} for row in measured]
+        found = measure(methods, arguments.rank, overrides, arguments.rounds, arguments.period, arguments.threads)
+        rows += [{"size": size, **row} for row in found]
         if not arguments.json:
-            Console(width=120).print(table(size, measured))
+            Console(width=120).print(table(size, found))
     if arguments.json:
         print(json.dumps({"rank": arguments.rank, "machine": machine(arguments.threads), "rows": rows}))
-    if arguments.plot:
-        plot(rows, arguments.plot)
+    return rows
 
 
 if __name__ == "__main__":

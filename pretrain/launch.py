@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the import of torch, which takes seconds an
     if QUIET and CPP_LOG_LEVEL is None:
         os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # its connection errors come with pages of C++ frames
 
+import torch
 from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -31,6 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
+from pretrain.host_memory import keep_freed_memory
 from pretrain.interrupt import EXIT_CODE
 
 # What a signal to this process becomes for the workers. They live in sessions of their own, so that a
@@ -184,6 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # Steps with a refresh, a loss in chunks or a validation take other sizes than the rest: less is lost to gaps.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if args.max_restarts and args.nnodes not in ONE_NODE and args.rdzv_backend == "static":
         parser.error("restarts of several nodes need a rendezvous: RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR")
     return args
