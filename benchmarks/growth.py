@@ -1,6 +1,7 @@
 """How time and memory of a step grow with the rank, the width, the layers and the sequence: slopes on log-log axes.
 
-python -m benchmarks.growth [--json]
+python -m benchmarks.growth [--json] [--plot growth.png]
+python -m benchmarks.growth --written docs/growth.json --plot docs/growth.png      # what an earlier run printed
 
 A small LLaMA with next to no vocabulary; one number of it at a time takes each of its VALUES. Seconds are the process'
 own on one thread, medians; bytes are counted: of the optimizer's state, and the planner's peak of a step. A slope of 1
@@ -13,9 +14,11 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +32,8 @@ VALUES = {
     "rank": (32, 64, 128, 256), "width": (256, 512, 1024), "layers": (2, 4, 8), "sequence": (128, 256, 512),
 }  # fmt: skip
 BASE = {"rank": 64, "width": 512, "layers": 4, "sequence": 256}
-MEASURED = ("step_s", "fold_s", "refresh_s", "optimizer_s", "state_bytes", "peak_bytes")
+SECONDS = ("step_s", "fold_s", "refresh_s", "optimizer_s")
+MEASURED = (*SECONDS, "state_bytes", "peak_bytes")
 
 
 def overrides_of(rank: int, width: int, layers: int, sequence: int) -> list[str]:
@@ -63,6 +67,36 @@ def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measure_all(pairs: int) -> dict[str, Any]:
+    """A row for each value of each number, and the slopes."""
+    torch.set_num_threads(1)
+    rows, slopes = [], {}
+    for name, values in VALUES.items():
+        of_this = [measure(BASE | {name: value}, pairs) for value in values]
+        slopes[name] = {what: slope(list(values), [row[what] for row in of_this]) for what in MEASURED}
+        rows += [{"varied": name, **row} for row in of_this]
+    return {"rows": rows, "slopes": slopes}
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Seconds against each number, on log-log axes; a dotted line grows in proportion to it."""
+    figure, axes = plt.subplots(1, len(VALUES), figsize=(11, 3.2), sharey=True)
+    for axis, name in zip(axes, VALUES, strict=True):
+        of_this = [row for row in rows if row["varied"] == name]
+        values = [row[name] for row in of_this]
+        for what in SECONDS:
+            axis.loglog(values, [row[what] for row in of_this], marker="o", markersize=3, label=what[:-2])
+        least = min(of_this[0][what] for what in SECONDS)
+        axis.loglog(values, [least * value / values[0] for value in values], ":", color="gray", label="in proportion")
+        axis.set_xticks(values, map(str, values))
+        axis.minorticks_off()
+        axis.set_xlabel(name)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def spent(work: Callable[[], Any]) -> float:
     began = time.process_time()
     work()
@@ -81,19 +115,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="of steps with and without a refresh (default 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--written", type=Path, metavar="JSON", help="show this output of --json, measure nothing")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw the seconds")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows, slopes = [], {}
-    for name, values in VALUES.items():
-        of_this = [measure(BASE | {name: value}, arguments.pairs) for value in values]
-        slopes[name] = {what: slope(list(values), [row[what] for row in of_this]) for what in MEASURED}
-        rows += [{"varied": name, **row} for row in of_this]
+    found = json.loads(arguments.written.read_text()) if arguments.written else measure_all(arguments.pairs)
+    if arguments.plot:
+        plot(found["rows"], arguments.plot)
     if arguments.json:
-        print(json.dumps({"rows": rows, "slopes": slopes}))
+        print(json.dumps(found))
         return
     table = Table("grows with", *(what.replace("_", " ") for what in MEASURED), title="slopes")
-    for name, found in slopes.items():
-        table.add_row(name, *(f"{found[what]:.2f}" for what in MEASURED))
+    for name, slopes in found["slopes"].items():
+        table.add_row(name, *(f"{slopes[what]:.2f}" for what in MEASURED))
     Console(width=120).print(table)
 
 

@@ -1,13 +1,16 @@
 """What a step's products are, and how much faster Grass can be at best: counted from the shapes, nothing is run.
 
-python -m benchmarks.limit [--sizes 60m,130m,350m,1b,7b] [--rank 128] [--seq-len 256]
+python -m benchmarks.limit [--sizes 60m,130m,350m,1b,7b] [--rank 128] [--seq-len 256] [--plot limit.png]
 
 Every linear takes three products of its size: of the forward, of the gradient of its input, of that of its weight.
 Under Grass the third is r / min(m, n) of it. Embeddings are looked up and cost none.
 """
 
 import argparse
+from itertools import product
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
@@ -32,21 +35,39 @@ def parts_of(method: str, size: str, rank: int, seq_len: int) -> dict[str, float
     return dict(zip(PARTS, (*parts, flops_per_token(model, seq_len) - sum(parts)), strict=True))
 
 
+def plot(found: dict[tuple[str, str], dict[str, float]], file: Path) -> None:
+    """The parts of every size and method, each as a share of the full-rank step's FLOPs."""
+    labels, left = ["  ".join(names) for names in found], [0.0] * len(found)
+    dense = [sum(found[size, "adamw"].values()) for size, _ in found]
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(found)))
+    for part in PARTS:
+        shares = [parts[part] / whole for parts, whole in zip(found.values(), dense, strict=True)]
+        axis.barh(labels, shares, left=left, label=part)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axis.invert_yaxis()
+    axis.set_xlabel("FLOPs, as a share of the full-rank step's")
+    axis.legend(fontsize=7, ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.4, 1))
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="60m,130m,350m,1b,7b", help="models of conf/model")
     parser.add_argument("--rank", type=int, default=128, help="of Grass (default 128)")
     parser.add_argument("--seq-len", type=int, default=256, help="(default 256)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw them")
     arguments = parser.parse_args()
+    every = product(arguments.sizes.split(","), ("adamw", "grass", "grass+head"))
+    found = {(size, m): parts_of(m, size, arguments.rank, arguments.seq_len) for size, m in every}
     table = Table("size", "method", *PARTS, "GFLOP a token", "limit")
-    for size in arguments.sizes.split(","):
-        found = {m: parts_of(m, size, arguments.rank, arguments.seq_len) for m in ("adamw", "grass", "grass+head")}
-        dense = sum(found["adamw"].values())
-        for method, parts in found.items():
-            total = sum(parts.values())
-            shares = (f"{part / total:.1%}" for part in parts.values())
-            table.add_row(size, method, *shares, f"{total / 1e9:.3f}", f"{dense / total:.3f}")
+    for (size, method), parts in found.items():
+        total, dense = sum(parts.values()), sum(found[size, "adamw"].values())
+        shares = (f"{part / total:.1%}" for part in parts.values())
+        table.add_row(size, method, *shares, f"{total / 1e9:.3f}", f"{dense / total:.3f}")
     Console(width=120).print(table)
+    if arguments.plot:
+        plot(found, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import resource
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -135,13 +136,11 @@ def table(size: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Where a step's time goes: a panel for each size, and in it a stack for each method."""
-    sizes = {size: [row for row in rows if row["size"] == size] for size in dict.fromkeys(row["size"] for row in rows)}
-    heights = [len(of_one) + 1 for of_one in sizes.values()]
-    figure, axes = plt.subplots(
-        len(sizes), figsize=(8, 0.8 + 0.3 * sum(heights)), squeeze=False, height_ratios=heights
-    )  # fmt: skip
-    for axis, (size, of_one) in zip(axes[:, 0], sizes.items(), strict=True):
+    """Where a step's time goes: a panel for each run of a size, and in it a stack for each method."""
+    runs = list(by_run(rows))
+    heights = [len(of_one) + 1 for _, of_one in runs]
+    figure, axes = plt.subplots(len(runs), figsize=(8, 0.8 + 0.3 * sum(heights)), squeeze=False, height_ratios=heights)
+    for axis, (title, of_one) in zip(axes[:, 0], runs, strict=True):
         labels, left = [row["method"] for row in of_one], [0.0] * len(of_one)
         for part, label in PARTS.items():
             share = [row[part] / (row["refresh_every"] if part == "refresh_s" else 1) for row in of_one]
@@ -149,18 +148,31 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             left = [a + b for a, b in zip(left, share, strict=True)]
         for row, end in zip(of_one, left, strict=True):
             axis.text(end, row["method"], f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=8)
-        axis.set_title(size, fontsize=9, loc="left")
+        axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlim(0, 1.25 * max(left))
         axis.invert_yaxis()
     axes[-1, 0].set_xlabel("seconds a step")
-    axes[0, 0].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=len(PARTS), loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     figure.savefig(file, dpi=110)
 
 
 def written(file: Path) -> list[dict[str, Any]]:
-    """The rows of outputs of --json, one a line."""
-    return [row for line in file.read_text().splitlines() for row in json.loads(line)["rows"]]
+    """The rows of outputs of --json, one a line, each with the ``run`` that it is from."""
+    outputs = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{"run": title_of(output, number), **row} for number, output in enumerate(outputs) for row in output["rows"]]
+
+
+def title_of(output: dict[str, Any], number: int) -> str:
+    how = "" if output["machine"].get("gpu") or output["machine"].get("malloc") else ", malloc as it is"
+    return f"run {number + 1}, rank {output['rank']}{how}"
+
+
+def by_run(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A title and the rows of every size of every run."""
+    for size, run in dict.fromkeys((row["size"], row.get("run")) for row in rows):
+        title = f"{size} ({run})" if run else size
+        yield title, [row for row in rows if (row["size"], row.get("run")) == (size, run)]
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -191,8 +203,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = written(arguments.written) if arguments.written else measured(arguments, parser)
     if arguments.written:
-        for size in dict.fromkeys(row["size"] for row in rows):
-            Console(width=120).print(table(size, [row for row in rows if row["size"] == size]))
+        for title, of_one in by_run(rows):
+            Console(width=132).print(table(title, of_one))
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -209,7 +221,7 @@ def measured(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         found = measure(methods, arguments.rank, overrides, arguments.rounds, arguments.period, arguments.threads)
         rows += [{"size": size, **row} for row in found]
         if not arguments.json:
-            Console(width=120).print(table(size, found))
+            Console(width=132).print(table(size, found))
     if arguments.json:
         print(json.dumps({"rank": arguments.rank, "machine": machine(arguments.threads), "rows": rows}))
     return rows

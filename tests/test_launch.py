@@ -1,6 +1,7 @@
 """The launcher, with small scripts as workers; launch.sh and test.sh, with recorders in the place of Python and pip."""
 
 import os
+import platform
 import pty
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 # A worker that notes its starts and the signals it gets in <folder>/<rank>, and obeys after a moment.
 OBEDIENT = """
@@ -152,6 +154,22 @@ sys.exit(1)
     again = "launch: starting the workers again (1 restarts left)\n"
     assert launch.run(script, launch.folder / "a") == (137, "", death)
     assert launch.run(script, launch.folder / "b", flags=("--max-restarts", 1)) == (0, "", death + again)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or torch.cuda.is_available(), reason="of glibc, on a CPU")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_workers_on_a_cpu_keep_what_they_free_unless_told_otherwise(launch, keeps):
+    env = {} if keeps else {"MALLOC_MMAP_MAX_": "65536", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    tensors = "first = torch.ones(2**24); del first; begun = faults()\nfor _ in range(20): torch.ones(2**24)"
+    script = "import torch, resource\ndef faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code, out, _ = launch.run(f"{script}{tensors}\nprint(faults() - begun)", env=env, processes=1)
+    pages = 20 * 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert code == 0 and (int(out) < pages // 20 if keeps else int(out) > pages // 2 or huge_pages_always())
+
+
+def huge_pages_always() -> bool:
+    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return file.exists() and "[always]" in file.read_text()
 
 
 @pytest.mark.parametrize(("node", "reason"), [(0, "EADDRINUSE"), (1, "timed out")])

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.growth import slope
 from benchmarks.overhead import measure as overhead
-from benchmarks.step_time import compared, shape_of
+from benchmarks.step_time import compared, plot, shape_of, written
 from benchmarks.steps import add_lora
 from models.llama import Llama
 from pretrain.config import load
@@ -20,6 +20,13 @@ def test_the_limit_of_a_method_is_what_it_would_reach_at_the_dense_model_s_flops
     assert grass["limit_ratio"] == pytest.approx(125 / (100 * 100 / 70)) and adamw["limit_ratio"] == 1
     assert (grass["of_the_first"], adamw["of_the_first"]) == (1, 0.8)
     assert compared([row("grass", 125.0, 70)])[0]["limit_ratio"] is None
+
+
+def test_every_recorded_measurement_is_drawn(root, tmp_path):
+    rows = written(root / "docs/step_time.jsonl")
+    assert {"60m", "130m", "350m"} <= {row["size"] for row in rows}
+    plot(rows, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
 
 
 def test_a_single_block_is_one_of_that_model_with_next_to_no_head():
