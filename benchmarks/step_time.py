@@ -9,6 +9,9 @@ its own, optimizer and all. Without adamw among the methods there is no limit (n
 
     python -m benchmarks.step_time --written docs/step_time.jsonl --plot step_time.png    # what earlier runs printed
 
+A method may have settings of its own, divided by semicolons:
+    python -m benchmarks.step_time --methods "grass,grass:train.compile=true,grass:train.loss_chunk_tokens=256"
+
 On a GPU, to be sent back:
     python -m benchmarks.step_time --sizes 350m,1b_block,7b_block --batch 16 --json train.dtype=bfloat16 > gpu.json
 """
@@ -50,9 +53,10 @@ ONE_BLOCK = "_block"  # 1b_block: one block of the 1b model, between an embeddin
 def serve(connection: Connection, method: str, rank: int, overrides: list[str], period: int, threads: int) -> None:
     """One method's process: a step for each message, and at the end what it came to."""
     torch.set_num_threads(threads)
-    config, refresh_every = configuration(method, rank, overrides, period)
+    name, _, own = method.partition(":")
+    config, refresh_every = configuration(name, rank, [*overrides, *filter(None, own.split(";"))], period)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = Steps(config, World(rank=0, size=1, device=device), lora_rank=rank if method == "lora" else None)
+    steps = Steps(config, World(rank=0, size=1, device=device), lora_rank=rank if name == "lora" else None)
     made, timed = iter(steps), []
     connection.send("ready")
     while connection.recv() == "step":
@@ -212,7 +216,7 @@ def main() -> None:
 def measured(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
     """The rows of every size, printed as they come, or all at the end as JSON."""
     methods = arguments.methods.split(",")
-    if unknown := set(methods) - set(METHODS):
+    if unknown := {method.partition(":")[0] for method in methods} - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
     rows = []
     for size in arguments.sizes.split(","):
