@@ -138,11 +138,8 @@ class Workers:
         if count == 1:
             self._here = Encoder(Tokenizer(tokenizer, **special), parse)
             return
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
-        environment = os.environ | {"PYTHONPATH": path}
         command = [sys.executable, "-m", "data.encode"]
-        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment, "start_new_session": True}
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment(), "start_new_session": True}
         self._processes: list[subprocess.Popen] = [subprocess.Popen(command, **pipe) for _ in range(count)]  # type: ignore[call-overload]
         self._free: SimpleQueue[subprocess.Popen] = SimpleQueue()
         for process in self._processes:
@@ -183,6 +180,12 @@ class Workers:
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             process.communicate()
+
+
+def environment() -> dict[str, str]:
+    """Of a process that runs a module of this package, wherever this one was started."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
 
 
 def _send(process: subprocess.Popen, what: Any) -> None:

@@ -4,6 +4,7 @@ A split is cut into windows of `seq_len` inputs and the same number of targets, 
 window's last target is the next one's first input. Documents are packed: a window may hold several.
 Where documents begin with a prompt, each is a window of its own, cut to `seq_len` targets or filled up, and
 the prompt's tokens are no targets.
+On the fly, while the text is still being prepared, windows are shuffled in blocks (data.growing).
 With `masks` a batch says besides which document of its row every input belongs to, and the first token of a
 document, which nothing before it tells, is no target.
 """
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.growing import ENDLESS, Blocks, Growing
 from data.mixture import Mixture
 from data.shards import Tokens
 
@@ -32,6 +34,8 @@ class TrainBatches:
     nor the micro-batch size changes what a step trains on. The last tokens, too few for a window, are
     left out.
 
+    With `block`, of a split that may still grow, the first epoch is shuffled in blocks of so many windows.
+
     Raises ValueError if there is no full window, or a step does not divide into ranks and micro-batches.
     """
 
@@ -45,30 +49,43 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
         masks: bool = False,
+        block: int | None = None,
     ) -> None:
-        self.windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
-        """Windows in an epoch; of a mixture, those until every corpus was gone through at least once."""
+        assert block is None or isinstance(tokens, Growing)
+        self._blocks = Blocks(tokens, seq_len, block, seed, permute) if isinstance(tokens, Growing) and block else None
+        self._windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
         self._mixture = self._mix(seq_len, seed, tokens) if tokens.parts else None
         self._targets = None if tokens.given is None else _targets_by_document(tokens, seq_len)
-        if self.windows < 1:
-            raise ValueError(
-                f"data: the training split has {len(tokens)} tokens, fewer than a window of train.seq_len={seq_len} "
-                "and one more; give more text (data.paths, data.max_bytes) or lower train.seq_len"
-            )
+        self._tokens, self._seq_len, self._seed, self._masks = tokens, seq_len, seed, masks
+        self._counted = False
+        if not self._blocks:
+            self._count()
         if sequences_per_step < 1 or sequences_per_step % (micro_batch_size * world_size):
             raise ValueError(
                 f"train.tokens_per_step: {sequences_per_step} sequences a step do not divide into {world_size} "
                 f"processes with micro-batches of {micro_batch_size}; change it or train.micro_batch_size"
             )
-        self._tokens, self._seq_len, self._seed, self._masks = tokens, seq_len, seed, masks
         self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
         self._share = sequences_per_step // world_size
         self._first = rank * self._share
+
+    @property
+    def windows(self) -> int:
+        """In an epoch; of a mixture, until every corpus was gone through at least once; endless while nobody knows."""
+        return self._blocks.windows if self._blocks else self._windows
+
+    def _count(self) -> None:
+        self._counted = True
+        if self.windows < 1:
+            raise ValueError(
+                f"data: the training split has {len(self._tokens)} tokens, fewer than a window of train.seq_len="
+                f"{self._seq_len} and one more; give more text (data.paths, data.max_bytes) or lower train.seq_len"
+            )
         if self._targets is None:
-            left_out = len(tokens) - 1 - self.windows * seq_len
+            left_out = len(self._tokens) - 1 - self.windows * self._seq_len
             logger.info(
                 "training split: %d windows of %d tokens an epoch, the last %d tokens are in none",
-                *(self.windows, seq_len, left_out),
+                *(self.windows, self._seq_len, left_out),
             )
 
     def _mix(self, seq_len: int, seed: int, tokens: Tokens) -> Mixture:
@@ -79,7 +96,7 @@ class TrainBatches:
                 "and one more; give more of it, or lower train.seq_len"
             )
         mixture = Mixture(windows, [weight for *_, weight in tokens.parts], seed, permute)
-        self.windows = mixture.epoch
+        self._windows = mixture.epoch
         return mixture
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
@@ -90,6 +107,19 @@ class TrainBatches:
         places = self._places(step, self._first, self._share)
         for chunk in places.reshape(-1, self._micro_batch_size):
             yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size, self._masks)
+
+    def ready(self, step: int) -> bool:
+        """Whether the samples of a step can be read by now; with `block` alone they may not be."""
+        if not self._blocks or self._counted:
+            return True
+        there = self._blocks.reach((step + 1) * self._sequences_per_step)
+        if self.windows < ENDLESS:
+            self._count()
+        return there
+
+    def digest(self, step: int) -> str:
+        """With `block`: stands for all that the first so many steps were read from."""
+        return self._blocks.digest(step * self._sequences_per_step) if self._blocks else ""
 
     def targets(self, step: int) -> int:
         """How many targets a step has on all ranks, at least 1."""
@@ -116,6 +146,8 @@ class TrainBatches:
         if self._mixture:
             corpora, windows = self._mixture(samples)
             return np.array([first for first, *_ in self._tokens.parts])[corpora] + windows * self._seq_len
+        if self._blocks:
+            return self._blocks(samples) * self._seq_len
         epochs, positions = np.divmod(samples, self.windows)
         for epoch in np.unique(epochs):
             here = epochs == epoch

@@ -13,10 +13,16 @@ class Prefetch:
     """`make(step)`, the micro-batches of a step, one step ahead of who asks; with `pin`, in pinned memory.
 
     Asking for another step than the next one only costs its making. An error is raised by the step that it is in.
+    A step that is not `ready` is not made before it is asked for.
     """
 
-    def __init__(self, make: Callable[[int], Iterable[tuple[Tensor, ...]]], pin: bool = False) -> None:
-        self._make, self._pin = make, pin
+    def __init__(
+        self,
+        make: Callable[[int], Iterable[tuple[Tensor, ...]]],
+        pin: bool = False,
+        ready: Callable[[int], bool] = lambda step: True,
+    ) -> None:
+        self._make, self._pin, self._ready = make, pin, ready
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[MicroBatches]] = {}
         self._waited = 0.0
@@ -25,7 +31,7 @@ class Prefetch:
     def __call__(self, step: int) -> MicroBatches:
         began = time.perf_counter()
         wanted = self._ahead.pop(step, None) or self._thread.submit(self._made, step)
-        self._ahead = {step + 1: self._thread.submit(self._made, step + 1)}
+        self._ahead = {step + 1: self._thread.submit(self._made, step + 1)} if self._ready(step + 1) else {}
         batches = wanted.result()
         self._waited, self._steps = self._waited + time.perf_counter() - began, self._steps + 1
         return batches
@@ -33,6 +39,10 @@ class Prefetch:
     def _made(self, step: int) -> MicroBatches:
         batches = [tuple(batch) for batch in self._make(step)]
         return [tuple(tensor.pin_memory() for tensor in batch) for batch in batches] if self._pin else batches
+
+    def add(self, seconds: float) -> None:
+        """Count what was waited for a step to be ready."""
+        self._waited += seconds
 
     def lap(self) -> float:
         """Seconds waited a step since the last lap."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -50,10 +51,11 @@ class Prepared:
     manifest: dict[str, Any]
 
 
-def prepare(settings: DataSettings) -> Prepared:
+def prepare(settings: DataSettings, read_along: bool = False) -> Prepared:
     """The preparation for these settings and what their files hold now, made if there is none yet.
 
-    Any number of processes may call it at once: one does the work, the others wait.
+    Any number of processes may call it at once: one does the work, the others wait. A run that will `read_along` is
+    left half of the cores, and what it has read, also when something turns out to be wrong with the text.
     Raises ValueError naming the key or file at fault: for settings that cannot be, for a corpus that
     holds no text or too little, and for a preparation that was damaged.
     """
@@ -62,24 +64,31 @@ def prepare(settings: DataSettings) -> Prepared:
         raise ValueError("\n".join(found))
     if settings.source == "mixture":
         return _mixed(settings, [(prepare(part), weight) for part, weight in parts(settings)])
-    root, seen = Path(settings.root), _seen(settings, files)
-    if known := _known(settings, files):
+    root, marker = Path(settings.root), marker_of(settings, files)
+    if known := marked_folder(settings, marker):
         return load(known)
+    cores = os.cpu_count() or 1
+    workers = settings.workers or (max(1, cores // 2) if read_along else cores)
     with _locked(root, settings.name):
-        if known := _known(settings, files):
+        if known := marked_folder(settings, marker):
             return load(known)
         corpus = Corpus(files, settings)
         folder = _folder(settings, files, corpus.sha256) if corpus.sha256 else None
         if folder is None or not folder.exists():
             _log_changes(settings, files, corpus.sha256)
-            folder = _build(root / f".{settings.name}-{seen[-16:]}.tmp", settings, files, corpus)
+            folder = _build(work_folder(settings, marker), settings, files, corpus, workers, keep=read_along)
         prepared = load(folder)
-        (folder / seen).touch()
+        (folder / marker).touch()
     return prepared
 
 
+def work_folder(settings: DataSettings, marker: str) -> Path:
+    """Where the preparation with this marker is written before it is whole."""
+    return Path(settings.root) / f".{settings.name}-{marker[-16:]}.tmp"
+
+
 def _folder(settings: DataSettings, files: list[SourceFile], corpus: str) -> Path:
-    return Path(settings.root) / f"{settings.name}-{_hash(identity(settings, files), corpus)[:12]}"
+    return Path(settings.root) / f"{settings.name}-{hashed(identity(settings, files), corpus)[:12]}"
 
 
 def find(settings: DataSettings) -> Prepared | None:
@@ -91,7 +100,7 @@ def find(settings: DataSettings) -> Prepared | None:
     if settings.source == "mixture" and not found:
         corpora = [(prepared, weight) for part, weight in parts(settings) if (prepared := find(part))]
         return _mixed(settings, corpora) if len(corpora) == len(settings.mixture) else None
-    known = None if found else _known(settings, files)
+    known = None if found else marked_folder(settings, marker_of(settings, files))
     return load(known) if known else None
 
 
@@ -100,18 +109,18 @@ def _mixed(settings: DataSettings, corpora: list[tuple[Prepared, float]]) -> Pre
     (first, _), own = corpora[0], [[prepared.fingerprint, weight] for prepared, weight in corpora]
     train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
     val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
-    return Prepared(Path(settings.root), first.tokenizer, train, val, _hash(own), {"mixture": own})
+    return Prepared(Path(settings.root), first.tokenizer, train, val, hashed(own), {"mixture": own})
 
 
-def _known(settings: DataSettings, files: list[SourceFile]) -> Path | None:
-    """The folder of a preparation that was made from these files as they are now."""
-    marker = next(Path(settings.root).glob(f"{settings.name}-{HEX12}/{_seen(settings, files)}"), None)
-    return marker.parent if marker else None
+def marked_folder(settings: DataSettings, marker: str) -> Path | None:
+    """The folder of the preparation with this marker, if it is whole."""
+    found = next(Path(settings.root).glob(f"{settings.name}-{HEX12}/{marker}"), None)
+    return found.parent if found else None
 
 
-def _seen(settings: DataSettings, files: list[SourceFile]) -> str:
-    """The name of the empty file that marks a preparation of these files."""
-    return f".seen-{_hash(identity(settings, files), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
+def marker_of(settings: DataSettings, files: list[SourceFile]) -> str:
+    """The name of the empty file that marks a preparation of these files as they are now."""
+    return f".seen-{hashed(identity(settings, files), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
 
 
 def load(folder: str | Path) -> Prepared:
@@ -154,20 +163,24 @@ class _Unreadable(Exception):
     """A manifest of another kind."""
 
 
-def _build(work: Path, settings: DataSettings, files: list[SourceFile], corpus: Corpus) -> Path:
+def _build(
+    work: Path, settings: DataSettings, files: list[SourceFile], corpus: Corpus, workers: int, keep: bool
+) -> Path:
     """Write the preparation in `work`, or go on with it, and rename it; returns the folder it is then.
 
-    What is wrong with the text removes it; whatever else happens leaves it, for the next call to go on.
+    What is wrong with the text removes it, unless told to `keep` it; whatever else happens leaves it, for the next call
+    to go on.
     """
     work.mkdir(exist_ok=True)
     try:
         tokenizer = _make_tokenizer(work, settings, corpus)
         writing = Writing(work, corpus, tokenizer, settings.shard_tokens)
-        splits = writing(settings.workers or os.cpu_count() or 1)
+        splits = writing(workers)
         _check(writing, splits, corpus)
         manifest = _manifest(settings, files, writing.state, tokenizer, splits)
     except ValueError:
-        shutil.rmtree(work)
+        if not keep:
+            shutil.rmtree(work)
         raise
     kept = {name for entries in splits.values() for entry in entries for name in entry["files"]}
     for file in work.iterdir():
@@ -175,8 +188,11 @@ def _build(work: Path, settings: DataSettings, files: list[SourceFile], corpus: 
             file.unlink()
     _write_synced(work / "manifest.json", json.dumps(manifest, indent=1))
     folder = _folder(settings, files, writing.state.chain)
+    marker = marker_of(settings, files)
+    (work / marker).touch()  # it can be found as soon as it is there
     if folder.exists():
         logger.info("%s holds the same already", folder)
+        (folder / marker).touch()
         shutil.rmtree(work)
     else:
         os.replace(work, folder)
@@ -229,7 +245,7 @@ def _manifest(
     checksums = [file["sha256"] for entries in splits.values() for entry in entries for file in entry["files"].values()]
     return {
         "format": FORMAT,
-        "fingerprint": _hash(tokenizer.sha256, checksums),
+        "fingerprint": hashed(tokenizer.sha256, checksums),
         "identity": identity(settings, files),
         "settings": asdict(settings),
         "corpus": {
@@ -297,13 +313,27 @@ def describe(manifest: dict[str, Any], folder: Path) -> str:
     return f"{folder}: {splits}; vocabulary {manifest['tokenizer']['vocab_size']}"
 
 
-def _hash(*parts: Any) -> str:
+def hashed(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def main() -> None:
+def command(settings: DataSettings) -> str:
+    """What prepares the same by hand."""
+    words = ["python", "-m", "data.prepare"]
+    for entry in fields(DataSettings):
+        value, flag = getattr(settings, entry.name), f"--{entry.name.replace('_', '-')}"
+        if value == getattr(DataSettings(), entry.name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return shlex.join(words)
+
+
+def parser() -> argparse.ArgumentParser:
     about = "Prepare a corpus by hand, as a run with the same settings (data.*) does by itself."
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=about)
+    made = argparse.ArgumentParser(prog="python -m data.prepare", description=about)
     defaults, meaning = DataSettings(), meanings()
     for entry in fields(DataSettings):
         default = getattr(defaults, entry.name)
@@ -311,20 +341,24 @@ def main() -> None:
             continue  # each of its corpora by itself, or data=mixture of a run
         several, flag = isinstance(default, list), f"--{entry.name.replace('_', '-')}"
         if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=meaning[entry.name])
+            made.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=meaning[entry.name])
             continue
         shown = " ".join(default) if several else default
         (kind,) = [t for t in get_args(entry.type) or (entry.type,) if t is not type(None)]
-        parser.add_argument(
+        made.add_argument(
             flag,
             type=str if several else kind,
             nargs="*" if several else None,
             default=default,
             help=(meaning[entry.name] + (f" Default: {shown}" if shown not in ("", None) else "")).replace("%", "%%"),
         )
+    return made
+
+
+def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        prepared = prepare(DataSettings(**vars(parser.parse_args())))
+        prepared = prepare(DataSettings(**vars(parser().parse_args())))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(describe(prepared.manifest, prepared.folder))

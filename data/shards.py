@@ -151,20 +151,27 @@ class Tokens:
 
     def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
         names = [names] if isinstance(names, str) else names
-        self._join([_Shard(folder, name, dtype) for name in names], dtype)
+        self._join([Shard(folder, name, dtype) for name in names], dtype)
         self.parts: list[tuple[int, int, float]] = []
         """Of a mixture: for every corpus its first token, how many it has, and its weight."""
 
     @classmethod
+    def of(cls, shards: Sequence["Shard"], dtype: np.dtype) -> "Tokens":
+        """The tokens of shards that are open already."""
+        joined = cls.__new__(cls)
+        joined._join(list(shards), dtype)
+        joined.parts = []
+        return joined
+
+    @classmethod
     def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
         """Corpora of the same dtype with their weights, one behind the other."""
-        joined = cls.__new__(cls)
-        joined._join([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
+        joined = cls.of([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
         ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
         joined.parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
         return joined
 
-    def _join(self, shards: list["_Shard"], dtype: np.dtype) -> None:
+    def _join(self, shards: list["Shard"], dtype: np.dtype) -> None:
         self._shards, self._dtype = shards, dtype
         self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
@@ -234,11 +241,24 @@ class Tokens:
         ]
 
 
-class _Shard:
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
-        self.tokens = ArrayFile(folder / f"{name}.bin", dtype)
-        self.index = ArrayFile.npy(folder / f"{name}.index.npy")
-        self._names = ArrayFile(folder / f"{name}.names", np.dtype(np.uint8))
+class Shard:
+    """One shard to be read. `done`, the `state` of a writer that is still at it, is how much of it can be.
+
+    Raises ValueError for files that are no shard, or shorter than `done` says.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
+        tokens, names = folder / f"{name}.bin", folder / f"{name}.names"
+        self.tokens = ArrayFile(tokens, dtype, count=done["tokens"] if done else None)
+        self._names = ArrayFile(names, np.dtype(np.uint8), count=done["names"] if done else None)
+        self.index: ArrayFile | np.ndarray
+        if done is None:
+            self.index = ArrayFile.npy(folder / f"{name}.index.npy")
+        else:  # read at once: the file goes when the shard is whole
+            self.index = np.fromfile(folder / f"{name}.index", INDEX, done["documents"])
+            for path, count, size in ((tokens, done["tokens"], dtype.itemsize), (names, done["names"], 1)):
+                if path.stat().st_size < count * size or len(self.index) < done["documents"]:
+                    raise ValueError(f"{path}: is shorter than it was")
         given = folder / f"{name}.given.npy"
         self.given = np.load(given) if given.exists() else None
         if self.index.dtype != INDEX or len(self.index) == 0:

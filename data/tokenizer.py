@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ class Tokenizer:
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror}); name a tokenizer's file") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        is_json = content.lstrip()[:1] == b"{"
+        self._content, is_json = content, content.lstrip()[:1] == b"{"
         self._model: _SentencePiece | _HuggingFace = (_HuggingFace if is_json else _SentencePiece)(path, content)
         self.vocab_size: int = self._model.vocab_size
         names = _names_beside(self.path, is_json)
@@ -90,7 +89,7 @@ class Tokenizer:
     def copy_to(self, folder: Path) -> Path:
         """Write the tokenizer into `folder` under its usual name, with the names of its special tokens if need be."""
         path = folder / FILES[isinstance(self._model, _HuggingFace)]
-        shutil.copyfile(self.path, path)
+        path.write_bytes(self._content)
         if self.special:
             (folder / SPECIAL).write_text(json.dumps(self.special) + "\n")
         return path

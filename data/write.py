@@ -47,12 +47,13 @@ class Writing:
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder, self._corpus, self._tokenizer = folder, corpus, tokenizer
-        self.state = _read(folder / STATE)
+        self.state = read_state(folder / STATE)
         dtype = token_dtype(tokenizer.vocab_size)
         try:
             self._open(dtype, shard_tokens)
         except ValueError as error:
             logger.warning("%s; preparing from the start", error)
+            (folder / STATE).unlink(missing_ok=True)  # who reads along is not to be told of what is made anew
             self.state = State()
             self._open(dtype, shard_tokens)
 
@@ -149,7 +150,8 @@ class Writing:
         )
 
 
-def _read(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """What the file says; nothing done when there is none, or none that can be read."""
     try:
         state = State(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

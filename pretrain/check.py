@@ -138,6 +138,12 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
         problems.append(
             "train.document_masks=true: a row of data=instructions is one document already; set it to false"
         )
+    problems += _at_least(1, "data", config.data, "shuffle_block")
+    if config.data.on_the_fly and config.data.source in ("mixture", "instructions"):
+        problems.append(
+            f"data.on_the_fly=true: data.source={config.data.source} has an order that needs all of its text; prepare "
+            "it first, with data.on_the_fly=false"
+        )
     if train.seq_len > model.max_position_embeddings:
         problems.append(
             f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="

@@ -109,6 +109,10 @@ class BaselineConfig(OptimConfig):
 class DataConfig(DataSettings):
     prompts: list[str] = field(default_factory=list)
     """What samples.md lets the model continue."""
+    on_the_fly: bool = False
+    """Train while the corpus is being prepared."""
+    shuffle_block: int = 2**14
+    """On the fly: so many windows in a row are shuffled among each other, in the first epoch."""
 
 
 @dataclass

@@ -4,15 +4,15 @@ The run's own code builds it all and makes its first steps on fake tensors (pret
 what it could not hold. Nothing is written and no data is needed; what is prepared already is counted in epochs.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from data.loader import TrainBatches
 from data.prepare import find
-from data.settings import DataSettings
 from pretrain.build import outline
 from pretrain.config import Config
 from pretrain.estimate import GIB, Estimate, estimate, needed, require_fit
 from pretrain.flops import parameter_counts
+from pretrain.preflight import data_settings
 from pretrain.run_folder import RunFolder
 from pretrain.walk import micro_batch_size
 
@@ -59,10 +59,11 @@ def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
 
 def _epochs(config: Config) -> str:
     """How often the run would go through its data, if that is prepared."""
-    settings = DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)})
-    prepared, sequences = find(settings), config.train.tokens_per_step // config.train.seq_len
+    prepared, sequences = find(data_settings(config)), config.train.tokens_per_step // config.train.seq_len
     if prepared is None:
-        return f"; the data ({config.data.name}) is not prepared yet"
+        first = f"{config.data.shuffle_block * config.train.seq_len:,} tokens"
+        meanwhile = f" and will be meanwhile, from the first {first} on" if config.data.on_the_fly else ""
+        return f"; the data ({config.data.name}) is not prepared yet{meanwhile}"
     windows = TrainBatches(prepared.train, config.train.seq_len, sequences, 1, config.train.seed).windows
     return f", {config.train.steps * sequences / windows:.2f} epochs of {prepared.folder}"
 

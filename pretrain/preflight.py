@@ -2,7 +2,8 @@
 
     python -m pretrain.preflight [hydra overrides]
 
-prepares the data, prints nothing else, and exits with 2 and one message when something has to be mended.
+prepares the data, unless it is to be prepared on the fly, prints nothing else, and exits with 2 and one message when
+something has to be mended.
 """
 
 import os
@@ -30,12 +31,26 @@ def ready(config: Config, world_size: int) -> Prepared:
     Raises:
         ValueError, OSError: with the key or file at fault and the mend.
     """
-    check(config, world_size)
-    RunFolder(config).check(config)
-    prepared = prepare(DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)}))
+    check_run(config, world_size)
+    prepared = prepare(data_settings(config))
     if config.train.init_from:
         check_tokenizer(config.train.init_from, prepared.tokenizer)
     return prepared
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """What ``ready`` checks before it prepares.
+
+    Raises:
+        ValueError, OSError: with the key or file at fault and the mend.
+    """
+    check(config, world_size)
+    RunFolder(config).check(config)
+
+
+def data_settings(config: Config) -> DataSettings:
+    """What the preparation is told of ``config``."""
+    return DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)})
 
 
 @contextmanager
@@ -76,7 +91,7 @@ def main() -> None:
             return
         config = load(overrides)
         if not config.train.dry_run:  # which prepares nothing, and checks by itself
-            ready(config, world_size_from_env())
+            (check_run if config.data.on_the_fly else ready)(config, world_size_from_env())
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from pretrain.dry_run import dry_run
 from pretrain.faults import RolledBack
 from pretrain.interrupt import EXIT_CODE, StopRequest
 from pretrain.metrics import log_to_terminal
-from pretrain.preflight import clear_errors, only_asks_hydra, ready
+from pretrain.preflight import clear_errors, only_asks_hydra
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Trainer
+from pretrain.waiting import data_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +43,10 @@ def run(config: Config) -> int:
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     log_to_terminal(is_main=distributed.is_main_from_env())
     with clear_errors():
-        data = ready(config, distributed.world_size_from_env())
+        data_from = data_of(config, distributed.world_size_from_env())
         timeout = timedelta(minutes=config.train.timeout_minutes)
         world = distributed.connect(timeout)
-        with peers.named(world, timeout, stop.__bool__):
+        with peers.named(world, timeout, stop.__bool__), data_from(world) as data:
             finished = _train(config, world, data, stop)
     # By now nothing is left of the trainer: the last to let go of gloo's process group must not be DDP, which holds the
     # interpreter's lock meanwhile.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.loader import TrainBatches, validation_batches
+from data.on_the_fly import OnTheFly
 from data.prefetch import Prefetch
 from data.prepare import Prepared
 from optim.build import set_rates
@@ -39,6 +40,7 @@ from pretrain.run_folder import RunFolder
 from pretrain.saver import Saver
 from pretrain.trained import weights_at
 from pretrain.update import Update
+from pretrain.waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +68,12 @@ class Trainer:
         self.batches = TrainBatches(
             data.train, train.seq_len, train.tokens_per_step // train.seq_len, self.micro_batch_size,
             train.seed, world.rank, world.size, train.document_masks,
+            config.data.shuffle_block if config.data.on_the_fly else None,
         )  # fmt: skip
-        self.ahead = Prefetch(self.batches.micro_batches, pin=world.device.type == "cuda")
+        self.waiting: Waiting | None = None
+        if isinstance(data, OnTheFly):
+            self.waiting = Waiting(world, data.beside, stop, lambda: data.train.whole)
+        self.ahead = Prefetch(self.batches.micro_batches, world.device.type == "cuda", self.batches.ready)
         self.watch = Stopwatch()
         self.step, self.seconds, self.skipped = 0, 0.0, 0
         self.skipped_at, self.skipped_in_a_row = 0, 0
@@ -103,6 +109,8 @@ class Trainer:
 
     def _fit(self) -> bool:
         total = self.config.train.steps
+        if self.step < total and not self._await_data(self.step):
+            return self._stopped()
         if self.optim.grass and self.step == 0:
             count = self.batches.targets(0)
             self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0), count))
@@ -111,6 +119,10 @@ class Trainer:
         profiled = self.config.train.profile if self.world.is_main else 0
         with StepProfile(profiled, self.folder.profile, self.world.device) as profile:
             for step in range(self.step, total):
+                self.watch.start()
+                if not self._await_data(step):
+                    self.save()
+                    return self._stopped()
                 self._step_and_log(step)
                 if self.config.train.spike_factor and self.sums is not None:
                     self._look_for_spike()
@@ -130,7 +142,6 @@ class Trainer:
 
     def _step_and_log(self, step: int) -> None:
         logged = (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
-        self.watch.start()
         self.sums = None if step + 1 in self.rollbacks else self.train_step(step)
         self.step = step + 1
         if self.sums is None:
@@ -144,6 +155,20 @@ class Trainer:
         self.watch.stop(self.config.train.tokens_per_step)
         if logged:
             self._log(values)
+
+    def _await_data(self, step: int) -> bool:
+        """Wait, on the fly, for the data of a step; False when the run is asked to stop before they are there."""
+        if self.waiting is None:
+            return True
+        began = time.perf_counter()
+        try:
+            return self.waiting(lambda: self.batches.ready(step))
+        except ValueError:
+            if self.step:
+                self.save()
+            raise
+        finally:
+            self.ahead.add(time.perf_counter() - began)
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
@@ -327,12 +352,15 @@ class Trainer:
         if self.step:
             logger.info("going on from step %d", self.step)
 
-    def _data_identity(self) -> dict[str, Any]:
-        return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
+    def _data_identity(self, step: int) -> dict[str, Any]:
+        read = {"read": self.batches.digest(step)} if self.waiting else {}
+        return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256, **read}
 
     def _load(self, path: Path) -> None:
         state = checkpoint.read_state(path)
-        if state["data"] != self._data_identity():
+        if self.waiting and state["step"]:
+            self.waiting(lambda: self.batches.ready(state["step"] - 1))
+        if state["data"] != self._data_identity(state["step"]):
             raise ValueError(
                 f"{path} was trained on another corpus or tokenizer than {self.data.folder}; bring that one back, or "
                 "choose another run.name"
@@ -354,7 +382,8 @@ class Trainer:
             self._values()  # raises before a state that is not finite could be saved
         state = {
             "step": self.step, "tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self.began,
-            "training_seconds": self.watch.total_seconds, "world_size": self.world.size, "data": self._data_identity(),
+            "training_seconds": self.watch.total_seconds, "world_size": self.world.size,
+            "data": self._data_identity(self.step),
             "skipped": self.skipped, "losses": list(self.spikes.losses), HALF_WAY: half_way,
         }  # fmt: skip
         self.saver.save(self.step, checkpoint.tensors_of(self.model, self.optim), state)
