@@ -246,18 +246,24 @@ def test_a_run_killed_while_it_prepares_ends_as_if_nothing_had_happened(settings
     assert contents(made) == contents(plain.folder)
 
 
-def test_a_broken_file_ends_the_run_with_its_name_and_a_whole_copy_lets_it_go_on(texts, tmp_path):
+@pytest.fixture
+def broken(texts, tmp_path):
+    """A folder of JSON lines whose last file is cut short, what makes a run read it, and that file when whole."""
     corpus = tmp_path / "records"
     corpus.mkdir()
     for number in range(4):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[6 * number : 6 * number + 6])
         (corpus / f"{number}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     train_tokenizer(texts, tmp_path / "t.model", 400, seed=0)  # to train one would mean to read all of it before
-    records = ["data.source=records", "data.patterns=['*.jsonl.gz']", f"data.tokenizer={tmp_path / 't.model'}"]
-    undisturbed, run = (Runs(tmp_path / name, corpus) for name in ("undisturbed", "run"))
-    assert undisturbed(*records) == 0, undisturbed.said.read_text()
     whole = (corpus / "3.jsonl.gz").read_bytes()
     (corpus / "3.jsonl.gz").write_bytes(whole[:-1000])
+    records = ["data.source=records", "data.patterns=['*.jsonl.gz']", f"data.tokenizer={tmp_path / 't.model'}"]
+    return corpus, records, whole
+
+
+def test_a_broken_file_ends_the_run_with_its_name_and_a_whole_copy_lets_it_go_on(broken, tmp_path):
+    corpus, records, whole = broken
+    undisturbed, run = (Runs(tmp_path / name, corpus) for name in ("undisturbed", "run"))
     assert run(*records, pause=0.02) == 2
     assert "3.jsonl.gz cannot be read after line" in run.said.read_text()
     made = len(run.steps())
@@ -268,6 +274,7 @@ def test_a_broken_file_ends_the_run_with_its_name_and_a_whole_copy_lets_it_go_on
     assert run(*records) == 2 and "was trained on another corpus" in run.said.read_text()
     (corpus / "0.jsonl.gz").write_bytes(first)
     assert run(*records) == 0, run.said.read_text()
+    assert undisturbed(*records) == 0, undisturbed.said.read_text()
     assert run.end() == undisturbed.end()
 
 
@@ -297,7 +304,9 @@ def _on_ranks(rank, overrides, pause, size):
     return ""
 
 
-def test_two_processes_train_as_one_and_end_together(settings, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_as_one(settings, tmp_path):
+    """Seven seconds, as the next one: pytest -m slow tests/test_on_the_fly.py"""
     one, two = (Runs(tmp_path / str(size), tmp_path / "corpus") for size in (1, 2))
     precise = ["train.dtype=float64"]
     assert one(*precise) == 0, one.said.read_text()
@@ -305,6 +314,16 @@ def test_two_processes_train_as_one_and_end_together(settings, tmp_path):
     said = in_processes(2, tmp_path / "ranks", _on_ranks, [*two._common, *precise], 0.01, 2)
     assert said == ["", ""]
     assert_same_losses(two.folder, one.folder)
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_at_a_broken_file(broken, tmp_path):
+    corpus, overrides, _ = broken
+    run = Runs(tmp_path / "run", corpus)
+    (tmp_path / "ranks").mkdir()
+    said = in_processes(2, tmp_path / "ranks", _on_ranks, [*run._common, *overrides], 0.02, 2)
+    assert said[0] == said[1] and "3.jsonl.gz cannot be read after line" in said[0]
+    assert run.folder.latest_checkpoint.name == f"step-{len(run.steps()):08d}" != f"step-{STEPS:08d}"
 
 
 # What is refused and told.
