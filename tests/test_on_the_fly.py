@@ -47,7 +47,8 @@ SMALL = [
 SLOWLY = """
 import sys, time
 import data.corpus, data.write
-data.corpus.BATCH_CHARS, data.corpus.SURVEY_BYTES, data.write.COMMIT_SECONDS = 2**12, 0, 0
+data.corpus.BATCH_CHARS, data.corpus.SURVEY_BYTES = 2**12, 0
+data.write.COMMIT_SECONDS, data.write.BYTES_A_WORKER = 0, 2**12
 take = data.write.Writing._take
 def slow_take(*given):
     time.sleep(float(sys.argv[1]))
@@ -162,7 +163,8 @@ def test_validation_files_of_their_own_come_first_and_whole(settings, tmp_path, 
 
 def _live(overrides, pause, mark, said):
     torch.set_num_threads(1)
-    data.on_the_fly.COMMAND = [sys.executable, "-c", SLOWLY, str(pause), mark]
+    os.environ["PREPARES_FOR"] = mark
+    data.on_the_fly.COMMAND = [sys.executable, "-c", SLOWLY, str(pause)]
     with open(said, "a") as sys.stderr:
         sys.exit(train.run(load(overrides)))
 
@@ -201,9 +203,9 @@ class Runs:
         return found
 
     def _preparing(self):
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
+        for file in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if str(self.root).encode() in (words := file.read_bytes().split(b"\0")) and b"-c" in words:
+                if f"PREPARES_FOR={self.root}".encode() in file.read_bytes().split(b"\0"):
                     yield file.parent.name
             except OSError:
                 continue
@@ -234,8 +236,9 @@ def contents(folder):
 def test_a_run_killed_while_it_prepares_ends_as_if_nothing_had_happened(settings, tmp_path):
     undisturbed, killed = (Runs(tmp_path / name, tmp_path / "corpus") for name in ("whole", "killed"))
     assert undisturbed() == 0, undisturbed.said.read_text()
-    process = killed.start(pause=0.05)
+    process = killed.start(0.05, "data.workers=2")
     killed.at_work(steps=6)
+    assert len(list(killed._preparing())) == 3
     process.kill()
     process.join()
     assert not killed.preparing()
@@ -293,7 +296,7 @@ def test_a_signal_is_heard_while_the_run_waits_and_ends_the_preparation(settings
 
 
 def _on_ranks(rank, overrides, pause, size):
-    data.on_the_fly.COMMAND = [sys.executable, "-c", SLOWLY, str(pause), "ranks"]
+    data.on_the_fly.COMMAND = [sys.executable, "-c", SLOWLY, str(pause)]
     config, world = load(overrides), World(rank, size, CPU)
     try:
         with on_the_fly(config, world) as opened:
