@@ -186,7 +186,7 @@ def kill(times, root, seed=0):
     assert os.waitpid(live([*common, "run.name=whole"], data), 0)[1] == 0
     where, hits, lost, runs = Whereabouts(), Counter(), {"async": [], "sync": []}, 0
     while hits.total() < times:
-        way = "sync" if runs % 2 else "async"
+        way = min(lost, key=lambda way: len(lost[way]))  # in which fewer were killed so far
         overrides = [*common, f"run.name=run-{runs}", f"train.async_save={'false' if way == 'sync' else 'true'}"]
         folder, runs = RunFolder(load(overrides)), runs + 1
         while True:
