@@ -25,12 +25,14 @@ from typing import Any, get_args
 import numpy as np
 from filelock import FileLock, Timeout
 
+from data import unfinished
 from data.corpus import Corpus
 from data.records import PART_CHARS
 from data.settings import FORMAT, DataSettings, examine, identity, meanings, parts
 from data.shards import COUNTS, Tokens, sha256, token_dtype
 from data.sources import SourceFile
 from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer, train_tokenizer
+from data.unfinished import MANIFEST
 from data.write import State, Writing
 
 logger = logging.getLogger(__name__)
@@ -131,7 +133,7 @@ def load(folder: str | Path) -> Prepared:
     folder = Path(folder)
     mend = f"delete the folder {folder} to prepare it again"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise _Unreadable(f"has format {manifest['format']}, this version reads {FORMAT}")
         shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
@@ -142,9 +144,9 @@ def load(folder: str | Path) -> Prepared:
         if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
             raise ValueError("no shards, or of an unknown type")
     except _Unreadable as error:
-        raise ValueError(f"{folder / 'manifest.json'}: {error}; {mend}") from None
+        raise ValueError(f"{folder / MANIFEST}: {error}; {mend}") from None
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'manifest.json'}: cannot be read ({error!r}); {mend}") from None
+        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error!r}); {mend}") from None
     for name, length in lengths.items():
         actual = (folder / name).stat().st_size if (folder / name).exists() else "no"
         if actual != length:
@@ -168,27 +170,40 @@ def _build(
 ) -> Path:
     """Write the preparation in `work`, or go on with it, and rename it; returns the folder it is then.
 
-    What is wrong with the text removes it, unless told to `keep` it; whatever else happens leaves it, for the next call
-    to go on.
+    What is wrong with the text as a whole removes it, unless told to `keep` it; whatever else happens leaves it, also a
+    file that cannot be read, for the next call to go on.
     """
-    work.mkdir(exist_ok=True)
+    unfinished.begin(work, identity(settings, files), corpus)
+    if (work / MANIFEST).exists():  # all was done but for that
+        return _put_in_place(work, settings, files)
     try:
         tokenizer = _make_tokenizer(work, settings, corpus)
+        unfinished.release(work, tokenizer)
         writing = Writing(work, corpus, tokenizer, settings.shard_tokens)
-        splits = writing(workers)
+        try:
+            splits = writing(workers)
+        except ValueError as error:
+            raise unfinished.kept(error, work) from None
         _check(writing, splits, corpus)
         manifest = _manifest(settings, files, writing.state, tokenizer, splits)
+    except unfinished.Kept:
+        raise
     except ValueError:
         if not keep:
             shutil.rmtree(work)
         raise
-    kept = {name for entries in splits.values() for entry in entries for name in entry["files"]}
+    _write_synced(work / MANIFEST, json.dumps(manifest, indent=1))
+    return _put_in_place(work, settings, files)
+
+
+def _put_in_place(work: Path, settings: DataSettings, files: list[SourceFile]) -> Path:
+    """Rename what is whole, as its manifest says, without what only its making needed; returns what it is then."""
+    manifest, tokenizer = json.loads((work / MANIFEST).read_text()), find_tokenizer(work)
+    kept = {name for split in manifest["splits"].values() for shard in split["shards"] for name in shard["files"]}
     for file in work.iterdir():
-        if file.name not in {*kept, tokenizer.path.name, SPECIAL}:
+        if file.name not in {*kept, MANIFEST, SPECIAL} and file != tokenizer:
             file.unlink()
-    _write_synced(work / "manifest.json", json.dumps(manifest, indent=1))
-    folder = _folder(settings, files, writing.state.chain)
-    marker = marker_of(settings, files)
+    folder, marker = _folder(settings, files, manifest["corpus"]["sha256"]), marker_of(settings, files)
     (work / marker).touch()  # it can be found as soon as it is there
     if folder.exists():
         logger.info("%s holds the same already", folder)
@@ -201,10 +216,12 @@ def _build(
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
+    beside = path.with_suffix(".tmp")
+    with open(beside, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def _make_tokenizer(work: Path, settings: DataSettings, corpus: Corpus) -> Tokenizer:
@@ -266,7 +283,7 @@ def _manifest(
 
 def _log_changes(settings: DataSettings, files: list[SourceFile], corpus: str | None) -> None:
     """Say in what the newest preparation of the same name differs, if there is one; `corpus` if that is known."""
-    found = Path(settings.root).glob(f"{settings.name}-{HEX12}/manifest.json")
+    found = Path(settings.root).glob(f"{settings.name}-{HEX12}/{MANIFEST}")
     manifests = sorted(found, key=lambda path: path.stat().st_mtime)
     if not manifests:
         return

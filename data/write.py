@@ -40,6 +40,8 @@ class State:
     skipped_counts: dict[str, int] = field(default_factory=dict)
     held_out: int = 0
     splits: dict[str, Any] = field(default_factory=dict)
+    earlier: dict[str, Any] | None = None
+    """The latest of these that was within a file before the present one: what stays true if that turns out broken."""
 
 
 class Writing:
@@ -48,13 +50,14 @@ class Writing:
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder, self._corpus, self._tokenizer = folder, corpus, tokenizer
         self.state = read_state(folder / STATE)
+        self._committed: dict[str, Any] | None = asdict(self.state) if self.state.documents else None
         dtype = token_dtype(tokenizer.vocab_size)
         try:
             self._open(dtype, shard_tokens)
         except ValueError as error:
             logger.warning("%s; preparing from the start", error)
             (folder / STATE).unlink(missing_ok=True)  # who reads along is not to be told of what is made anew
-            self.state = State()
+            self.state, self._committed = State(), None
             self._open(dtype, shard_tokens)
 
     def _open(self, dtype: Any, shard_tokens: int) -> None:
@@ -134,13 +137,12 @@ class Writing:
             names.append(name)
 
     def _commit(self) -> None:
-        self.state.splits = {name: split.state() for name, split in self._splits.items()}
-        unfinished = self._folder / f"{STATE}.tmp"
-        with open(unfinished, "w") as file:
-            json.dump(asdict(self.state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self._folder / STATE)
+        state = self.state
+        state.splits = {name: split.state() for name, split in self._splits.items()}
+        if self._committed is not None and self._committed["place"][0] < state.place[0]:
+            state.earlier = {**self._committed, "earlier": None}
+        write_state(self._folder / STATE, state)
+        self._committed = asdict(state)
 
     def describe_skipped(self) -> str:
         """A few words on what was left out, for people; empty when nothing was."""
@@ -158,3 +160,12 @@ def read_state(path: Path) -> State:
         return State()
     state.place = (state.place[0], state.place[1])
     return state
+
+
+def write_state(path: Path, state: State) -> None:
+    unfinished = path.with_suffix(".json.tmp")
+    with open(unfinished, "w") as file:
+        json.dump(asdict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -68,6 +68,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "manifest.json"}
 
 
+def found(root: Path) -> tuple[dict, str]:
+    """What a killed preparation has left in `root`, and when that was."""
+    (work,) = root.glob(".own-*.tmp") if not list(root.glob("own-*/manifest.json")) else root.glob("own-*")
+    if (work / "manifest.json").exists():
+        return {"documents": DOCUMENTS}, "at the end"
+    state = json.loads((work / STATE).read_text()) if (work / STATE).exists() else {"documents": 0}
+    in_commit = (work / f"{STATE}.tmp").exists()
+    return state, "in a commit" if in_commit else "between commits" if state["documents"] else "before one"
+
+
 def kill_and_go_on(settings: DataSettings, undisturbed: Path, folder: Path, kills: int, seed: int) -> Counter[str]:
     """Preparations killed at random moments until `kills` of them died; returns in what they were, and how often."""
     draw, moments, rounds = random.Random(seed), Counter[str](), 0
@@ -94,10 +104,8 @@ def kill_and_go_on(settings: DataSettings, undisturbed: Path, folder: Path, kill
             if process.returncode == 0:
                 break
             assert process.returncode == -signal.SIGKILL, errors
-            (work,) = root.glob(".own-*.tmp")
-            in_commit = (work / f"{STATE}.tmp").exists()
-            state = json.loads((work / STATE).read_text()) if (work / STATE).exists() else {"documents": 0}
-            moments["in a commit" if in_commit else "between commits" if state["documents"] else "before one"] += 1
+            state, moment = found(root)
+            moments[moment] += 1
             assert state["documents"] >= done
             done = state["documents"]
         assert len(set(names)) == len(names) == DOCUMENTS
@@ -120,6 +128,22 @@ def test_forty_kills_lose_nothing(corpus, tmp_path):
     moments = kill_and_go_on(*corpus, tmp_path, kills=40, seed=int(os.environ.get("SEED", "1")))
     print("\n40 kills:", ", ".join(f"{count} {moment}" for moment, count in moments.most_common()))
     assert min(moments["in a commit"], moments["between commits"]) > 0
+
+
+def test_a_kill_while_all_is_put_in_its_place_costs_nothing(corpus, tmp_path, monkeypatch):
+    settings, undisturbed = corpus
+    own = DataSettings(**{**vars(settings), "root": str(tmp_path), "workers": 1})
+
+    def killed(work, *given):
+        (work / STATE).unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.prepare._put_in_place", killed)
+        prepare(own)
+    monkeypatch.setattr("data.prepare.Writing", None)  # which nobody needs any more
+    made = prepare(own).folder
+    assert contents(made) == contents(undisturbed) | {f.name: b"" for f in made.glob(".seen-*")}
 
 
 def test_files_that_are_shorter_than_they_were_mean_a_fresh_start(corpus, tmp_path, caplog, monkeypatch):
