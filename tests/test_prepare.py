@@ -376,7 +376,8 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
 def test_the_yaml_files_set_what_is_usually_set_and_nothing_unknown(file):
     values = yaml.safe_load(file.read_text())
     usual = {"name", "source", "tokenizer", "vocab_size", "validation_share", "root", "seed"}
-    assert usual <= set(values) <= {field.name for field in fields(DataSettings)} | {"defaults", "prompts"}
+    of_runs = {"defaults", "prompts", "on_the_fly", "shuffle_block"}
+    assert usual <= set(values) <= {field.name for field in fields(DataSettings)} | of_runs
     assert values["name"] == file.stem and values["source"] in SOURCES
 
 
