@@ -54,6 +54,11 @@ def latest(folder: Path) -> Path | None:
     return next(iter(all_of(folder)), None)
 
 
+def newest_to_read(folder: Path) -> Path | None:
+    """``latest`` for who does not keep the run from going on: one that is not taken away meanwhile, if there is any."""
+    return next((path for path in all_of(folder) if not _is_half_way(path)), latest(folder))
+
+
 def newest_good(folder: Path) -> tuple[Path | None, list[Damaged]]:
     """The newest checkpoint that is what was written, and what is wrong with those after it; None for a new run.
 

@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
 from pretrain import checkpoint, hugging_face
 from pretrain.build import fill
+from pretrain.checkpoint_folder import newest_to_read
 from pretrain.config import DTYPES
 from pretrain.run_folder import read_config
 
@@ -37,14 +38,15 @@ class Trained:
 
 
 def find_trained(path: str | Path) -> Trained:
-    """The model in a run's folder (its newest checkpoint), in one of its checkpoints, or in a Hugging Face folder.
+    """The model in a run's folder (its newest checkpoint but for a half-way one), in one of its checkpoints, or in a
+    Hugging Face folder.
 
     Raises:
         ValueError: there is no such model, or one that cannot be read.
     """
     path = Path(path)
     if (path / "config.yaml").exists():
-        newest = checkpoint.latest(path / "checkpoints")
+        newest = newest_to_read(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} holds no checkpoint yet; wait for one (train.checkpoint_every)")
         return _of_checkpoint(newest)

@@ -22,7 +22,7 @@ from pretrain.interrupt import StopRequest
 from pretrain.preflight import ready
 from pretrain.run_folder import RunFolder
 from pretrain.saver import Saver
-from pretrain.trained import load_trained
+from pretrain.trained import find_trained, load_trained
 from pretrain.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -211,6 +211,7 @@ def test_a_half_way_checkpoint_is_gone_on_from_and_what_a_kill_left_of_them_goes
     with pytest.raises(KeyboardInterrupt):
         train(overrides(*where, "train.steps=12"), Killed)
     assert (path / "checkpoints" / "latest").readlink().name == "step-00000010"
+    assert find_trained(path).path.name == "step-00000008"  # as the run may go on, and take the other away
     left = path_of(path / "checkpoints", 6)  # by a kill before it could be removed
     shutil.copytree(path_of(path / "checkpoints", 10), left)
     folder, _ = train(overrides(*where, "train.steps=12"))
