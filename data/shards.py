@@ -11,7 +11,7 @@ preparation.
 import hashlib
 import os
 import struct
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -270,24 +270,23 @@ class Shard:
         first, *behind = self.index[document : document + 2]["token"].tolist()
         return first, behind[0] if behind else len(self.tokens)
 
-    def within(self, start: int, stop: int) -> tuple[int, int]:
-        """The documents, first and behind the last, that tokens [start, stop) belong to."""
-        count = len(self.index)
-        first = bisect_right(range(count), start, key=self._begin) - 1
-        return first, bisect_left(range(count), stop, first, min(count, first + stop - start), key=self._begin)
+    def entries(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """The first document that tokens [start, stop) belong to, and the index's entries of it and the others."""
+        first = bisect_right(range(len(self.index)), start, key=self._begin) - 1
+        found = self.index[first : first + stop - start]  # no document is without a token
+        return first, found[: np.searchsorted(found["token"], stop)]
 
     def begins(self, start: int, stop: int) -> np.ndarray:
         """The tokens that those documents begin with, the first of them perhaps before `start`."""
-        return self.index[slice(*self.within(start, stop))]["token"]
+        return self.entries(start, stop)[1]["token"]
 
     def _begin(self, document: int) -> int:
         return int(self.index[document : document + 1]["token"][0])
 
     def documents(self, start: int, stop: int) -> list[str]:
-        first, behind = self.within(start, stop)
-        places = self.index[first : behind + 1]["name"].tolist()
-        if behind == len(self.index):
-            places.append(len(self._names))
+        first, found = self.entries(start, stop)
+        behind = self.index[first + len(found) : first + len(found) + 1]["name"].tolist() or [len(self._names)]
+        places = [*found["name"].tolist(), *behind]
         names = self._names[places[0] : places[-1]].tobytes()
         return [names[b - places[0] : e - places[0]].decode() for b, e in pairwise(places)]
 
