@@ -104,7 +104,7 @@ class Beside:
         reason = (
             said or f"data: the process that prepares it ended with code {code}; lower data.workers if memory is low"
         )
-        return f"{reason} (the preparation beside the run ended; what it made is in {self._work})"
+        return f"{reason} (so the preparation beside the run ended, and the run with it)"
 
     def prepared_tokens(self) -> int:
         """How many tokens to train on have been written."""
