@@ -246,8 +246,8 @@ def contents(folder):
 def test_a_run_killed_while_it_prepares_ends_as_if_nothing_had_happened(settings, tmp_path):
     undisturbed, killed = (Runs(tmp_path / name, tmp_path / "corpus") for name in ("whole", "killed"))
     assert undisturbed() == 0, undisturbed.said.read_text()
-    process = killed.start(0.05, "data.workers=2")
-    killed.at_work(steps=6)
+    process = killed.start(0.25, "data.workers=2")
+    killed.at_work(steps=4)
     assert len(list(killed._preparing())) == 3
     process.kill()
     process.join()
@@ -270,7 +270,8 @@ def test_twenty_kills_at_random_moments_leave_no_trace(settings, tmp_path):
             run, rounds = Runs(tmp_path / f"run-{rounds}", tmp_path / "corpus"), rounds + 1
         process = run.start(0.05)
         process.join(draw.uniform(0.5, 4) if kills < 20 else 60)
-        moments[f"{len(run.steps()) // 10 * 10} steps or more, {'preparing' if run.unfinished() else 'before or after'}"] += 1
+        when = "preparing" if run.unfinished() else "before or after"
+        moments[f"{len(run.steps()) // 10 * 10} steps or more, {when}"] += 1
         if ended := process.exitcode is not None:
             assert process.exitcode == 0, run.said.read_text()
             assert run.end() == undisturbed.end()
@@ -301,7 +302,7 @@ def broken(texts, tmp_path):
 def test_a_broken_file_ends_the_run_with_its_name_and_a_whole_copy_lets_it_go_on(broken, tmp_path):
     corpus, records, whole = broken
     undisturbed, run = (Runs(tmp_path / name, corpus) for name in ("undisturbed", "run"))
-    assert run(*records, pause=0.02) == 2
+    assert run(*records, pause=0.2) == 2
     assert "3.jsonl.gz cannot be read after line" in run.said.read_text() and run.unfinished()
     made = len(run.steps())
     assert made and run.folder.latest_checkpoint.name == f"step-{made:08d}"
@@ -358,7 +359,7 @@ def test_two_processes_end_together_at_a_broken_file(broken, tmp_path):
     corpus, overrides, _ = broken
     run = Runs(tmp_path / "run", corpus)
     (tmp_path / "ranks").mkdir()
-    said = in_processes(2, tmp_path / "ranks", _on_ranks, [*run._common, *overrides], 0.02, 2)
+    said = in_processes(2, tmp_path / "ranks", _on_ranks, [*run._common, *overrides], 0.2, 2)
     assert said[0] == said[1] and "3.jsonl.gz cannot be read after line" in said[0]
     assert run.folder.latest_checkpoint.name == f"step-{len(run.steps()):08d}" != f"step-{STEPS:08d}"
 
