@@ -150,16 +150,19 @@ def test_too_many_in_a_row_end_the_run(overrides, monkeypatch):
         train(overrides("train.non_finite=skip"))
 
 
-def test_a_jump_of_the_loss_goes_back_and_passes_over_the_batch_also_over_a_resume(overrides, monkeypatch, caplog):
-    spoil(monkeypatch, 10, lambda nats: nats * 50)
+@pytest.mark.parametrize(("at", "back_to"), [(10, 8), (11, 10)], ids=["whole", "half-way"])
+def test_a_jump_of_the_loss_goes_back_and_passes_over_the_batch_also_over_a_resume(
+    overrides, monkeypatch, caplog, at, back_to
+):
+    spoil(monkeypatch, at, lambda nats: nats * 50)
     spiky = ["train.spike_factor=3", "train.steps=14"]
     with caplog.at_level(logging.WARNING):
         whole, expected = train(overrides("run.name=whole", *spiky))
-    assert "at step 10, whose batch has" in caplog.text and "going back to the newest checkpoint" in caplog.text
+    assert f"at step {at}, whose batch has" in caplog.text and "going back to the newest checkpoint" in caplog.text
     found = losses(whole)
-    assert list(found) == list(range(1, 15)) and found[10] is None
-    assert whole.rollbacks == [10] and [line["step"] for line in lines_of(whole.bad_batches_file)] == [10]
-    assert (whole.path / "metrics.after-step-8.jsonl").exists()
+    assert list(found) == list(range(1, 15)) and found[at] is None
+    assert whole.rollbacks == [at] and [line["step"] for line in lines_of(whole.bad_batches_file)] == [at]
+    assert (whole.path / f"metrics.after-step-{back_to}.jsonl").exists()
     # Stopped right after it went back, and again: the same run.
     train(overrides(*spiky), Quiet(11))
     folder, resumed = train(overrides(*spiky))
