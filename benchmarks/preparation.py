@@ -44,6 +44,15 @@ def write_c4(folder: Path, documents: list[str]) -> None:
             file.writelines(json.dumps({"text": text, "url": "http://a"}) + "\n" for text in part)
 
 
+def settings_of(folder: Path, model: Path, documents: list[str]) -> DataSettings:
+    """Of their preparation, as files in ``folder`` that are written now."""
+    write_c4(folder, documents)
+    return DataSettings(
+        name="c4", source="c4", paths=[str(folder)], patterns=["*.json.gz"], tokenizer=str(model),
+        vocab_size=VOCAB_SIZE, root=f"{folder}-prepared", max_bytes=2**62,
+    )  # fmt: skip
+
+
 def alone(model: Path, documents: list[str]) -> float:
     """Seconds that sentencepiece takes for the documents on all cores."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -85,15 +94,11 @@ def main() -> None:
         for megabytes in args.megabytes:
             documents = texts(megabytes)
             size = sum(len(text.encode()) for text in documents) / 1e6
-            write_c4(folder / str(megabytes), documents)
-            settings = DataSettings(
-                name="c4", source="c4", paths=[str(folder / str(megabytes))], patterns=["*.json.gz"],
-                tokenizer=str(model), vocab_size=VOCAB_SIZE, root=str(folder / "prepared"), max_bytes=2**62,
-            )  # fmt: skip
+            settings = settings_of(folder / str(megabytes), model, documents)
             bare, best = [], []
             for round_ in range(args.rounds):
                 bare.append(alone(model, documents))
-                best.append(prepared(replace(settings, root=str(folder / f"prepared-{round_}"))))
+                best.append(prepared(replace(settings, root=f"{settings.root}-{round_}")))
             (seconds, own, worker), fastest = min(best), min(bare)
             print(
                 f"{size:5.0f} MB  {size / fastest:14.2f} MB/s  {size / seconds:9.2f} MB/s  {fastest / seconds:5.2f}"

@@ -10,6 +10,7 @@ preparation.
 
 import hashlib
 import os
+import shutil
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -96,7 +97,7 @@ class ShardWriter:
             for ending, dtype in (("index", INDEX), ("given", GIVEN)):
                 raw = self._folder / f"{self._name}.{ending}"
                 if ending == "index" or raw.stat().st_size:
-                    np.save(f"{raw}.npy", np.fromfile(raw, dtype))
+                    _save_as_array(raw, dtype)
 
     def entry(self) -> dict[str, Any]:
         """Counts, and length and checksum of every file."""
@@ -107,6 +108,15 @@ class ShardWriter:
             **{key: self._counts[key] for key in COUNTS},
             "files": {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files},
         }
+
+
+def _save_as_array(raw: Path, dtype: np.dtype) -> None:
+    """What ``np.save`` would write of a file of nothing but entries, without holding them."""
+    entries = raw.stat().st_size // dtype.itemsize
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (entries,)}
+    with open(raw, "rb") as read, open(f"{raw}.npy", "wb") as written:
+        np.lib.format.write_array_header_1_0(written, header)
+        shutil.copyfileobj(read, written)
 
 
 class SplitWriter:
