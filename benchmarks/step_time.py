@@ -96,9 +96,16 @@ def measure(
         ours.recv()  # one after the other: building is not to disturb either
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for _ in progress.track(range(WARM_UP + rounds * period), description=" ".join(overrides[:1])):
-            for end in ends:
-                end.send("step")
-                end.recv()
+            for method, end, process in zip(methods, ends, processes, strict=True):
+                try:
+                    end.send("step")
+                    end.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    raise SystemExit(
+                        f"{method}: its process ended with code {process.exitcode} (-9: killed, likely for want of "
+                        "memory, which all methods need at once; measure fewer --methods together)"
+                    ) from None
     rows = []
     for end, process in zip(ends, processes, strict=True):
         end.send("done")
