@@ -5,6 +5,7 @@ the disk, and then a file beside, `state.json`, is replaced by one that says how
 means to cut the shards to those lengths and to read on behind that record.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -143,6 +144,7 @@ class Writing:
             state.earlier = {**self._committed, "earlier": None}
         write_state(self._folder / STATE, state)
         self._committed = asdict(state)
+        _give_back()
 
     def describe_skipped(self) -> str:
         """A few words on what was left out, for people; empty when nothing was."""
@@ -150,6 +152,12 @@ class Writing:
         return "; ".join(
             f"{counts[reason]} {reason} ({shorten(names)})" for reason, names in self.state.skipped.items()
         )
+
+
+def _give_back() -> None:
+    """Let malloc return what lies free between pieces in use, which otherwise becomes more with a file's size."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def read_state(path: Path) -> State:

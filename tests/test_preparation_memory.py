@@ -1,4 +1,4 @@
-"""Preparing a large file takes hardly more memory than preparing a small one."""
+"""Preparing a large file takes no more memory than preparing a small one."""
 
 import pytest
 
@@ -15,5 +15,5 @@ def test_ten_times_as_large_a_file_takes_no_more_memory(tmp_path):
         settings = settings_of(tmp_path / str(megabytes), model, texts(megabytes))
         peaks.append(prepared(settings)[1:])
     (reader, worker), (reader_of_large, worker_of_large) = peaks
-    # Batches are read, sent and received at once, in pieces of any size, and malloc loses some memory between these.
-    assert reader_of_large - reader < 0.1 * 225e6 and worker_of_large - worker < 0.1 * 225e6
+    some_pages = 4 * 2**20  # by which runs of the same size differ; the file grew by 225 MB
+    assert reader_of_large - reader < some_pages and worker_of_large - worker < some_pages
