@@ -52,7 +52,7 @@ class Growing(Tokens):
             return
         try:
             state = read_state(work / STATE)
-            if tokens_of(state, self._split) >= stop:
+            if self._split in state.splits and tokens_of(state, self._split) >= max(stop, super().__len__()):
                 self._join(self._shards_in(work, state.splits[self._split]), self._dtype)
         except (FileNotFoundError, ValueError):  # about to be renamed, or damaged and about to be made anew
             pass

@@ -97,8 +97,10 @@ class Beside:
     def problem(self) -> str | None:
         """Why nothing more will come, if it ended before its time."""
         code = self._process.poll() if self._process else None
-        if not self._process or not code:
+        if not self._process or code is None or (code == 0 and self._places()[1]):
             return None
+        if code == 0:
+            return "data.paths: what they name changed while the run began, and was prepared so; start it again"
         assert self._process.stdout
         said = self._process.stdout.read().strip()
         reason = (

@@ -55,7 +55,10 @@ def _take_over(work: Path, ours: dict[str, Any]) -> None:
     for folder in work.parent.glob(f"{work.name.rpartition('-')[0]}-{HEX16}.tmp"):
         try:
             theirs = json.loads((folder / FILES).read_text())
-        except (OSError, ValueError):
+            theirs = {"identity": dict(theirs["identity"]), "files": list(theirs["files"])}
+            if all(_stat(path) == (size, mtime) for _, path, size, mtime, _ in theirs["files"]):
+                continue  # it can be gone on with itself
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         pairs = zip(theirs["files"], ours["files"], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -76,6 +79,14 @@ def _take_over(work: Path, ours: dict[str, Any]) -> None:
     logger.info(
         "the first %d files are as %s had them: going on with its %d documents of these", same, folder, documents
     )
+
+
+def _stat(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def release(work: Path, tokenizer: Tokenizer) -> None:

@@ -27,7 +27,7 @@ FORMAT = 2
 WITHOUT_MANIFEST = 1  # the format before, which had no checksums
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 DAMAGED = ".damaged"
-HALF_WAY = "half_way"  # in a state: of half an interval, there until a newer one is
+HALF_WAY = "half_way"  # an empty file in a checkpoint of half an interval, which is there until a newer one is
 OF_A_RUN: dict[str, Any] = {"step": int, "seconds": (int, float), "training_seconds": (int, float), "data": dict}
 
 
@@ -56,7 +56,7 @@ def latest(folder: Path) -> Path | None:
 
 def newest_to_read(folder: Path) -> Path | None:
     """``latest`` for who does not keep the run from going on: one that is not taken away meanwhile, if there is any."""
-    return next((path for path in all_of(folder) if not _is_half_way(path)), latest(folder))
+    return next((path for path in all_of(folder) if not is_half_way(path)), latest(folder))
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[Damaged]]:
@@ -132,8 +132,12 @@ def seal(path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]
     """Write ``state`` and the manifest to ``path``, the last files of a checkpoint.
 
     Args:
+        state: JSON-able, and by HALF_WAY whether it is of half an interval.
         checksums: of each file there already, as ``checksum`` has it.
     """
+    if state.get(HALF_WAY):
+        (path / HALF_WAY).touch()
+    state = {key: value for key, value in state.items() if key != HALF_WAY}
     write_whole(path / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
     checksums = {**checksums, STATE: checksum(path / STATE)}
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(checksums.items())}
@@ -159,7 +163,7 @@ def verify(path: Path) -> None:
     if not isinstance(files, dict):
         raise Damaged(path, f"{MANIFEST} lists no files")
     try:
-        there = {file.name for file in path.iterdir()} - {MANIFEST}
+        there = {file.name for file in path.iterdir()} - {MANIFEST, HALF_WAY}
         if unlike := sorted(there ^ files.keys()):
             raise Damaged(path, f"{unlike[0]} is {'too much' if unlike[0] in there else 'missing'}")
         for name, expected in files.items():
@@ -204,17 +208,21 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     ``keep_last=0`` keeps all others; what is set aside as damaged is never removed.
     """
     newest, *before = all_of(folder)
-    go = [path for path in before if _is_half_way(path)]
+    go = [path for path in before if is_half_way(path)]
     if keep_last:
         others = [path for path in before if path not in go]
-        others = others[keep_last if _is_half_way(newest) else keep_last - 1 :]
+        others = others[keep_last if is_half_way(newest) else keep_last - 1 :]
         go += [p for p in others if keep_every == 0 or int(p.name.removeprefix("step-")) % keep_every]
     for path in go:
         shutil.rmtree(path.rename(path.with_suffix(UNFINISHED)))
 
 
-def _is_half_way(path: Path) -> bool:
-    try:
-        return _read_json(path, STATE).get(HALF_WAY) is True
-    except ValueError:  # whatever it is, it stays
-        return False
+def is_half_way(path: Path) -> bool:
+    return (path / HALF_WAY).exists()
+
+
+def keep(path: Path) -> None:
+    """Let a checkpoint of half an interval be one that stays: of a signal, of the end, of an interval that changed."""
+    if is_half_way(path):
+        (path / HALF_WAY).unlink()
+        to_disk(path)

@@ -61,8 +61,8 @@ def _epochs(config: Config) -> str:
     """How often the run would go through its data, if that is prepared."""
     prepared, sequences = find(data_settings(config)), config.train.tokens_per_step // config.train.seq_len
     if prepared is None:
-        first = f"{config.data.shuffle_block * config.train.seq_len:,} tokens"
-        meanwhile = f" and will be meanwhile, from the first {first} on" if config.data.on_the_fly else ""
+        first = f"from the first {config.data.shuffle_block * config.train.seq_len:,} tokens on at the earliest"
+        meanwhile = f" and will be meanwhile, {first}" if config.data.on_the_fly else ""
         return f"; the data ({config.data.name}) is not prepared yet{meanwhile}"
     windows = TrainBatches(prepared.train, config.train.seq_len, sequences, 1, config.train.seed).windows
     return f", {config.train.steps * sequences / windows:.2f} epochs of {prepared.folder}"

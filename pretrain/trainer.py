@@ -23,7 +23,7 @@ from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
 from pretrain.build import build_model, build_optimization, compile_blocks, compile_seconds
-from pretrain.checkpoint_folder import HALF_WAY, Damaged, newest_good, point_at, prune, set_aside
+from pretrain.checkpoint_folder import HALF_WAY, Damaged, keep, newest_good, point_at, prune, set_aside
 from pretrain.code_version import git_commit
 from pretrain.config import Config
 from pretrain.distributed import World
@@ -376,7 +376,10 @@ class Trainer:
     def save(self, half_way: bool = False) -> None:
         """Have a checkpoint of the present step written, unless there is one; ``half_way``, until there is a newer."""
         self.saver.wait()
-        if checkpoint.path_of(self.folder.checkpoints, self.step).exists():
+        path = checkpoint.path_of(self.folder.checkpoints, self.step)
+        if path.exists():
+            if self.world.is_main and not half_way:
+                keep(path)
             return
         if self.step:
             self._values()  # raises before a state that is not finite could be saved

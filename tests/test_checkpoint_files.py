@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pretrain import checkpoint
 from pretrain.build import build_model, build_optimization
 from pretrain.check import check
-from pretrain.checkpoint_folder import MANIFEST, newest_good, path_of, prune
+from pretrain.checkpoint_folder import HALF_WAY, MANIFEST, is_half_way, newest_good, path_of, prune
 from pretrain.config import ConfigError, load, to_config
 from pretrain.distributed import World
 from pretrain.interrupt import StopRequest
@@ -180,8 +180,8 @@ def test_a_half_way_checkpoint_goes_when_a_newer_one_is_there_and_counts_for_not
         shutil.rmtree(tmp_path)
         for step in steps:
             path_of(tmp_path, int(step)).mkdir(parents=True)
-            state = {"format": 2, "half_way": step != int(step)}
-            (path_of(tmp_path, int(step)) / "state.json").write_text(json.dumps(state))
+            if step != int(step):
+                (path_of(tmp_path, int(step)) / HALF_WAY).touch()
         prune(tmp_path, keep_last, keep_every)
         return sorted(int(p.name.removeprefix("step-")) for p in tmp_path.iterdir())
 
@@ -192,9 +192,6 @@ def test_a_half_way_checkpoint_goes_when_a_newer_one_is_there_and_counts_for_not
     assert left(4, 8, 10.5, 12, keep_last=1) == [12]
     assert left(4, 8, 10.5, 12, 14.5, keep_last=2) == [8, 12, 14]
     assert left(4, 6.5, 8, 12, 16, keep_last=1, keep_every=8) == [8, 16]
-    (path_of(tmp_path, 8) / "state.json").write_text("{")
-    prune(tmp_path, 0, 0)
-    assert path_of(tmp_path, 8).exists()
 
 
 def test_a_half_way_checkpoint_is_gone_on_from_and_what_a_kill_left_of_them_goes(copied, overrides, finished):
@@ -212,12 +209,15 @@ def test_a_half_way_checkpoint_is_gone_on_from_and_what_a_kill_left_of_them_goes
         train(overrides(*where, "train.steps=12"), Killed)
     assert (path / "checkpoints" / "latest").readlink().name == "step-00000010"
     assert find_trained(path).path.name == "step-00000008"  # as the run may go on, and take the other away
+    early, _ = train(overrides(*where, "train.steps=10"))  # an end that is saved already stays
+    assert find_trained(early.path).path.name == "step-00000010" and not is_half_way(path_of(early.checkpoints, 10))
     left = path_of(path / "checkpoints", 6)  # by a kill before it could be removed
     shutil.copytree(path_of(path / "checkpoints", 10), left)
+    (left / HALF_WAY).touch()
     folder, _ = train(overrides(*where, "train.steps=12"))
     shutil.copytree(finished.path, path / "whole" / "finished", symlinks=True)
     whole, _ = train(overrides(f"run.root={path / 'whole'}", "run.name=finished", "train.steps=12"))
-    assert steps_in(folder) == steps_in(whole) == [4, 8, 12]
+    assert steps_in(folder) == [4, 8, 10, 12] and steps_in(whole) == [4, 8, 12]
     ours, theirs = (load_file(next(path_of(f.checkpoints, 12).glob("*.safetensors"))) for f in (folder, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -7,10 +7,12 @@ import os
 import random
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -386,3 +388,33 @@ def test_the_command_that_is_told_means_the_same_settings(settings):
     settings.streaming, settings.validation_paths = False, ["a b", "c"]
     _, _, _, *arguments = shlex.split(command(settings))
     assert DataSettings(**vars(parser().parse_args(arguments))) == settings
+
+
+def test_a_preparation_of_other_files_than_the_run_s_is_said(settings):
+    beside = Beside(settings, writes=False)
+    beside._process = subprocess.Popen([sys.executable, "-c", ""])
+    beside._process.wait()
+    assert "data.paths" in beside.problem() and "changed while the run began" in beside.problem()
+    prepare(settings)
+    assert beside.problem() is None
+
+
+def test_a_folder_that_has_gone_and_not_come_yet_is_waited_for(settings, monkeypatch):
+    def look():
+        if found := beside.opened(VALIDATED):
+            seen.append(found)
+
+    beside, seen = Beside(settings, writes=False), []
+    with pytest.raises(KeyboardInterrupt):
+        watched(settings, monkeypatch, lambda: (look(), interrupt(seen)))
+    (opened, *_) = seen
+    wanted = opened.train[0:64]
+    away = beside._work.rename(beside._work.with_suffix(".away"))
+    _opened.cache_clear()
+    Timer(0.3, lambda: away.rename(beside._work)).start()
+    assert (opened.train[0:64] == wanted).all()
+
+
+def interrupt(seen):
+    if seen:
+        raise KeyboardInterrupt

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -155,3 +156,24 @@ def test_a_tokenizer_of_its_own_is_trained_again_and_has_to_be_the_same(broken, 
     assert (len(taken) == FILES * EACH) == (not same)
     assert ("is another one; preparing from the start" in caplog.text) == (not same)
     assert_as_prepared_at_once(folder, own, prepared)
+
+
+def test_what_can_be_gone_on_with_itself_is_not_taken_by_another(broken, tokenizer, monkeypatch):
+    folder, whole = broken
+    path_of(folder, BROKEN).write_bytes(whole)
+    own, commit = settings(folder, tokenizer), write.Writing._commit
+
+    def killed(writing):
+        commit(writing)
+        if writing.state.place[0] == BROKEN:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write.Writing, "_commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(own)
+    (left,) = (folder / "prepared").glob(".own-*.tmp")
+    before = (left / "state.json").read_bytes()
+    prepare(replace(own, patterns=["[01].json.gz"]))
+    assert (left / "state.json").read_bytes() == before
+    assert_as_prepared_at_once(folder, own, prepare(own))
