@@ -31,12 +31,12 @@ from pretrain.evaluate import evaluate
 from pretrain.faults import MOST_SKIPPED_IN_A_ROW, RolledBack, SpikeWatch, bad_batch, in_short
 from pretrain.files import write_whole
 from pretrain.flops import flops_per_token, parameter_counts, peak_flops
-from pretrain.generate import generate
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
 from pretrain.parallel import engine_of
 from pretrain.profile import StepProfile
 from pretrain.run_folder import RunFolder
+from pretrain.samples import make_samples, write_samples
 from pretrain.saver import Saver
 from pretrain.trained import weights_at
 from pretrain.update import Update
@@ -401,7 +401,8 @@ class Trainer:
     def _finish(self) -> None:
         self.save()
         summary: dict[str, Any] = {**self.validate(), **parameter_counts(self.model)}
-        samples = self._samples() if self.metrics or self.engine.sharded else []
+        made = self.metrics or self.engine.sharded
+        samples = make_samples(self.model, self.data.tokenizer, self.config) if made else []
         self.saver.finish()
         if not self.metrics:
             return
@@ -416,32 +417,11 @@ class Trainer:
             "machine": platform.platform(),
         }  # fmt: skip
         if samples:
-            self._write_samples(samples)
+            write_samples(self.folder.samples_file, samples, f"{self.config.run.name} at step {self.step}")
         write_whole(self.folder.summary_file, json.dumps(summary, indent=1) + "\n")
         self.metrics.show_results(samples)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
-
-    def _samples(self) -> list[tuple[str, str]]:
-        """Each prompt and what the model makes of it, the same on every process."""
-        tokenizer, samples = self.data.tokenizer, []
-        if self.config.train.sample_tokens == 0:
-            return []
-        self.model.eval()
-        for i, prompt in enumerate(self.config.data.prompts):
-            with torch.compiler.set_stance("force_eager"):
-                ids = generate(
-                    self.model, [tokenizer.bos_id, *tokenizer.encode(prompt)], self.config.train.sample_tokens,
-                    temperature=0.8, top_k=50, seed=self.config.train.seed + i, stop=tokenizer.eos_id,
-                )  # fmt: skip
-            samples.append((prompt, tokenizer.decode(ids)))
-        return samples
-
-    def _write_samples(self, samples: list[tuple[str, str]]) -> None:
-        """``samples.md``."""
-        parts = [f"Prompt: `{prompt!r}`\n\n````text\n{text}\n````\n" for prompt, text in samples]
-        heading = f"# Samples of {self.config.run.name} at step {self.step}\n"
-        self.folder.samples_file.write_text("\n".join([heading, *parts]), encoding="utf-8")
 
 
 def peak_bytes(device: torch.device) -> int:
