@@ -1,0 +1,56 @@
+"""`python -m pretrain.train` on the null GPU: goes on where numbers that mean nothing would stop a run.
+
+    tests/null_gpu/run.sh python tests/null_gpu/train.py [--counts=FILE] SETTING...
+
+Those are a loss that is not finite, and a validation that has counted no token. With --counts every step adds a line to
+FILE: what was counted in it, from its beginning to that of the next, as JSON.
+"""
+
+import atexit
+import json
+import runpy
+import sys
+from dataclasses import replace
+from unittest.mock import patch
+
+from counts import contexts, counts, since
+
+from pretrain.evaluate import Score
+from pretrain.trainer import Trainer
+
+metrics, train_step = Score.metrics.fget, Trainer.train_step
+counting = next((argument for argument in sys.argv if argument.startswith("--counts=")), None)
+lines: list[dict] = []
+
+
+def metrics_of_some(score: Score) -> dict[str, float]:
+    some = {name: max(1, int(getattr(score, name))) for name in ("tokens", "text_bytes")}
+    return metrics(replace(score, **some))
+
+
+def counted_step(trainer: Trainer, step: int) -> object:
+    end_step()
+    lines.append({"step": step, "before": counts()})
+    return train_step(trainer, step)
+
+
+def end_step() -> None:
+    if lines and "before" in lines[-1]:
+        lines[-1] |= since(lines[-1].pop("before"))
+
+
+def write(path: str) -> None:
+    end_step()
+    with open(path, "w") as file:
+        file.writelines(json.dumps({**line, "contexts": contexts()}) + "\n" for line in lines)
+
+
+if counting:
+    sys.argv.remove(counting)
+    atexit.register(write, counting.partition("=")[2])
+with (
+    patch.object(Score, "metrics", property(metrics_of_some)),
+    patch.object(Trainer, "_stop_at_non_finite", lambda *_: None),
+    patch.object(Trainer, "train_step", counted_step),
+):
+    runpy.run_module("pretrain.train", run_name="__main__", alter_sys=True)
