@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's increment, as the int64 that holds the same bits
+_INVERSE = 0xF1DE83E19937733D - 2**64  # of _GAMMA modulo 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
@@ -20,6 +21,11 @@ def key(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _as_int64(number: int) -> int:
+    """``number`` modulo 2**64, as the int64 that holds the same bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64 (torch's ``>>`` repeats the sign bit)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
@@ -28,9 +34,13 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
     """64 random bits for every position (int64, any shape), as int64 of the same shape.
 
-    Splitmix64 (Steele, Lea, Flood 2014) at counter ``position`` of the stream that starts at ``key``.
+    Splitmix64 (Steele, Lea, Flood 2014) at counter ``position`` of the stream that starts at ``key``: it mixes
+    (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. In the second form a compiler that knows
+    ``position`` as an index finds no index times γ: Inductor would compute that in 32 bits for a GPU, which Triton
+    refuses, and wrongly in some vectorised loops for a CPU. In compiled code the key must be a tensor for that.
     """
-    z = (position + 1) * _GAMMA + key
+    start = key * _INVERSE + 1
+    z = (position + (start if isinstance(start, Tensor) else _as_int64(start))) * _GAMMA
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2
     return z ^ _shift_right(z, 31)
