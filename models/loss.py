@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.precision import at_least_fp32
 
+TORCH_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Scalar in fp32 (fp64 for fp64) from logits (n, vocab) and targets (n,) int64, -100 where none."""
@@ -17,11 +19,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """`cross_entropy(head(x), targets)` for x (n, hidden), with the logits of `chunk` tokens at a time.
 
-    An ordinary head in fp32 or fp64 takes torch's own chunked loss, which makes the gradients in the forward. Elsewhere
-    the chunks go through the module, which may be a GrassLinear or sharded, and are computed again in the backward:
-    one more product with the head. In bf16 torch's would return the loss itself, thousands of nats, in bf16.
+    An ordinary head in fp32 or fp64 takes torch's own chunked loss where torch has one (from 2.13 on), which makes the
+    gradients in the forward. Elsewhere the chunks go through the module, which may be a GrassLinear or sharded, and are
+    computed again in the backward: one more product with the head. In bf16 torch's would return the loss itself,
+    thousands of nats, in bf16.
     """
-    if type(head) is nn.Linear and x.dtype == at_least_fp32(x.dtype):
+    if TORCH_CHUNKS and type(head) is nn.Linear and x.dtype == at_least_fp32(x.dtype):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
         return F.linear_cross_entropy(x, head.weight, targets, ignore_index=-100, reduction="sum", options=options)
     nats = torch.zeros((), dtype=at_least_fp32(x.dtype), device=x.device)

@@ -22,6 +22,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def use_device(self) -> None:
+        """Make ``device`` the current one of the calling thread.
+
+        Each thread begins with the first GPU, where calls that name no device would make a context: half a GB of it.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def sum(self, values: Tensor) -> Tensor:
         """The element-wise sum over the processes, in place."""
         if self.size > 1:
@@ -88,17 +96,17 @@ def connect(timeout: timedelta) -> World:
     size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower NPROC")
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower NPROC")
+    world = World(rank, size, device)
+    world.use_device()
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         except dist.DistError as error:
             raise LostPeer(f"not all of the {size} processes of this run came: {first_line(error)}") from error
-    return World(rank, size, device)
+    return world
 
 
 class LostPeer(RuntimeError):

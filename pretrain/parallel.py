@@ -5,9 +5,11 @@ rows on the dimension that is not selected: every process then folds and refresh
 and says nothing to the others about it.
 """
 
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,9 @@ from models.sharded import local, sum_parts
 from optim.build import INNER_OPTIMIZERS
 from pretrain.config import DTYPES, Config, TrainConfig
 from pretrain.distributed import World, shards_of
+
+DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+FORWARD_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
 
 
 class Engine:
@@ -67,9 +72,8 @@ class Replicated(Engine):
 
     def wrap(self, model: Llama) -> None:
         # Nothing is broadcast: that the weights are the same everywhere is checked (pretrain.agreement).
-        self.module = DistributedDataParallel(
-            model, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        options: dict[str, Any] = {"init_sync": False, FORWARD_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        self.module = DistributedDataParallel(model, **options)
         if self.wire:
             self.module.register_comm_hook(self.wire, _travel_in)
         self._settle_buckets(model)

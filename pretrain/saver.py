@@ -64,7 +64,8 @@ class Saver:
         # A group of its own: the other collectives of the run are not to be mixed with those of a save.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         # Pinned copies are kept for the next save; a CPU's own memory is not filled twice for longer than a save takes.
-        self._pinned = DefaultStager(StagingOptions(True, False, False, True)) if world.device.type == "cuda" else None
+        self._on_cuda = world.device.type == "cuda"
+        self._stager = _stager(pinned=True) if self._on_cuda and _stages_again() else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the save under way, for the process' own thread to see
         self._lost: NotSaved | None = None  # what was said of the latest save, when that is not on the disk
@@ -87,8 +88,10 @@ class Saver:
         total = sum(t.numel() * t.element_size() for t in tensors.values())  # a sharded one counts as a whole
         tensors = _share(tensors, self.world)
         if self.background:
-            stager = self._pinned or DefaultStager(StagingOptions(False, False, False, False))
+            stager = self._stager or _stager(pinned=self._on_cuda)
             tensors = stager.stage(tensors)  # type: ignore[assignment]
+            if stager is not self._stager:
+                stager.close()  # it is part of a circle of references, which would keep the copies after the save
             # Let go at exit: a run that is told to end at once ends at once.
             self._thread = threading.Thread(target=self._write, args=(path, tensors, state, total), daemon=True)
             self._thread.start()
@@ -134,6 +137,7 @@ class Saver:
     def _write(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any], total: int) -> None:
         began, temporary = time.perf_counter(), path.with_suffix(UNFINISHED)
         try:
+            self.world.use_device()
             self._on_all(lambda: _require_finite(tensors, path))
             self._on_main(lambda: _make_room(temporary, total))
             writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
@@ -197,6 +201,22 @@ class Saver:
             free = _free(path.parent)
             reason = f"the disk is full: it takes {total} bytes and {free} are free, {max(total - free, 0)} are missing"
         return NotSaved(f"{path} was not saved ({reason}); the checkpoints before it are as they were")
+
+
+def _stager(pinned: bool) -> DefaultStager:
+    """One that returns when the copies are made; those from a CUDA device into ``pinned`` memory travel together."""
+    return DefaultStager(StagingOptions(pinned, False, False, pinned))
+
+
+def _stages_again() -> bool:
+    """Whether a stager can be used more than once: torch 2.11's empties itself, and fails at the second use."""
+    stager = _stager(pinned=False)
+    stager.stage({})
+    try:
+        stager.stage({})
+    except KeyError:
+        return False
+    return True
 
 
 def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:

@@ -62,6 +62,18 @@ def test_loss_and_gradients_equal_the_plain_path(head, dtype, chunk):
         assert (ours[name] - gradient).norm() <= rounding * gradient.norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_the_loss_is_the_same_where_torch_has_none_in_chunks(head, dtype, monkeypatch):
+    loss, gradients = loss_and_gradients(build(head, dtype))
+    monkeypatch.setattr("models.loss.TORCH_CHUNKS", False)
+    monkeypatch.setattr("torch.nn.functional.linear_cross_entropy", None, raising=False)
+    chunked, ours = loss_and_gradients(build(head, dtype, chunk=7))
+    torch.testing.assert_close(chunked, loss, rtol=ROUNDING[dtype], atol=0)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).norm() <= ROUNDING[dtype] * gradient.norm(), name
+
+
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_a_head_under_grass_gets_the_selected_slice_of_the_plain_head_s_gradient(side):
     plain, ours = build(dtype=torch.float64), build(side, torch.float64)
