@@ -9,18 +9,18 @@
 #   NNODES=2 RDZV_ENDPOINT=host:29500 RDZV_ID=job MAX_RESTARTS=3 ./launch.sh   with torchrun's rendezvous
 #
 # Ctrl-C, SIGTERM and SIGUSR1 let the run finish its step and save, within GRASS_GRACE_SECONDS (300).
-# PYTHON names the interpreter for a new .venv; GRASS_GPU_SETUP_SECONDS (900) limits the try at flash-attn.
+# PYTHON names the interpreter for a new .venv. GRASS_TORCH takes another torch than the one in requirements.txt:
+# GRASS_TORCH=2.11.0 installs that version, GRASS_TORCH=installed uses what PYTHON has (docs/setup.md).
 set -euo pipefail
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then
-    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
-    cd "$(dirname "${BASH_SOURCE[0]}")"
-    if [[ -x .venv/bin/python ]]; then echo && exec .venv/bin/python -m pretrain.train --help; fi
-    echo "The overrides are told by ./launch.sh --help once there is a .venv, and by README.md."
-    exit
-fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/setup_env.sh
 source scripts/setup_env.sh
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' launch.sh
+    if [[ -x $python ]]; then echo && exec "$python" -m pretrain.train --help; fi
+    echo "The overrides are told by ./launch.sh --help once there is a $venv, and by README.md."
+    exit
+fi
 
 # The CUDA GPUs that the processes will see, without the seconds that importing torch takes.
 count_gpus() {
@@ -29,7 +29,7 @@ count_gpus() {
     if ((gpus > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
         IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
         for device in "${devices[@]:-}"; do
-            if [[ -z $device || $device == -1 ]]; then break; fi # where CUDA stops reading
+            [[ $device =~ ^([0-9]|GPU-|MIG-) ]] || break # where CUDA stops reading
             visible=$((visible + 1))
         done
         # A GPU can be cut into many MIG devices.
@@ -57,7 +57,6 @@ forward nnodes rdzv-backend rdzv-endpoint rdzv-id rdzv-conf local-addr max-resta
 if [[ $nodes != 1 ]]; then forward node-rank master-addr master-port; fi
 
 setup_env runtime requirements.txt
-if ((gpus > 0)); then try_gpu_requirements; fi
 for argument; do
     if [[ $argument == -m || $argument == --multirun ]]; then
         if [[ $nodes != 1 ]]; then die "a sweep starts on one node; see conf/hydra/launcher for SLURM"; fi

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
+import torch
+
 from data.prepare import Prepared, prepare
 from data.settings import DataSettings
 from pretrain.check import check
 from pretrain.config import Config, ConfigError, load
 from pretrain.distributed import LostPeer, world_size_from_env
+from pretrain.machine import require_torch, require_usable_gpus
 from pretrain.metrics import log_to_terminal
 from pretrain.run_folder import RunFolder
 from pretrain.trained import check_tokenizer
@@ -87,10 +90,12 @@ def main() -> None:
     overrides = sys.argv[1:]
     log_to_terminal(is_main=True)
     with clear_errors():
+        require_torch(torch.__version__)
         if only_asks_hydra(overrides):
             return
         config = load(overrides)
         if not config.train.dry_run:  # which prepares nothing, and checks by itself
+            require_usable_gpus()
             (check_run if config.data.on_the_fly else ready)(config, world_size_from_env())
 
 

@@ -23,6 +23,7 @@ from pretrain.distributed import World
 from pretrain.dry_run import dry_run
 from pretrain.faults import RolledBack
 from pretrain.interrupt import EXIT_CODE, StopRequest
+from pretrain.machine import require_torch, require_usable_gpus
 from pretrain.metrics import log_to_terminal
 from pretrain.preflight import clear_errors, only_asks_hydra
 from pretrain.run_folder import RunFolder
@@ -43,6 +44,7 @@ def run(config: Config) -> int:
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     log_to_terminal(is_main=distributed.is_main_from_env())
     with clear_errors():
+        require_usable_gpus()
         data_from = data_of(config, distributed.world_size_from_env())
         timeout = timedelta(minutes=config.train.timeout_minutes)
         world = distributed.connect(timeout)
@@ -88,6 +90,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     overrides = sys.argv[1:]
     with clear_errors():
+        require_torch(torch.__version__)
         if not only_asks_hydra(overrides):
             load(overrides)
     hydra_main()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -192,9 +193,13 @@ echo "${line//$PWD\//}" >>"$CALLS"
 case "$*" in
 *version_info*) exit "${TOO_OLD:-0}" ;;
 *"import venv"*) exit "${NO_ENSUREPIP:-0}" ;;
+*sysconfig*) echo "/base/site-packages" ;;
 -V) echo "Python 3.8.1" ;;
-"-m venv "*) rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-*--no-build-isolation*) exit "${GPU_EXIT:-0}" ;;
+"-m venv "*)
+    venv=${@: -1}
+    rm -rf "$venv" && mkdir -p "$venv"/{bin,lib/python3.11/site-packages} && cp "$0" "$venv/bin/python" ;;
+"-m pretrain.machine") echo "${BASE_TORCH:-2.12.0a0+nv26.1}" ;;
+"-m pretrain.machine 2.10"*) echo "torch 2.10 is too old" >&2 && exit 1 ;;
 "-m pip install "*) echo "words of pip" && eval "${ON_PIP:-}" ;;
 "-m pretrain.preflight"*) echo "$WORLD_SIZE processes" && eval "${ON_PREFLIGHT:-}" ;;
 "-m pretrain.sweep"*) echo "$PET_NPROC_PER_NODE processes a job" ;;
@@ -362,6 +367,7 @@ def test_a_signal_ends_the_preparation_too(ready):
         ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2,GPU-3"}, 3),
         ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": "3,-1,0"}, 1),
         ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"GPUS": "0 1 2 3", "CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 1),
         ({"GPUS": "0", "CUDA_VISIBLE_DEVICES": "0,1,2"}, 1),
         ({"GPUS": "", "CUDA_VISIBLE_DEVICES": "0,1"}, 1),
         ({"GPUS": "0", "CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, 2),
@@ -404,27 +410,97 @@ def test_on_a_cpu_the_processes_share_the_cores(ready):
         assert ready.run(**env)[1].endswith(f" {threads}\n"), env
 
 
-def test_gpu_requirements_are_tried_once_and_their_failure_is_survived_and_said(ready):
-    def tried() -> bool:
-        return any("--no-build-isolation" in call for call in ready.calls)
-
-    for first in (True, False):
-        code, _, err = ready.run(GPUS="0", GPU_EXIT="1")
-        assert (code, tried(), ready.calls[-1]) == (0, first, TRAIN)
-        assert "rm .venv/.failed-gpu to try again" in err
-    (ready.folder / ".venv/.failed-gpu").unlink()
-    for first in (True, False):
-        code, _, err = ready.run(GPUS="0")
-        assert (code, tried(), "flash-attn" in err) == (0, first, False)
-    with (ready.folder / "requirements-gpu.txt").open("a") as file:
-        file.write("# changed\n")
-    ready.run(GPUS="0")
-    assert tried()
+def test_nothing_optional_is_installed_for_a_gpu(tree):
+    assert tree.run(GPUS="0 1")[0] == 0
+    assert [call for call in tree.calls if "pip install" in call] == [INSTALL]
+    tree.run(GPUS="0 1")
+    assert tree.calls == [PREFLIGHT, TRAIN.replace("1", "2")]
 
 
-def test_gpu_requirements_that_take_too_long_are_given_up(ready):
-    code, _, err = ready.run(GPUS="0", ON_PIP="exec sleep 60", GRASS_GPU_SETUP_SECONDS="0.2")
-    assert code == 0 and "Going on without flash-attn" in err
+def of(torch: str, call: str) -> str:
+    """``call`` for the environment of GRASS_TORCH=``torch``."""
+    venv = f".venv-torch-{torch}"
+    files = f"--requirement={venv}/requirements.txt --constraint={venv}/.torch"
+    call = call.replace(".venv", venv).replace("--requirement=requirements.txt", files)
+    return call + " torch" if "install" in call and torch != "installed" else call
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
+def test_another_torch_gets_an_environment_of_its_own(ready):
+    pinned = {file.name: file.read_text() for file in (ready.folder / ".venv").glob(".installed-*")}
+    assert ready.run(GRASS_TORCH="2.11.0")[0] == 0
+    version_check = "-m pretrain.machine 2.11.0"
+    made = [of("2.11.0", call) for call in MAKE_VENV]
+    assert ready.calls == [*made[:2], version_check, *made[2:], of("2.11.0", INSTALL), PREFLIGHT, TRAIN]
+    venv = ready.folder / ".venv-torch-2.11.0"
+    assert lines(venv / ".torch") == ["torch==2.11.0"]
+    pins = lines(ready.folder / "requirements.txt")
+    (torchs,) = (line for line in pins if line.startswith("torch=="))
+    assert lines(venv / "requirements.txt") == [line for line in pins if line != torchs]
+    ready.run(GRASS_TORCH="2.11.0")
+    assert ready.calls == [PREFLIGHT, TRAIN]
+    ready.run()
+    assert ready.calls == [PREFLIGHT, TRAIN]
+    assert {file.name: file.read_text() for file in (ready.folder / ".venv").glob(".installed-*")} == pinned
+
+
+def test_the_torch_that_is_there_is_kept_whatever_is_installed_beside_it(tree):
+    made = [of("installed", call) for call in MAKE_VENV]
+    made[2] = made[2].replace("-pip ", "-pip --system-site-packages ")
+    made.insert(3, '-c import sysconfig; print(sysconfig.get_path("platlib"))')
+    look, install = [*made[:2], "-m pretrain.machine"], of("installed", INSTALL)
+    assert tree.run(GRASS_TORCH="installed")[0] == 0
+    assert tree.calls == [*look, *made, install, PREFLIGHT, TRAIN]
+    venv = tree.folder / ".venv-torch-installed"
+    assert lines(venv / ".torch") == [f"torch==2.12.0a0+nv26.1 # of {tree.home / 'bin/python3'}"]
+    assert not any("torch==" in line for line in lines(venv / "requirements.txt"))
+    assert lines(venv / "lib/python3.11/site-packages/base.pth") == ["/base/site-packages"]
+    tree.run(GRASS_TORCH="installed")
+    assert tree.calls == [*look, PREFLIGHT, TRAIN]
+    tree.run(GRASS_TORCH="installed", BASE_TORCH="2.13.0")  # another container
+    assert tree.calls == [*look, "-m pip --version", *made, install, PREFLIGHT, TRAIN]
+    assert not (tree.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("torch", "message"),
+    [
+        ("2.10.1", "torch 2.10 is too old\n"),
+        ("../x", "launch.sh: GRASS_TORCH must be a version like 2.11.0, or installed, not '../x'\n"),
+        ("==2.11", "launch.sh: GRASS_TORCH must be a version like 2.11.0, or installed, not '==2.11'\n"),
+    ],
+)
+def test_a_torch_that_is_too_old_or_none_is_refused_before_anything_is_made(tree, torch, message):
+    assert tree.run(GRASS_TORCH=torch) == (1, "", message)
+    assert not list(tree.folder.glob(".venv*/"))
+
+
+def test_an_environment_on_top_of_another_sees_its_torch_and_pip_leaves_that_alone(tree):
+    """With this Python, whose torch is in an environment, as it may be on a cluster."""
+    script = """
+source scripts/setup_env.sh
+create_venv
+"$python" -m pip install --quiet --no-index --constraint "$venv/.torch" torch  # only one that is there will do
+exec "$python" -c 'import importlib.util; print(importlib.util.find_spec("torch").origin)'
+"""
+    (tree.folder / "pretrain").mkdir()
+    for name in ("__init__.py", "machine.py"):
+        shutil.copy(Path(__file__).resolve().parents[1] / "pretrain" / name, tree.folder / "pretrain")
+    env = {"PATH": os.environ["PATH"], "GRASS_TORCH": "installed", "PYTHON": sys.executable}
+    command = ["bash", "-ec", script]
+    result = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, f"{torch.__file__}\n"), result.stderr
+    assert lines(tree.folder / ".venv-torch-installed/.torch") == [f"torch=={version('torch')} # of {sys.executable}"]
+
+
+def test_types_are_checked_for_the_pinned_torch_alone(tree):
+    tree.run(script="test.sh")
+    assert "-m mypy" in tree.calls
+    assert tree.run(script="test.sh", GRASS_TORCH="2.11.0")[0] == 0
+    assert "-m mypy" not in tree.calls and tree.calls[-1].startswith("-m pytest")
 
 
 @pytest.mark.parametrize("script", ["test.sh", ".ci/run"])
