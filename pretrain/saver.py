@@ -209,7 +209,7 @@ def _stager(pinned: bool) -> DefaultStager:
 
 
 def _stages_again() -> bool:
-    """Whether a stager can be used more than once: torch 2.11's empties itself, and fails at the second use."""
+    """Whether a stager can be used more than once: before torch 2.13 it empties itself, and fails at the second use."""
     stager = _stager(pinned=False)
     stager.stage({})
     try:
