@@ -111,6 +111,7 @@ def measure(steps: Steps, warm: int, n: int) -> dict[str, Any]:
         "counted": {name: median(of_step[name] for of_step in counted) for name in kinds},
         "launches": [of_step["launches"] for of_step in counted],
         "waits": [of_step["waits"] for of_step in counted],
+        "pageable_copies": [of_step["pageable_copies"] for of_step in counted],
         "refreshed": refreshed,
         "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
@@ -164,10 +165,8 @@ def report(found: dict[str, Any]) -> None:
         print(f"          {n} at {place}")
     graphs = f"{found['graphs']} graphs, {found['graph_breaks']} breaks"
     print("compiled ", graphs, f"; {found['graphs_in_measured_steps']} graphs in the measured steps", sep="")
-    planned = f", {found['planned_gib']:.3f} planned" if "planned_gib" in found else ""
-    print(
-        f"memory    {found['allocated_gib']:.3f} GiB allocated at the peak, {found['reserved_gib']:.3f} reserved{planned}"
-    )
+    planned = f", {found['planned_gib']:.3f} GiB planned" if "planned_gib" in found else ""
+    print(f"peak      {found['allocated_gib']:.3f} GiB allocated, {found['reserved_gib']:.3f} reserved{planned}")
     if found["contexts"] != [0]:
         print("contexts ", *found["contexts"])
 

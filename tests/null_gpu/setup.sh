@@ -8,15 +8,16 @@
 # ENVIRONMENT: an existing virtual environment that has a CUDA build of torch; it is used as it is.
 # NULL_GPU_TORCH: the version of torch instead of that in requirements.txt, for CUDA 13. NULL_GPU_INDEX_URL: where its
 # CUDA build is, if not on PyPI. PYTHON: the interpreter. Settings of pip that may prefer a CPU build are not read.
+# Exits with 3 where it cannot be made: on another platform, without a compiler, or where pip cannot download.
 set -euo pipefail
 sources=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$sources/../.."
-fail() { echo "null GPU: $*" >&2; exit 1; }
+fail() { echo "no null GPU: $*" >&2; exit "${code:-1}"; }
 given=
 if [[ ${1:-} == --venv ]]; then given=$(realpath -s "$2"); shift 2; fi
 folder=${1:-${GRASS_NULL_GPU:-.null_gpu}}
-[[ $(uname -sm) == "Linux x86_64" ]] || fail "it is for Linux on x86-64"
-command -v g++ gcc >/dev/null || fail "gcc and g++ are needed"
+[[ $(uname -sm) == "Linux x86_64" ]] || code=3 fail "it is for Linux on x86-64"
+for compiler in gcc g++; do command -v $compiler >/dev/null || code=3 fail "there is no $compiler"; done
 mkdir -p "$folder"
 folder=$(realpath "$folder")
 if command -v flock >/dev/null; then exec 9>"$folder/.lock"; flock 9; fi
@@ -34,7 +35,7 @@ elif [[ ! -L $folder/venv ]]; then
         echo "$wanted" >"$folder/requirements.txt"
         "$python" -m pip --isolated ${PIP_CERT:+--cert "$PIP_CERT"} install --quiet --disable-pip-version-check \
             ${NULL_GPU_INDEX_URL:+--extra-index-url "$NULL_GPU_INDEX_URL"} -r "$folder/requirements.txt" ||
-            fail "pip could not install torch $version"
+            code=3 fail "pip could not install torch $version"
         mv "$folder/requirements.txt" "$folder/installed"
     fi
 fi
