@@ -6,7 +6,8 @@ every:N        so does every N-th block, and the others keep everything
 selective      every block keeps the results of matrix products and attention, and computes the rest again
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ PRODUCTS = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 }
+# Of flash-attn 2 and 3 and torch's varlen kernel. flash-attn 4 has no operators: what it makes is made again.
+ATTENTION_NAMESPACES = ("flash_attn", "flash_attn_3", "torch_attn")
 
 
 def parse(mode: str) -> tuple[str, int]:
@@ -43,6 +46,24 @@ def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
         block.checkpointing = name if number % every == 0 else "none"
 
 
+@contextmanager
+def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
+    """Inside, every block keeps its input alone, whatever its mode is, so that a pass may keep more in one at a time."""
+    blocks = list(blocks)
+    modes = [block.checkpointing for block in blocks]
+    lean = [module for block in blocks for module in block.modules() if getattr(module, "lean", False)]
+    checkpoint_blocks(blocks, "full")
+    for module in lean:
+        module.lean = False  # a block that runs again keeps everything, for the short time until its backward
+    try:
+        yield
+    finally:
+        for block, mode in zip(blocks, modes, strict=True):
+            block.checkpointing = mode
+        for module in lean:
+            module.lean = True
+
+
 def run(name: str, function: Callable[..., Tensor], *inputs) -> Tensor:
     """`function(*inputs)`, keeping for its backward what "none", "full" or "selective" says. Compiles with its caller.
 
@@ -57,5 +78,5 @@ def run(name: str, function: Callable[..., Tensor], *inputs) -> Tensor:
 
 
 def _kept(context, op, *args, **kwargs) -> CheckpointPolicy:
-    product = op in PRODUCTS or op.namespace == "flash_attn"
+    product = op in PRODUCTS or op.namespace in ATTENTION_NAMESPACES
     return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.counter_rng import random_signs, round_stochastically
-from models.int8_weight import dequantise, quantise, whole
-from models.sharded import local, place
+from models.counter_rng import random_signs
+from models.int8_weight import quantise, whole
+from models.row_updates import fold_rows, positions, select_rows, selected
+from models.sharded import local
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class GrassLinear(nn.Module):
             self.weight = weight.requires_grad_(False)
         self.register_buffer("index", torch.arange(rank, device=weight.device))
         self.register_buffer("scale", torch.ones(rank, device=weight.device))
-        self.rows = nn.Parameter(self._selected(self.index, state_dtype or weight.dtype))
+        self.rows = nn.Parameter(selected(self, self.index, state_dtype or weight.dtype))
         self.scaled = False
         self.shared: SharedSlice | None = None  # with the layers whose index is always this one's
         self.probe: Tensor | None = None  # a leaf outside parameters(): DDP, FSDP and the optimizer never see it
@@ -186,23 +187,14 @@ class GrassLinear(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Select the first rows and load them: what a layer that was built on the meta device needs."""
-        self.index.copy_(torch.arange(self.rank))
+        self.index.copy_(torch.arange(self.rank, device=self.index.device))
         self.scale.fill_(1)
         rows = local(self.rows)
-        rows.copy_(self._selected(self.index, rows.dtype))
-
-    def _selected(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of the slice of the weight at ``index``, of a sharded layer the part that is here."""
-        selected = local(self.weight.detach()).index_select(self.dim, index)
-        if self.weight_step is None:
-            return selected.to(dtype)
-        return dequantise(selected, self.weight_step[index], self.dim, dtype)
+        rows.copy_(selected(self, self.index, rows.dtype))
 
     def positions(self) -> Tensor:
         """Where the elements of ``rows`` (of a sharded layer: those here) stand in the flattened weight, int64."""
-        width, here = self.in_features, place(self.rows)[1 - self.dim]
-        index, other = self.index, torch.arange(here.start, here.stop, device=self.index.device)
-        return index[:, None] * width + other if self.dim == 0 else other[:, None] * width + index
+        return positions(self, self.index)
 
     @torch.no_grad()
     def fold(
@@ -221,44 +213,25 @@ class GrassLinear(nn.Module):
         With weighted rows (``scaled``) the step Δ of every draw counts ρ times and a row drawn twice takes both steps:
         w ← decay·w + Σ ρΔ, where ``before`` is ``rows`` as it was and ``decay`` what the step multiplied it by.
         """
-        rows, weight = local(self.rows), local(self.weight)
-        after = rows if stepped is None else local(stepped)
         if self.scaled:
             assert before is not None
-            scale = self.scale.unsqueeze(1 - self.dim)
-            before = local(before)
-            kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
-            steps = (after - kept) * scale
-            first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
-            summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)
-            after = kept + summed.index_select(self.dim, first)
-        if after is not rows:
-            rows.copy_(round_stochastically(after, rows.dtype, rounding_key, self.positions()))
-        if self.weight_step is None:
-            weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
+            stepped = self.stepped_draws(before, decay, self.rows if stepped is None else stepped)
+        fold_rows([self], [stepped], [rounding_key])
 
     @torch.no_grad()
-    def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
-        """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``.
+    def stepped_draws(self, before: Tensor, decay: float, after: Tensor) -> Tensor:
+        """The new ``rows`` of a step on weighted ones, from what the optimizer made of each draw; see ``fold``."""
+        before, after, scale = local(before), local(after), self.scale.unsqueeze(1 - self.dim)
+        kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
+        steps = (after - kept) * scale
+        first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
+        summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)
+        return kept + summed.index_select(self.dim, first)
 
-        What the weight cannot hold of rows that leave is rounded stochastically; rows that stay keep it.
-        """
-        rows, weight = local(self.rows), local(self.weight)
-        old_index, masters = self.index.clone(), rows.clone()
-        if self.weight_step is not None:
-            codes, step = quantise(masters, self.dim, rounding_key, self.positions())
-            weight.index_copy_(self.dim, old_index, codes)
-            self.weight_step.index_copy_(0, old_index, step)
-        elif rows.dtype != weight.dtype:
-            rounded = round_stochastically(masters, weight.dtype, rounding_key, self.positions())
-            weight.index_copy_(self.dim, old_index, rounded)
-        self.index.copy_(index)
-        self.scale.copy_(scale) if scale is not None else self.scale.fill_(1)
-        position, stays = positions_among(old_index, self.index)
-        loaded = self._selected(self.index, rows.dtype)
-        rows.copy_(torch.where(stays.unsqueeze(1 - self.dim), masters.index_select(self.dim, position), loaded))
-        if self.weight_step is None:
-            weight.index_copy_(self.dim, self.index, rows.to(weight.dtype))
+    def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
+        """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; see ``select_rows``."""
+        for _ in select_rows([self], [index], [scale], [rounding_key]):
+            pass
 
     def start_probe(self, key: int, width: int | None) -> None:
         """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).
@@ -277,12 +250,6 @@ class GrassLinear(nn.Module):
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
         self.probe = self.probe_key = None
         return gathered.detach()
-
-
-def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of ``new`` where it first stands in the sorted ``old``, and whether it does (else the place is void)."""
-    position = torch.searchsorted(old, new).clamp_max(len(old) - 1)
-    return position, old[position] == new
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -17,17 +17,20 @@ from models.sharded import fill_part
 LARGEST = 127
 
 
-def quantise(x: Tensor, dim: int, key: int | None = None, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes, int8 of the shape of ``x`` (m, n), and steps, float32 (m,) for dim 0 and (n,) for dim 1.
+def quantise(
+    x: Tensor, dim: int, key: Tensor | int | None = None, position: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes, int8 of the shape of ``x`` (…, m, n), and steps, float32 (…, m) for dim 0 and (…, n) for dim 1.
 
     With a ``key`` an element goes to the code below or above at random, drawn at its ``position`` (int64, the shape of
     x), the nearer one likelier, so that the mean is x; without one it goes to the nearest. Of a row with an element
     that is not finite, no element stays so.
     """
     x = x.float()
-    largest = x.abs().amax(1 - dim)
+    other = -1 if dim == 0 else -2
+    largest = x.abs().amax(other)
     step = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / LARGEST).exponent)
-    x = x / step.unsqueeze(1 - dim)
+    x = x / step.unsqueeze(other)
     if key is None:
         codes = x.round()
     else:

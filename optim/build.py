@@ -18,7 +18,7 @@ INNER_OPTIMIZERS = {
     "adamw": "torch.optim.AdamW",
     "adam": "torch.optim.Adam",
     "sgd": "torch.optim.SGD",
-    "adafactor": "torch.optim.Adafactor",
+    "adafactor": "optim.adafactor.Adafactor",
     "adamw8bit": "torchao.optim.AdamW8bit",
     "muon": "optim.muon.MuonAndAdamW",
     "galore": "galore_torch.GaLoreAdamW",

@@ -14,7 +14,7 @@ copies for as long as they are selected, and rounded stochastically when they le
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.counter_rng import key, round_stochastically
+from models.counter_rng import key
 from models.grass_linear import GrassLinear
+from models.row_updates import Change, fold_rows, round_values, select_rows
 from models.sharded import local
+from models.transfer import upload
 from optim import moments
 from optim.build import decay_factor
 from optim.history import SelectionHistory
@@ -138,14 +140,13 @@ class Grass:
     def start(self, backward: Callable[[], object]) -> None:
         """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped.
 
-        ``backward`` must compute the same gradient each time: with ``stagger`` it is called for every turn, so that no
-        more layers are probed at once than in a step.
+        Every layer is probed in it, of which one that selects columns keeps its whole input: where memory is tight
+        ``backward`` should keep little else, by activation checkpointing.
         """
-        for turn in dict.fromkeys(self.offsets.values()):
-            self._start_probes([name for name, offset in self.offsets.items() if offset == turn])
-            backward()
-            self.model.zero_grad(set_to_none=True)
-            self._gather()
+        self._start_probes(self.layers)
+        backward()
+        self.model.zero_grad(set_to_none=True)
+        self._gather()
         self._refresh(list(self.layers))
         self._start_probes(self._probing)
 
@@ -202,9 +203,14 @@ class Grass:
         take_back(self.optimizer, self._stand_ins, self._round_state)
         self._rest.close()
         decay = self._decay_factors() if self._before else {}
+        layers, stepped, keys = list(self.stepping.values()), list[Tensor | None](), list[int]()
         for name, layer in self.stepping.items():
-            stepped = self._stand_ins.pop(layer.rows, None)
-            layer.fold(self._before.pop(layer, None), decay.get(layer.rows, 1.0), stepped, self._rounding_key(name))
+            after: Tensor | None = self._stand_ins.pop(layer.rows, None)
+            if (before := self._before.pop(layer, None)) is not None:
+                after = layer.stepped_draws(before, decay[layer.rows], layer.rows if after is None else after)
+            stepped.append(after)
+            keys.append(0 if after is None else self._rounding_key(name))
+        fold_rows(layers, stepped, keys)
         if not self.in_update:
             self.end_update()
 
@@ -218,12 +224,10 @@ class Grass:
     def _rounding_key(self, name: str, *what: str) -> int:
         return key(self.seed, "round", self.steps, name, *what)
 
-    def _round_state(self, rows: nn.Parameter, what: str, value: Tensor) -> Tensor:
-        name, rounded = self._low_precision[rows], value.to(rows.dtype)
-        positions = self.layers[name].positions()
-        exactly = round_stochastically(local(value), rows.dtype, self._rounding_key(name, what), positions)
-        local(rounded).copy_(exactly)
-        return rounded
+    def _round_state(self, rows: Sequence[nn.Parameter], what: str, values: Sequence[Tensor]) -> list[Tensor]:
+        names = [self._low_precision[p] for p in rows]
+        keys = [self._rounding_key(name, what) for name in names]
+        return round_values([self.layers[name] for name in names], values, rows[0].dtype, keys)
 
     def _steps_to_refresh(self, name: str) -> int:
         """Updates until the rows of ``name`` are chosen next: 1 … K, K right after (or at) a refresh."""
@@ -256,18 +260,21 @@ class Grass:
         probed = {name: layer.stop_probe() for name, layer in self.layers.items() if layer.probe is not None}
         if not probed:
             return
-        flat = torch.cat([p.flatten() for p in probed.values()])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
-            # The gradient is the mean over processes: a sketch is linear in it, squared norms are quadratic.
-            flat /= dist.get_world_size() ** (1 if self.sketch_width else 2)
-        parts = flat.split([p.numel() for p in probed.values()])
-        for (name, probe), part in zip(probed.items(), parts, strict=True):
-            part = part.view_as(probe)
-            if name in self.gathered:
-                self.gathered[name] += part
-            else:
-                self.gathered[name] = part.clone()  # the others' parts are let go
+            self._average(list(probed.values()))
+        again = [name for name in probed if name in self.gathered]
+        if again:
+            torch._foreach_add_([self.gathered[name] for name in again], [probed[name] for name in again])
+        self.gathered |= {name: probe for name, probe in probed.items() if name not in self.gathered}
+
+    def _average(self, probed: list[Tensor]) -> None:
+        """Make ``probed`` that of the mean gradient over the processes, in place."""
+        flat = torch.cat([p.flatten() for p in probed])
+        dist.all_reduce(flat)
+        # A sketch is linear in the gradient, squared norms are quadratic.
+        flat /= dist.get_world_size() ** (1 if self.sketch_width else 2)
+        parts = flat.split([p.numel() for p in probed])
+        torch._foreach_copy_(probed, [part.view_as(p) for part, p in zip(parts, probed, strict=True)])
 
     # The refresh.
 
@@ -276,10 +283,14 @@ class Grass:
         names = [name for name in names if name in self.gathered]
         if not names:
             return
-        norms = [self._norms(self.gathered.pop(name)) for name in names]
-        for name, norm, (index, scale) in zip(names, norms, self.choose(names, norms), strict=True):
-            layer = self.layers[name]
-            self._change_rows(name, layer, index.to(layer.index.device), scale, norm)
+        norms = self._norms([self.gathered.pop(name) for name in names])
+        chosen = self.choose(names, norms)
+        device = norms[0].device
+        index = upload(torch.cat([index for index, _ in chosen]), device).split([len(index) for index, _ in chosen])
+        scales = [scale if scale is None else upload(scale, device) for _, scale in chosen]
+        layers, keys = [self.layers[name] for name in names], [self._rounding_key(name) for name in names]
+        for numbers, change in select_rows(layers, index, scales, keys):
+            self._change_state([layers[n] for n in numbers], change, torch.stack([norms[n] for n in numbers]))
 
     def choose(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """What the host decides: the sorted index (r,) of each layer and its ρ (r,) or None, from row norms (m,).
@@ -306,29 +317,42 @@ class Grass:
         _require_agreement([index for index, _ in chosen.values()], norms[0].device)
         return [chosen[name] for name in names]
 
-    def _norms(self, gathered: Tensor) -> Tensor:
-        """Row norms (m,) from squared norms (m,) or from a sketch (m, k)."""
-        return gathered.sqrt() if gathered.ndim == 1 else gathered.norm(dim=1) / gathered.shape[1] ** 0.5
+    def _norms(self, gathered: list[Tensor]) -> list[Tensor]:
+        """Row norms (m,) of each layer, from squared norms (m,) or from a sketch (m, k)."""
+        together = torch.cat(gathered)
+        norms = together.sqrt() if together.ndim == 1 else together.norm(dim=1) / together.shape[1] ** 0.5
+        return list(norms.split([len(scores) for scores in gathered]))
 
-    def _change_rows(self, name: str, layer: GrassLinear, index: Tensor, scale: Tensor | None, norms: Tensor) -> None:
-        old_index, old_scale = layer.index.clone(), layer.scale.clone()
-        layer.select(index, scale, self._rounding_key(name))
+    def _change_state(self, layers: list[GrassLinear], change: Change, norms: Tensor) -> None:
+        """Carry the optimizer's state over a change of rows of layers that are alike, or drop it; norms (layers, m)."""
         # A shard of the rows and of their state has all of the selected dimension: each is carried by itself.
-        state = {k: local(t) if torch.is_tensor(t) else t for k, t in self.optimizer.state.get(layer.rows, {}).items()}
-        if not state:
+        states = [
+            {
+                name: local(t) if torch.is_tensor(t) else t
+                for name, t in self.optimizer.state.get(layer.rows, {}).items()
+            }
+            for layer in layers
+        ]
+        having = [number for number, state in enumerate(states) if state]
+        if not having:
             return
+        state, shape = states[having[0]], local(layers[0].rows).shape
         carried = self.state_at_refresh == "carry"
-        if carried and not moments.can_be_carried(state, local(layer.rows).shape):
+        if carried and not all(moments.can_be_carried(states[n], shape) for n in having):
             self._say_reset(state)
             carried = False
         if not carried:
-            del self.optimizer.state[layer.rows]
+            for n in having:
+                del self.optimizer.state[layers[n].rows]
             return
-        change = moments.Change(old_index, layer.index, old_scale, layer.scale, layer.dim)
         # The square of a sum over probe_steps gradients grows like their number: most of a gradient is noise.
-        elements = self.probe_steps * layer.weight.numel() // layer.selectable
-        mean_square = norms[layer.index].square() / elements
-        moments.carry(state, change, self.new_second_moment, mean_square)
+        elements = self.probe_steps * layers[0].weight.numel() // layers[0].selectable
+        mean_square = norms.gather(1, change.new_index).square() / elements
+        alike = len({tuple(states[n]) for n in having}) == 1
+        for some in [having] if alike else [[n] for n in having]:
+            own = change if len(some) == len(layers) else change.of(some)
+            score = mean_square if own is change else torch.stack([mean_square[n] for n in some])
+            moments.carry([states[n] for n in some], own, self.new_second_moment, score)
 
     def _say_reset(self, state: dict[str, Any]) -> None:
         if not self._said_reset:
@@ -366,6 +390,8 @@ def _require_agreement(indices: list[Tensor], device: torch.device) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return
     fingerprint = key(0, *(str(index.tolist()) for index in indices))
+    if "cpu:" in str(dist.get_backend_config()):
+        device = torch.device("cpu")  # between the hosts, which is no wait for a device
     low_high = torch.tensor([-fingerprint, fingerprint], device=device)
     dist.all_reduce(low_high, op=dist.ReduceOp.MAX)
     if low_high.tolist() != [-fingerprint, fingerprint]:

@@ -5,7 +5,7 @@ moment stops following its gradient. So for the length of a step the optimizer i
 parameter, its gradient and its state. Between steps only bfloat16 is kept, and the caller rounds to it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,21 +13,32 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-Round = Callable[[nn.Parameter, str, Tensor], Tensor]
+from models.sharded import local
+
+# What belongs to the elements of some parameters, by name, as it is to be kept.
+Round = Callable[[Sequence[nn.Parameter], str, Sequence[Tensor]], Sequence[Tensor]]
 
 
+@torch.no_grad()
 def lend(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
     """Put float32 stand-ins of ``parameters`` in their places in ``optimizer``, and return them by parameter."""
-    stand_ins = {}
+    if not parameters:
+        return {}
+    lent = [p for group in optimizer.param_groups for p in group["params"] if p in parameters]
+    stand_ins = {p: nn.Parameter(wide) for p, wide in zip(lent, _widened(lent), strict=True)}
+    with_gradient = [p for p in lent if p.grad is not None]
+    gradients = [p.grad for p in with_gradient if p.grad is not None]
+    for p, gradient in zip(with_gradient, _widened(gradients), strict=True):
+        stand_ins[p].grad = gradient
     for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            if p not in parameters:
-                continue
-            stand_in = nn.Parameter(p.detach().float())
-            stand_in.grad = None if p.grad is None else p.grad.float()
-            stand_ins[p] = group["params"][i] = stand_in
-            if state := optimizer.state.pop(p, None):
-                optimizer.state[stand_in] = {k: t.float() if _is_elementwise(t, p) else t for k, t in state.items()}
+        group["params"] = [stand_ins.get(p, p) for p in group["params"]]
+    for p in lent:
+        if state := optimizer.state.pop(p, None):
+            optimizer.state[stand_ins[p]] = state
+    for name, holders in _elementwise(optimizer, stand_ins).items():
+        states = [optimizer.state[stand_ins[p]] for p in holders]
+        for state, wide in zip(states, _widened([state[name] for state in states]), strict=True):
+            state[name] = wide
     return stand_ins
 
 
@@ -40,11 +51,37 @@ def take_back(
     left as it was: its new value is that of the stand-in.
     """
     parameters = {stand_in: p for p, stand_in in stand_ins.items()}
+    if not parameters:
+        return
     for group in optimizer.param_groups:
         group["params"] = [parameters.get(p, p) for p in group["params"]]
+    for name, holders in _elementwise(optimizer, stand_ins).items():
+        states = [optimizer.state[stand_ins[p]] for p in holders]
+        for state, kept in zip(states, round_state(holders, name, [state[name] for state in states]), strict=True):
+            state[name] = kept
     for p, stand_in in stand_ins.items():
         if state := optimizer.state.pop(stand_in, None):
-            optimizer.state[p] = {k: round_state(p, k, t) if _is_elementwise(t, p) else t for k, t in state.items()}
+            optimizer.state[p] = state
+
+
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in float32, made in one go."""
+    wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    if wide:
+        torch._foreach_copy_([local(w) for w in wide], [local(t.detach()) for t in tensors])
+    return wide
+
+
+def _elementwise(
+    optimizer: torch.optim.Optimizer, stand_ins: dict[nn.Parameter, nn.Parameter]
+) -> dict[str, list[nn.Parameter]]:
+    """By name of a state that belongs to single elements: the parameters that have one."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for p, stand_in in stand_ins.items():
+        for name, value in optimizer.state.get(stand_in, {}).items():
+            if _is_elementwise(value, p):
+                found.setdefault(name, []).append(p)
+    return found
 
 
 def _is_elementwise(state: Any, parameter: Tensor) -> bool:

@@ -16,29 +16,20 @@ Only what is known to be an average of gradients or of their squares, element by
 (factored or quantised moments, Rprop's step sizes) is reset, and ``optim.grass`` says so.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from models.grass_linear import positions_among
+from models.row_updates import Change, positions_among
 
 POLICIES = ("reset", "carry")
 NEW_SECOND_MOMENTS = ("mean", "score", "zero")
 # What torch.optim calls averages (Adamax: a maximum) of gradients, and averages (Adagrad: the sum) of their squares.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "exp_inf")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-
-
-class Change(NamedTuple):
-    """A change of rows: index (r,) and ρ (r,) before and after, sorted by index; ``dim`` is the selected dimension."""
-
-    old_index: Tensor
-    new_index: Tensor
-    old_scale: Tensor
-    new_scale: Tensor
-    dim: int
 
 
 def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
@@ -51,29 +42,31 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 
 
 @torch.no_grad()
-def carry(state: dict[str, Any], change: Change, new_second_moment: str, score: Tensor) -> None:
-    """Make ``state`` that of the new rows, in place.
+def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor) -> None:
+    """Make ``states`` those of the new rows, in place.
 
     A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, and the mean
     over the rows selected before is that of G itself.
 
     Args:
-        state: the inner optimizer's state of ``rows``, which ``can_be_carried``.
+        states: the inner optimizer's states of the rows of each layer of ``change``, which ``can_be_carried`` and hold
+            the same moments.
         new_second_moment: a name of NEW_SECOND_MOMENTS.
-        score: (r,) estimated mean square of a gradient element of each new row, for "score".
+        score: (layers, rank) estimated mean square of a gradient element of each new row, for "score".
     """
-    position, stays = positions_among(change.old_index, change.new_index)
-    for name, moment in state.items():
+    along = 2 - change.dim  # a number for each selected row, of a stack of layers
+    position, stays = (t.unsqueeze(along) for t in positions_among(change.old_index, change.new_index))
+    for name, moment in states[0].items():
         if not torch.is_tensor(moment) or moment.ndim == 0:
             continue
         second = name in SECOND_MOMENTS
-        along = [-1 if d == change.dim else 1 for d in range(moment.ndim)]
-        old_scale, new_scale = ((s**2 if second else s).view(along) for s in (change.old_scale, change.new_scale))
-        of_gradient = moment / old_scale
-        kept = of_gradient.index_select(change.dim, position)
+        old_scale, new_scale = ((s**2 if second else s).unsqueeze(along) for s in (change.old_scale, change.new_scale))
+        moments = [state[name] for state in states]
+        of_gradient = torch.stack(moments) / old_scale
+        kept = of_gradient.take_along_dim(position, 1 + change.dim)
         fresh = torch.zeros_like(kept)
         if second and new_second_moment == "mean":
-            fresh = of_gradient.mean(change.dim, keepdim=True).expand_as(kept)
+            fresh = of_gradient.mean(1 + change.dim, keepdim=True).expand_as(kept)
         elif second and new_second_moment == "score":
-            fresh = score.view(along).expand_as(kept)
-        moment.copy_(torch.where(stays.view(along), kept, fresh) * new_scale)
+            fresh = score.unsqueeze(along).expand_as(kept)
+        torch._foreach_copy_(moments, list((torch.where(stays, kept, fresh) * new_scale).unbind()))

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from models.sharded import local, sum_parts
 from optim.parts import Parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
-TOGETHER = 4  # matrices that are orthogonalised at once: a quarter of the kernels, and few temporaries in any model
+TOGETHER = 2**22  # elements of matrices that are orthogonalised at once: few kernels, and few temporaries in any model
 
 
 class Muon(torch.optim.Muon):
@@ -41,16 +41,18 @@ class Muon(torch.optim.Muon):
 
     def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Step on ``parameters``, all of one shape."""
-        directions = []
         for p in parameters:
-            gradient, state = cast(Tensor, p.grad), self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            directions.append(gradient.lerp(buffer, group["momentum"]))  # Nesterov's
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        gradients = [local(cast(Tensor, p.grad)) for p in parameters]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
+        orthogonal = _orthogonal(list(directions), like=parameters[0])
+        here = [local(p) for p in parameters]
+        torch._foreach_mul_(here, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        for p, direction in zip(parameters, _orthogonal(directions), strict=True):
-            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(direction.to(p.dtype), alpha=-rate)
+        torch._foreach_add_(here, list(orthogonal.to(here[0].dtype).unbind()), alpha=-rate)
 
 
 def orthogonalize(
@@ -88,29 +90,42 @@ def orthogonalize(
     return wide.mT if tall else wide
 
 
-def _orthogonal(directions: list[Tensor]) -> tuple[Tensor, ...]:
-    """The part of each orthogonalised direction, all of one shape, that this process holds."""
-    first = directions[0]
-    tall = first.shape[0] > first.shape[1]
-    if not isinstance(first, DTensor):
-        return orthogonalize(torch.stack(directions)).unbind()
+def _orthogonal(directions: list[Tensor], like: Tensor) -> Tensor:
+    """The orthogonalised directions, all of one shape, stacked: the parts of them that this process holds.
+
+    ``directions`` are the parts that are here of tensors that are sharded as ``like`` is.
+    """
+    tall = like.shape[0] > like.shape[1]
+    stacked = torch.stack(directions)
+    if not isinstance(like, DTensor):
+        return orthogonalize(stacked)
     longer = int(not tall)
-    if all(p.is_replicate() or p.is_shard(longer) for d in directions for p in cast(DTensor, d).placements):
-        parts = torch.stack([local(d) for d in directions])
-        return orthogonalize(parts, tall=tall, total=lambda sums: sum_parts(sums, first)).unbind()
-    stacked = torch.stack(directions)  # in what is sharded otherwise, torch decides what to send
-    whole = cast(DTensor, orthogonalize(stacked))
-    return local(whole.redistribute(placements=cast(DTensor, stacked).placements)).unbind()
+    if all(p.is_replicate() or p.is_shard(longer) for p in like.placements):
+        return orthogonalize(stacked, tall=tall, total=lambda sums: sum_parts(sums, like))
+    # In what is sharded otherwise, torch decides what to send.
+    placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
+    size = torch.Size((len(directions), *like.shape))
+    sharded = DTensor.from_local(
+        stacked,
+        like.device_mesh,
+        placements,
+        run_check=False,
+        shape=size,
+        stride=torch.empty(size, device="meta").stride(),
+    )
+    whole = cast(DTensor, orthogonalize(sharded))
+    return local(whole.redistribute(placements=placements))
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``parameters`` of one shape and dtype, TOGETHER at a time."""
+    """``parameters`` of one shape and dtype, TOGETHER elements at a time."""
     alike: dict[Any, list[Tensor]] = {}
     for p in parameters:
         alike.setdefault((p.shape, p.dtype), []).append(p)
     for together in alike.values():
-        for start in range(0, len(together), TOGETHER):
-            yield together[start : start + TOGETHER]
+        size = max(1, TOGETHER // max(1, local(together[0]).numel()))
+        for start in range(0, len(together), size):
+            yield together[start : start + size]
 
 
 class MuonAndAdamW(Parts):

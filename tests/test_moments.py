@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from models.grass_linear import GrassLinear
+from models.row_updates import Change
 from optim.build import optimizer_class
 from optim.grass import Grass
-from optim.moments import Change, carry
+from optim.moments import carry
 
 # A (4, 2) weight, rows 0 and 1 selected; its gradient's squared row norms make the next selection rows 1 and 3.
 WEIGHT = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
@@ -83,10 +84,14 @@ def test_moments_follow_a_changing_rho(dim, policy, new_second):
 
     state = {"step": torch.tensor(7.0), "exp_avg": lay([*FIRST, [0, 0]]), "exp_avg_sq": lay([*SECOND, [23, 28]])}
     change = Change(
-        torch.tensor([0, 1, 2]), torch.tensor([1, 3, 3]), torch.tensor([1.0, 2, 2]), torch.tensor([4.0, 4, 4]), dim
+        torch.tensor([[0, 1, 2]]),
+        torch.tensor([[1, 3, 3]]),
+        torch.tensor([[1.0, 2, 2]]),
+        torch.tensor([[4.0, 4, 4]]),
+        dim,
     )
     # Second moments of G itself: [1, 4], [9, 16] / 4, [23, 28] / 4; their mean is [3, 5].
-    carry(state, change, policy, score=torch.tensor([0.0, 3.0, 3.0]))
+    carry([state], change, policy, score=torch.tensor([[0.0, 3.0, 3.0]]))
     assert torch.equal(state["exp_avg"], lay([[6.0, 8.0], [0.0, 0.0], [0.0, 0.0]]))
     assert torch.equal(state["exp_avg_sq"], lay([[36.0, 64.0], *new_second, *new_second]))
     assert state["step"] == 7

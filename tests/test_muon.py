@@ -42,7 +42,7 @@ def _sharded(rank):
     wide, tall = (distribute_tensor(torch.ones(*s, dtype=torch.float64), mesh, [Shard(d)]) for s, d in LONGER)
     with CommDebugMode() as others:
         for m in (wide, tall):
-            muon._orthogonal([m, m])
+            muon._orthogonal([m.to_local(), m.to_local()], like=m)
     assert sent == 2 * [(2, 1, 1), (2, 6, 6)] and others.get_total_counts() == len(sent)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from models.checkpointing import all_checkpointed
 from models.grass_linear import convert_linears
 from models.llama import Llama
 from optim.build import inner_optimizer, parameter_groups
@@ -92,7 +93,8 @@ def test_with_stagger_no_forward_of_a_run_keeps_the_whole_inputs_of_more_than_a_
         optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
         grass = Grass(model, optimizer, refresh_every=2, score=score, stagger=stagger)
         saved = []
-        grass.start(lambda model=model, saved=saved: saved.append(saved_bytes(model, lambda loss: loss.backward())))
+        with all_checkpointed(model.layers):  # as a run does
+            grass.start(lambda model=model, saved=saved: saved.append(saved_bytes(model, lambda loss: loss.backward())))
         indices[stagger] = [layer.index.tolist() for layer in layers.values()]
         for _ in range(4):
             saved.append(saved_bytes(model, lambda loss: loss.backward()))

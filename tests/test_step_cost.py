@@ -48,7 +48,8 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        made_from_python = name in ("tensor", "as_tensor")  # a copy from pageable memory
+        # A copy from pageable memory, where a device is asked for; what stays on the host goes on through pinned memory.
+        made_from_python = name in ("tensor", "as_tensor") and "device" in (kwargs or {})
         leaves = name == "to" and "cpu" in args[1:]  # by that name: the run's own device comes as a torch.device
         masked = name in ("__getitem__", "__setitem__") and getattr(args[1], "dtype", None) == torch.bool
         if name in WAITS or made_from_python or leaves or masked:
@@ -130,9 +131,9 @@ def muon_kernels(blocks):
     return sum(kernels.counts.values())
 
 
-def test_muon_s_kernels_grow_by_ninety_one_for_each_block():
-    """Five for each of seven matrices, and 32 for each batch of four that are orthogonalised together."""
-    assert muon_kernels(12) - muon_kernels(8) == 4 * LINEARS * 5 + LINEARS * 32
+def test_muon_s_kernels_do_not_grow_with_the_blocks():
+    """But for the fold's, one for each layer: matrices of one shape go together, up to a bound that is far from here."""
+    assert muon_kernels(12) - muon_kernels(8) == 4 * LINEARS
 
 
 @pytest.mark.parametrize(("method", "score"), [("grass+head", "sketch"), ("grass+muon", "sketch"), ("grass", "exact")])

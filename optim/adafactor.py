@@ -1,0 +1,70 @@
+"""Adafactor as an inner optimizer: torch's, with a step that does not wait for a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 2**24  # elements of a parameter that are scaled in float32 at once
+
+
+class Adafactor(torch.optim.Adafactor):
+    """torch.optim.Adafactor (Shazeer & Stern, arXiv 1804.04235), the same state and the same step.
+
+    Torch asks the device for two norms of every parameter as Python numbers. Here they stay on a GPU, as float32
+    scalars. On a CPU, where nothing waits, the step is torch's own.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        if all(p.device.type == "cpu" for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_on(p, p.grad, group)
+        return loss
+
+    def _step_on(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """The step of torch's _single_tensor_adafactor on one parameter, its two norms kept on the device."""
+        eps1, eps2 = group["eps"]
+        eps1 = torch.finfo(parameter.dtype).eps if eps1 is None else eps1
+        gradient = -gradient if group["maximize"] else gradient
+        state = self.state[parameter]
+        if not state:
+            state |= {"step": torch.tensor(0.0), **_no_variance(gradient)}
+        state["step"] += 1
+        step, size = state["step"].item(), parameter.numel() ** 0.5  # torch keeps the count on the host
+        rate = min(float(group["lr"]), step**-0.5)
+        alpha = (parameter.norm(2).float() / size).clamp(min=eps2) * rate
+        parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
+        update = _variance(state, gradient, step ** group["beta2_decay"], eps1).clamp_(min=eps1**2).rsqrt_()
+        update.mul_(gradient)
+        clipped = (update.norm(2).float() / (size * group["d"])).clamp(min=1.0)
+        factor = -alpha / clipped
+        rows = max(1, AT_ONCE // max(1, parameter[:1].numel()))
+        for here, change in zip(parameter.split(rows), update.split(rows), strict=True):
+            here.add_(change.float().mul_(factor))  # in the parameter's own dtype the factor would be rounded to it
+
+
+def _no_variance(gradient: Tensor) -> dict[str, Tensor]:
+    """Torch's names: ``variance`` of a vector, and for a matrix the means along its two last dimensions."""
+    if gradient.ndim < 2:
+        return {"variance": torch.zeros_like(gradient)}
+    *others, rows, columns = gradient.shape
+    return {"row_var": gradient.new_zeros((*others, rows, 1)), "col_var": gradient.new_zeros((*others, 1, columns))}
+
+
+def _variance(state: dict[str, Tensor], gradient: Tensor, weight: float, eps1: float) -> Tensor:
+    """Move the averages of squares by ``weight`` towards ``gradient``'s; returns what they say of each element."""
+    if gradient.ndim < 2:
+        return state["variance"].lerp_(gradient * gradient, weight).clone()
+    row_var, col_var = state["row_var"], state["col_var"]
+    row_var.lerp_(gradient.norm(dim=-1, keepdim=True).square_().div_(gradient.shape[-1]), weight)
+    col_var.lerp_(gradient.norm(dim=-2, keepdim=True).square_().div_(gradient.shape[-2]), weight)
+    return (row_var @ col_var).div_(row_var.mean(dim=-2, keepdim=True).clamp_(min=eps1))
