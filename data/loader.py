@@ -5,8 +5,8 @@ window's last target is the next one's first input. Documents are packed: a wind
 Where documents begin with a prompt, each is a window of its own, cut to `seq_len` targets or filled up, and
 the prompt's tokens are no targets.
 On the fly, while the text is still being prepared, windows are shuffled in blocks (data.growing).
-With `masks` a batch says besides which document of its row every input belongs to, and the first token of a
-document, which nothing before it tells, is no target.
+With `masks` a batch says besides where documents begin, and the first token of a document, which nothing before it
+tells, is no target.
 """
 
 import hashlib
@@ -102,7 +102,7 @@ class TrainBatches:
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0).
 
-        With masks also the number of each input's document in its row, int32 of that shape.
+        With masks also where documents begin, as `_batch` says.
         """
         places = self._places(step, self._first, self._share)
         for chunk in places.reshape(-1, self._micro_batch_size):
@@ -189,7 +189,8 @@ def validation_batches(
 def _batch(tokens: Tokens, places: list[int], seq_len: int, batch_size: int, masks: bool = False) -> tuple[Tensor, ...]:
     """Inputs and targets, int64 (batch_size, seq_len) each, from these places on; the rest is 0, and -100 as target.
 
-    With `masks`, also documents, int32 of that shape: in a row they count from 0.
+    With `masks`, also documents, int32 (documents + 1,): the places among the batch's inputs, row after row, where one
+    begins, as every row does, and the number of inputs.
     """
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), IGNORED)
@@ -202,12 +203,12 @@ def _batch(tokens: Tokens, places: list[int], seq_len: int, batch_size: int, mas
         targets[row, first : len(ids) - 1] = ids[1 + first :]
     if not masks:
         return inputs, targets
-    documents = torch.zeros(batch_size, seq_len, dtype=torch.int32)
+    documents = [np.arange(batch_size + 1) * seq_len]
     for row, place in enumerate(places):
-        begins = torch.from_numpy(tokens.document_starts(place + 1, place + 1 + seq_len) - place)
+        begins = tokens.document_starts(place + 1, place + 1 + seq_len) - place
         targets[row, begins - 1] = IGNORED
-        documents[row, begins[begins < seq_len]] = 1
-    return inputs, targets, documents.cumsum(1, dtype=torch.int32)
+        documents.append(row * seq_len + begins[begins < seq_len])
+    return inputs, targets, torch.from_numpy(np.unique(np.concatenate(documents)).astype(np.int32))
 
 
 def _given(tokens: Tokens) -> np.ndarray | None:

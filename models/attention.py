@@ -1,71 +1,91 @@
-"""Causal self-attention behind one call: flash-attn where it can run, PyTorch's SDPA elsewhere.
+"""Causal self-attention behind one call: flash-attn where it is installed, torch's own kernels elsewhere.
 
-Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` turns what was asked for
-into what will run, before any compute; `attention` takes only its answer.
+Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` turns what was asked for into what
+will run, before any compute; `attention` takes only its answer: "sdpa", "varlen" or a version of flash-attn.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from models.attention_kernels import choose_flash, functions, varlen_runs
 
 BACKENDS = ("auto", "sdpa", "flash")
 
 log = logging.getLogger(__name__)
 
 
-def resolve_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend, "sdpa" or "flash", that will run for tensors of `dtype` on `device`; logs it once.
+def resolve_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool = False
+) -> str:
+    """The backend that will run for tensors of `dtype` on `device`; with `documents`, for packed ones kept apart.
 
-    "auto" takes flash-attn where it can run. Raises ValueError for an unknown name, and for "flash" where it
-    cannot run.
+    "auto" takes the first version of flash-attn that is installed and can run; else, for packed documents, torch's
+    varlen kernel where that can; else SDPA. "sdpa" is SDPA always.
+    Raises ValueError for an unknown name, and for "flash" where no version can run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"model.attention={requested}: unknown; choose one of {', '.join(BACKENDS)}")
-    obstacle = None if requested == "sdpa" else flash_obstacle(device, dtype)
-    if requested == "flash" and obstacle:
-        raise ValueError(f"model.attention=flash: {obstacle}; mend that, or set model.attention=auto or sdpa")
-    backend = "sdpa" if requested == "sdpa" or obstacle else "flash"
-    _log_once(f"attention runs on {backend}" + (f" ({obstacle})" if obstacle else ""))
-    return backend
+    if requested == "sdpa":
+        return "sdpa"
+    version, reason = choose_flash(device, dtype, head_dim)
+    if version:
+        return version
+    if requested == "flash":
+        raise ValueError(f"model.attention=flash: {reason}; mend that, or set model.attention=auto or sdpa")
+    return "varlen" if documents and varlen_runs(device, dtype, head_dim) else "sdpa"
 
 
-def flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flash-attn cannot take tensors of `dtype` on `device`; None where it can."""
-    if device.type != "cuda":
-        return f"flash-attn needs a CUDA device, the tensors are on {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn needs bfloat16 or float16, the tensors are {dtype}"
-    try:
-        import flash_attn  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn cannot be imported ({error})"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "flash-attn needs a GPU of compute capability 8.0 or later"
-    return None
+_said: set[Any] = set()
+KERNELS = {
+    SDPBackend.MATH: "math",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+}
 
 
-_said: set[str] = set()
+def say_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Tensor | None) -> None:
+    """Log which kernel attention will run in blocks on x (b, t, hidden), once for each kind of call.
 
-
-def _log_once(line: str) -> None:
-    if log.isEnabledFor(logging.INFO) and line not in _said:
-        _said.add(line)
-        log.info(line)
-
-
-def document_layout(documents: Tensor, backend: str) -> Tensor:
-    """What `attention` takes to keep the documents of a row apart, from each token's number of its document (b, t).
-
-    For SDPA a mask, bool (b, 1, t, t), which takes its memory-efficient kernel and not its flash one; for flash-attn
-    the places where the documents of all rows begin, and the end, int32 (documents + 1,).
+    SDPA's is the one that torch itself chooses for such tensors, out of those that are enabled.
     """
-    if backend == "flash":
-        first = torch.ones_like(documents, dtype=torch.bool)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        return F.pad(first.flatten().nonzero().flatten(), (0, 1), value=documents.numel()).to(torch.int32)
-    return (documents[:, :, None] == documents[:, None, :]).tril().unsqueeze(1)
+    call = (backend, x.device, x.dtype, head_dim, kv_heads, layout is None, torch.is_grad_enabled())
+    # Tensors of other types are fake ones, which no kernel runs on.
+    if call in _said or type(x) is not Tensor or not log.isEnabledFor(logging.INFO):
+        return
+    name = {"varlen": "torch's varlen_attn, flash kernel"}.get(backend, backend)
+    if backend == "sdpa":
+        q = x.unflatten(-1, (-1, head_dim))
+        k = q[:, :, :kv_heads]
+        kernel = SDPBackend(torch._fused_sdp_choice(**_sdpa_arguments(q, k, k, layout)))
+        name = f"torch's SDPA, {KERNELS.get(kernel, kernel.name)} kernel"
+    line = f"{'attention' if layout is None else 'attention within documents'}: {name}"
+    if line not in _said:
+        log.info(line)
+    _said.update((call, line))
+
+
+def document_layout(documents: Tensor, backend: str, rows: int, tokens: int) -> Tensor:
+    """What `attention` takes to keep documents apart, from where they begin, int32 (documents + 1,).
+
+    The places count the tokens of all rows, row after row. Every row begins a document; the last entry is
+    rows · tokens. For SDPA a mask, bool (rows, 1, tokens, tokens); for others `documents` as it is.
+    Nothing here waits for the device.
+    """
+    if backend == "sdpa":
+        places = torch.arange(rows * tokens, dtype=torch.int32, device=documents.device)
+        numbers = torch.bucketize(places, documents, out_int32=True, right=True).view(rows, tokens)
+        return (numbers[:, :, None] == numbers[:, None, :]).tril().unsqueeze(1)
+    # Every batch has another number of documents: a compiled block is to take them all.
+    torch._dynamo.maybe_mark_dynamic(documents, 0)
+    return documents
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor | None = None) -> Tensor:
@@ -75,29 +95,52 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor |
     heads share a key-value head. The queries are of the last t of s tokens. Returns (b, t, heads, head_dim) in q's
     dtype. With the `layout` of `document_layout`, a token sees only those of its own document.
     """
-    if backend == "flash" and layout is not None:
-        from flash_attn import flash_attn_varlen_func
+    if backend == "sdpa":
+        return _sdpa(q, k, v, layout)
+    rows, documents = functions[backend]
+    # flash-attn's backward adds up with atomics, in another order every run, unless asked not to.
+    options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    if layout is None:
+        return _output(rows(q, k, v, **options))
+    t = q.shape[1]  # the longest that a document can be
+    lengths = {"cu_seqlens_q": layout, "cu_seqlens_k": layout, "max_seqlen_q": t, "max_seqlen_k": t}
+    return _output(documents(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options)).unflatten(0, (-1, t))
 
-        t = q.shape[1]  # the longest that a document can be
-        y = flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            cu_seqlens_q=layout,
-            cu_seqlens_k=layout,
-            max_seqlen_q=t,
-            max_seqlen_k=t,
-            causal=True,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
-        return y.unflatten(0, (-1, t))
-    if backend == "flash":
-        from flash_attn import flash_attn_func
 
-        # Its backward adds up with atomics, in another order every run, unless asked not to.
-        return flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    t, s = q.shape[2], k.shape[2]
-    # SDPA's own mask would stand the queries at the first tokens, where flash-attn's stands them at the last.
-    mask = layout if t == s else torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    # A constant for torch.compile, where t == s would be a symbol once the length is.
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)
+def _output(returned: Tensor | tuple) -> Tensor:
+    """flash-attn 4 returns a tuple that begins with the output, as 3 once did; 2 and 3 return the output."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> Tensor:
+    arguments = _sdpa_arguments(q, k, v, layout)
+    if q.shape[1] == k.shape[1]:
+        return F.scaled_dot_product_attention(**arguments).transpose(1, 2)
+    with _without_cudnn():
+        return F.scaled_dot_product_attention(**arguments).transpose(1, 2)
+
+
+def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> dict[str, Any]:
+    """SDPA's arguments for those of `attention`."""
+    t, s, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    mask, causal = layout, layout is None
+    if t != s:
+        # SDPA's causal mask would stand the queries at the first tokens; a single new one sees every token.
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t) if t > 1 else None
+        causal = False
+    if groups > 1 and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+        # The kernels for these know no groups of heads, and the math path would make all t × s scores.
+        k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
+    arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": groups > 1}
+    return arguments | {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2)}
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """cuDNN makes a plan for every pair of lengths: with a cache, for every token."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)

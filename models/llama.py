@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import BACKENDS, attention, document_layout, resolve_backend
+from models.attention import BACKENDS, attention, document_layout, resolve_backend, say_kernel
 from models.checkpointing import run
 from models.counter_rng import key
 from models.int8_weight import fill_weight
@@ -181,7 +181,7 @@ class Llama(nn.Module):
         if problems:
             raise ValueError("\n".join(problems))
 
-        self.head_dim = hidden_size // num_attention_heads
+        self.head_dim, self.kv_heads = hidden_size // num_attention_heads, kv_heads
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
         self.tie_word_embeddings = tie_word_embeddings
@@ -210,8 +210,9 @@ class Llama(nn.Module):
 
         With targets (b, t) int64, -100 where none: the cross-entropies in nats, summed over the targets, as
         a scalar in fp32 (fp64 for an fp64 model).
-        With documents (b, t), the number of the document that a token belongs to, it sees those of its own alone;
-        rotary positions go on from one to the next, which changes nothing: only their differences count.
+        With documents, int32 (documents + 1,), the places among the b · t tokens where one begins, as every row does,
+        and b · t: a token sees those of its own document only. Rotary positions go on from one to the next, which
+        changes nothing: only their differences count.
         With caches, one a layer, input_ids go on from the tokens these hold, and are added to them.
         Raises ValueError for more tokens than the model has positions.
         """
@@ -224,8 +225,10 @@ class Llama(nn.Module):
             )
         x = self.embed_tokens(input_ids)
         cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.rope_theta, like=x, start=start)
-        backend = resolve_backend(self.attention, x.device, x.dtype)
-        layout = None if documents is None else document_layout(documents, backend)
+        backend = resolve_backend(self.attention, x.device, x.dtype, self.head_dim, documents is not None)
+        layout = None if documents is None else document_layout(documents, backend, *input_ids.shape)
+        if not start:
+            say_kernel(backend, x, self.head_dim, self.kv_heads, layout)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, backend, caches[i] if caches else None, layout)
         x = self.norm(x)

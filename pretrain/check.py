@@ -274,7 +274,8 @@ def _model_problems(config: Config, world_size: int) -> list[str]:
     except ValueError as error:
         problems.append(str(error))
     try:
-        resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32))
+        head_dim = config.model.hidden_size // max(1, config.model.num_attention_heads)
+        resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32), head_dim)
     except ValueError as error:
         problems.append(str(error))
     if config.data.vocab_size != config.model.vocab_size:

@@ -11,8 +11,8 @@ from models.llama import Llama, SelfAttention
 # Peaks of matrix products in (bfloat16, TF32), 10¹² a second, without sparsity, from NVIDIA's data sheets; by words of
 # torch's name for the GPU, of which the first match counts.
 PEAKS = {
-    "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494), "A100": (312, 156),
-    "L40S": (362, 183), "L4": (121, 60),
+    "H200 NVL": (835, 417), "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494),
+    "A100": (312, 156), "L40S": (362, 183), "L4": (121, 60),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.parallel import Engine
 
-# Inputs and targets, int64 (micro_batch_size, seq_len) each, and, with train.document_masks, whose tokens they are.
+# Inputs and targets, int64 (micro_batch_size, seq_len) each; with train.document_masks also where documents begin.
 MicroBatch = tuple[Tensor, ...]
 
 

@@ -173,7 +173,7 @@ class _Walker:
         train, size = self.config.train, micro_batch_size(self.config)
         tokens = torch.zeros(size, train.seq_len, dtype=torch.int64)
         accumulated = train.tokens_per_step // (size * train.seq_len * self.config.estimate.devices)
-        documents = [tokens.int()] if train.document_masks else []
+        documents = [torch.arange(size + 1, dtype=torch.int32) * train.seq_len] if train.document_masks else []
         return [(tokens, tokens, *documents)] * min(accumulated, 2)
 
     def _label_model(self) -> None:

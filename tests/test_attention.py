@@ -1,139 +1,25 @@
-"""SDPA and the call to flash-attn, held to the plain formula and to flash-attn's own signature.
+"""Attention, held to the plain formula on every backend, and what is handed to SDPA."""
 
-flash-attn needs a GPU. What can be held without one is the call: its arguments bind to the signature in
-flash-attn's source distribution, and a plain function with that signature, put in its place, gives what SDPA
-gives.
-"""
-
-import ast
-import inspect
 import logging
-import os
-import re
-import subprocess
-import sys
-import tarfile
-import tempfile
-import types
-from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import attention as attention_module
-from models.attention import attention, document_layout, resolve_backend
-from models.llama import Block, rope_tables
-
-FLASH_ATTN = "2.8.3.post2"
-CACHE = Path(__file__).parent.parent / ".cache"
-NO_NETWORK = r"NewConnectionError|ConnectTimeout|Temporary failure in name resolution|Network is unreachable"
-
-
-def plain_attention(q, k, v, causal, softmax_scale=None):
-    """softmax(q kᵀ · scale) v in fp32 or wider, with flash-attn's layout, causal mask and head groups."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    group, scale = q.shape[2] // k.shape[2], softmax_scale or q.shape[3] ** -0.5
-    k, v = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), k) * scale
-    if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1])
-        scores = scores.masked_fill(later, float("-inf"))
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).to(q.dtype)
+from models.attention import attention, document_layout, say_kernel
+from models.attention_kernels import FLASH, functions
+from models.checkpointing import PRODUCTS, run
+from models.llama import Block, Llama, rope_tables
+from tests.flash_attention import flash_attn_varlen_func, install, plain_attention
 
 
-def flash_attn_func(
-    q,
-    k,
-    v,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-):
-    """flash-attn's contract over the plain formula; refuses what the formula does not do."""
-    asked = (dropout_p, window_size, softcap, alibi_slopes, return_attn_probs)
-    assert asked == (0.0, (-1, -1), 0.0, None, False)
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    return plain_attention(q, k, v, causal, softmax_scale)
-
-
-def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
-):
-    """flash-attn's contract for sequences of many lengths, one behind the other: each by itself."""
-    asked = (dropout_p, window_size, softcap, alibi_slopes, return_attn_probs, block_table)
-    assert asked == (0.0, (-1, -1), 0.0, None, False, None)
-    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
-    lengths = cu_seqlens_q.diff().tolist()
-    assert cu_seqlens_q[0] == 0 and sum(lengths) == len(q) and max_seqlen_q == max_seqlen_k >= max(lengths)
-    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([plain_attention(*(x[None] for x in part), causal, softmax_scale)[0] for part in parts])
-
-
-@pytest.fixture
-def flash_attn(monkeypatch):
-    """A stand-in for flash-attn, importable by its name."""
-    module = types.ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return module
-
-
-@pytest.fixture
-def no_flash_attn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-
-
-@pytest.fixture(scope="session")
-def flash_attn_signatures():
-    """The signatures of flash-attn's functions in its source distribution, fetched by pip once, by name."""
-    name = f"flash_attn-{FLASH_ATTN}"
-    sdist = CACHE / f"{name}.tar.gz"
-    if not sdist.exists():
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            download(folder)
-            os.replace(Path(folder) / sdist.name, sdist)
-    with tarfile.open(sdist) as archive:
-        source = archive.extractfile(f"{name}/flash_attn/flash_attn_interface.py").read()
-    namespace = {"torch": torch}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name in ("flash_attn_func", "flash_attn_varlen_func"):
-            node.body, node.decorator_list = [ast.Pass()], []
-            exec(ast.unparse(node), namespace)
-    return {name: inspect.signature(namespace[name]) for name in ("flash_attn_func", "flash_attn_varlen_func")}
-
-
-def download(folder):
-    # pip asks the package for its metadata, and its setup.py then needs torch and would look for CUDA.
-    wanted = f"flash-attn=={FLASH_ATTN} --no-deps --no-binary :all: --no-build-isolation"
-    command = f"-m pip download {wanted} --retries 1 --timeout 30 --dest".split()
-    environment = os.environ | {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
-    pip = subprocess.run([sys.executable, *command, folder], env=environment, text=True, capture_output=True)
-    output = pip.stdout + pip.stderr
-    if pip.returncode and re.search(NO_NETWORK, output):
-        pytest.skip(f"no network to fetch flash-attn {FLASH_ATTN}'s source distribution")
-    assert pip.returncode == 0, output
+@pytest.fixture(params=FLASH)
+def flash(request, monkeypatch):
+    """A version of flash-attn, of which a stand-in is installed."""
+    install(monkeypatch, request.param)
+    return request.param
 
 
 def qkv(kv_heads, dtype=torch.float64, length=13):
@@ -159,111 +45,164 @@ def test_sdpa_is_causal_grouped_softmax_attention(kv_heads):
 
 @pytest.mark.parametrize("kv_heads", [6, 3, 2, 1])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_flash_path_equals_sdpa_path(flash_attn, kv_heads, dtype, tolerance):
-    flash, sdpa = (outcome(backend, kv_heads, dtype) for backend in ("flash", "sdpa"))
-    for ours, theirs in zip(flash, sdpa, strict=True):
+def test_flash_path_equals_sdpa_path(flash, kv_heads, dtype, tolerance):
+    on_flash, on_sdpa = (outcome(backend, kv_heads, dtype) for backend in (flash, "sdpa"))
+    for ours, theirs in zip(on_flash, on_sdpa, strict=True):
         assert ours.dtype == theirs.dtype == dtype and ours.shape == theirs.shape
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_block_on_flash_equals_block_on_sdpa(flash_attn, compiled):
+def test_block_on_flash_equals_block_on_sdpa(flash, compiled, mode):
     torch.manual_seed(0)
     block = Block(48, 80, heads=6, kv_heads=2, eps=1e-6).double()
-    x = torch.randn(2, 16, 48, dtype=torch.float64)
+    x = torch.randn(2, 16, 48, dtype=torch.float64, requires_grad=True)
     tables = rope_tables(16, 8, 10000.0, like=x)
-    expected = block(x, *tables, "sdpa")
+    expected = outcome_of(block, x, *tables, "sdpa")
+    block.checkpointing = mode
     if compiled:
         torch._dynamo.reset()
-        block.compile(backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(block(x, *tables, "flash"), expected, rtol=1e-12, atol=1e-12)
+        block.compile(backend="aot_eager", fullgraph=FLASH[flash].compiles)
+    torch.testing.assert_close(outcome_of(block, x, *tables, flash), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_the_call_binds_to_flash_attns_own_signature(flash_attn, flash_attn_signatures, monkeypatch, deterministic):
+def outcome_of(block, x, *others):
+    y = block(x, *others)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+
+
+@pytest.mark.parametrize("heads", [6, 2])
+@pytest.mark.parametrize("new", [1, 4])
+def test_new_tokens_after_a_cache_see_what_they_saw_in_a_row(heads, new):
+    q, k, v = qkv(heads)
+    expected = attention(q, k, v, backend="sdpa")[:, -new:]
+    torch.testing.assert_close(attention(q[:, -new:], k, v, backend="sdpa"), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_new_token_has_no_mask_and_no_plan_of_cudnns(monkeypatch):
     calls = []
-    monkeypatch.setattr(flash_attn, "flash_attn_func", lambda *args, **kwargs: calls.append((args, kwargs)))
-    q, k, v = qkv(2)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    attention(q, k, v, backend="flash")
-    ((args, kwargs),) = calls
-    bound = flash_attn_signatures["flash_attn_func"].bind(*args, **kwargs).arguments
-    assert all(bound.pop(name) is tensor for name, tensor in (("q", q), ("k", k), ("v", v)))
-    assert bound == {"causal": True, "deterministic": deterministic}
+
+    def recorded(**arguments):
+        calls.append((arguments["attn_mask"], arguments["is_causal"], torch.backends.cuda.cudnn_sdp_enabled()))
+        return arguments["query"]
+
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", recorded)
+    q, k, v = qkv(6)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    attention(q, k, v, backend="sdpa")
+    attention(q[:, -1:], k, v, backend="sdpa")
+    assert calls == [(None, True, before), (None, False, False)] and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_the_call_for_documents_binds_to_flash_attns_own_signature(
-    flash_attn, flash_attn_signatures, monkeypatch, deterministic
-):
+@pytest.mark.parametrize("dtype, masked, grouped", [
+    (torch.float32, False, False), (torch.float32, True, False), (torch.bfloat16, True, False),
+    (torch.bfloat16, False, True),
+])  # fmt: skip
+def test_on_a_gpu_groups_are_left_to_kernels_that_take_them(dtype, masked, grouped, monkeypatch):
+    q, k, v = qkv(2, dtype)
+    layout = document_layout(torch.tensor([0, 4, 13, 26], dtype=torch.int32), "sdpa", 2, 13) if masked else None
+    on_a_cpu = attention_module._sdpa_arguments(q, k, v, layout)
+    expected = attention(q, k, v, backend="sdpa", layout=layout)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    arguments = attention_module._sdpa_arguments(q, k, v, layout)
+    assert on_a_cpu["enable_gqa"] and on_a_cpu["key"].shape[1] == 2
+    assert arguments["enable_gqa"] == grouped and arguments["value"].shape[1] == (2 if grouped else 6)
+    monkeypatch.undo()
+    y = torch.nn.functional.scaled_dot_product_attention(**arguments).transpose(1, 2)
+    torch.testing.assert_close(y, expected)
+
+
+@torch.library.custom_op("grass_tests::documents", mutates_args=())
+def documents_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begins: torch.Tensor, longest: int) -> torch.Tensor:
+    """As torch's compiler sees flash-attn's kernels and torch's own: an operator that it cannot look into."""
+    lengths = {"cu_seqlens_q": begins, "cu_seqlens_k": begins, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return flash_attn_varlen_func(q, k, v, **lengths, causal=True, deterministic=False)
+
+
+@documents_op.register_fake
+def _(q, k, v, begins, longest):
+    return torch.empty_like(q)
+
+
+def test_a_compiled_block_takes_any_number_of_documents(monkeypatch):
+    def documents(q, k, v, *, cu_seqlens_q, max_seqlen_q, **_):
+        return documents_op(q, k, v, cu_seqlens_q, max_seqlen_q)
+
+    monkeypatch.setitem(functions, "varlen", (documents, documents))
+    block = Block(48, 80, heads=6, kv_heads=2, eps=1e-6).double().requires_grad_(False)
+    x = torch.randn(2, 16, 48, dtype=torch.float64)
+    tables = rope_tables(16, 8, 10000.0, like=x)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for begins in ([0, 16, 32], [0, 5, 16, 32], [0, 1, 2, 3, 16, 17, 30, 32], [0, 16, 20, 32]):
+        layouts = [document_layout(torch.tensor(begins, dtype=torch.int32), b, 2, 16) for b in ("varlen", "sdpa")]
+        expected = block(x, *tables, "sdpa", None, layouts[1])
+        torch.testing.assert_close(compiled(x, *tables, "varlen", None, layouts[0]), expected, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("namespace", ["flash_attn", "flash_attn_3", "torch_attn"])
+def test_selective_checkpointing_keeps_what_attention_kernels_make(namespace):
+    """By an operator in that namespace, as the real ones need a GPU; its calls are counted."""
     calls = []
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", lambda *a, **kw: calls.append((a, kw)) or a[0])
-    q, k, v = qkv(2)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    layout = document_layout(torch.tensor([[0] * 4 + [1] * 9, [0] * 13]), "flash")
-    assert layout.tolist() == [0, 4, 13, 26]
-    attention(q, k, v, backend="flash", layout=layout)
-    ((args, kwargs),) = calls
-    bound = flash_attn_signatures["flash_attn_varlen_func"].bind(*args, **kwargs).arguments
-    assert all(torch.equal(bound.pop(name), x.flatten(0, 1)) for name, x in (("q", q), ("k", k), ("v", v)))
-    assert bound.pop("cu_seqlens_q") is layout and bound.pop("cu_seqlens_k") is layout
-    assert bound == {"max_seqlen_q": 13, "max_seqlen_k": 13, "causal": True, "deterministic": deterministic}
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return 2 * x
+
+    op = torch.library.custom_op(f"{namespace}::of_a_test", forward, mutates_args=())
+    op.register_autograd(lambda ctx, grad: 2 * grad)
+    x = torch.ones(3, requires_grad=True)
+    run("selective", lambda x: op(x.exp()).sin(), x).sum().backward()
+    assert calls == [3]
+    run("full", lambda x: op(x.exp()).sin(), x).sum().backward()
+    assert calls == [3] * 3
 
 
-def test_the_stand_ins_have_flash_attns_own_signatures(flash_attn_signatures):
-    for stand_in in (flash_attn_func, flash_attn_varlen_func):
-        assert inspect.signature(stand_in) == flash_attn_signatures[stand_in.__name__]
+def test_the_kernels_of_sdpa_are_all_kept():
+    ops = {name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product_") and "backward" not in name}
+    known = {op.overloadpacket.__name__ for op in PRODUCTS}
+    # Of other devices, and the math one, whose products are kept.
+    others = ("math", "mps", "overrideable", "quantized")
+    assert {name for name in ops - known if not any(word in name for word in others)} == set()
 
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+def tiny(**changes):
+    model = Llama(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, **changes,
+    )  # fmt: skip
+    model.init_weights(seed=0)
+    return model
 
 
-@pytest.fixture
-def ampere(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_is_taken_for_half_precision_on_cuda(flash_attn, ampere, dtype):
-    assert resolve_backend("auto", CUDA, dtype) == resolve_backend("flash", CUDA, dtype) == "flash"
-    assert resolve_backend("sdpa", CUDA, dtype) == "sdpa"
-
-
-@pytest.mark.parametrize(
-    "device, dtype, obstacle",
-    [
-        (CPU, torch.bfloat16, "flash-attn needs a CUDA device, the tensors are on cpu"),
-        (CUDA, torch.float32, "flash-attn needs bfloat16 or float16, the tensors are torch.float32"),
-    ],
-)
-def test_where_flash_cannot_run_auto_takes_sdpa_and_flash_is_refused(flash_attn, ampere, device, dtype, obstacle):
-    assert resolve_backend("auto", device, dtype) == "sdpa"
-    message = re.escape(f"model.attention=flash: {obstacle}; ")
-    with pytest.raises(ValueError, match=message + r".* model\.attention=auto or sdpa"):
-        resolve_backend("flash", device, dtype)
-
-
-def test_a_missing_flash_attn_is_an_obstacle(no_flash_attn, ampere):
-    assert resolve_backend("auto", CUDA, torch.bfloat16) == "sdpa"
-    with pytest.raises(ValueError, match=r"model\.attention=flash: flash-attn cannot be imported"):
-        resolve_backend("flash", CUDA, torch.bfloat16)
-
-
-def test_an_older_gpu_is_an_obstacle(flash_attn, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert resolve_backend("auto", CUDA, torch.float16) == "sdpa"
-    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
-        resolve_backend("flash", CUDA, torch.float16)
-
-
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"model\.attention=fast: unknown; choose one of auto, sdpa, flash"):
-        resolve_backend("fast", CPU, torch.float32)
-
-
-def test_the_backend_that_runs_is_said_once(caplog):
-    attention_module._said.clear()
+def test_the_kernel_that_torch_chose_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(attention_module, "_said", set())
+    ids, begins = torch.zeros(2, 16, dtype=torch.int64), torch.tensor([0, 5, 16, 32], dtype=torch.int32)
     with caplog.at_level(logging.INFO, logger="models.attention"):
         for _ in range(3):
-            resolve_backend("auto", CPU, torch.float32)
-    assert caplog.messages == ["attention runs on sdpa (flash-attn needs a CUDA device, the tensors are on cpu)"]
+            tiny()(ids)
+            tiny()(ids, documents=begins)
+        assert caplog.messages == [
+            "attention: torch's SDPA, flash kernel",
+            "attention within documents: torch's SDPA, flash kernel",
+        ]
+        monkeypatch.setattr(attention_module, "_said", set())
+        caplog.clear()
+        with sdpa_kernel(SDPBackend.MATH):
+            tiny()(ids)
+        assert caplog.messages == ["attention: torch's SDPA, math kernel"]
+
+
+def test_other_backends_are_said_by_name(caplog, monkeypatch):
+    monkeypatch.setattr(attention_module, "_said", set())
+    x = torch.zeros(2, 16, 32)
+    with caplog.at_level(logging.INFO, logger="models.attention"):
+        say_kernel("flash-attn 3", x, 8, 2, None)
+        say_kernel("varlen", x, 8, 2, torch.tensor([0, 16, 32]))
+    assert caplog.messages == [
+        "attention: flash-attn 3",
+        "attention within documents: torch's varlen_attn, flash kernel",
+    ]

@@ -1,8 +1,5 @@
 """A packed document gets the loss, and gives the gradient, that it would alone."""
 
-import sys
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -10,10 +7,12 @@ import torch
 from data.loader import IGNORED, TrainBatches, validation_batches
 from data.shards import ShardWriter, Tokens, token_dtype
 from models import llama
+from models.attention import document_layout
+from models.attention_kernels import FLASH
 from models.llama import Llama
 from pretrain.check import check
 from pretrain.config import ConfigError, load
-from tests.test_attention import flash_attn_varlen_func
+from tests.flash_attention import install
 
 BOS, EOS, VOCAB, SEQ_LEN = 1, 2, 50, 24
 LENGTHS = [5, 2, 30, 7, 24, 3, 11, 90, 4, 6, 2, 2, 40, 9]
@@ -35,7 +34,7 @@ def train(tokens, **more):
     return TrainBatches(tokens, SEQ_LEN, 4, 2, seed=0, **more)
 
 
-def test_documents_are_counted_at_their_bos_and_no_bos_is_a_target(tokens):
+def test_documents_begin_at_their_bos_and_no_bos_is_a_target(tokens):
     masked, plain = train(tokens, masks=True), train(tokens)
     for step in range(6):
         targets_seen = 0
@@ -43,9 +42,9 @@ def test_documents_are_counted_at_their_bos_and_no_bos_is_a_target(tokens):
             masked.micro_batches(step), plain.micro_batches(step), strict=True
         ):
             assert torch.equal(inputs, plain_inputs) and documents.dtype == torch.int32
-            begins = (inputs == BOS).int()
-            begins[:, 0] = 0
-            assert torch.equal(documents, begins.cumsum(1, dtype=torch.int32))
+            begins = inputs == BOS
+            begins[:, 0] = True
+            assert documents.tolist() == [*begins.flatten().nonzero().flatten().tolist(), inputs.numel()]
             assert torch.equal(targets, plain_targets.masked_fill(plain_targets == BOS, IGNORED))
             targets_seen += int((targets != IGNORED).sum())
         whole = train(tokens, masks=True)
@@ -56,7 +55,7 @@ def test_documents_are_counted_at_their_bos_and_no_bos_is_a_target(tokens):
 def test_validation_with_masks_scores_every_token_but_those_that_begin_a_document(tokens):
     scored = []
     for inputs, targets, documents in validation_batches(tokens, SEQ_LEN, 3, masks=True):
-        assert inputs.shape == targets.shape == documents.shape
+        assert inputs.shape == targets.shape and set(range(0, 3 * SEQ_LEN + 1, SEQ_LEN)) <= set(documents.tolist())
         scored += targets[targets != IGNORED].tolist()
     everything = tokens[1 : len(tokens)]
     assert sorted(scored) == sorted(everything[everything != BOS].tolist())
@@ -72,18 +71,24 @@ def model():
     return made
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def numbered(documents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The number of every token's document, by hand."""
+    lengths = documents.diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths).view(shape)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", *FLASH])
 def test_a_packed_document_gets_the_loss_it_would_get_alone(tokens, model, backend, monkeypatch):
+    install(monkeypatch, *FLASH)
     packed, apart = [], []
     for inputs, targets, documents in train(tokens, masks=True).micro_batches(0):
         monkeypatch.setattr(llama, "resolve_backend", lambda *_: backend)
-        stand_in = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
-        monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
         packed.append(model(inputs, targets, documents))
         monkeypatch.setattr(llama, "resolve_backend", lambda *_: "sdpa")
+        numbers = numbered(documents, inputs.shape)
         for row in range(len(inputs)):
-            for number in documents[row].unique():
-                own = documents[row] == number
+            for number in numbers[row].unique():
+                own = numbers[row] == number
                 apart.append(model(inputs[row, own][None], targets[row, own][None]))
         assert abs(model(inputs, targets) - packed[-1]) > 1e-3  # without masks they see each other
     assert len(apart) > 6
@@ -91,6 +96,13 @@ def test_a_packed_document_gets_the_loss_it_would_get_alone(tokens, model, backe
     gradients = [torch.autograd.grad(sum(losses), list(model.parameters())) for losses in (packed, apart)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_the_mask_of_sdpa_has_the_same_entries_as_one_of_numbered_tokens(tokens):
+    for inputs, _, documents in train(tokens, masks=True).micro_batches(3):
+        numbers = numbered(documents, inputs.shape)
+        expected = (numbers[:, :, None] == numbers[:, None, :]).tril().unsqueeze(1)
+        assert torch.equal(document_layout(documents, "sdpa", *inputs.shape), expected)
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
