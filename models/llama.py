@@ -287,3 +287,13 @@ def size_problems(**sizes: float) -> list[str]:
             "choose one of its divisors"
         )
     return problems
+
+
+def odd_sizes(**sizes: int) -> list[str]:
+    """What makes products in bfloat16 slow on a GPU, whose rows are to be multiples of 16 bytes: a message for each."""
+    return [
+        f"model.{name}={value} is not a multiple of 8, which makes its products in bfloat16 slow on a GPU; "
+        f"{value + -value % 8} is, and {value + -value % 128} is a multiple of 128, which is better still"
+        for name, value in sizes.items()
+        if value % 8
+    ]

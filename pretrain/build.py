@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch._dynamo.utils import calculate_time_spent
 from models.checkpointing import checkpoint_blocks
 from models.grass_linear import GrassLinear, convert_linears
 from models.int8_weight import fill_weight
-from models.llama import Llama
+from models.llama import Llama, odd_sizes
 from models.recipes import save_recipes
 from optim.baselines import projected_optimizer
 from optim.build import INNER_OPTIMIZERS, optimizer_of_groups, parameter_groups
@@ -46,10 +47,19 @@ def build_model(
     It starts from ``weights`` by name, or is initialised from the run's seed. ``shard`` gets it on the meta device and
     may leave this process only a part of it to hold.
     """
+    if device.type == "cuda" and config.train.dtype == "bfloat16":
+        warn_of_odd_sizes(config.model.hidden_size, config.model.intermediate_size, config.model.vocab_size)
     model = outline(config)
     if shard is not None:
         shard(model)
     return materialise(config, model, device, weights)
+
+
+@cache
+def warn_of_odd_sizes(hidden_size: int, intermediate_size: int, vocab_size: int) -> None:
+    """Log the sizes that make products slow, once."""
+    for message in odd_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size, vocab_size=vocab_size):
+        logger.warning(message)
 
 
 def outline(config: Config) -> Llama:

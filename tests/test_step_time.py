@@ -53,6 +53,8 @@ def test_the_peak_of_a_gpu_is_found_by_its_name_and_only_for_what_its_tensor_cor
     assert peak_of("NVIDIA A100-SXM4-80GB", "bfloat16", "highest") == 312e12
     assert peak_of("NVIDIA H100 80GB HBM3", "float32", "high") == 494e12
     assert peak_of("NVIDIA H100 PCIe", "bfloat16", "highest") == 756e12
+    assert peak_of("NVIDIA H200", "bfloat16", "highest") == 989e12
+    assert [peak_of("NVIDIA H200 NVL", dtype, "high") for dtype in ("bfloat16", "float32")] == [835e12, 417e12]
     assert peak_of("NVIDIA A100-SXM4-80GB", "float32", "highest") is None
     assert peak_of("NVIDIA L40", "bfloat16", "highest") is None
 
