@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.null_gpu, pytest.mark.usefixtures("null_gpu")]
 def null_gpu():
     made = subprocess.run([NULL_GPU / "setup.sh"], capture_output=True, text=True, timeout=3600)
     if made.returncode == 3:
-        pytest.skip(made.stderr.strip())
+        pytest.skip(made.stderr.strip().splitlines()[-1])
     assert made.returncode == 0, made.stderr
 
 
@@ -49,7 +49,7 @@ def run(*command: object, timeout: int = 900, **environment: str) -> str:
 def train(folder: Path, *settings: str, **environment: str) -> tuple[str, list[dict]]:
     """What the trainer prints, and what was counted in each of its steps. Numbers that mean nothing do not stop it."""
     counts = folder / "counts.jsonl"
-    settings = (*DATA, f"run.root={folder}", "run.name=null", *settings)
+    settings = (*DATA, f"run.root={folder}", "run.name=run", *settings)
     printed = run("python", NULL_GPU / "train.py", f"--counts={counts}", *settings, **environment)
     return printed, [json.loads(line) for line in counts.read_text().splitlines()]
 
@@ -69,7 +69,7 @@ def test_default_command_trains_to_its_end_compiled(tmp_path, dtype):
     printed, _ = train(tmp_path, "train.steps=20", "optim.warmup_steps=5", f"train.dtype={dtype}")
     assert "finished" in printed
     assert "does not work" not in printed
-    summary = json.loads((tmp_path / "null" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 20
     assert summary["compile_seconds"] > 0
 
@@ -81,10 +81,8 @@ def test_block_with_probes_is_compiled_to_kernels(tmp_path, capability):
     assert found["graph_breaks"] == 0
     assert found["graphs"] > without["graphs"]  # a block with probes has a graph of its own
     assert found["graphs_in_measured_steps"] == 0
-    compiled = [
-        json.loads(file.read_text()) for file in (tmp_path / "triton").rglob("*.json") if "group" not in file.name
-    ]
-    targets = {kernel["target"]["arch"] for kernel in compiled}
+    described = [json.loads(file.read_text()) for file in (tmp_path / "triton").rglob("*.json")]
+    targets = {kernel["target"]["arch"] for kernel in described if "target" in kernel}
     assert targets == {int(float(capability) * 10)}
     assert list((tmp_path / "triton").rglob("*.cubin"))
     assert "triton_" in (tmp_path / "names").read_text()
@@ -105,7 +103,7 @@ def measure_afresh(folder: Path, capability: str, *settings: str) -> dict:
 def test_three_saves_and_a_resume(tmp_path):
     settings = ["train.checkpoint_every=4", "optim.warmup_steps=5", "train.eval_every=0"]
     printed, _ = train(tmp_path, "train.steps=12", *settings)
-    checkpoints = tmp_path / "null" / "checkpoints"
+    checkpoints = tmp_path / "run" / "checkpoints"
     assert {"step-00000004", "step-00000008", "step-00000012"} <= {path.name for path in checkpoints.iterdir()}
     assert "not saved" not in printed
     printed, counted = train(tmp_path, "train.steps=16", *settings)
@@ -191,4 +189,5 @@ def test_waits_of_the_trainer(tmp_path, optim):
     _, counted = train(tmp_path, f"optim={optim}", "train.steps=24", "optim.warmup_steps=5", *every, *chooses)
     waits = [max(step.get("waits", 0), step.get("pageable_copies", 0)) for step in counted]
     may = [(step + 1) % 3 == 0 or (bool(chooses) and (step + 1) % 10 == 0) for step in range(24)]
-    assert all(n <= allowed for n, allowed in zip(waits[:-1], may[:-1], strict=True)), waits  # the last ends the run
+    # The first step makes the optimizer's state, the last ends the run.
+    assert all(n <= allowed for n, allowed in list(zip(waits, may, strict=True))[1:-1]), waits
