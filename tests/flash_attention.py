@@ -90,12 +90,15 @@ def module(version):
     """A module with the functions of a version of flash-attn, which returns what that version returns."""
     made = types.ModuleType(FLASH[version].module)
     for name, function in STAND_INS.items():
-        setattr(made, name, with_lse(function) if version == "flash-attn 4" else function)
+        setattr(made, name, as_of_4(function) if version == "flash-attn 4" else function)
     return made
 
 
-def with_lse(function):
+def as_of_4(function):
+    """Returns a tuple, and is nothing that torch's compiler could trace."""
+
     def returns_a_tuple(*args, **kwargs):
+        assert not torch.compiler.is_compiling()
         return function(*args, **kwargs), None
 
     returns_a_tuple.__signature__ = inspect.signature(function)
