@@ -1,8 +1,6 @@
 // The CUDA driver (libcuda.so.1) and NVML (libnvidia-ml.so.1) of the null GPU: what torch and Triton's launcher call.
 #include "gpu.h"
 
-#include <sys/mman.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -92,7 +90,7 @@ EXPORT int cuMemCreate(size_t *piece, size_t bytes) {
   return *piece = bytes | size_t(device), SUCCESS;
 }
 EXPORT int cuMemRelease(size_t piece) { return return_to_device(piece & ~(PAGE - 1), piece & (PAGE - 1)), SUCCESS; }
-EXPORT int cuMemUnmap(void *start, size_t bytes) { return madvise(start, bytes, MADV_DONTNEED); }
+SUCCEEDS(cuMemUnmap)
 SUCCEEDS(cuMemMap)
 SUCCEEDS(cuMemSetAccess)
 

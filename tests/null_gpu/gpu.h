@@ -23,7 +23,7 @@ extern thread_local int device;
 void use(int which = device);
 bool has_context(int which);
 
-// Memory, in the host's address space. It takes room in RAM only where something is written to it.
+// Memory, in the host's address space. That of the devices is never written to, and takes no RAM.
 enum Kind { PAGEABLE, PINNED, DEVICE };
 struct Block {
   size_t bytes = 0;

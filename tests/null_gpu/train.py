@@ -1,9 +1,8 @@
-"""`python -m pretrain.train` on the null GPU: goes on where numbers that mean nothing would stop a run.
+"""`python -m pretrain.train` on the null GPU, where validation would divide by zero: it has counted no tokens.
 
     tests/null_gpu/run.sh python tests/null_gpu/train.py [--counts=FILE] SETTING...
 
-Those are a loss or a tensor that is not finite, and a validation that has counted no token. With --counts every step adds a line to
-FILE: what was counted in it, from its beginning to that of the next, as JSON.
+With --counts every step adds a line to FILE: what was counted from its beginning to that of the next, as JSON.
 """
 
 import atexit
@@ -15,7 +14,6 @@ from unittest.mock import patch
 
 from counts import contexts, counts, since
 
-from pretrain import saver
 from pretrain.evaluate import Score
 from pretrain.trainer import Trainer
 
@@ -51,8 +49,6 @@ if counting:
     atexit.register(write, counting.partition("=")[2])
 with (
     patch.object(Score, "metrics", property(metrics_of_some)),
-    patch.object(Trainer, "_stop_at_non_finite", lambda *_: None),
-    patch.object(saver, "_require_finite", lambda *_: None),
     patch.object(Trainer, "train_step", counted_step),
 ):
     runpy.run_module("pretrain.train", run_name="__main__", alter_sys=True)
