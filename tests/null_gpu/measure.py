@@ -8,12 +8,14 @@ are not drawn. Host time is processor time of all threads, and this machine's: c
 
 import argparse
 import json
-import logging
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +24,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from counts import contexts, counts, kernels, since
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from benchmarks.steps import Steps
@@ -48,28 +51,49 @@ class FreeRunning(Steps):
         return self.clock()
 
 
+@contextmanager
+def scores_that_differ() -> Iterator[None]:
+    """Let Grass choose rows by numbers like real scores: with the zeros of the null GPU it would go other ways."""
+    select = grass.select_together
+
+    def select_by_others(name: str, scores: Sequence[Tensor], *rest: Any) -> Any:
+        return select(name, [some_scores(len(of_layer)) for of_layer in scores], *rest)
+
+    # Processes would find that they do not agree, having read zeros of each other.
+    with patch.object(grass, "select_together", select_by_others), patch.object(grass, "_require_agreement"):
+        yield
+
+
+@cache
+def some_scores(n: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+
+
 def main() -> None:
     options = parser().parse_args()
-    logging.getLogger("optim").setLevel(logging.ERROR)  # scores of rows are of no use here, and every refresh says so
-    config = load([*options.settings, "logger.wandb.mode=disabled", f"estimate.devices={options.processes}"])
+    settings, world = [*options.settings, f"estimate.devices={options.processes}"], join(options.processes)
     found: dict[str, Any] = {"settings": options.settings, "processes": options.processes}
     if options.plan:
-        plan, _ = estimate(config)
+        plan, _ = estimate(configuration(settings))
         found["planned_gib"] = max(plan.peak_bytes, plan.refresh_peak_bytes) / GIB
-    steps = FreeRunning(config, join(options.processes))
-    # What is agreed upon by the devices would be zeros.
-    with patch.object(grass, "_require_agreement"):
-        found |= measure(steps, options.warm, options.steps)
-    if options.names:
-        with kernels() as launched:
-            next(iter(steps))
-        lines = (f"{n}\t{name}" for name, n in launched.most_common())
-        Path(options.names).write_text("\n".join(lines) + "\n")
-    if options.where:
-        found["waits_at"] = places_of_waits(steps, options.steps)
+    steps = FreeRunning(configuration(settings), world)
+    beside = None
+    if options.beside:
+        common = [setting for setting in settings if not setting.startswith("optim")]
+        beside = FreeRunning(configuration([*common, *options.beside.split()]), world)
+    with scores_that_differ():
+        found |= measure(steps, beside, options.warm, options.steps)
+        if options.names:
+            Path(options.names).write_text(kernels_of_a_step(steps))
+        if options.where:
+            found["waits_at"] = places_of_waits(steps, options.steps)
     report(found)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
+
+
+def configuration(settings: list[str]) -> Config:
+    return load([*settings, "logger.wandb.mode=disabled"])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +101,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=10, help="how many to measure (%(default)s)")
     parser.add_argument("--warm", type=int, default=12, help="how many to make before, which compile (%(default)s)")
+    parser.add_argument(
+        "--beside",
+        metavar="'KEY=VALUE ...'",
+        help="step in turns with another run, which has these settings in place of optim's",
+    )
     parser.add_argument("--processes", type=int, default=1, help="be the first of so many, over a group that is a fake")
     parser.add_argument("--plan", action="store_true", help="the peak by pretrain.estimate as well")
     parser.add_argument("--where", action="store_true", help="where the host waits, in as many steps more")
@@ -95,22 +124,25 @@ def join(processes: int) -> World:
     return World(0, processes, device)
 
 
-def measure(steps: Steps, warm: int, n: int) -> dict[str, Any]:
-    each = iter(steps)
+def measure(steps: Steps, beside: Steps | None, warm: int, n: int) -> dict[str, Any]:
+    each, each_beside = iter(steps), iter(beside or ())
     for _ in range(warm):
-        next(each)
+        next(each), next(each_beside, None)
     torch.cuda.reset_peak_memory_stats()
     graphs = counters["stats"]["unique_graphs"]
-    times, counted, refreshed = [], [], []
+    times, times_beside, counted, refreshed = [], [], [], []
     for _ in range(n):
         before = counts()
         times.append(next(each))
         counted.append(since(before))
         refreshed.append(has_refreshed(steps))
+        times_beside += [step for step in [next(each_beside, None)] if step]
+    ratios = [step.total_s / other.total_s for step, other in zip(times, times_beside, strict=False)]
     kinds = sorted({name for of_step in counted for name in of_step})
     return {
         "host_ms": {phase: median(getattr(step, f"{phase}_s") for step in times) * 1e3 for phase in PHASES},
-        "host_ms_least": min(step.total_s for step in times) * 1e3,
+        "host_ms_beside": median(step.total_s for step in times_beside) * 1e3 if beside else None,
+        "host_to_beside": median(ratios) if beside else None,
         "counted": {name: median(of_step[name] for of_step in counted) for name in kinds},
         "launches": [of_step["launches"] for of_step in counted],
         "waits": [of_step["waits"] for of_step in counted],
@@ -129,6 +161,12 @@ def has_refreshed(steps: Steps) -> bool:
     """Whether Grass has chosen rows for some layer in the step just made."""
     grass = steps.optim.grass
     return grass is not None and any((grass.steps + turn) % grass.refresh_every == 0 for turn in grass.offsets.values())
+
+
+def kernels_of_a_step(steps: Steps) -> str:
+    with kernels() as launched:
+        next(iter(steps))
+    return "".join(f"{n}\t{name}\n" for name, n in launched.most_common())
 
 
 def places_of_waits(steps: Steps, n: int) -> dict[str, int]:
@@ -157,6 +195,8 @@ def places_of_waits(steps: Steps, n: int) -> dict[str, int]:
 
 def report(found: dict[str, Any]) -> None:
     print("host     ", ", ".join(f"{phase} {ms:.1f}" for phase, ms in found["host_ms"].items()), "ms a step, by median")
+    if found["host_ms_beside"]:
+        print(f"          {found['host_to_beside']:.2f} times that beside it, {found['host_ms_beside']:.1f} ms a step")
     print("counted  ", ", ".join(f"{name} {n:g}" for name, n in found["counted"].items()), "a step, by median")
     print("launches ", *found["launches"])
     print(
