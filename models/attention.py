@@ -108,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor |
 
 
 def _output(returned: Tensor | tuple) -> Tensor:
-    """flash-attn 4 returns a tuple that begins with the output, as 3 once did; 2 and 3 return the output."""
+    """Earlier builds of flash-attn 3 return a tuple that begins with the output."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from models import flash_attn_4
+
 log = logging.getLogger(__name__)
 
 
@@ -25,27 +27,25 @@ class Kernels(NamedTuple):
     majors: Container[int]  # of the GPU's compute capability
     head_dim: int  # the largest
     head_dim_of: int  # of which it must be a multiple
-    compiles: bool = True
+    operators: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # where the functions are no operators
 
 
 FLASH = {
     "flash-attn 3": Kernels("flash_attn_interface", majors=(9,), head_dim=256, head_dim_of=8),
-    # Written in Python and no operators of torch's: a compiled block is cut in two around them.
-    "flash-attn 4": Kernels("flash_attn.cute", majors=(9, 10, 11), head_dim=128, head_dim_of=8, compiles=False),
+    "flash-attn 4": Kernels(
+        "flash_attn.cute", majors=(9, 10, 11), head_dim=128, head_dim_of=8,
+        operators=(flash_attn_4.rows, flash_attn_4.documents),
+    ),
     "flash-attn 2": Kernels("flash_attn", majors=range(8, 13), head_dim=256, head_dim_of=1),
-}
+}  # fmt: skip
 """The versions of flash-attn, in the order in which they are tried."""
 
 VARLEN = Kernels("torch.nn.attention.varlen", majors=range(8, 13), head_dim=192, head_dim_of=8)
 """torch's own kernel for packed documents, flash-attn 2 within torch."""
 
-ARGUMENTS = {
-    "flash_attn_func": {"causal", "deterministic"},
-    "flash_attn_varlen_func": {
-        "causal", "deterministic", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-    },
-}  # fmt: skip
-"""The two functions, and the arguments that they are called with by name."""
+OPTIONS = {"causal", "deterministic"}
+LENGTHS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+"""The arguments that are given by name."""
 
 functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 """Those that are loaded: by version, or "varlen", for rows and for documents. Both return the output, or a tuple that
@@ -116,19 +116,24 @@ def _functions_of(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., A
     early `flash_attn.cute` that cannot do all.
     Raises NotThere, and what the import of a broken package does.
     """
+    rows = _find(kernels.module, "flash_attn_func", OPTIONS)
+    documents = _find(kernels.module, "flash_attn_varlen_func", OPTIONS | LENGTHS)
+    if kernels.operators:
+        _find(f"{kernels.module}.interface", "_flash_attn_bwd", OPTIONS | LENGTHS)
+    return kernels.operators or (rows, documents)
+
+
+def _find(module: str, name: str, arguments: set[str]) -> Callable[..., Any]:
+    """The function of that name, which takes these arguments. Raises NotThere."""
     try:
-        module = importlib.import_module(kernels.module)
+        function = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise NotThere(f"not installed ({error})") from error
-    found = []
-    for name, arguments in ARGUMENTS.items():
-        function = getattr(module, name, None)
-        if function is None:
-            raise NotThere(f"not installed ({kernels.module} has no {name})")
-        if missing := arguments - set(inspect.signature(function).parameters):
-            raise NotThere(f"too old, {kernels.module}.{name} takes no {', '.join(sorted(missing))}")
-        found.append(function if kernels.compiles else torch.compiler.disable(function))
-    return found[0], found[1]
+    if function is None:
+        raise NotThere(f"not installed ({module} has no {name})")
+    if missing := arguments - set(inspect.signature(function).parameters):
+        raise NotThere(f"too old, or too new: {module}.{name} takes no {', '.join(sorted(missing))}")
+    return function
 
 
 def load_varlen() -> None:

@@ -25,8 +25,8 @@ PRODUCTS = {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 }
-# Of flash-attn 2 and 3 and torch's varlen kernel. flash-attn 4 has no operators: what it makes is made again.
-ATTENTION_NAMESPACES = ("flash_attn", "flash_attn_3", "torch_attn")
+# Of flash-attn 2, 3 and 4, and of torch's varlen kernel.
+ATTENTION_NAMESPACES = ("flash_attn", "flash_attn_3", "flash_attn_4", "torch_attn")
 
 
 def parse(mode: str) -> tuple[str, int]:

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import types
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,23 +87,51 @@ def flash_attn_varlen_func(
 STAND_INS = {function.__name__: function for function in (flash_attn_func, flash_attn_varlen_func)}
 
 
-def module(version):
-    """A module with the functions of a version of flash-attn, which returns what that version returns."""
-    made = types.ModuleType(FLASH[version].module)
-    for name, function in STAND_INS.items():
-        setattr(made, name, as_of_4(function) if version == "flash-attn 4" else function)
-    return made
+def of_4(function):
+    """As flash-attn 4 has it: nothing that torch could trace or take gradients through, and it returns a tuple."""
+
+    def untraceable(q, k, v, *, return_lse, **arguments):
+        assert return_lse and not torch.compiler.is_compiling()
+        *rows, heads, _ = q.shape
+        lse = (heads, *rows) if len(rows) == 1 else (rows[0], heads, rows[1])
+        return function(q.detach(), k.detach(), v.detach(), **arguments).contiguous(), torch.zeros(lse)
+
+    untraceable.__signature__ = inspect.signature(function)
+    return untraceable
 
 
-def as_of_4(function):
-    """Returns a tuple, and is nothing that torch's compiler could trace."""
+def _flash_attn_bwd(
+    q, k, v, out, dout, lse, *, causal, deterministic,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+):  # fmt: skip
+    """flash-attn 4's backward, which its operator calls."""
+    assert lse.dtype == torch.float32 and out.shape == dout.shape == q.shape
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    lengths |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    options = {"causal": causal, "deterministic": deterministic}
 
-    def returns_a_tuple(*args, **kwargs):
-        assert not torch.compiler.is_compiling()
-        return function(*args, **kwargs), None
+    def gradients():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        y = flash_attn_func(*inputs, **options) if cu_seqlens_q is None else flash_attn_varlen_func(
+            *inputs, **lengths, **options
+        )  # fmt: skip
+        return [x.contiguous() for x in torch.autograd.grad(y, inputs, dout)]
 
-    returns_a_tuple.__signature__ = inspect.signature(function)
-    return returns_a_tuple
+    with ThreadPoolExecutor(1) as another:  # for inside an operator there is no autograd
+        return another.submit(gradients).result()
+
+
+def modules(version):
+    """By their names, modules with the functions of a version of flash-attn."""
+    name = FLASH[version].module
+    made = types.ModuleType(name)
+    for function in STAND_INS.values():
+        setattr(made, function.__name__, of_4(function) if version == "flash-attn 4" else function)
+    if version != "flash-attn 4":
+        return {name: made}
+    interface = types.ModuleType(f"{name}.interface")
+    interface._flash_attn_bwd = _flash_attn_bwd
+    return {name: made, f"{name}.interface": interface}
 
 
 def install(monkeypatch, *versions):
@@ -110,10 +139,13 @@ def install(monkeypatch, *versions):
     monkeypatch.setattr(attention_kernels, "reasons", {})
     for version in attention_kernels.functions.copy():
         monkeypatch.delitem(attention_kernels.functions, version)
-    for version, kernels in FLASH.items():
-        monkeypatch.setitem(sys.modules, kernels.module, module(version) if version in versions else None)
-    if "flash-attn 2" not in versions:
-        monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))  # as of a namespace
+    for kernels in FLASH.values():
+        monkeypatch.setitem(sys.modules, kernels.module, None)
+    # As of a namespace, where only what lies in it is installed.
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    for version in versions:
+        for name, module in modules(version).items():
+            monkeypatch.setitem(sys.modules, name, module)
     for version in versions:
         assert load_flash(version) is None
         monkeypatch.setitem(attention_kernels.functions, version, attention_kernels.functions[version])
@@ -121,15 +153,16 @@ def install(monkeypatch, *versions):
 
 def signatures(version):
     """The signatures of a version's functions, by name, in its distribution, which pip fetches once."""
+    wanted = [*STAND_INS, *(["_flash_attn_bwd"] if version == "flash-attn 4" else [])]
     source = FLASH_ATTN_3 if version == "flash-attn 3" else source_of(*DISTRIBUTIONS[version])
     found = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name in STAND_INS:
+        if isinstance(node, ast.FunctionDef) and node.name in wanted:
             node.body, node.decorator_list, node.returns = [ast.Pass()], [], None
             for argument in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
                 argument.annotation = None
             exec(ast.unparse(node), found)
-    return {name: inspect.signature(found[name]) for name in STAND_INS}
+    return {name: inspect.signature(found[name]) for name in wanted}
 
 
 def source_of(wanted, archive, path):

@@ -31,16 +31,25 @@ def gpu(monkeypatch):
     return of
 
 
-def record(monkeypatch, backend):
-    """The calls of a backend's functions, which are not made, as (arguments, keyword arguments)."""
+def record(monkeypatch, version):
+    """The calls of a version's functions, as (name, arguments, keyword arguments)."""
+    install(monkeypatch, version)
     calls = []
-
-    def recorded(*args, **kwargs):
-        calls.append((args, kwargs))
-        return args[0]
-
-    monkeypatch.setitem(functions, backend, (recorded, recorded))
+    for module in {FLASH[version].module, f"{FLASH[version].module}.interface"} & set(sys.modules):
+        for name, function in list(vars(sys.modules[module]).items()):
+            if callable(function):
+                monkeypatch.setattr(sys.modules[module], name, recorded(name, function, calls))
+    if version != "flash-attn 4":  # whose operator looks for them when it is called
+        functions[version] = tuple(getattr(sys.modules[FLASH[version].module], name) for name in STAND_INS)
     return calls
+
+
+def recorded(name, function, calls):
+    def records(*args, **kwargs):
+        calls.append((name, args, kwargs))
+        return function(*args, **kwargs)
+
+    return records
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -50,26 +59,34 @@ def test_the_calls_bind_to_flash_attns_own_signatures(version, monkeypatch, dete
     calls = record(monkeypatch, version)
     q, k, v = qkv(2)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
-    attention(q, k, v, backend=version)
+    options = {"causal": True, "deterministic": deterministic}
     layout = document_layout(BEGINS, version, 2, 13)
     assert layout is BEGINS
-    attention(q, k, v, backend=version, layout=layout)
-    rows, documents = calls
-    bound = own["flash_attn_func"].bind(*rows[0], **rows[1]).arguments
-    assert all(bound.pop(name) is tensor for name, tensor in (("q", q), ("k", k), ("v", v)))
-    assert bound == {"causal": True, "deterministic": deterministic}
-    bound = own["flash_attn_varlen_func"].bind(*documents[0], **documents[1]).arguments
-    assert all(torch.equal(bound.pop(name), x.flatten(0, 1)) for name, x in (("q", q), ("k", k), ("v", v)))
-    assert bound.pop("cu_seqlens_q") is layout and bound.pop("cu_seqlens_k") is layout
-    assert bound == {"max_seqlen_q": 13, "max_seqlen_k": 13, "causal": True, "deterministic": deterministic}
+    packed = {"max_seqlen_q": 13, "max_seqlen_k": 13}
+    for layout, tensors, lengths in ((None, (q, k, v), {}), (BEGINS, [x.flatten(0, 1) for x in (q, k, v)], packed)):
+        calls.clear()
+        attention(q, k, v, backend=version, layout=layout).sum().backward()
+        assert [name for name, *_ in calls] == [["flash_attn_func", "flash_attn_varlen_func"][layout is not None]] + (
+            ["_flash_attn_bwd"] if version == "flash-attn 4" else []
+        )
+        for name, args, kwargs in calls:
+            bound = own[name].bind(*args, **kwargs).arguments
+            assert all(torch.equal(bound.pop(name), x) for name, x in zip("qkv", tensors, strict=True))
+            if name == "_flash_attn_bwd":
+                assert bound.pop("out").shape == bound.pop("dout").shape == tensors[0].shape
+                assert bound.pop("lse").dtype == torch.float32
+            elif version == "flash-attn 4":
+                assert bound.pop("return_lse") is True
+            if layout is not None:
+                assert torch.equal(bound.pop("cu_seqlens_q"), BEGINS) and torch.equal(bound.pop("cu_seqlens_k"), BEGINS)
+            assert bound == options | lengths
 
 
 @pytest.mark.parametrize("version", FLASH)
-def test_stand_ins_and_what_is_looked_for_are_in_flash_attns_own_signatures(version):
+def test_what_is_looked_for_is_in_flash_attns_own_signatures(version):
     for name, own in signatures(version).items():
-        wanted = attention_kernels.ARGUMENTS[name]
-        assert set(inspect.signature(STAND_INS[name]).parameters) == {"q", "k", "v"} | wanted
-        assert {"q", "k", "v"} | wanted <= set(own.parameters)
+        lengths = set() if name == "flash_attn_func" else attention_kernels.LENGTHS
+        assert {"q", "k", "v"} | attention_kernels.OPTIONS | lengths <= set(own.parameters)
 
 
 @pytest.mark.parametrize("groups", [False, True])
@@ -169,6 +186,7 @@ def flash_attn_func(q, k, v, causal=False, deterministic=False): ...
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, deterministic=False
 ): ...
+_flash_attn_bwd = flash_attn_varlen_func
 """
 EARLY = FUNCTIONS.replace(", deterministic=False", "")
 
@@ -195,7 +213,7 @@ def packages(monkeypatch, tmp_path):
 
 
 def test_flash_attn_4_alone_is_not_taken_for_2(packages, gpu):
-    packages(flash_attn__cute=FUNCTIONS)
+    packages(flash_attn__cute=FUNCTIONS, flash_attn__cute__interface=FUNCTIONS)
     assert importlib.import_module("flash_attn").__file__ is None  # the import succeeds: a namespace
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "flash-attn 4"
     gpu(8)
@@ -204,7 +222,9 @@ def test_flash_attn_4_alone_is_not_taken_for_2(packages, gpu):
         resolve_backend("flash", CUDA, torch.bfloat16, 64)
 
 
-@pytest.mark.parametrize("cute", [EARLY, "import cutlass_that_is_not_installed"], ids=["early", "without cutlass"])
+@pytest.mark.parametrize(
+    "cute", [EARLY, "import cutlass_that_is_not_installed", FUNCTIONS], ids=["early", "without cutlass", "no backward"]
+)
 def test_flash_attn_2_brings_a_cute_that_is_not_4(packages, gpu, caplog, cute):
     packages(flash_attn=FUNCTIONS, flash_attn__cute=cute)
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "flash-attn 2"
