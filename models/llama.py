@@ -227,7 +227,7 @@ class Llama(nn.Module):
         cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.rope_theta, like=x, start=start)
         backend = resolve_backend(self.attention, x.device, x.dtype, self.head_dim, documents is not None)
         layout = None if documents is None else document_layout(documents, backend, *input_ids.shape)
-        if not start:
+        if caches is None:
             say_kernel(backend, x, self.head_dim, self.kv_heads, layout)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, backend, caches[i] if caches else None, layout)
