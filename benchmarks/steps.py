@@ -8,7 +8,8 @@ from statistics import median, quantiles
 import torch
 from torch import nn
 
-from pretrain.build import build_model, build_optimization, compile_blocks
+from pretrain.build import build_model, build_optimization
+from pretrain.compiling import compile_blocks
 from pretrain.config import BaselineConfig, Config, GrassConfig, load
 from pretrain.distributed import World
 from pretrain.parallel import engine_of
@@ -97,7 +98,7 @@ class Steps:
             add_lora(self.model, lora_rank)
         self.optim = build_optimization(config, self.model)
         if train.compile:
-            compile_blocks(self.model, world.device)
+            compile_blocks(config, self.model, world)
         engine.wrap(self.model)
         self.update = Update(config, world, self.model, engine, self.optim)
         sequences = train.tokens_per_step // train.seq_len // world.size

@@ -48,7 +48,7 @@ def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
 
 @contextmanager
 def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
-    """Inside, every block keeps its input alone, whatever its mode is, so that a pass may keep more in one at a time."""
+    """Inside, every block keeps only its input, whatever its mode is, and runs again in the backward."""
     blocks = list(blocks)
     modes = [block.checkpointing for block in blocks]
     lean = [module for block in blocks for module in block.modules() if getattr(module, "lean", False)]

@@ -161,9 +161,10 @@ class GrassLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out) in the weight's dtype."""
         scale = self.scale if self.scaled else None
+        probe_key = None if self.probe is None else self.probe_key  # what is not used would be part of a compiled graph
         return _SelectedLinear.apply(
-            x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe,
-            self.probe_key, self.dim == 1,
+            x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe, probe_key,
+            self.dim == 1,
         )  # fmt: skip
 
     def _slice_of(self, x: Tensor) -> Tensor | None:
@@ -241,14 +242,16 @@ class GrassLinear(nn.Module):
             width: columns k of the sketch; None for exact squared norms.
         """
         shape = (self.selectable,) if width is None else (self.selectable, width)
-        self.probe = torch.zeros(shape, device=self.weight.device, requires_grad=True)
-        self.probe_key = torch.full((), key, device=self.weight.device)  # a fill: no copy that waits
+        self.probe = torch.empty(shape, device=self.weight.device, requires_grad=True)  # only its gradient has a value
+        if self.probe_key is None:
+            self.probe_key = torch.empty((), dtype=torch.int64, device=self.weight.device)
+        self.probe_key.fill_(key)  # not a copy, which would wait
 
     def stop_probe(self) -> Tensor:
         """End the probe and return what it gathered: (m,) squared norms or the (m, k) sketch, float32."""
         assert self.probe is not None
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
-        self.probe = self.probe_key = None
+        self.probe = None
         return gathered.detach()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from models.counter_rng import round_stochastically
 from models.int8_weight import dequantise, quantise
@@ -44,8 +45,9 @@ def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
     """The numbers of ``layers`` in groups that can be stacked: alike in all but values, of up to TOGETHER elements."""
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
-        rows, weight = local(layer.rows), layer.weight
-        kind = (layer.dim, rows.shape, rows.dtype, rows.device, weight.shape, weight.dtype, str(place(layer.rows)))
+        rows, weight = layer.rows, layer.weight
+        part = place(rows) if isinstance(rows, DTensor) else ()
+        kind = (layer.dim, rows.shape, rows.dtype, rows.device, weight.shape, weight.dtype, str(part))
         kinds.setdefault(kind, []).append(number)
     for numbers in kinds.values():
         size = max(1, TOGETHER // max(1, local(layers[numbers[0]].rows).numel()))
@@ -112,7 +114,7 @@ def _write_weights(layers: Sequence["GrassLinear"]) -> None:
     """weight[index] = rows, rounded to nearest."""
     for group in alike(layers):
         members = [layers[number] for number in group]
-        values, dtype = [local(layer.rows).detach() for layer in members], members[0].weight.dtype
+        values, dtype = [local(layer.rows) for layer in members], members[0].weight.dtype
         if values[0].dtype != dtype:
             narrow = [torch.empty_like(value, dtype=dtype) for value in values]
             torch._foreach_copy_(narrow, values)
@@ -125,8 +127,8 @@ def _rounded(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> Sequence[Tensor]:
     """``values`` of the present rows of layers that are alike, as ``dtype``, rounded stochastically."""
-    if values[0].dtype == dtype or dtype != torch.bfloat16:
-        return values  # copying them rounds to nearest
+    if dtype != torch.bfloat16 or values[0].dtype == dtype:
+        return [value.to(dtype) for value in values]
     index = torch.stack([layer.index for layer in layers])
     rounded = round_stochastically(
         torch.stack(list(values)), dtype, _keys_of(layers, keys), positions(layers[0], index)
@@ -177,7 +179,7 @@ def _change(layers: list["GrassLinear"], change: Change, keys: Sequence[int]) ->
     elif masters.dtype != first.weight.dtype:
         rounded = _rounded(layers, masters.unbind(), first.weight.dtype, keys)
         for layer, value in zip(layers, rounded, strict=True):
-            local(layer.weight).index_copy_(dim, layer.index, value.to(layer.weight.dtype))
+            local(layer.weight).index_copy_(dim, layer.index, value)
     torch._foreach_copy_([layer.index for layer in layers], list(change.new_index.unbind()))
     torch._foreach_copy_([layer.scale for layer in layers], list(change.new_scale.unbind()))
     position, stays = (t.unsqueeze(2 - dim) for t in positions_among(change.old_index, change.new_index))

@@ -32,7 +32,7 @@ from optim.build import decay_factor
 from optim.history import SelectionHistory
 from optim.lent_precision import lend, take_back
 from optim.partly import only
-from optim.selection import SELECTIONS, WITH_REPLACEMENT, select
+from optim.selection import SELECTIONS, WITH_REPLACEMENT, select_together
 
 logger = logging.getLogger(__name__)
 
@@ -303,15 +303,17 @@ class Grass:
         sharing: dict[Any, list[str]] = {}
         for name in names:
             sharing.setdefault(self.layers[name].shared or name, []).append(name)
+        groups = list(sharing.values())
+        joint = [scores[g[0]] if len(g) == 1 else torch.stack([scores[n] for n in g]).norm(dim=0) for g in groups]
+        ranks = [self.layers[group[0]].rank for group in groups]
+        seeds = [key(self.seed, "select", self.steps, group[0]) for group in groups]
         chosen = {}
-        for together in sharing.values():
-            first, joint = together[0], torch.stack([scores[name] for name in together]).norm(dim=0)
-            index, scale, usable = select(
-                self.selection, joint, self.layers[first].rank, key(self.seed, "select", self.steps, first)
-            )
+        for group, (index, scale, usable) in zip(
+            groups, select_together(self.selection, joint, ranks, seeds), strict=True
+        ):
             if not usable:
-                logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, first)
-            for name in together:
+                logger.warning("step %d: %s has no usable row scores; drew rows uniformly", self.steps, group[0])
+            for name in group:
                 self.history.note(name, self.steps, index, scores[name])
                 chosen[name] = index, scale
         _require_agreement([index for index, _ in chosen.values()], norms[0].device)

@@ -5,6 +5,7 @@ Kept on the CPU, where the rows are chosen, and part of a checkpoint.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +29,13 @@ class SelectionHistory:
 
     def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
         """A refresh of ``name`` after ``step`` updates chose ``index`` (r,), which may repeat, by ``scores`` (m,)."""
-        rows, chosen, squares = self.rows[name], index.unique(), scores.double().square()
-        changed = (rows[chosen] != NOW).sum()
+        rows, chosen, squares = self.rows[name].numpy(), np.unique(index.numpy()), scores.double().numpy() ** 2
+        changed = np.count_nonzero(rows[chosen] != NOW)
         rows[rows == NOW] = BEFORE
         rows[chosen] = NOW
-        captured = (squares[chosen].sum() / squares.sum()).sqrt()
-        self.latest[name].copy_(torch.stack([torch.tensor(step), captured, changed]))
+        with np.errstate(invalid="ignore"):  # scores that are of no use
+            captured = np.sqrt(squares[chosen].sum() / squares.sum())
+        self.latest[name].numpy()[:] = step, captured, changed
 
     def means(self) -> dict[str, float]:
         """Means over the layers, for a metric line; what is not known is left out.

@@ -5,6 +5,7 @@ probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_no
 carry ρ = 1/√(r q_i), which makes E[PPᵀG] = G (Grass, arXiv 2406.17660, section 3.2).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 WITH_REPLACEMENT = "_with_replacement"
-SELECTIONS = ("top_r", "frozen", *POWERS, *(name + WITH_REPLACEMENT for name in POWERS))
+TOP = ("top_r", "frozen")
+SELECTIONS = (*TOP, *POWERS, *(name + WITH_REPLACEMENT for name in POWERS))
 
 
 class Selected(NamedTuple):
@@ -38,16 +40,40 @@ def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
     generator = torch.Generator().manual_seed(seed)
     if not (scores.isfinite().all() and scores.max() > 0):
         return Selected(_sample_distinct(torch.ones_like(scores), rank, generator), None, usable=False)
-    if name in ("top_r", "frozen"):
-        # A stable sort, so that ties fall the same way everywhere.
-        top = scores.argsort(descending=True, stable=True)[:rank]
-        return Selected(top.sort().values, None, usable=True)
+    if name in TOP:
+        return Selected(_largest(scores.unsqueeze(0), rank)[0], None, usable=True)
     weights = (scores / scores.max()) ** POWERS[name.removesuffix(WITH_REPLACEMENT)]
     if not name.endswith(WITH_REPLACEMENT):
         return Selected(_sample_distinct(weights, rank, generator), None, usable=True)
     q = weights / weights.sum()
     index = q.multinomial(rank, replacement=True, generator=generator).sort().values
     return Selected(index, (rank * q[index]).rsqrt().float(), usable=True)
+
+
+def select_together(name: str, scores: Sequence[Tensor], ranks: Sequence[int], seeds: Sequence[int]) -> list[Selected]:
+    """``select`` for many layers; the largest scores of layers of one size are found in one go."""
+    found: dict[int, Selected] = {}
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for number, (of_layer, rank) in enumerate(zip(scores, ranks, strict=True)):
+        sizes.setdefault((len(of_layer), rank), []).append(number)
+    for (_, rank), numbers in sizes.items() if name in TOP else ():
+        stacked = torch.stack([scores[n] for n in numbers]).to("cpu", torch.float64)
+        usable = (stacked.isfinite().all(1) & (stacked.amax(1) > 0)).tolist()
+        if all(usable):
+            found |= {n: Selected(index, None, True) for n, index in zip(numbers, _largest(stacked, rank), strict=True)}
+    of_one = range(len(scores))
+    return [found[n] if n in found else select(name, scores[n], ranks[n], seeds[n]) for n in of_one]
+
+
+def _largest(scores: Tensor, rank: int) -> Tensor:
+    """Where the ``rank`` largest of each row of ``scores`` (layers, m) are, ascending (layers, rank).
+
+    Of equal ones the first, as by a stable sort: ties fall the same way everywhere.
+    """
+    least = scores.topk(rank).values[:, -1:]
+    above, ties = scores > least, scores == least
+    wanted = above | (ties & (ties.cumsum(1) <= rank - above.sum(1, keepdim=True)))
+    return wanted.nonzero()[:, 1].view(-1, rank)
 
 
 def _sample_distinct(weights: Tensor, rank: int, generator: torch.Generator) -> Tensor:

@@ -7,12 +7,12 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import calculate_time_spent
 
 from models.checkpointing import checkpoint_blocks
 from models.grass_linear import GrassLinear, convert_linears
 from models.int8_weight import fill_weight
 from models.llama import Llama, odd_sizes
+from models.precision import at_least_fp32
 from models.recipes import save_recipes
 from optim.baselines import projected_optimizer
 from optim.build import INNER_OPTIMIZERS, optimizer_of_groups, parameter_groups
@@ -68,11 +68,8 @@ def outline(config: Config) -> Llama:
         model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
-            masters = optim.master_weights and config.train.dtype == "bfloat16"
-            state_dtype = DTYPES[optim.state_dtype] if optim.state_dtype else torch.float32 if masters else None
-            convert_linears(
-                model, optim.rank, optim.patterns, optim.side, state_dtype, optim.share_index, optim.int8_weights
-            )
+            rows = DTYPES[optim.state_dtype] if optim.state_dtype else at_least_fp32(DTYPES[config.train.dtype])
+            convert_linears(model, optim.rank, optim.patterns, optim.side, rows, optim.share_index, optim.int8_weights)
     return model
 
 
@@ -146,24 +143,3 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
     in_backward = StepInBackward(optimizer, grass, limiter) if config.train.step_in_backward else None
     return Optimization(optimizer, masters, grass, limiter, in_backward)
-
-
-def compile_seconds() -> float:
-    """What torch.compile has taken in this process so far, with looking up what an earlier one has left on the disk."""
-    return calculate_time_spent().get("total_wall_time", 0.0)
-
-
-def compile_blocks(model: Llama, device: torch.device) -> bool:
-    """``torch.compile`` every block in place; without a working compiler say so and leave the model as it is."""
-    try:
-        torch.compile(torch.sin)(torch.ones(8, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, no writable cache: the toolchain fails in many ways
-        reason = str(error).strip().splitlines()[0]
-        logger.warning("torch.compile does not work here, going on without it: %s", reason)
-        torch.compiler.reset()
-        return False
-    for layer in model.layers:
-        layer.compile()
-    if any(getattr(module, "lean", False) for module in model.layers.modules()):
-        logger.info("train.lean_activations does nothing in compiled blocks: the compiler chooses what to make again")
-    return True

@@ -18,13 +18,16 @@ from data.loader import TrainBatches, validation_batches
 from data.on_the_fly import OnTheFly
 from data.prefetch import Prefetch
 from data.prepare import Prepared
+from models.checkpointing import all_checkpointed
 from optim.build import set_rates
+from optim.grass import Grass
 from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
-from pretrain.build import build_model, build_optimization, compile_blocks, compile_seconds
+from pretrain.build import build_model, build_optimization
 from pretrain.checkpoint_folder import HALF_WAY, Damaged, keep, newest_good, point_at, prune, set_aside
 from pretrain.code_version import git_commit
+from pretrain.compiling import compile_blocks, compile_seconds
 from pretrain.config import Config
 from pretrain.distributed import World
 from pretrain.evaluate import evaluate
@@ -43,6 +46,7 @@ from pretrain.update import Update
 from pretrain.waiting import Waiting
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 10  # about what takes long at a start
 
 
 class Trainer:
@@ -84,7 +88,7 @@ class Trainer:
         require_same_weights(checkpoint.tensors_of(self.model, self.optim), world)
         self._open_folder(changes, resume_from, damaged)  # only now: what is refused above leaves the folder as it was
         if train.compile:
-            compile_blocks(self.model, world.device)
+            compile_blocks(config, self.model, world)
         self.update = Update(config, world, self.model, self.engine, self.optim, train.non_finite == "skip")
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.saver = Saver(
@@ -112,8 +116,7 @@ class Trainer:
         if self.step < total and not self._await_data(self.step):
             return self._stopped()
         if self.optim.grass and self.step == 0:
-            count = self.batches.targets(0)
-            self.optim.grass.start(lambda: self.update.accumulate(self.batches.micro_batches(0), count))
+            self._choose_first_rows(self.optim.grass)
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
         profiled = self.config.train.profile if self.world.is_main else 0
@@ -139,6 +142,19 @@ class Trainer:
                     return self._stopped()
         self._finish()
         return True
+
+    def _choose_first_rows(self, grass: Grass) -> None:
+        """Probe all layers in one pass over the first batch, which is not trained on here.
+
+        Compiled blocks run as they are written: no graph is compiled for a single pass. Every block keeps its input
+        alone, so that this pass, whose probes keep whole inputs, needs no more memory than a step.
+        """
+        micro_batches = list(self.batches.micro_batches(0))
+        logger.info("choosing the first rows, in one pass over %d micro-batches …", len(micro_batches))
+        hook = self.model.register_forward_hook(_Progress(len(micro_batches)))
+        with torch.compiler.set_stance("force_eager"), all_checkpointed(self.model.layers):
+            grass.start(lambda: self.update.accumulate(micro_batches, self.batches.targets(0)))
+        hook.remove()
 
     def _step_and_log(self, step: int) -> None:
         logged = (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
@@ -186,7 +202,8 @@ class Trainer:
             return {"train/loss": None, "train/grad_norm": None}
         nats, grad_norm = self.sums
         summed = self.world.sum(torch.stack([nats, (self.first_bad > 0).to(nats)]))
-        loss, bad, norm = summed[0].item() / self.batches.targets(self.step - 1), summed[1].item(), grad_norm.item()
+        loss, bad, norm = torch.cat([summed, grad_norm.to(nats).view(1)]).tolist()  # one wait for the three
+        loss /= self.batches.targets(self.step - 1)
         if bad or not math.isfinite(loss) or not math.isfinite(norm):
             self._stop_at_non_finite(loss, norm)
         return {"train/loss": loss, "train/grad_norm": norm}
@@ -422,6 +439,19 @@ class Trainer:
         self.metrics.show_results(samples)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
+
+
+class _Progress:
+    """A forward hook that logs, from time to time, how many of ``total`` micro-batches have been seen."""
+
+    def __init__(self, total: int):
+        self.total, self.seen, self.logged = total, 0, time.monotonic()
+
+    def __call__(self, *_) -> None:
+        self.seen += 1
+        if time.monotonic() > self.logged + SECONDS_BETWEEN_LINES:
+            logger.info("… micro-batch %d of %d", self.seen, self.total)
+            self.logged = time.monotonic()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -33,14 +33,14 @@ class Update:
     ):
         self.config, self.world, self.model, self.engine, self.optim = config, world, model, engine, optim
         self.skip, self.skipped = skip, False  # whether the latest update was
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, micro_batches: Iterable[MicroBatch], count: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
         nats = self.accumulate(micro_batches, count, step=True)
         if self.optim.in_backward:
             return nats, self.optim.in_backward.grad_norm()
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        grad_norm = self.engine.clip(trainable, self.config.optim.clip or float("inf"))
+        grad_norm = self.engine.clip(self.trainable, self.config.optim.clip or float("inf"))
         self.skipped = self.skip and not self._finite(nats, grad_norm)
         if self.skipped:
             self.pass_over()
@@ -48,14 +48,18 @@ class Update:
         if self.optim.limiter:
             self.optim.limiter()
         self.optim.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
         return nats, grad_norm
 
     def pass_over(self) -> None:
         """Make no update, and count it where updates are counted."""
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
         if self.optim.grass:
             self.optim.grass.skip_update()
+
+    def _drop_gradients(self) -> None:
+        for p in self.trainable:
+            p.grad = None
 
     def _finite(self, nats: Tensor, grad_norm: Tensor) -> bool:
         """Whether the loss of every process and the gradient are finite: the same answer on all of them."""

@@ -3,14 +3,16 @@
 import pytest
 import torch
 from helpers import allocations
-from test_checkpointing import IDS, LINEARS, assert_same, build, gradients, loss_of
+from test_checkpointing import IDS, LINEARS, SIZES, assert_same, build, gradients, loss_of
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import recipes
 from models.llama import rope_tables
 from models.recipes import save_recipes
-from pretrain.build import compile_blocks
+from pretrain.compiling import compile_blocks
+from pretrain.config import load
+from pretrain.distributed import World
 
 
 def lean(linears, dtype=torch.float32):
@@ -86,6 +88,8 @@ def test_saved_tensor_hooks_count_at_least_35_percent_less_than_of_the_plain_blo
 def test_that_compiled_blocks_make_their_own_choice_is_said_once(wanted, caplog, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = lean("rows") if wanted else build("none", "rows")
+    sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
+    config = load([*sizes, "optim.rank=8", "train.seq_len=8", "train.tokens_per_step=8"])
     with caplog.at_level("INFO"):
-        compile_blocks(model, torch.device("cpu"))
+        compile_blocks(config, model, World(0, 1, torch.device("cpu")))
     assert caplog.text.count("train.lean_activations does nothing in compiled blocks") == wanted

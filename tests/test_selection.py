@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from optim.selection import SELECTIONS, select
+from optim.selection import SELECTIONS, select, select_together
 
 SCORES = torch.tensor([0.5, 3.0, 0.1, 2.0, 1.0, 0.0])
 
@@ -92,3 +92,19 @@ def test_useless_scores_give_a_uniform_choice_and_say_so(name, scores):
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"optim\.selection='best' is unknown; choose from top_r"):
         select("best", SCORES, 2, seed=0)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_many_layers_choose_what_a_stable_sort_puts_first(rank):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randint(0, 4, (12,), generator=generator).double() + 1 for _ in range(5)]  # with many ties
+    scores += [torch.zeros(12, dtype=torch.float64), torch.rand(20, generator=generator, dtype=torch.float64)]
+    seeds = list(range(len(scores)))
+    for found, of_layer, seed in zip(
+        select_together("top_r", scores, [rank] * len(scores), seeds), scores, seeds, strict=True
+    ):
+        alone = select("top_r", of_layer, rank, seed)
+        assert torch.equal(found.chosen, alone.chosen) and found.usable == alone.usable
+        if found.usable:
+            first = of_layer.argsort(descending=True, stable=True)[:rank].sort().values
+            assert torch.equal(found.chosen, first)
