@@ -1,0 +1,36 @@
+"""How long saves block the training: three in a row, by the saver of the trainer, and what each writes."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.training import TINY, TrainingRun, random_batch, settings
+from pretrain import checkpoint
+from pretrain.saver import Saver
+
+SAVES = 3
+SHAPE = ["model=llama_350m", "train.seq_len=256", "train.tokens_per_step=4096", "optim.rank=128"]
+DRY_SHAPE = ["model=llama_nano", *TINY, "train.tokens_per_step=64", "optim.rank=16"]
+
+
+def run(bench: Bench, case: str) -> None:
+    config = settings([*(DRY_SHAPE if bench.dry else SHAPE), "optim=grass", "train.dtype=bfloat16"])
+    run = TrainingRun(config, bench.device)
+    run.take_some_rows()
+    batch = random_batch(config, bench.on_gpu)
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))  # the disk of the results, which /tmp may not be
+    try:
+        saver = Saver(folder, run.world)
+        for number in range(1, SAVES + 1):
+            run.step(batch)
+            bench.synchronize()
+            with bench.row(save=number) as row:
+                tensors = checkpoint.tensors_of(run.model, run.optim)
+                row["gib"] = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**30
+                saver.save(number, tensors, {"step": number})
+                row["blocked_s"] = saver.blocked_seconds
+                saver.finish()
+                row["written_s"] = saver.seconds
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

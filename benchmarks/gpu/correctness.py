@@ -1,0 +1,42 @@
+"""Whether the GPU learns what the CPU learns: the same 20 steps on text, beside those of the CPU in float32."""
+
+import torch
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.learning import METHODS, Learned, learn
+
+# (name, overrides, whether blocks are compiled)
+WAYS = (
+    ("fp32", ["train.dtype=float32"], False),
+    ("fp32, compiled", ["train.dtype=float32"], True),
+    ("bf16", ["train.dtype=bfloat16"], False),
+    ("bf16, compiled", ["train.dtype=bfloat16"], True),
+)
+
+
+def run(bench: Bench, case: str) -> None:
+    for method, overrides in METHODS.items():
+        cpu = learn(overrides, torch.device("cpu"), bench.dry)
+        for way, more, compile in WAYS:
+            if compile and not bench.on_gpu:
+                bench.add(method=method, way=way, skipped="needs a GPU")
+                continue
+            with bench.row(method=method, way=way) as row:
+                row |= compared(learn([*overrides, *more], bench.device, bench.dry, compile), cpu)
+            torch.compiler.reset()
+
+
+def compared(here: Learned, cpu: Learned) -> dict[str, object]:
+    """The first and last loss, the worst distance from the CPU's, and how alike the chosen rows are at the end.
+
+    ``same_rows`` is the number of layers with exactly the CPU's rows, ``common_rows`` the share of all rows that the
+    CPU chose too: scores that are nearly equal let a rounding decide.
+    """
+    same = sum(torch.equal(here.rows[name], index) for name, index in cpu.rows.items())
+    common = [torch.isin(here.rows[name], index) for name, index in cpu.rows.items()]
+    distances = [abs(a - b) for a, b in zip(here.losses, cpu.losses, strict=True)]
+    return {
+        "compiled": here.compiled, "first": here.losses[0], "last": here.losses[-1], "cpu_last": cpu.losses[-1],
+        "worst": max(distances), "same_rows": same, "layers": len(cpu.rows),
+        "common_rows": torch.cat(common).double().mean().item() if common else None,
+    }  # fmt: skip

@@ -1,0 +1,36 @@
+"""Whether two runs are equal to the bit: as they are, and when deterministic algorithms are asked for."""
+
+import os
+from dataclasses import fields
+
+import torch
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.learning import METHODS, learn
+from pretrain.config import TrainConfig
+
+KEY = "deterministic"  # of train; where there is no such key, torch is told itself
+
+
+def run(bench: Bench, case: str) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product
+    has_key = KEY in {field.name for field in fields(TrainConfig)}
+    asked = f"train.{KEY}=true" if has_key else "torch.use_deterministic_algorithms"
+    for how in ("as it is", asked):
+        if how == asked:
+            torch.use_deterministic_algorithms(True)
+        for method in ("grass+muon", "adamw"):
+            for dtype in ("float32", "bfloat16"):
+                overrides = [*METHODS[method], f"train.dtype={dtype}"]
+                overrides += [f"train.{KEY}=true"] if has_key and how == asked else []
+                for compile in (False, True) if bench.on_gpu else (False,):
+                    with bench.row(how=how, method=method, dtype=dtype, compiled=compile) as row:
+                        one, two = (learn(overrides, bench.device, bench.dry, compile) for _ in range(2))
+                        row["same_losses"] = one.losses == two.losses
+                        row["same_parameters"] = all(map(same_bits, one.parameters, two.parameters))
+                    torch.compiler.reset()
+
+
+def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors are the same to the bit; of numbers that are none as well."""
+    return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))

@@ -1,0 +1,77 @@
+"""Whether an experiment of conf/ trains in the memory it is for, and takes what the planner says.
+
+The planner walks the same steps in the same run. The allocator may take what the card in question has, so that a run
+that needs more fails here as it would there.
+"""
+
+import time
+
+import torch
+
+from benchmarks.gpu.bench import GIB, NEEDS_GPU, Bench
+from benchmarks.gpu.results import Row
+from benchmarks.gpu.training import TINY, TrainingRun, random_batch, settings
+from pretrain.config import Config
+from pretrain.estimate import estimate
+
+STEPS = 6
+
+
+def run(bench: Bench, case: str) -> None:
+    experiment, _, how = case.partition(" ")
+    compile = how == "compiled"
+    # Two micro-batches of a step have the peak of many.
+    overrides = [f"experiment={experiment}", "train.tokens_per_step=4096"]
+    if bench.dry:
+        overrides = [f"experiment={experiment}", *TINY, "train.tokens_per_step=64", "optim.rank=16"]
+    config = settings(overrides)
+    card = config.estimate.device_memory_gib or 0.0  # each of these experiments names its card's
+    with bench.row(case=case, card_gib=card) as row:
+        if compile and not bench.on_gpu:
+            row["skipped"] = NEEDS_GPU
+            return
+        # Without a limit the planner does not look for the largest micro-batch as well.
+        found, _ = estimate(settings([*overrides, "estimate.device_memory_gib=null"]))
+        row["planned_gib"] = max(found.peak_bytes, found.refresh_peak_bytes) / GIB
+        _limit(bench, card - config.estimate.context_gib)
+        _train(bench, config, compile, row)
+
+
+def _limit(bench: Bench, gib: float) -> None:
+    """Let torch's allocator take no more than ``gib``, or what there is."""
+    if bench.on_gpu:
+        total = torch.cuda.get_device_properties(bench.device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
+
+
+def _train(bench: Bench, config: Config, compile: bool, row: Row) -> None:
+    """Choose the first rows and make some steps as a run does, and note what that held."""
+    run = TrainingRun(config, bench.device, compile=compile)
+    batch = random_batch(config, pinned=bench.on_gpu)
+    row["compiled"] = run.compiled
+    bench.synchronize()
+    began = time.perf_counter()
+    run.choose_rows(batch)
+    bench.synchronize()
+    row["first_rows_s"] = time.perf_counter() - began
+    row |= {f"{key}_choosing": gib for key, gib in _peaks(bench).items()}
+    times = []
+    for _ in range(2 if bench.dry else STEPS):
+        began = time.perf_counter()
+        run.step(batch)
+        bench.synchronize()
+        times.append(time.perf_counter() - began)
+    row |= {"first_step_s": times[0], "step_s": min(times), **_peaks(bench)}
+
+
+def _peaks(bench: Bench) -> dict[str, float]:
+    """The most held since the last call, and what is taken of the device now, with contexts of all its processes."""
+    if not bench.on_gpu:
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    peaks = {
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB, "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "taken_gib": (total - free) / GIB,
+    }  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()
+    return peaks

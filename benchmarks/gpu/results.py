@@ -1,0 +1,68 @@
+"""The result file of the benchmark, ``gpu.json``: on the disk after every row, so that a crash loses none.
+
+    {"sections": {name: record}}, and a record is
+    {"began", "commit", "dry", "device", "computes", "torch", "seconds", "ended", "rows": [{…}, …]}
+
+``computes`` is false of a stand-in for a GPU, whose kernels do nothing; ``ended`` is "done", "running", or why the
+section stopped; rows are what the section reported.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pretrain.code_version import git_commit
+from pretrain.files import write_whole
+
+FILE = "gpu.json"
+DONE, RUNNING = "done", "running"
+Row = dict[str, Any]
+Record = dict[str, Any]
+
+
+def load(path: Path) -> dict[str, Record]:
+    """The records of a result file by section.
+
+    Raises:
+        ValueError: the file is not one of results.
+    """
+    try:
+        sections = json.loads(path.read_text())["sections"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result file of python -m benchmarks.gpu ({error})") from None
+    return sections
+
+
+class Results:
+    """Keeps ``gpu.json`` in ``folder``. A section that runs again takes the place of its earlier record.
+
+    That happens at its first row: a section that fails before it leaves what was measured earlier.
+    """
+
+    def __init__(self, folder: Path, dry: bool):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.dry, self.commit = folder / FILE, dry, git_commit()
+        self.sections = load(self.path) if self.path.exists() else {}
+        self.current: Record = {}
+
+    def begin(self, name: str) -> None:
+        self.name = name
+        self.current = {
+            "began": datetime.now().isoformat(timespec="seconds"), "commit": self.commit, "dry": self.dry,
+            "seconds": 0.0, "ended": RUNNING, "rows": [],
+        }  # fmt: skip
+
+    def add(self, row: Row) -> None:
+        self.current["rows"].append(row)
+        self._write()
+
+    def end(self, seconds: float, ended: str) -> None:
+        """Close the section: ``ended`` is DONE or what stopped it."""
+        self.current |= {"seconds": round(seconds, 1), "ended": ended}
+        if self.current["rows"] or self.name not in self.sections:
+            self._write()
+
+    def _write(self) -> None:
+        self.sections[self.name] = self.current
+        write_whole(self.path, json.dumps({"sections": self.sections}, indent=1) + "\n")

@@ -1,0 +1,206 @@
+"""Tokens per second of the methods at one size: bf16, compiled, in turn in one process, so that all meet the same GPU.
+
+A method makes TURN steps, then the next one does, for ROUNDS rounds; who begins changes from round to round. A turn is
+as long as the default interval between two refreshes, so the refreshes of blocks that take turns are counted as they
+come. Refreshes that come rarely (GaLore's projections, the paper's rows) are timed by themselves, and spread over their
+interval.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median, quantiles
+
+import torch
+
+from benchmarks.gpu.bench import GIB, Bench, lacks
+from benchmarks.gpu.results import Row
+from benchmarks.gpu.training import BYTES, TINY, TrainingRun, random_batch, settings
+from pretrain.config import BaselineConfig, Config, GrassConfig
+from pretrain.flops import flops_per_token
+
+TURN, ROUNDS, WARM_UP = 10, 3, 4
+TO_BUILD = 45  # seconds that a method may take until it can be timed
+COMMON = ["train.dtype=bfloat16", "optim.lr=1e-5", "optim.linear_lr=1e-5"]  # rates that keep random tokens finite
+PAPER = [
+    "optim=grass", "optim.inner=adamw", "optim.alpha=0.25", "optim.score=exact", "optim.state_at_refresh=reset",
+    "optim.stagger=false", "optim.refresh_every=200",
+]  # fmt: skip
+METHODS = {
+    "adamw": ["optim=adamw"],
+    "muon": ["optim=muon"],
+    "adamw8bit": ["optim=adamw8bit"],
+    "galore": ["optim=galore", "optim.update_gap=200"],  # as in its paper
+    "grass": ["optim=grass"],
+    "grass+adamw": ["optim=grass", "optim.inner=adamw"],
+    "grass+adamw, bf16 rows": ["optim=grass", "optim.inner=adamw", "optim.state_dtype=bfloat16"],
+    "grass+adamw, the paper's refresh": PAPER,
+}
+OPTIONAL = {"adamw8bit": ("torchao", "torchao"), "galore": ("galore_torch", "galore-torch")}
+GRASSES = [method for method in METHODS if method.startswith("grass")]
+BATCH = ["train.seq_len=1024", "train.tokens_per_step=16384"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, the rank of what has one, and who is compared: AdamW, whom the others are measured by, comes first.
+
+    ``size`` is the model whose roofline stands beside it.
+    """
+
+    size: str
+    shape: list[str]
+    rank: int
+    methods: list[str]
+
+
+# Of 1b the states of all methods and the activations do not fit 80 GB together.
+CASES = {
+    "350m": Case("350m", ["model=llama_350m", *BATCH], 128, list(METHODS)),
+    "1b": Case("1b", ["model=llama_1b", "model.intermediate_size=5461", *BATCH], 256, ["adamw", *GRASSES]),
+    "1b_5504": Case(
+        "1b", ["model=llama_1b", "model.intermediate_size=5504", *BATCH], 256, ["adamw", "grass", "grass+adamw"]
+    ),
+    "1b_others": Case(
+        "1b", ["model=llama_1b", "model.intermediate_size=5461", *BATCH], 256, ["adamw", "muon", "adamw8bit", "galore"]
+    ),
+    "7b": Case(
+        "7b",
+        ["model=llama_7b", "model.num_hidden_layers=4", *BYTES, "train.seq_len=2048", "train.tokens_per_step=16384"],
+        512, list(METHODS),
+    ),
+}  # fmt: skip
+
+
+def configuration(case: Case, method: str, dry: bool) -> Config:
+    ranked = method == "galore" or method in GRASSES
+    rank = [f"optim.rank={16 if dry else case.rank}"] if ranked else []
+    tiny = [*TINY, "train.tokens_per_step=64"] if dry else []
+    return settings([*case.shape, *COMMON, *METHODS[method], *rank, *tiny])
+
+
+@dataclass
+class Contender:
+    """A method at work, with milliseconds of its steps by turn, and of the host's part of some steps."""
+
+    run: TrainingRun
+    row: Row
+    turns: list[list[float]] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[float]:
+        return [ms for turn in self.turns for ms in turn]
+
+
+def run(bench: Bench, case: str) -> None:
+    torch._dynamo.config.recompile_limit = 64  # of one block's code, which the methods share
+    contenders: dict[str, Contender] = {}
+    for method in CASES[case].methods:
+        row = {"case": case, "method": method}
+        if method in OPTIONAL and (missing := lacks(*OPTIONAL[method])):
+            bench.add(**row, lacks=missing)
+        elif bench.left() < TO_BUILD:
+            bench.add(**row, skipped=f"{bench.left():.0f} s left")
+        else:
+            try:
+                contenders[method] = build(bench, CASES[case], method, row)
+            except Exception as error:
+                with bench.row(**row):
+                    raise error
+    take_turns(bench, list(contenders.values()))
+    dense: float | None = None
+    for contender in contenders.values():
+        if not contender.turns:
+            bench.add(**contender.row, skipped="no time left for a turn")
+            continue
+        summary = summarise(contender)
+        dense = dense or (summary["ms"] if contender.row["method"] == "adamw" else None)
+        bench.add(**contender.row, **summary, of_adamw=dense / summary["ms"] if dense else None)
+
+
+def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
+    """The method, warmed up, with its compiled blocks, its peak memory and the time of a rare refresh."""
+    bench.free()
+    held, began = _allocated(bench), time.perf_counter()
+    config = configuration(case, method, bench.dry)
+    contender = Contender(TrainingRun(config, bench.device, compile=bench.on_gpu), dict(row))
+    run, batch = contender.run, random_batch(config, bench.on_gpu)
+    run.take_some_rows()
+    run.update.accumulate(batch)  # compiles, so that the first step below does not
+    run.model.zero_grad(set_to_none=True)
+    step = partial(run.step, batch)
+    (first,) = bench.times(step, 1)
+    bench.times(step, 1 if bench.dry else WARM_UP)
+    regular = min(bench.times(step, 3))
+    contender.row |= rare_refresh(bench, run, step, first, regular)
+    bench.synchronize()
+    contender.row |= {
+        "compiled": run.compiled, "peak_gib": _peak_over(bench, held), "warm_up_s": time.perf_counter() - began,
+        "flops_per_token": flops_per_token(run.model, config.train.seq_len),
+    }  # fmt: skip
+    return contender
+
+
+def rare_refresh(bench: Bench, run: TrainingRun, step: Callable[[], object], first: float, regular: float) -> Row:
+    """How often a refresh comes that the turns do not see, and the milliseconds it adds; else nothing."""
+    optim = run.config.optim
+    if isinstance(optim, BaselineConfig):  # it projects in its first step
+        return {"refresh_every": optim.update_gap, "refresh_ms": max(0.0, first - regular)}
+    if isinstance(optim, GrassConfig) and optim.refresh_every > TURN:
+        assert run.optim.grass
+        probed = optim.probe_steps
+        for _ in range(2):  # the first compiles the probed blocks
+            run.optim.grass.resume(optim.refresh_every - probed)
+            ended = sum(bench.times(step, probed))
+        return {"refresh_every": optim.refresh_every, "refresh_ms": max(0.0, ended - probed * regular)}
+    return {}
+
+
+def take_turns(bench: Bench, contenders: list[Contender]) -> None:
+    """Time the steps of all in turn; ends after a whole round when little time is left."""
+    for round_ in range(1 if bench.dry else ROUNDS):
+        began = time.monotonic()
+        start = round_ % max(1, len(contenders))
+        for contender in contenders[start:] + contenders[:start]:
+            step = partial(contender.run.step, random_batch(contender.run.config, bench.on_gpu))
+            step()  # the caches are another's: not counted
+            contender.turns.append(bench.times(step, 2 if bench.dry else TURN))
+            contender.host_ms += [issued(bench, step) for _ in range(1 if bench.dry else 3)]
+        if bench.left() < 1.2 * (time.monotonic() - began):
+            return
+
+
+def issued(bench: Bench, step: Callable[[], object]) -> float:
+    """Milliseconds until the host has given an idle device a whole step; a wait within the step is in it."""
+    bench.synchronize()
+    began = time.perf_counter()
+    step()
+    return (time.perf_counter() - began) * 1e3
+
+
+def summarise(contender: Contender) -> Row:
+    """Of the median turn: the mean step with the share of a rare refresh, and tokens per second by that.
+
+    Quartiles are of all single steps.
+    """
+    row, train = contender.row, contender.run.config.train
+    share = row["refresh_ms"] / row["refresh_every"] if "refresh_ms" in row else 0.0
+    ms = median(sum(turn) / len(turn) for turn in contender.turns) + share
+    low, middle, high = quantiles(contender.steps, n=4, method="inclusive")
+    tokens_per_s = train.tokens_per_step / ms * 1e3
+    return {
+        "ms": ms, "low_ms": low, "median_ms": middle, "high_ms": high, "steps": len(contender.steps),
+        "host_ms": median(contender.host_ms), "tokens_per_s": tokens_per_s,
+        "tflop_per_s": tokens_per_s * row["flops_per_token"] / 1e12,
+    }  # fmt: skip
+
+
+def _allocated(bench: Bench) -> int:
+    return torch.cuda.memory_allocated() if bench.on_gpu else 0
+
+
+def _peak_over(bench: Bench, held: int) -> float | None:
+    """The peak since the last ``free``, without what the methods built before hold."""
+    return (torch.cuda.max_memory_allocated() - held) / GIB if bench.on_gpu else None
