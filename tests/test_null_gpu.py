@@ -7,6 +7,7 @@ step takes. GRASS_NULL_GPU names the folder of the null GPU where that is not .n
 import json
 import os
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -55,10 +56,12 @@ def train(folder: Path, *settings: str, **environment: str) -> tuple[str, list[d
 
 
 @cache
-def measure(*arguments: str) -> dict:
+def measure(*arguments: str, **environment: str) -> dict:
     """What measure.py finds."""
-    printed = run("python", NULL_GPU / "measure.py", "--json=/dev/stdout", *arguments)
-    return json.loads(printed[printed.index("\n{\n") :])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "found.json")
+        run("python", NULL_GPU / "measure.py", f"--json={file}", *arguments, **environment)
+        return json.loads(file.read_text())
 
 
 # A run, from the command that everybody begins with.
@@ -76,8 +79,8 @@ def test_default_command_trains_to_its_end_compiled(tmp_path, dtype):
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0"])
 def test_block_with_probes_is_compiled_to_kernels(tmp_path, capability):
+    without = measure_afresh(tmp_path, capability, "optim=adamw")
     found = measure_afresh(tmp_path, capability, "optim=grass")
-    without = measure_afresh(tmp_path / "adamw", capability, "optim=adamw")
     assert found["graph_breaks"] == 0
     assert found["graphs"] > without["graphs"]  # a block with probes has a graph of its own
     assert found["graphs_in_measured_steps"] == 0
@@ -90,14 +93,12 @@ def test_block_with_probes_is_compiled_to_kernels(tmp_path, capability):
 
 def measure_afresh(folder: Path, capability: str, *settings: str) -> dict:
     """With nothing compiled by an earlier run; kernels by name are in ``names``, compiled ones in ``triton``."""
-    folder.mkdir(exist_ok=True)
-    run(
-        "python", NULL_GPU / "measure.py", f"--names={folder}/names", f"--json={folder}/found", *settings,
-        "model=llama_nano", "model.num_hidden_layers=2", "train.seq_len=128", "train.tokens_per_step=512",
+    return measure(
+        f"--names={folder}/names", "model=llama_nano", "model.num_hidden_layers=2", *settings,
+        "train.seq_len=128", "train.tokens_per_step=512",
         NULL_GPU_CAPABILITY=capability,
         TRITON_CACHE_DIR=f"{folder}/triton", TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor",
     )  # fmt: skip
-    return json.loads((folder / "found").read_text())
 
 
 def test_three_saves_and_a_resume(tmp_path):

@@ -71,11 +71,12 @@ def some_scores(n: int) -> Tensor:
 
 def main() -> None:
     options = parser().parse_args()
-    settings, world = [*options.settings, f"estimate.devices={options.processes}"], join(options.processes)
+    settings = [*options.settings, f"estimate.devices={options.processes}"]
     found: dict[str, Any] = {"settings": options.settings, "processes": options.processes}
     if options.plan:
         plan, _ = estimate(configuration(settings))
         found["planned_gib"] = max(plan.peak_bytes, plan.refresh_peak_bytes) / GIB
+    world = join(options.processes)
     steps = FreeRunning(configuration(settings), world)
     beside = None
     if options.beside:
