@@ -46,6 +46,7 @@ PASSED_ON = {
 }
 
 ONE_NODE = ("1", "1:1")
+STATIC_PORT = 29500  # torchrun's default
 
 
 def say(message: str) -> None:
@@ -181,6 +182,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.log_dir = os.devnull  # torch would leave an empty folder behind after every run
     if args.local_addr is None and args.nnodes in ONE_NODE:
         args.local_addr = "localhost"  # a laptop's own name may resolve to nowhere
+    default = args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port in (None, STATIC_PORT)
+    if default and args.nnodes in ONE_NODE:
+        args.standalone = True  # at a free port: before torch 2.13 all runs of a machine would take the same one
     # Otherwise all attempts share one store, and a restarted worker may read the address of one that was killed.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Steps with a refresh, a loss in chunks or a validation take other sizes than the rest: less is lost to gaps.

@@ -1,5 +1,6 @@
 """The launcher, with small scripts as workers; launch.sh and test.sh, with recorders in the place of Python and pip."""
 
+import contextlib
 import os
 import platform
 import pty
@@ -171,6 +172,14 @@ def test_workers_on_a_cpu_keep_what_they_free_unless_told_otherwise(launch, keep
 def huge_pages_always() -> bool:
     file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return file.exists() and "[always]" in file.read_text()
+
+
+def test_a_run_on_one_node_needs_no_port_that_another_may_have(launch):
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # another run has it
+            taken.bind(("", 29500))
+            taken.listen()
+        assert launch.run("print('a line')", processes=1) == (0, "a line\n", "")
 
 
 @pytest.mark.parametrize(("node", "reason"), [(0, "EADDRINUSE"), (1, "timed out")])
