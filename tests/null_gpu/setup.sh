@@ -3,11 +3,12 @@
 #
 #   tests/null_gpu/setup.sh [--venv ENVIRONMENT] [FOLDER]
 #
-# FOLDER: where to make it ($GRASS_NULL_GPU, or .null_gpu in the repository). Made anew where something is missing or has
+# FOLDER: where to make it; $GRASS_NULL_GPU, or .null_gpu in the repository. Made anew where something is missing or has
 # changed; otherwise this takes some seconds. It takes 5 GB, most of which are CUDA's libraries.
 # ENVIRONMENT: an existing virtual environment that has a CUDA build of torch; it is used as it is.
-# NULL_GPU_TORCH: the version of torch instead of that in requirements.txt, for CUDA 13. NULL_GPU_INDEX_URL: where its
-# CUDA build is, if not on PyPI. PYTHON: the interpreter. Settings of pip that may prefer a CPU build are not read.
+# GRASS_TORCH: the version of torch instead of that in requirements.txt, for CUDA 13; FOLDER is then .null_gpu-VERSION.
+# NULL_GPU_INDEX_URL: where the CUDA build is, if not on PyPI. PYTHON: the interpreter. Pip's settings are not read, which
+# may prefer a CPU build.
 # Exits with 3 where it cannot be made: on another platform, without a compiler, or where pip cannot download.
 set -euo pipefail
 sources=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -15,7 +16,7 @@ cd "$sources/../.."
 fail() { echo "no null GPU: $*" >&2; exit "${code:-1}"; }
 given=
 if [[ ${1:-} == --venv ]]; then given=$(realpath -s "$2"); shift 2; fi
-folder=${1:-${GRASS_NULL_GPU:-.null_gpu}}
+folder=${1:-${GRASS_NULL_GPU:-.null_gpu${GRASS_TORCH:+-$GRASS_TORCH}}}
 [[ $(uname -sm) == "Linux x86_64" ]] || code=3 fail "it is for Linux on x86-64"
 for compiler in gcc g++; do command -v $compiler >/dev/null || code=3 fail "there is no $compiler"; done
 mkdir -p "$folder"
@@ -27,7 +28,7 @@ python=$folder/venv/bin/python
 if [[ -n $given ]]; then
     ln -sfn "$given" "$folder/venv"
 elif [[ ! -L $folder/venv ]]; then
-    version=${NULL_GPU_TORCH:-$(sed -n 's/^torch==//p' requirements.txt)}
+    version=${GRASS_TORCH:-$(sed -n 's/^torch==//p' requirements.txt)}
     wanted="torch==$version"$'\n'$(grep -v '^torch==' requirements.txt)
     if [[ ! -f $folder/installed || $(<"$folder/installed") != "$wanted" ]]; then
         echo "null GPU: installing torch $version with CUDA into $folder (5 GB) ..." >&2
