@@ -72,11 +72,11 @@ def _forward_and_backward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> No
 def _kernels(bench: Bench, shape: tuple[int, int, int, int]) -> Iterator[tuple[str, bool, Kernel | str]]:
     """(name, whether documents are kept apart, the kernel or why there is none)."""
     b, t, _, _ = shape
-    document = (torch.arange(t, device=bench.device) // max(1, t // DOCUMENTS)).expand(b, t)
-    mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)
+    document = (torch.arange(t) // max(1, t // DOCUMENTS)).expand(b, t)
+    mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1).to(bench.device)
     first = torch.ones_like(document, dtype=torch.bool)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
-    ends = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=b * t).to(torch.int32)
+    ends = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=b * t).to(bench.device, torch.int32)
     for name, backend in BACKENDS.items():
         missing = NEEDS_GPU if backend and not bench.on_gpu else ""
         yield name, False, missing or partial(_sdpa, backend, None)
