@@ -161,10 +161,9 @@ class GrassLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out) in the weight's dtype."""
         scale = self.scale if self.scaled else None
-        probe_key = None if self.probe is None else self.probe_key  # what is not used would be part of a compiled graph
         return _SelectedLinear.apply(
-            x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe, probe_key,
-            self.dim == 1,
+            x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe,
+            self.probe_key, self.dim == 1,
         )  # fmt: skip
 
     def _slice_of(self, x: Tensor) -> Tensor | None:
@@ -234,24 +233,22 @@ class GrassLinear(nn.Module):
         for _ in select_rows([self], [index], [scale], [rounding_key]):
             pass
 
-    def start_probe(self, key: int, width: int | None) -> None:
+    def start_probe(self, key: Tensor | int, width: int | None) -> None:
         """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).
 
         Args:
-            key: names the random matrix of the sketch.
+            key: names the random matrix of the sketch; a tensor is an int64 scalar on the weight's device.
             width: columns k of the sketch; None for exact squared norms.
         """
         shape = (self.selectable,) if width is None else (self.selectable, width)
         self.probe = torch.empty(shape, device=self.weight.device, requires_grad=True)  # only its gradient has a value
-        if self.probe_key is None:
-            self.probe_key = torch.empty((), dtype=torch.int64, device=self.weight.device)
-        self.probe_key.fill_(key)  # not a copy, which would wait
+        self.probe_key = key if isinstance(key, Tensor) else torch.full((), key, device=self.weight.device)
 
     def stop_probe(self) -> Tensor:
         """End the probe and return what it gathered: (m,) squared norms or the (m, k) sketch, float32."""
         assert self.probe is not None
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
-        self.probe = None
+        self.probe = self.probe_key = None
         return gathered.detach()
 
 

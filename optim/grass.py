@@ -248,9 +248,15 @@ class Grass:
         return [name for name in self.layers if self._steps_to_refresh(name) <= self.probe_steps]
 
     def _start_probes(self, names: Iterable[str]) -> None:
-        for name in names:
-            window = (self.steps + self.offsets[name]) // self.refresh_every
-            self.layers[name].start_probe(key(self.seed, "sketch", window, name), self.sketch_width)
+        names = list(names)
+        if not names:
+            return
+        windows = [(self.steps + self.offsets[name]) // self.refresh_every for name in names]
+        keys = [key(self.seed, "sketch", window, name) for window, name in zip(windows, names, strict=True)]
+        # One upload for all. Each key begins at a multiple of 16 bytes, or compiled blocks would copy it.
+        spaced = upload(torch.tensor([[k, 0] for k in keys]), self.layers[names[0]].index.device)
+        for name, of_layer in zip(names, spaced[:, 0].unbind(), strict=True):
+            self.layers[name].start_probe(of_layer, self.sketch_width)
 
     def _gather(self) -> None:
         """End the probes of the step just made and add them, summed over processes, to what was gathered before.

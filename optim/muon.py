@@ -12,7 +12,7 @@ from models.sharded import local, sum_parts
 from optim.parts import Parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
-TOGETHER = 2**22  # elements of matrices that are orthogonalised at once: few kernels, and few temporaries in any model
+TOGETHER = 2**24  # elements of matrices that are orthogonalised at once: few kernels, and few temporaries in any model
 
 
 class Muon(torch.optim.Muon):
@@ -123,7 +123,8 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     for p in parameters:
         alike.setdefault((p.shape, p.dtype), []).append(p)
     for together in alike.values():
-        size = max(1, TOGETHER // max(1, local(together[0]).numel()))
+        batches = -(-len(together) * local(together[0]).numel() // TOGETHER)  # of about one size
+        size = -(-len(together) // max(1, min(batches, len(together))))
         for start in range(0, len(together), size):
             yield together[start : start + size]
 

@@ -48,7 +48,7 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        # A copy from pageable memory, where a device is asked for; what stays on the host goes on through pinned memory.
+        # A copy from pageable memory, where a device is asked for: what stays on the host goes through pinned memory.
         made_from_python = name in ("tensor", "as_tensor") and "device" in (kwargs or {})
         leaves = name == "to" and "cpu" in args[1:]  # by that name: the run's own device comes as a torch.device
         masked = name in ("__getitem__", "__setitem__") and getattr(args[1], "dtype", None) == torch.bool
