@@ -5,8 +5,10 @@ micro-batches of an update they must). What a step does to a parameter must depe
 the global norm cannot be had.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +32,16 @@ class StepInBackward:
         self.limiters = _one_for_each(limiter) if limiter else {}
         self.norms: list[Tensor] = []
         self.stepping = False
+        # Hooks that held this object, which holds the parameters, would keep a model alive that nobody has any more.
+        step = weakref.WeakMethod(self._step)
+
+        def hook(parameter: Tensor) -> None:
+            if (alive := step()) is not None:
+                alive(cast(nn.Parameter, parameter))
+
         for group in optimizer.param_groups:
             for p in group["params"]:
-                p.register_post_accumulate_grad_hook(self._step)
+                p.register_post_accumulate_grad_hook(hook)
 
     @contextmanager
     def steps(self) -> Iterator[None]:

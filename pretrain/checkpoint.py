@@ -43,6 +43,13 @@ def load(path: Path, model: nn.Module, optim: Optimization) -> None:
     tensors = tensors_of(model, optim)
     if unlike := sorted(tensors.keys() ^ stored.keys()):
         raise ValueError(f"{path} is not of this model and optimizer: {', '.join(unlike[:4])} …")
+    for name, tensor in tensors.items():
+        entry: Any = stored[name]
+        if (dtype := entry.properties.dtype) != tensor.dtype:
+            mend = f"set optim.state_dtype={str(dtype).removeprefix('torch.')}" if name.endswith(".rows") else ""
+            raise ValueError(
+                f"{path} holds {name} in {dtype}, this run wants {tensor.dtype}; {mend or 'check train.dtype'}"
+            )
     _fill(path, reader, tensors, no_dist=not torch.distributed.is_initialized())
 
 

@@ -92,7 +92,7 @@ class GrassConfig(OptimConfig):
     new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
     refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
     int8_weights: bool  # frozen weights in 8 bits beside the rows that are trained, see models/int8_weight.py
-    state_dtype: str | None  # dtype of rows and moments; when null the model's, or float32 with master_weights
+    state_dtype: str | None  # dtype of rows and moments; null: float32, in a float64 run float64
 
 
 @dataclass
@@ -137,9 +137,8 @@ class TrainConfig:
     eval_sequences: int  # at the most, from the validation split
     log_every: int
     compile: bool
-    matmul_precision: (
-        str  # of float32 products: highest | high (TF32 on GPUs that have it) | medium, as torch names them
-    )
+    deterministic: bool  # on a GPU: only algorithms whose sums have one order, so that a run resumes to the bit
+    matmul_precision: str  # of float32 products on a GPU, as torch names them: highest | high (TF32) | medium
     checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
     document_masks: bool  # packed documents do not see each other
     lean_activations: bool  # norms and SwiGLU products are made again; compiled blocks leave it to the compiler

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from data.prepare import Prepared
 from pretrain import distributed, peers
 from pretrain.agreement import require_same_setting
+from pretrain.arithmetic import set_arithmetic
 from pretrain.config import Config, load, to_config
 from pretrain.distributed import World
 from pretrain.dry_run import dry_run
@@ -41,13 +42,13 @@ def run(config: Config) -> int:
                 dry_run(config, distributed.world_size_from_env())
         return 0
     stop = StopRequest()
-    torch.set_float32_matmul_precision(config.train.matmul_precision)
     log_to_terminal(is_main=distributed.is_main_from_env())
     with clear_errors():
         require_usable_gpus()
         data_from = data_of(config, distributed.world_size_from_env())
         timeout = timedelta(minutes=config.train.timeout_minutes)
         world = distributed.connect(timeout)
+        set_arithmetic(config, world.device)
         with peers.named(world, timeout, stop.__bool__), data_from(world) as data:
             finished = _train(config, world, data, stop)
     # By now nothing is left of the trainer: the last to let go of gloo's process group must not be DDP, which holds the

@@ -18,9 +18,7 @@ from data.loader import TrainBatches, validation_batches
 from data.on_the_fly import OnTheFly
 from data.prefetch import Prefetch
 from data.prepare import Prepared
-from models.checkpointing import all_checkpointed
 from optim.build import set_rates
-from optim.grass import Grass
 from optim.schedule import rate_factor
 from pretrain import checkpoint
 from pretrain.agreement import require_same_weights
@@ -33,6 +31,7 @@ from pretrain.distributed import World
 from pretrain.evaluate import evaluate
 from pretrain.faults import MOST_SKIPPED_IN_A_ROW, RolledBack, SpikeWatch, bad_batch, in_short
 from pretrain.files import write_whole
+from pretrain.first_rows import choose_first_rows
 from pretrain.flops import flops_per_token, parameter_counts, peak_flops
 from pretrain.interrupt import StopRequest
 from pretrain.metrics import MetricLog, Stopwatch, log_to_file
@@ -46,7 +45,6 @@ from pretrain.update import Update
 from pretrain.waiting import Waiting
 
 logger = logging.getLogger(__name__)
-SECONDS_BETWEEN_LINES = 10  # about what takes long at a start
 
 
 class Trainer:
@@ -116,7 +114,8 @@ class Trainer:
         if self.step < total and not self._await_data(self.step):
             return self._stopped()
         if self.optim.grass and self.step == 0:
-            self._choose_first_rows(self.optim.grass)
+            first = list(self.batches.micro_batches(0))
+            choose_first_rows(self.optim.grass, self.update, first, self.batches.targets(0))
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
         profiled = self.config.train.profile if self.world.is_main else 0
@@ -142,19 +141,6 @@ class Trainer:
                     return self._stopped()
         self._finish()
         return True
-
-    def _choose_first_rows(self, grass: Grass) -> None:
-        """Probe all layers in one pass over the first batch, which is not trained on here.
-
-        Compiled blocks run as they are written: no graph is compiled for a single pass. Every block keeps its input
-        alone, so that this pass, whose probes keep whole inputs, needs no more memory than a step.
-        """
-        micro_batches = list(self.batches.micro_batches(0))
-        logger.info("choosing the first rows, in one pass over %d micro-batches …", len(micro_batches))
-        hook = self.model.register_forward_hook(_Progress(len(micro_batches)))
-        with torch.compiler.set_stance("force_eager"), all_checkpointed(self.model.layers):
-            grass.start(lambda: self.update.accumulate(micro_batches, self.batches.targets(0)))
-        hook.remove()
 
     def _step_and_log(self, step: int) -> None:
         logged = (step + 1) % self.config.train.log_every == 0 or step + 1 == self.config.train.steps
@@ -439,19 +425,6 @@ class Trainer:
         self.metrics.show_results(samples)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)
-
-
-class _Progress:
-    """A forward hook that logs, from time to time, how many of ``total`` micro-batches have been seen."""
-
-    def __init__(self, total: int):
-        self.total, self.seen, self.logged = total, 0, time.monotonic()
-
-    def __call__(self, *_) -> None:
-        self.seen += 1
-        if time.monotonic() > self.logged + SECONDS_BETWEEN_LINES:
-            logger.info("… micro-batch %d of %d", self.seen, self.total)
-            self.logged = time.monotonic()
 
 
 def peak_bytes(device: torch.device) -> int:

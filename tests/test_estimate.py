@@ -47,7 +47,9 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
     "overrides",
     [
         (),
-        pytest.param(("train.dtype=bfloat16", "optim.refresh_every=1"), marks=pytest.mark.slow),
+        pytest.param(
+            ("train.dtype=bfloat16", "optim.state_dtype=bfloat16", "optim.refresh_every=1"), marks=pytest.mark.slow
+        ),
         pytest.param(("optim.side=columns", "optim.share_index=true", "optim.stagger=false"), marks=pytest.mark.slow),
         pytest.param(("optim.probe_steps=1", "optim.refresh_every=9"), marks=pytest.mark.slow),
         pytest.param(("optim.refresh_every=4", "optim.side=columns"), marks=pytest.mark.slow),
@@ -235,8 +237,8 @@ LEAN = ("train.lean_activations=true", "train.step_in_backward=true", "optim.cli
 @pytest.mark.parametrize(
     ("tokens", "overrides", "limit"),
     [
-        (256, (), 29.5),
-        (256, ("optim.state_dtype=float32",), 32.0),
+        (256, ("optim.state_dtype=bfloat16",), 29.5),
+        (256, (), 32.0),
         pytest.param(256, (*COLUMNS, *LEAN), 27.0, marks=pytest.mark.slow),
         pytest.param(2048, (*COLUMNS, *LEAN), 38.0, marks=pytest.mark.slow),
         pytest.param(2048, ("train.lean_activations=true",), 38.0, marks=pytest.mark.slow),

@@ -28,8 +28,8 @@ EXACT = {
     "full-rank": ["optim=adamw"],
 }
 BF16 = {
-    "bf16": ["train.dtype=bfloat16", "train.reduce_dtype=float32"],
-    "bf16-float32-rows": ["train.dtype=bfloat16", "optim.state_dtype=float32"],
+    "bf16": ["train.dtype=bfloat16", "optim.state_dtype=bfloat16", "train.reduce_dtype=float32"],
+    "bf16-float32-rows": ["train.dtype=bfloat16"],
     "bf16-masters": ["train.dtype=bfloat16", "optim.master_weights=true"],
 }
 

@@ -102,8 +102,8 @@ def test_with_stagger_no_forward_of_a_run_keeps_the_whole_inputs_of_more_than_a_
             model.zero_grad()
         trained[stagger] = max(saved) - regular
     assert indices["auto"] == indices[False]
-    # Instead of seven slices: the inputs of q, k, v, of gate, up and of down (that of o attention keeps); seven keys, of 16
-    # bytes with what keeps them apart.
+    # Instead of seven slices: the inputs of q, k, v, of gate, up and of down (that of o attention keeps); seven keys,
+    # each of 16 bytes with what keeps them apart.
     block = TOKENS * 8 * (16 + 16 + 24 - 7 * RANK) + 7 * 16
     assert trained == {"auto": block, False: 2 * block}
 

@@ -84,6 +84,7 @@ def waits_of(steps):
         ("grass+muon", []),
         ("grass+head", ["optim.clip=0", "train.step_in_backward=true"]),
         ("grass", ["train.dtype=bfloat16"]),
+        ("grass", ["train.dtype=bfloat16", "optim.state_dtype=bfloat16"]),
     ],
 )
 def test_a_step_that_neither_logs_nor_refreshes_never_waits_for_the_device(method, options):
@@ -132,7 +133,7 @@ def muon_kernels(blocks):
 
 
 def test_muon_s_kernels_do_not_grow_with_the_blocks():
-    """But for the fold's, one for each layer: matrices of one shape go together, up to a bound that is far from here."""
+    """But for the fold's, one for each layer: matrices of one shape go together, up to a bound far from here."""
     assert muon_kernels(12) - muon_kernels(8) == 4 * LINEARS
 
 

@@ -1,5 +1,8 @@
 """Steps made inside the backward: the same weights as steps made after it, with one gradient at a time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -90,3 +93,12 @@ def test_no_two_gradients_exist_at_a_time():
 def test_what_needs_all_gradients_is_refused(overrides, processes, message):
     with pytest.raises(ConfigError, match=message):
         check(load([*overrides, IN_BACKWARD]), processes)
+
+
+@pytest.mark.parametrize("overrides", [GRASS, ["optim=adamw"]])
+def test_a_model_that_nobody_holds_is_let_go(overrides):
+    """A run that goes back to a checkpoint builds another model, and there is room for one."""
+    models = []
+    trained([*overrides, IN_BACKWARD], look=lambda model: models.append(weakref.ref(model)))
+    gc.collect()
+    assert models and models[0]() is None

@@ -30,6 +30,7 @@ TINY = [
     "train.compile=false", "train.sample_tokens=4", "logger.wandb.mode=disabled",
 ]  # fmt: skip
 GRASS = ["optim.rank=8", "optim.refresh_every=7"]
+BF16_ROWS = ["train.dtype=bfloat16", "optim.state_dtype=bfloat16"]
 LOGGED = [
     "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/data_s",
     "perf/tflops", "mem/peak_bytes",
@@ -168,18 +169,17 @@ class StopAfter(StopRequest):
             *GRASS,
             "optim.selection=multinomial_norm_with_replacement",
             "train.dtype=bfloat16",
-            "optim.state_dtype=float32",
         ],
         [*GRASS, "train.dtype=bfloat16", "optim.master_weights=true"],
-        [*GRASS, "train.dtype=bfloat16", "optim.weight_decay=0.1"],
-        [*GRASS, "train.dtype=bfloat16", f"optim.selection={SAMPLED}", "optim.inner=adafactor"],
+        [*GRASS, *BF16_ROWS, "optim.weight_decay=0.1"],
+        [*GRASS, *BF16_ROWS, f"optim.selection={SAMPLED}", "optim.inner=adafactor"],
         [*GRASS, "optim.norm_growth=1.01", "optim.clip=0"],
         [*GRASS, "optim.inner=sgd", "optim.weight_decay=0.1"],
         [*GRASS, "optim.inner=adafactor", "optim.stagger=true"],
         pytest.param([*GRASS, "optim.inner=adamw8bit"], marks=pytest.mark.slow),  # compiles for most of a minute
         [*GRASS, "optim.embedding_inner=adamw8bit"],
         [*GRASS, "optim.embedding_inner=adafactor"],
-        [*GRASS, "optim.int8_weights=true", "train.dtype=bfloat16"],
+        [*GRASS, "optim.int8_weights=true", *BF16_ROWS],
     ],
     ids=[
         "grass",

@@ -10,6 +10,7 @@ from pretrain.build import build_model, build_optimization, outline
 from pretrain.compiling import compile_blocks
 from pretrain.config import Config, load
 from pretrain.distributed import World
+from pretrain.first_rows import choose_first_rows
 from pretrain.parallel import engine_of
 from pretrain.update import MicroBatch, Update
 
@@ -59,7 +60,7 @@ class TrainingRun:
     def choose_rows(self, batch: Sequence[MicroBatch]) -> None:
         """Choose the first rows by the gradient of ``batch``, as a run does."""
         if self.optim.grass:
-            self.optim.grass.start(lambda: self.update.accumulate(batch))
+            choose_first_rows(self.optim.grass, self.update, batch, None)
 
     def take_some_rows(self) -> None:
         """Begin with evenly spread rows, where it does not matter which."""
