@@ -28,7 +28,7 @@ def require_torch(found: str) -> None:
 
 
 def require_usable_gpus() -> None:
-    """A machine with GPUs must not train on its CPU without a word. Its first process speaks for the others.
+    """A machine with GPUs must not train on its CPU without a word.
 
     nvidia-smi is looked at only where torch finds no GPU. CUDA_VISIBLE_DEVICES that names none asks for the CPU.
 
@@ -38,8 +38,7 @@ def require_usable_gpus() -> None:
     import torch
 
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    on_purpose = wanted is not None and not re.match(r"\s*(\d|GPU-|MIG-)", wanted)
-    if on_purpose or os.environ.get("LOCAL_RANK", "0") != "0" or torch.cuda.is_available():
+    if torch.cuda.is_available() or (wanted is not None and not re.match(r"\s*(\d|GPU-|MIG-)", wanted)):
         return
     count, driver = _driver()
     if not count:

@@ -16,8 +16,7 @@ ON_THE_CPU = "to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (to nothing
 def nvidia_smi(tmp_path, monkeypatch):
     """Puts an nvidia-smi on PATH that prints what it is given, and notes that it ran in the file that is returned."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def put(printed: str, exit_code: int = 0):
         script = tmp_path / "nvidia-smi"
@@ -176,11 +175,3 @@ def test_a_run_ends_with_one_message_and_exit_code_2(nvidia_smi, root, module, t
     (message,) = (line for line in result.stderr.splitlines() if line.startswith("error"))
     assert "can use none of the 1 GPUs" in message and "driver 390.157" in message and message.endswith(ON_THE_CPU)
     assert not (tmp_path / "runs").exists()
-
-
-def test_one_process_of_a_machine_looks(nvidia_smi, cuda, monkeypatch):
-    calls = nvidia_smi("535.104.05")
-    cuda("13.0")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    require_usable_gpus()
-    assert not calls.exists()
