@@ -27,7 +27,7 @@ from counts import contexts, counts, kernels, since
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.steps import Steps
+from benchmarks.steps import Step, Steps
 from models.llama import Llama
 from optim import grass
 from pretrain.config import Config, load
@@ -141,8 +141,8 @@ def measure(steps: Steps, beside: Steps | None, warm: int, n: int) -> dict[str, 
     ratios = [step.total_s / other.total_s for step, other in zip(times, times_beside, strict=False)]
     kinds = sorted({name for of_step in counted for name in of_step})
     return {
-        "host_ms": {phase: median(getattr(step, f"{phase}_s") for step in times) * 1e3 for phase in PHASES},
-        "host_ms_beside": median(step.total_s for step in times_beside) * 1e3 if beside else None,
+        "host_ms": host_ms(times),
+        "host_ms_beside": host_ms(times_beside) if beside else None,
         "host_to_beside": median(ratios) if beside else None,
         "counted": {name: median(of_step[name] for of_step in counted) for name in kinds},
         "launches": [of_step["launches"] for of_step in counted],
@@ -156,6 +156,10 @@ def measure(steps: Steps, beside: Steps | None, warm: int, n: int) -> dict[str, 
         "graph_breaks": counters["graph_break"].total(),
         "contexts": contexts(),
     }  # fmt: skip
+
+
+def host_ms(times: Sequence[Step]) -> dict[str, float]:
+    return {phase: median(getattr(step, f"{phase}_s") for step in times) * 1e3 for phase in PHASES}
 
 
 def has_refreshed(steps: Steps) -> bool:
@@ -195,9 +199,11 @@ def places_of_waits(steps: Steps, n: int) -> dict[str, int]:
 
 
 def report(found: dict[str, Any]) -> None:
-    print("host     ", ", ".join(f"{phase} {ms:.1f}" for phase, ms in found["host_ms"].items()), "ms a step, by median")
-    if found["host_ms_beside"]:
-        print(f"          {found['host_to_beside']:.2f} times that beside it, {found['host_ms_beside']:.1f} ms a step")
+    for name, phases in (("host     ", found["host_ms"]), ("beside   ", found["host_ms_beside"])):
+        if phases:
+            print(name, ", ".join(f"{phase} {ms:.1f}" for phase, ms in phases.items()), "ms a step, by median")
+    if ratio := found["host_to_beside"]:
+        print(f"          the total is {ratio:.2f} times that beside it, by median over pairs of steps")
     print("counted  ", ", ".join(f"{name} {n:g}" for name, n in found["counted"].items()), "a step, by median")
     print("launches ", *found["launches"])
     print(
