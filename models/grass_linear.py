@@ -53,10 +53,9 @@ class _SelectedLinear(torch.autograd.Function):
         grad_rows = grad_probe = None
         if ctx.needs_input_grad[4]:
             if ctx.columns:
-                grad_rows = dy.T @ (x if ctx.x_is_sliced else x.index_select(1, index))
+                grad_rows = _product(dy.T, x if ctx.x_is_sliced else x.index_select(1, index), ctx.rows_dtype)
             else:
-                grad_rows = dy.index_select(1, index).T @ x
-            grad_rows = grad_rows.to(ctx.rows_dtype)
+                grad_rows = _product(dy.index_select(1, index).T, x, ctx.rows_dtype)
             if scale is not None:
                 grad_rows = grad_rows * (scale if ctx.columns else scale.unsqueeze(1))
         if ctx.probe_width is not None:
@@ -75,7 +74,14 @@ def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: 
         wide = torch.promote_types(other.dtype, torch.float32)
         return torch.linalg.vector_norm(selected.T @ other, dim=1, dtype=wide).square().float()
     omega = random_signs(key, other.shape[1], width[0], like=other)
-    return (selected.T @ (other @ omega)).float()
+    return _product(selected.T, other @ omega, torch.float32)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` in ``dtype``; on a GPU bfloat16 factors give float32 as it was summed, with no rounding on the way."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 class SharedSlice:

@@ -26,19 +26,25 @@ TOGETHER = 2**22  # elements of rows that are stacked at once: bounds the tempor
 class Change(NamedTuple):
     """A change of the rows of layers of one shape: index (layers, rank) and ρ (layers, rank) before and after.
 
-    Sorted by index; ``dim`` is the selected dimension.
+    Sorted by index; ρ is None where it is 1; ``dim`` is the selected dimension.
     """
 
     old_index: Tensor
     new_index: Tensor
-    old_scale: Tensor
-    new_scale: Tensor
+    old_scale: Tensor | None
+    new_scale: Tensor | None
     dim: int
 
     def of(self, numbers: Sequence[int]) -> "Change":
         """That of some of the layers."""
-        old_index, new_index, old_scale, new_scale = (torch.stack([t[n] for n in numbers]) for t in self[:4])
-        return Change(old_index, new_index, old_scale, new_scale, self.dim)
+
+        def some(stacked: Tensor | None) -> Tensor | None:
+            return None if stacked is None else torch.stack([stacked[n] for n in numbers])
+
+        return Change(
+            torch.stack([self.old_index[n] for n in numbers]), torch.stack([self.new_index[n] for n in numbers]),
+            some(self.old_scale), some(self.new_scale), self.dim,
+        )  # fmt: skip
 
 
 def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
@@ -47,7 +53,7 @@ def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
     for number, layer in enumerate(layers):
         rows, weight = layer.rows, layer.weight
         part = place(rows) if isinstance(rows, DTensor) else ()
-        kind = (layer.dim, rows.shape, rows.dtype, rows.device, weight.shape, weight.dtype, str(part))
+        kind = (layer.dim, layer.scaled, rows.shape, rows.dtype, rows.device, weight.shape, weight.dtype, str(part))
         kinds.setdefault(kind, []).append(number)
     for numbers in kinds.values():
         size = max(1, TOGETHER // max(1, local(layers[numbers[0]].rows).numel()))
@@ -158,10 +164,12 @@ def select_rows(
         members = [layers[n] for n in numbers]
         device = members[0].index.device
         old_index = torch.stack([layer.index for layer in members])
-        old_scale = torch.stack([layer.scale for layer in members])
         new_index = torch.stack([upload(index[n], device) for n in numbers])
         scales = [upload(s, device) for n in numbers if (s := scale[n]) is not None]
-        new_scale = torch.stack(scales) if scales else torch.ones_like(old_scale)
+        old_scale = new_scale = None
+        if scales or members[0].scaled:
+            old_scale = torch.stack([layer.scale for layer in members])
+            new_scale = torch.stack(scales) if scales else torch.ones_like(old_scale)
         change = Change(old_index, new_index, old_scale, new_scale, members[0].dim)
         _change(members, change, [keys[n] for n in numbers])
         yield numbers, change
@@ -181,7 +189,8 @@ def _change(layers: list["GrassLinear"], change: Change, keys: Sequence[int]) ->
         for layer, value in zip(layers, rounded, strict=True):
             local(layer.weight).index_copy_(dim, layer.index, value)
     torch._foreach_copy_([layer.index for layer in layers], list(change.new_index.unbind()))
-    torch._foreach_copy_([layer.scale for layer in layers], list(change.new_scale.unbind()))
+    if change.new_scale is not None:
+        torch._foreach_copy_([layer.scale for layer in layers], list(change.new_scale.unbind()))
     position, stays = (t.unsqueeze(2 - dim) for t in positions_among(change.old_index, change.new_index))
     loaded = torch.stack([selected(layer, layer.index, layer.rows.dtype) for layer in layers])
     kept = masters.take_along_dim(position, 1 + dim)

@@ -13,13 +13,11 @@ class Adafactor(torch.optim.Adafactor):
     """torch.optim.Adafactor (Shazeer & Stern, arXiv 1804.04235), the same state and the same step.
 
     Torch asks the device for two norms of every parameter as Python numbers. Here they stay on a GPU, as float32
-    scalars. On a CPU, where nothing waits, the step is torch's own.
+    scalars. On a CPU, where nothing waits, the step is torch's to the bit.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        if all(p.device.type == "cpu" for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -27,11 +25,11 @@ class Adafactor(torch.optim.Adafactor):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step_on(p, p.grad, group)
+                    self._step_on(p, p.grad, group, waits=p.device.type == "cpu")
         return loss
 
-    def _step_on(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """The step of torch's _single_tensor_adafactor on one parameter, its two norms kept on the device."""
+    def _step_on(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], waits: bool) -> None:
+        """Step on one parameter as torch does; unless it ``waits``, the two norms stay on the device."""
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(parameter.dtype).eps if eps1 is None else eps1
         gradient = -gradient if group["maximize"] else gradient
@@ -40,13 +38,19 @@ class Adafactor(torch.optim.Adafactor):
             state |= {"step": torch.tensor(0.0), **_no_variance(gradient)}
         state["step"] += 1
         step, size = state["step"].item(), parameter.numel() ** 0.5  # torch keeps the count on the host
-        rate = min(float(group["lr"]), step**-0.5)
-        alpha = (parameter.norm(2).float() / size).clamp(min=eps2) * rate
-        parameter.mul_(1 - float(group["lr"]) * group["weight_decay"])
+        lr = float(group["lr"])
+        own_size = parameter.norm(2)
+        if group["weight_decay"]:
+            parameter.mul_(1 - lr * group["weight_decay"])
         update = _variance(state, gradient, step ** group["beta2_decay"], eps1).clamp_(min=eps1**2).rsqrt_()
         update.mul_(gradient)
-        clipped = (update.norm(2).float() / (size * group["d"])).clamp(min=1.0)
-        factor = -alpha / clipped
+        change_size, rate = update.norm(2), min(lr, 1 / step**0.5)
+        if waits:
+            alpha = max(eps2, own_size.item() / size) * rate
+            parameter.add_(update, alpha=-alpha / max(1.0, change_size.item() / (size * group["d"])))
+            return
+        alpha = (own_size.float() / size).clamp(min=eps2) * rate
+        factor = -alpha / (change_size.float() / (size * group["d"])).clamp(min=1.0)
         rows = max(1, AT_ONCE // max(1, parameter[:1].numel()))
         for here, change in zip(parameter.split(rows), update.split(rows), strict=True):
             here.add_(change.float().mul_(factor))  # in the parameter's own dtype the factor would be rounded to it

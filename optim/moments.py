@@ -60,13 +60,21 @@ def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: s
         if not torch.is_tensor(moment) or moment.ndim == 0:
             continue
         second = name in SECOND_MOMENTS
-        old_scale, new_scale = ((s**2 if second else s).unsqueeze(along) for s in (change.old_scale, change.new_scale))
         moments = [state[name] for state in states]
-        of_gradient = torch.stack(moments) / old_scale
+        of_gradient = torch.stack(moments)
+        if change.old_scale is not None:
+            of_gradient = of_gradient / _factor(change.old_scale, second).unsqueeze(along)
         kept = of_gradient.take_along_dim(position, 1 + change.dim)
         fresh = torch.zeros_like(kept)
         if second and new_second_moment == "mean":
             fresh = of_gradient.mean(1 + change.dim, keepdim=True).expand_as(kept)
         elif second and new_second_moment == "score":
             fresh = score.unsqueeze(along).expand_as(kept)
-        torch._foreach_copy_(moments, list((torch.where(stays, kept, fresh) * new_scale).unbind()))
+        found = torch.where(stays, kept, fresh)
+        if change.new_scale is not None:
+            found = found * _factor(change.new_scale, second).unsqueeze(along)
+        torch._foreach_copy_(moments, list(found.unbind()))
+
+
+def _factor(scale: Tensor, second: bool) -> Tensor:
+    return scale**2 if second else scale

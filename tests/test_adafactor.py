@@ -28,7 +28,7 @@ def step_as_on_a_gpu(optimizer):
     with torch.no_grad():
         for group in optimizer.param_groups:
             for p in group["params"]:
-                optimizer._step_on(p, p.grad, group)
+                optimizer._step_on(p, p.grad, group, waits=False)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
@@ -57,6 +57,17 @@ def test_on_a_cpu_the_step_is_torch_s_to_the_bit():
             give_gradients(held, step)
             optimizer.step()
     assert all(map(torch.equal, theirs, ours))
+
+
+def test_hooks_run_once_also_where_torch_s_own_has_been_made():
+    """Torch gives the step of a class its hooks when the first of that class is made: a step that called it had two."""
+    held, calls = parameters(torch.float32), []
+    torch.optim.Adafactor(parameters(torch.float32))
+    optimizer = Adafactor(held)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    give_gradients(held, 0)
+    optimizer.step()
+    assert calls == ["pre"]
 
 
 def test_the_step_for_a_gpu_never_asks_the_device_for_a_number():
