@@ -50,7 +50,7 @@ def run(*command: object, timeout: int = 900, **environment: str) -> str:
 def train(folder: Path, *settings: str, **environment: str) -> tuple[str, list[dict]]:
     """What the trainer prints, and what was counted in each of its steps. Numbers that mean nothing do not stop it."""
     counts = folder / "counts.jsonl"
-    settings = (*DATA, f"run.root={folder}", "run.name=run", *settings)
+    settings = (*DATA, f"data.root={folder}/prepared", f"run.root={folder}", "run.name=run", *settings)
     printed = run("python", NULL_GPU / "train.py", f"--counts={counts}", *settings, **environment)
     return printed, [json.loads(line) for line in counts.read_text().splitlines()]
 
