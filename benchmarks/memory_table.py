@@ -29,9 +29,10 @@ METHODS = {
     "AdamW": ["optim=adamw"],
     "8-bit AdamW": ["optim=adamw8bit"],
     "GaLore, r = 256": ["optim=galore", "optim.rank=256"],
-    "Grass, r = 1024": ["optim.rank=1024"],
-    "Grass, r = 256": ["optim.rank=256"],
-    "Grass, r = 64": ["optim.rank=64"],
+    # With rows and moments in bfloat16, which is the least that Grass can do with.
+    "Grass, r = 1024": ["optim.rank=1024", "optim.state_dtype=bfloat16"],
+    "Grass, r = 256": ["optim.rank=256", "optim.state_dtype=bfloat16"],
+    "Grass, r = 64": ["optim.rank=64", "optim.state_dtype=bfloat16"],
 }
 # arXiv 2406.17660: LLaMA-13B, bf16, Adam, 256 tokens, in its "GB", which 24 for 13.0e9 weights shows to be GiB.
 PAPER = {"weights": 24, "gradients": 24, "optimizer_state": 49, "activations": 2}
