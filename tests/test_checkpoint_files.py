@@ -273,6 +273,7 @@ def load_kept(kept: Path, tmp_path: Path):
     from omegaconf import OmegaConf
 
     old = OmegaConf.load(kept / "config.yaml")
+    old.optim.state_dtype = old.train.dtype  # what null meant then
     base = OmegaConf.structured(load(["data=text", "data.paths=[.]", f"run.root={tmp_path}"]))
     return to_config(OmegaConf.merge(base, {key: old[key] for key in ("model", "optim", "train")}))
 
