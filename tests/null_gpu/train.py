@@ -1,4 +1,5 @@
-"""`python -m pretrain.train` on the null GPU, where validation would divide by zero: it has counted no tokens.
+"""`python -m pretrain.train` on the null GPU, where two things would end it that mean nothing there: validation, which has
+counted no tokens to divide by, and numbers that are not finite, which memory that nothing was computed in may hold.
 
     tests/null_gpu/run.sh python tests/null_gpu/train.py [--counts=FILE] SETTING...
 
@@ -50,5 +51,6 @@ if counting:
 with (
     patch.object(Score, "metrics", property(metrics_of_some)),
     patch.object(Trainer, "train_step", counted_step),
+    patch.object(Trainer, "_stop_at_non_finite", lambda *_: None),
 ):
     runpy.run_module("pretrain.train", run_name="__main__", alter_sys=True)
