@@ -1,5 +1,6 @@
-"""`python -m pretrain.train` on the null GPU, where two things would end it that mean nothing there: validation, which has
-counted no tokens to divide by, and numbers that are not finite, which memory that nothing was computed in may hold.
+"""`python -m pretrain.train` on the null GPU, where two things that mean nothing there would end it.
+
+Validation has counted no tokens to divide by, and memory that nothing was computed in may hold numbers that are not finite.
 
     tests/null_gpu/run.sh python tests/null_gpu/train.py [--counts=FILE] SETTING...
 
