@@ -15,12 +15,11 @@ from torch.distributed.tensor import DTensor
 from models.counter_rng import round_stochastically
 from models.int8_weight import dequantise, quantise
 from models.sharded import local, place
+from models.together import stack_size
 from models.transfer import upload
 
 if TYPE_CHECKING:
     from models.grass_linear import GrassLinear
-
-TOGETHER = 2**22  # elements of rows that are stacked at once: bounds the temporaries, 32 MiB for each of int64
 
 
 class Change(NamedTuple):
@@ -48,7 +47,7 @@ class Change(NamedTuple):
 
 
 def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
-    """The numbers of ``layers`` in groups that can be stacked: alike in all but values, of up to TOGETHER elements."""
+    """The numbers of ``layers`` in groups that are stacked: alike in all but values, as many as go together."""
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
         rows, weight = layer.rows, layer.weight
@@ -56,7 +55,8 @@ def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
         kind = (layer.dim, layer.scaled, rows.shape, rows.dtype, rows.device, weight.shape, weight.dtype, str(part))
         kinds.setdefault(kind, []).append(number)
     for numbers in kinds.values():
-        size = max(1, TOGETHER // max(1, local(layers[numbers[0]].rows).numel()))
+        first = layers[numbers[0]]
+        size = stack_size(len(numbers), first.rows.numel(), first.index.device)
         for start in range(0, len(numbers), size):
             yield numbers[start : start + size]
 
@@ -155,7 +155,7 @@ def select_rows(
 
     What the weight cannot hold of rows that leave is rounded stochastically, by ``keys``; rows that stay keep it.
 
-    The scales are given for all layers or for none.
+    Layers change as the iterator is consumed.
 
     Yields:
         The numbers of some layers that are alike, and their change, when it is made.
@@ -165,11 +165,11 @@ def select_rows(
         device = members[0].index.device
         old_index = torch.stack([layer.index for layer in members])
         new_index = torch.stack([upload(index[n], device) for n in numbers])
-        scales = [upload(s, device) for n in numbers if (s := scale[n]) is not None]
         old_scale = new_scale = None
-        if scales or members[0].scaled:
+        if members[0].scaled or any(scale[n] is not None for n in numbers):
             old_scale = torch.stack([layer.scale for layer in members])
-            new_scale = torch.stack(scales) if scales else torch.ones_like(old_scale)
+            ones = torch.ones_like(old_scale[0])
+            new_scale = torch.stack([ones if (s := scale[n]) is None else upload(s, device) for n in numbers])
         change = Change(old_index, new_index, old_scale, new_scale, members[0].dim)
         _change(members, change, [keys[n] for n in numbers])
         yield numbers, change

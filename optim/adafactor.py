@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.precision import at_least_fp32
+
 AT_ONCE = 2**24  # elements of a parameter that are scaled in float32 at once
 
 
@@ -49,11 +51,15 @@ class Adafactor(torch.optim.Adafactor):
             alpha = max(eps2, own_size.item() / size) * rate
             parameter.add_(update, alpha=-alpha / max(1.0, change_size.item() / (size * group["d"])))
             return
-        alpha = (own_size.float() / size).clamp(min=eps2) * rate
-        factor = -alpha / (change_size.float() / (size * group["d"])).clamp(min=1.0)
+        wide = at_least_fp32(parameter.dtype)
+        alpha = (own_size.to(wide) / size).clamp(min=eps2) * rate
+        factor = -alpha / (change_size.to(wide) / (size * group["d"])).clamp(min=1.0)
+        if parameter.ndim == 0:
+            parameter.add_(update.mul(factor))
+            return
         rows = max(1, AT_ONCE // max(1, parameter[:1].numel()))
         for here, change in zip(parameter.split(rows), update.split(rows), strict=True):
-            here.add_(change.float().mul_(factor))  # in the parameter's own dtype the factor would be rounded to it
+            here.add_(change.to(wide).mul_(factor))  # in the parameter's own dtype the factor would be rounded to it
 
 
 def _no_variance(gradient: Tensor) -> dict[str, Tensor]:

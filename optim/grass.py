@@ -202,6 +202,12 @@ class Grass:
     def _after_step(self, *_) -> None:
         take_back(self.optimizer, self._stand_ins, self._round_state)
         self._rest.close()
+        self._fold()
+        if not self.in_update:
+            self.end_update()
+
+    def _fold(self) -> None:
+        """Write the step on the rows of ``stepping`` into the weights, and let go of what it was made with."""
         decay = self._decay_factors() if self._before else {}
         layers, stepped, keys = list(self.stepping.values()), list[Tensor | None](), list[int]()
         for name, layer in self.stepping.items():
@@ -211,8 +217,6 @@ class Grass:
             stepped.append(after)
             keys.append(0 if after is None else self._rounding_key(name))
         fold_rows(layers, stepped, keys)
-        if not self.in_update:
-            self.end_update()
 
     def end_update(self) -> None:
         """Gather the scores of the update just made, and refresh the layers whose turn it is."""

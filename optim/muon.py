@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from models.sharded import local, sum_parts
+from models.together import stack_size
 from optim.parts import Parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
-TOGETHER = 2**24  # elements of matrices that are orthogonalised at once: few kernels, and few temporaries in any model
 
 
 class Muon(torch.optim.Muon):
@@ -118,13 +118,15 @@ def _orthogonal(directions: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``parameters`` of one shape and dtype, TOGETHER elements at a time."""
+    """``parameters`` that are alike in shape, dtype and placement, as many as are stacked at once."""
     alike: dict[Any, list[Tensor]] = {}
     for p in parameters:
-        alike.setdefault((p.shape, p.dtype), []).append(p)
+        alike.setdefault((p.shape, p.dtype, p.placements if isinstance(p, DTensor) else None), []).append(p)
     for together in alike.values():
-        batches = -(-len(together) * local(together[0]).numel() // TOGETHER)  # of about one size
-        size = -(-len(together) // max(1, min(batches, len(together))))
+        first = together[0]
+        # Not of the part that is here: processes whose parts differ in size must make the same batches.
+        parts = first.device_mesh.size() if isinstance(first, DTensor) else 1
+        size = stack_size(len(together), first.numel() // parts, first.device)
         for start in range(0, len(together), size):
             yield together[start : start + size]
 

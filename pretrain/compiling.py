@@ -12,6 +12,7 @@ from models.checkpointing import checkpoint_blocks
 from models.grass_linear import GrassLinear
 from models.llama import Llama, rope_tables
 from models.recipes import save_recipes
+from optim.selection import WITH_REPLACEMENT
 from pretrain.build import outline
 from pretrain.config import DTYPES, Config, GrassConfig
 from pretrain.distributed import World
@@ -59,6 +60,8 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
     if train.document_masks:
         starts = torch.arange(0, (sequences + 1) * train.seq_len, train.seq_len, dtype=torch.int32, device=device)
         layout = document_layout(starts, backend, sequences, train.seq_len)
+    for layer in _layers_of(block):
+        layer.scaled = isinstance(optim, GrassConfig) and optim.selection.endswith(WITH_REPLACEMENT)  # as Grass sets it
     block.compile()
     probes = isinstance(optim, GrassConfig) and optim.selection != "frozen"
     for probing in (False, True) if probes else (False,):

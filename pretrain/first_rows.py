@@ -26,9 +26,11 @@ def choose_first_rows(grass: Grass, update: Update, micro_batches: Sequence[Micr
     logger.info("choosing the first rows in one pass over %d micro-batches …", len(micro_batches))
     hook = update.model.register_forward_hook(_Progress(len(micro_batches)))
     blocks = update.model.layers  # type: ignore[union-attr]
-    with torch.compiler.set_stance("force_eager"), all_checkpointed(blocks):  # type: ignore[arg-type]
-        grass.start(lambda: update.accumulate(micro_batches, count))
-    hook.remove()
+    try:
+        with torch.compiler.set_stance("force_eager"), all_checkpointed(blocks):  # type: ignore[arg-type]
+            grass.start(lambda: update.accumulate(micro_batches, count))
+    finally:
+        hook.remove()
 
 
 class _Progress:

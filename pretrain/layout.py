@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from models import checkpointing
+from models.together import ON_CPU
 from optim.grass import most_at_once
-from optim.muon import TOGETHER
 from pretrain.config import Config, GrassConfig
 
 
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
     def shortest(self, period: int) -> "Layout":
         """The fewest blocks to which as many times ``period`` can be added, in front and middle, as make this."""
-        least = 2 if self.front and self.middle else TOGETHER - 1  # and of each shape as many as Muon takes together
+        least = 2 if self.front and self.middle else ON_CPU - 1  # and of each shape as many as are stacked at once
 
         def shorter(blocks: int) -> int:
             return min(blocks, least + (blocks - least) % period)

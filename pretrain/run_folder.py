@@ -29,9 +29,10 @@ MAY_CHANGE = {
     "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
               "micro_batch_size", "sample_tokens", "checkpoint_every", "keep_last", "keep_every", "async_save",
               "non_finite", "spike_factor", "most_rollbacks", "eval_every", "eval_sequences", "log_every", "parallel",
-              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run", "profile"},
+              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run", "profile", "matmul_precision",
+              "deterministic"},
     "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
-              "decay_share"},
+              "decay_share", "state_dtype"},  # a checkpoint says which dtype it has
     "logger": {"wandb"},
     "estimate": {"format", "devices", "device_memory_gib", "context_gib", "allocator_overhead"},
 }  # fmt: skip

@@ -114,8 +114,8 @@ class Trainer:
         if self.step < total and not self._await_data(self.step):
             return self._stopped()
         if self.optim.grass and self.step == 0:
-            first = list(self.batches.micro_batches(0))
-            choose_first_rows(self.optim.grass, self.update, first, self.batches.targets(0))
+            count = self.batches.targets(0)
+            choose_first_rows(self.optim.grass, self.update, list(self.batches.micro_batches(0)), count)
         if self.step == 0 and self.config.train.eval_every:
             self.validate()
         profiled = self.config.train.profile if self.world.is_main else 0

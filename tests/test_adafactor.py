@@ -14,7 +14,7 @@ OPTIONS = {"lr": 0.05, "weight_decay": 0.1, "d": 1.5}
 
 def parameters(dtype):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(40, 24), (16,), (3, 8, 5)]
+    shapes = [(40, 24), (16,), (3, 8, 5), ()]
     return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for s in shapes]
 
 
@@ -31,10 +31,12 @@ def step_as_on_a_gpu(optimizer):
                 optimizer._step_on(p, p.grad, group, waits=False)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("at_once", [2**24, 50])
 def test_the_step_for_a_gpu_is_torch_s(dtype, tolerance, at_once, monkeypatch):
-    """In float64 up to the norms, which are kept in float32; in bfloat16 to a spacing of the numbers."""
+    """In bfloat16 to a spacing of the numbers."""
     monkeypatch.setattr(adafactor, "AT_ONCE", at_once)
     theirs, ours = parameters(dtype), parameters(dtype)
     reference, optimizer = torch.optim.Adafactor(theirs, **OPTIONS), Adafactor(ours, **OPTIONS)

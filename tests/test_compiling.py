@@ -17,7 +17,15 @@ TINY = [
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("more", [[], ["optim=adamw"], ["train.checkpointing=full", "train.dtype=bfloat16"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["optim=adamw"],
+        ["optim.selection=uniform_with_replacement", "optim.inner=adamw"],
+        ["train.checkpointing=full", "train.dtype=bfloat16"],
+    ],
+)
 def test_what_is_compiled_for_the_trial_is_all_that_a_run_needs(more):
     torch._dynamo.reset()
     counters.clear()

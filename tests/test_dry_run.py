@@ -6,12 +6,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 
 from data.prepare import prepare
 from data.settings import DataSettings
 from pretrain.build import build_model
 from pretrain.config import CONF, ConfigError, load
-from pretrain.distributed import World
 from pretrain.dry_run import dry_run
 from pretrain.run_folder import RunFolder
 from pretrain.sweep import begin
@@ -34,7 +34,7 @@ def test_it_needs_no_data_writes_nothing_and_tells_what_the_run_would_be(tmp_pat
     assert list(tmp_path.iterdir()) == []
     told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines()[1:])
     told = {name: text.strip() for name, text in told.items()}
-    model = build_model(config, World(0, 1, "cpu").device)
+    model = build_model(config, torch.device("cpu"))
     weights = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("rows"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert told["model"] == f"llama_nano, {weights / 1e6:.1f}M parameters"

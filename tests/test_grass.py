@@ -260,3 +260,15 @@ def test_staggered_blocks_refresh_in_turn_with_all_their_layers():
         changed[step + 1] = {name.split(".")[1] for name in moved}
     # Two blocks, a window of four: block 1 is two steps ahead of block 0.
     assert changed == {1: set(), 2: {"1"}, 3: set(), 4: {"0"}, 5: set(), 6: {"1"}, 7: set(), 8: {"0"}}
+
+
+def test_a_layer_without_a_gradient_is_sampled_beside_one_that_has_some():
+    """The zeros of the second layer leave the first without a gradient, and so without ρ."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    nn.init.zeros_(model[1].weight)
+    layers = convert_linears(model, 2, ["*"])
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    grass = Grass(model, optimizer, refresh_every=2, selection="multinomial_norm_with_replacement")
+    grass.start(lambda: (model(torch.ones(4, 8)) - 1).square().sum().backward())
+    assert torch.equal(layers["0"].scale, torch.ones(2))
+    assert (layers["1"].scale != 1).any()

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from models import together
 from optim import muon
 from optim.muon import Muon, orthogonalize
 
@@ -63,9 +64,28 @@ def test_the_iteration_brings_singular_values_near_one_and_keeps_the_singular_ve
 def test_it_takes_as_many_matrices_at_once_as_its_bound_says(monkeypatch):
     batches = []
     monkeypatch.setattr(muon, "orthogonalize", lambda batch: batches.append(batch.shape) or orthogonalize(batch))
-    together = stepped()
+    at_once = stepped()
     assert batches[:3] == [(2, 6, 16), (1, 16, 6), (1, 8, 8)]
     batches.clear()
-    monkeypatch.setattr(muon, "TOGETHER", 1)
-    torch.testing.assert_close(stepped(), together)
+    monkeypatch.setattr(together, "ON_CPU", 1)
+    torch.testing.assert_close(stepped(), at_once)
     assert batches[:2] == [(1, 6, 16), (1, 6, 16)]
+
+
+def _uneven_and_mixed(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    muon.stack_size = lambda count, elements, device: max(1, 100 // elements)  # as on a GPU: by elements
+    whole = [torch.randn(11, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(5)]
+    places = [[Shard(0)]] * 4 + [[Shard(1)]]  # parts of 6 and of 5 rows, and one of another kind
+    parameters = [torch.nn.Parameter(distribute_tensor(m, mesh, p)) for m, p in zip(whole, places, strict=True)]
+    alone = [torch.nn.Parameter(m.clone()) for m in whole]
+    for p, m in zip(parameters, alone, strict=True):
+        m.grad = m.detach() + 1
+        p.grad = distribute_tensor(m.grad, mesh, p.placements)
+    Muon(parameters, lr=0.1).step(), Muon(alone, lr=0.1).step()
+    found = [p.full_tensor() for p in parameters]
+    torch.testing.assert_close(found, [m.detach() for m in alone], rtol=1e-12, atol=1e-12)
+
+
+def test_parts_of_unlike_size_and_place_are_stepped_on_in_the_same_batches_everywhere(tmp_path):
+    in_processes(2, tmp_path, _uneven_and_mixed)

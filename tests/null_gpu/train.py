@@ -1,6 +1,7 @@
 """`python -m pretrain.train` on the null GPU, where two things that mean nothing there would end it.
 
-Validation has counted no tokens to divide by, and memory that nothing was computed in may hold numbers that are not finite.
+Validation has counted no tokens to divide by, and memory that nothing was computed in may hold numbers that are not
+finite.
 
     tests/null_gpu/run.sh python tests/null_gpu/train.py [--counts=FILE] SETTING...
 
