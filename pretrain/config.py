@@ -237,8 +237,11 @@ def _compose(overrides: list[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("config", overrides=overrides)
-        except ValueError as error:  # a group that is given a number, say
-            raise HydraException(str(error)) from None
+        except (
+            ValueError,
+            AssertionError,
+        ) as error:  # a group that is given a number, say, or an override without a key
+            raise HydraException(str(error) or "an override is key=value, of a key that has a name") from None
 
 
 def to_config(cfg: DictConfig) -> Config:

@@ -44,6 +44,7 @@ ANY_OVERRIDE = given(key=st.one_of(st.sampled_from(KEYS), TEXT), value=VALUES)
 @example(key="optim.rank", value="{*:0}")
 @example(key="optim.betas", value="[x, 0.9]")
 @example(key="train.steps", value="1e400")
+@example(key="+", value="")
 def test_any_override_is_taken_or_refused_in_words(key, value):
     take_or_refuse(key, value)
 
