@@ -249,8 +249,8 @@ LEAN = ("train.lean_activations=true", "train.step_in_backward=true", "optim.cli
 def test_13b_stays_below(tokens, overrides, limit):
     """At rank 64, micro-batch 1; a matrix product is made again only under checkpointing (tests/test_recipes.py)."""
     config = load([
-        "model=llama_13b", "optim.rank=64", "train.dtype=bfloat16", "optim.state_dtype=bfloat16", "train.micro_batch_size=1",
-        f"train.seq_len={tokens}", f"train.tokens_per_step={tokens}", *overrides,
+        "model=llama_13b", "optim.rank=64", "train.dtype=bfloat16", "optim.state_dtype=bfloat16",
+        "train.micro_batch_size=1", f"train.seq_len={tokens}", f"train.tokens_per_step={tokens}", *overrides,
     ])  # fmt: skip
     found, _ = estimate(config)
     assert found.peak_bytes <= limit * GIB
