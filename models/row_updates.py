@@ -83,7 +83,7 @@ def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None] = (), keys: Sequence[int] = ()) -> None:
+def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None], keys: Sequence[int]) -> None:
     """Write ``rows`` back to the weights: weight[index] = rows, rounded to nearest (not into a weight of 8 bits).
 
     Args:
@@ -154,7 +154,6 @@ def select_rows(
     """Train the sorted ``index`` (rank,) of each layer from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``.
 
     What the weight cannot hold of rows that leave is rounded stochastically, by ``keys``; rows that stay keep it.
-
     Layers change as the iterator is consumed.
 
     Yields:

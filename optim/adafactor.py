@@ -54,11 +54,9 @@ class Adafactor(torch.optim.Adafactor):
         wide = at_least_fp32(parameter.dtype)
         alpha = (own_size.to(wide) / size).clamp(min=eps2) * rate
         factor = -alpha / (change_size.to(wide) / (size * group["d"])).clamp(min=1.0)
-        if parameter.ndim == 0:
-            parameter.add_(update.mul(factor))
-            return
-        rows = max(1, AT_ONCE // max(1, parameter[:1].numel()))
-        for here, change in zip(parameter.split(rows), update.split(rows), strict=True):
+        whole, changes = torch.atleast_1d(parameter, update)
+        rows = max(1, AT_ONCE // max(1, whole[:1].numel()))
+        for here, change in zip(whole.split(rows), changes.split(rows), strict=True):
             here.add_(change.to(wide).mul_(factor))  # in the parameter's own dtype the factor would be rounded to it
 
 

@@ -338,13 +338,8 @@ class Grass:
     def _change_state(self, layers: list[GrassLinear], change: Change, norms: Tensor) -> None:
         """Carry the optimizer's state over a change of rows of layers that are alike, or drop it; norms (layers, m)."""
         # A shard of the rows and of their state has all of the selected dimension: each is carried by itself.
-        states = [
-            {
-                name: local(t) if torch.is_tensor(t) else t
-                for name, t in self.optimizer.state.get(layer.rows, {}).items()
-            }
-            for layer in layers
-        ]
+        held = [self.optimizer.state.get(layer.rows, {}) for layer in layers]
+        states = [{k: local(t) if torch.is_tensor(t) else t for k, t in state.items()} for state in held]
         having = [number for number, state in enumerate(states) if state]
         if not having:
             return
