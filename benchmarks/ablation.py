@@ -20,7 +20,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import yaml
 
-from pretrain.sweep import JobResult, combinations, parse, run_sweep
+from pretrain.runs.sweep_results import JobResult
+from pretrain.sweep import combinations, parse, run_sweep
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"

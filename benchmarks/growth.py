@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.steps import Steps, configuration
-from pretrain.distributed import World
-from pretrain.layout import layout_of
-from pretrain.walk import MODEL, walk
+from pretrain.distributed.world import World
+from pretrain.planner.block_layout import layout_of
+from pretrain.planner.simulate import MODEL, walk
 
 VALUES = {
     "rank": (32, 64, 128, 256), "width": (256, 512, 1024), "layers": (2, 4, 8), "sequence": (128, 256, 512),

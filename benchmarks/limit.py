@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.steps import configuration
+from models.flops import flops_per_token
 from models.grass_linear import GrassLinear
-from pretrain.build import outline
-from pretrain.flops import flops_per_token
+from pretrain.setup.model import outline
 
 PARTS = ("forward", "input gradient", "weight gradient", "head", "attention")
 

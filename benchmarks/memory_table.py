@@ -14,11 +14,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pretrain.blocks import walk_all
-from pretrain.config import load
-from pretrain.estimate import GIB, highest
-from pretrain.pictures import COLOURS, DPI
-from pretrain.walk import COMPONENTS
+from pretrain.config.compose import load
+from pretrain.planner.extrapolate import walk_all
+from pretrain.planner.memory import GIB, highest
+from pretrain.planner.simulate import COMPONENTS
+from pretrain.runs.figures import COLOURS, DPI
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs"
 SETTINGS = [

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.prepare import Prepared
-from pretrain.build import build_model, build_optimization
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
-from pretrain.trainer import Trainer
+from data.token_dataset import Prepared
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import ready
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.trainer import Trainer
 
 AS_TIMED = [
     "train.steps=200", "train.checkpoint_every=100", "train.eval_every=0", "train.compile=false",

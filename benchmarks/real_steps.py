@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pretrain.build import build_model, build_optimization
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.parallel import engine_of
-from pretrain.update import Update
+from pretrain.config.compose import load
+from pretrain.distributed.engines import engine_of
+from pretrain.distributed.world import World
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.train_step import Update
 
 KINDS = ("regular", "regular", "refresh")
 TINY = [

@@ -13,11 +13,12 @@ from statistics import median
 
 import torch
 
-from pretrain.build import build_model, build_optimization
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.parallel import engine_of
-from pretrain.update import Update
+from pretrain.config.compose import load
+from pretrain.distributed.engines import engine_of
+from pretrain.distributed.world import World
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.train_step import Update
 
 SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
 # Every other step gathers the scores of all layers and refreshes them, at their dearest; the others do nothing of it.

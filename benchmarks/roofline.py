@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.steps import METHODS, configuration
+from models.flops import flops_per_token
 from models.grass_linear import GrassLinear
-from pretrain.build import outline
-from pretrain.config import BaselineConfig
-from pretrain.flops import flops_per_token
+from pretrain.config.schema import BaselineConfig
+from pretrain.setup.model import outline
 
 EFFICIENCY = 0.5  # of the peak, in matrix products: what well-tuned LLaMA training reaches on these GPUs
 ADAM_PASSES = 7  # reads of the gradient, weight and two moments, writes of all but the gradient

@@ -13,13 +13,15 @@ from statistics import median
 
 import torch
 
-from pretrain import checkpoint
-from pretrain.build import build_model, build_optimization
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.parallel import Engine
-from pretrain.saver import Saver
-from pretrain.update import Update
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.saver import Saver
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.engines import Engine
+from pretrain.distributed.world import World
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.train_step import Update
 
 SAVES = 7
 

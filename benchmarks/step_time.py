@@ -34,9 +34,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.steps import METHODS, PERIOD, Steps, configuration, summarise
-from pretrain.distributed import World
-from pretrain.flops import flops_per_token
-from pretrain.host_memory import KEEP, keep_freed_memory
+from models.flops import flops_per_token
+from pretrain.cli.malloc import KEEP, keep_freed_memory
+from pretrain.distributed.world import World
 
 COLUMNS = {
     "method": "", "tokens_per_s": ",.0f", "of_the_first": ".3f", "limit_ratio": ".3f", "step_s": ".3f", "spread": ".1%",

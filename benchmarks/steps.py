@@ -8,12 +8,14 @@ from statistics import median, quantiles
 import torch
 from torch import nn
 
-from pretrain.build import build_model, build_optimization
-from pretrain.compiling import compile_blocks
-from pretrain.config import BaselineConfig, Config, GrassConfig, load
-from pretrain.distributed import World
-from pretrain.parallel import engine_of
-from pretrain.update import Update
+from pretrain.config.compose import load
+from pretrain.config.schema import BaselineConfig, Config, GrassConfig
+from pretrain.distributed.engines import engine_of
+from pretrain.distributed.world import World
+from pretrain.setup.compiling import compile_blocks
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.train_step import Update
 
 PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from data.prepare import Prepared, describe, load
-from data.shards import Tokens, sha256
+from data.atomic import sha256
+from data.shards.reader import Tokens
+from data.token_dataset import Prepared, describe, load
 
 BLOCK = 2**24
 

@@ -9,7 +9,8 @@ a file lock.
 """
 
 import argparse
-import hashlib
+import ast
+import inspect
 import json
 import logging
 import os
@@ -18,39 +19,30 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from data import unfinished
-from data.corpus import Corpus
-from data.records import PART_CHARS
-from data.settings import FORMAT, DataSettings, examine, identity, meanings, parts
-from data.shards import COUNTS, Tokens, sha256, token_dtype
-from data.sources import SourceFile
-from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer, train_tokenizer
-from data.unfinished import MANIFEST
-from data.write import State, Writing
+from data.atomic import _write_synced
+from data.checks import examine, parts
+from data.preparation import recovery as unfinished
+from data.preparation.corpus_writer import State, Writing
+from data.preparation.plan import _folder, _log_changes, hashed, identity, marked_folder, marker_of, work_folder
+from data.settings import DataSettings
+from data.shards.reader import COUNTS, Tokens, token_dtype
+from data.sources.corpus import Corpus
+from data.sources.files import SourceFile
+from data.sources.records import PART_CHARS
+from data.token_dataset import FORMAT, MANIFEST, Prepared, describe, load
+from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer
+from data.train_tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 EXACTNESS_PROBE = " a  b\r\n\n\tc ﬁ \u2581 \U00010348 "
-HEX12 = 12 * "[0-9a-f]"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A preparation, opened. `fingerprint` (64 hex) names its tokenizer and its tokens, wherever it lies."""
-
-    folder: Path
-    tokenizer: Tokenizer
-    train: Tokens
-    val: Tokens
-    fingerprint: str
-    manifest: dict[str, Any]
 
 
 def prepare(settings: DataSettings, read_along: bool = False) -> Prepared:
@@ -84,15 +76,6 @@ def prepare(settings: DataSettings, read_along: bool = False) -> Prepared:
     return prepared
 
 
-def work_folder(settings: DataSettings, marker: str) -> Path:
-    """Where the preparation with this marker is written before it is whole."""
-    return Path(settings.root) / f".{settings.name}-{marker[-16:]}.tmp"
-
-
-def _folder(settings: DataSettings, files: list[SourceFile], corpus: str) -> Path:
-    return Path(settings.root) / f"{settings.name}-{hashed(identity(settings, files), corpus)[:12]}"
-
-
 def find(settings: DataSettings) -> Prepared | None:
     """What ``prepare`` would return if it is there already; None if there is work to do, or something to mend.
 
@@ -112,57 +95,6 @@ def _mixed(settings: DataSettings, corpora: list[tuple[Prepared, float]]) -> Pre
     train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
     val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
     return Prepared(Path(settings.root), first.tokenizer, train, val, hashed(own), {"mixture": own})
-
-
-def marked_folder(settings: DataSettings, marker: str) -> Path | None:
-    """The folder of the preparation with this marker, if it is whole."""
-    found = next(Path(settings.root).glob(f"{settings.name}-{HEX12}/{marker}"), None)
-    return found.parent if found else None
-
-
-def marker_of(settings: DataSettings, files: list[SourceFile]) -> str:
-    """The name of the empty file that marks a preparation of these files as they are now."""
-    return f".seen-{hashed(identity(settings, files), [[f.name, str(f.path), f.size, f.mtime] for f in files])[:16]}"
-
-
-def load(folder: str | Path) -> Prepared:
-    """Open a preparation.
-
-    Raises ValueError if a file is missing or not as long as the manifest says, or the tokenizer another.
-    """
-    folder = Path(folder)
-    mend = f"delete the folder {folder} to prepare it again"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise _Unreadable(f"has format {manifest['format']}, this version reads {FORMAT}")
-        shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
-        lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
-        names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
-        tokenizer_hash, fingerprint = manifest["tokenizer"]["sha256"], str(manifest["fingerprint"])
-        dtype = np.dtype(manifest["dtype"])
-        if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-            raise ValueError("no shards, or of an unknown type")
-    except _Unreadable as error:
-        raise ValueError(f"{folder / MANIFEST}: {error}; {mend}") from None
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error!r}); {mend}") from None
-    for name, length in lengths.items():
-        actual = (folder / name).stat().st_size if (folder / name).exists() else "no"
-        if actual != length:
-            raise ValueError(f"{folder / name}: has {actual} bytes instead of {length}; {mend}")
-    model = find_tokenizer(folder) or folder / "tokenizer.model"
-    if not model.exists() or sha256(model) != tokenizer_hash:
-        raise ValueError(f"{model}: is not the tokenizer these shards were made with; {mend}")
-    try:
-        train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
-        return Prepared(folder, Tokenizer(model), train, val, fingerprint, manifest)
-    except Exception as error:  # numpy reads the head of an array as Python, and fails as that does
-        raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {mend}") from None
-
-
-class _Unreadable(Exception):
-    """A manifest of another kind."""
 
 
 def _build(
@@ -213,15 +145,6 @@ def _put_in_place(work: Path, settings: DataSettings, files: list[SourceFile]) -
         os.replace(work, folder)
         logger.info("prepared %s", describe(manifest, folder))
     return folder
-
-
-def _write_synced(path: Path, text: str) -> None:
-    beside = path.with_suffix(".tmp")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _make_tokenizer(work: Path, settings: DataSettings, corpus: Corpus) -> Tokenizer:
@@ -281,24 +204,6 @@ def _manifest(
     }
 
 
-def _log_changes(settings: DataSettings, files: list[SourceFile], corpus: str | None) -> None:
-    """Say in what the newest preparation of the same name differs, if there is one; `corpus` if that is known."""
-    found = Path(settings.root).glob(f"{settings.name}-{HEX12}/{MANIFEST}")
-    manifests = sorted(found, key=lambda path: path.stat().st_mtime)
-    if not manifests:
-        return
-    try:
-        before = json.loads(manifests[-1].read_text())
-        old = {**before["identity"], "corpus": before["corpus"]["sha256"][:12]}
-    except (KeyError, TypeError, json.JSONDecodeError):
-        logger.warning("%s: cannot be read; it is left alone", manifests[-1])
-        return
-    new = {**identity(settings, files), **({"corpus": corpus[:12]} if corpus else {})}
-    changes = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
-    said = ", ".join(changes) or "its files are others"
-    logger.info("%s does not fit: %s; preparing anew", manifests[-1].parent, said)
-
-
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
     """Hold the lock on a name's preparations."""
@@ -318,20 +223,6 @@ def _locked(root: Path, name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def describe(manifest: dict[str, Any], folder: Path) -> str:
-    """A few words on each split, for people."""
-    splits = ", ".join(
-        f"{split} {entry['tokens']:,} tokens of {entry['documents']:,} documents "
-        f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes a token)"
-        for split, entry in manifest["splits"].items()
-    )
-    return f"{folder}: {splits}; vocabulary {manifest['tokenizer']['vocab_size']}"
-
-
-def hashed(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def command(settings: DataSettings) -> str:
@@ -379,6 +270,20 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(describe(prepared.manifest, prepared.folder))
+
+
+def meanings() -> dict[str, str]:
+    """What each setting is, in the words of the class above."""
+    (settings,) = ast.parse(inspect.getsource(DataSettings)).body
+    assert isinstance(settings, ast.ClassDef)
+    return {
+        a.target.id: inspect.cleandoc(str(b.value.value)).replace("`", "")
+        for a, b in pairwise(settings.body)
+        if isinstance(a, ast.AnnAssign)
+        and isinstance(a.target, ast.Name)
+        and isinstance(b, ast.Expr)
+        and isinstance(b.value, ast.Constant)
+    }
 
 
 if __name__ == "__main__":

@@ -1,21 +1,9 @@
-"""Tokenizers: sentencepiece's and Hugging Face's, and the training of byte-pair encoding that gives texts back exactly.
+"""Tokenizers of sentencepiece and of Hugging Face, with one interface."""
 
-    python -m data.tokenizer train --paths notes book.txt --vocab-size 8000 --out tokenizer.model
-
-In one trained here a line break is one token, and so are four spaces, as suits source code; no other token crosses
-a line break.
-Whatever has no piece of its own is written as UTF-8 bytes.
-"""
-
-import argparse
 import hashlib
-import heapq
-import io
 import json
-import logging
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,7 +12,6 @@ import sentencepiece
 
 SPACE = "\u2581"  # sentencepiece's sign for a space
 OWN_PIECES = ["\n", 4 * SPACE]
-TRAINING_BYTES = 32_000_000
 
 
 SPECIAL = "special_tokens.json"  # beside a tokenizer's copy: which tokens begin and end a text
@@ -199,110 +186,3 @@ class _HuggingFace:
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return 1
         return len(piece.replace(SPACE, " ").encode())
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    path: str | Path,
-    vocab_size: int,
-    seed: int,
-    sample_bytes: int = TRAINING_BYTES,
-    coverage: float | None = None,
-) -> Tokenizer:
-    """Train a tokenizer on (a sample of) the texts and write it to `path`.
-
-    The model is a function of the set of texts and the other arguments alone. `coverage` is the share of all
-    characters that shall have a piece of their own (sentencepiece's 0.9995 when None); the others are bytes.
-    Raises ValueError if the texts cannot fill such a vocabulary, or do not fit into it.
-    """
-    sample = _sample(texts, sample_bytes, seed)
-    lines = (line for text in sample for line in re.split(r"(?=\n)", text) if line)
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            user_defined_symbols=OWN_PIECES,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=2**30,
-            num_threads=4,  # a constant: the model file records it, though the pieces do not depend on it
-            minloglevel=2,
-            **({} if coverage is None else {"character_coverage": coverage}),  # type: ignore[arg-type]
-        )
-    except RuntimeError as error:
-        raise ValueError(_vocabulary_problem(str(error), vocab_size)) from None
-    unfinished = Path(f"{path}.tmp")
-    unfinished.write_bytes(model.getvalue())
-    unfinished.replace(path)
-    return Tokenizer(path)
-
-
-def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """At most `max_bytes` of the texts (one at least): those that come first by a seeded hash."""
-    heap: list[tuple[int, str]] = []
-    total = 0
-    for text in texts:
-        content = text.encode()
-        priority = hashlib.blake2b(content, key=str(seed).encode(), digest_size=8).digest()
-        heapq.heappush(heap, (-int.from_bytes(priority, "big"), text))
-        total += len(content)
-        while total > max_bytes and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[1].encode())
-    return [text for _, text in sorted(heap, reverse=True)]
-
-
-def _vocabulary_problem(error: str, vocab_size: int) -> str:
-    if found := re.search(r"too high .* value <= (\d+)", error):
-        return f"data.vocab_size: {vocab_size} is too large for this text; it can fill {found[1]} at most"
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"data.vocab_size: {vocab_size} is too small; this text needs {found[1]} at least"
-    return f"data.paths: no tokenizer could be trained on this text ({error})"
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m data.tokenizer", description=__doc__.partition("\n")[0])
-    train = p.add_subparsers(dest="command", required=True).add_parser("train", help="train one and write its model")
-    train.add_argument("--paths", nargs="+", required=True, help="files, folders and globs")
-    train.add_argument("--source", default="text", choices=("text", "records", "c4"), help="what the files hold")
-    train.add_argument("--patterns", nargs="+", default=["*.txt", "*.md", "*.py"], help="files taken from folders")
-    train.add_argument("--column", default="text", help="of JSON lines and Parquet (default: text)")
-    train.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
-    train.add_argument("--coverage", type=float, help="share of characters with a piece of their own (default: 0.9995)")
-    train.add_argument(
-        "--sample-bytes", type=int, default=TRAINING_BYTES, help=f"text used (default: {TRAINING_BYTES})"
-    )
-    train.add_argument("--seed", type=int, default=0, help="chooses the sample (default: 0)")
-    train.add_argument("--out", type=Path, required=True, help="the model to write")
-    return p
-
-
-def main() -> None:
-    from data.corpus import Corpus
-    from data.settings import DataSettings, examine
-
-    args = parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = DataSettings(
-        source=args.source, paths=args.paths, patterns=args.patterns, column=args.column, max_bytes=2**63,
-        vocab_size=args.vocab_size, seed=args.seed,
-    )  # fmt: skip
-    try:
-        if args.coverage is not None and not 0 < args.coverage <= 1:
-            raise ValueError(f"--coverage: {args.coverage} must be above 0 and at most 1")
-        files, found = examine(settings)
-        if found:
-            raise ValueError("\n".join(found))
-        texts = (document.text for document in Corpus(files, settings, survey=False).documents(files))
-        made = train_tokenizer(texts, args.out, args.vocab_size, args.seed, args.sample_bytes, args.coverage)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    print(f"{args.out}: {made.vocab_size} pieces, {made.sha256[:12]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -56,17 +56,3 @@ def random_signs(key: Tensor | int, rows: int, columns: int, like: Tensor) -> Te
     position = torch.arange(rows * columns, device=like.device)
     sign_bit = _shift_right(random_bits(key, position), 63)
     return (1 - 2 * sign_bit).to(like.dtype).view(rows, columns)
-
-
-def round_stochastically(x: Tensor, dtype: torch.dtype, key: Tensor | int, position: Tensor) -> Tensor:
-    """``x`` as ``dtype``; to bfloat16 up or down at random, nearer neighbours likelier, so that the mean is x.
-
-    Adds 16 random bits, drawn at ``position`` (int64, the shape of x), below the 16 that bfloat16 keeps of a float32.
-    Other dtypes round to nearest. Values that are not finite stay so.
-    """
-    if dtype != torch.bfloat16 or x.dtype == dtype:
-        return x.to(dtype)
-    x = x.float()
-    noise = _shift_right(random_bits(key, position), 48).to(torch.int32)
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(dtype)

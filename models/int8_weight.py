@@ -6,13 +6,10 @@ become bfloat16 without an error, and a row that comes back a little changed mos
 rounding is as small as its change.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.counter_rng import random_unit
-from models.sharded import fill_part
 
 LARGEST = 127
 
@@ -48,16 +45,3 @@ def dequantise(codes: Tensor, step: Tensor, dim: int, dtype: torch.dtype) -> Ten
 def whole(codes: Tensor, step: Tensor, rows: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """The weight (m, n) in ``dtype`` with ``rows``, (r, n) or for dim 1 (m, r), where ``index`` says."""
     return dequantise(codes, step, dim, dtype).index_copy_(dim, index, rows.to(dtype))
-
-
-@torch.no_grad()
-def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
-    """Give the weight ``name`` of ``model`` the values of ``full`` (of its full shape, on any device)."""
-    weight = model.get_parameter(name)
-    if weight.dtype != torch.int8:
-        fill_part(weight, full)
-        return
-    layer: Any = model.get_submodule(name.rpartition(".")[0])
-    codes, step = quantise(full, layer.dim)
-    weight.copy_(codes)
-    layer.weight_step.copy_(step)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.activation_checkpointing import run
 from models.attention import BACKENDS, attention, document_layout, resolve_backend, say_kernel
-from models.checkpointing import run
 from models.counter_rng import key
-from models.int8_weight import fill_weight
 from models.kv_cache import KVCache
 from models.loss import chunked_cross_entropy, cross_entropy
 from models.precision import at_least_fp32
-from models.recipes import as_recipe, remakeable
+from models.recompute import as_recipe, remakeable
+from models.weights import fill_weight
 
 
 class RMSNorm(nn.Module):

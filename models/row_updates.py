@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models.counter_rng import round_stochastically
+from models.dtensor import local, place
 from models.int8_weight import dequantise, quantise
-from models.sharded import local, place
+from models.precision import round_stochastically
 from models.together import stack_size
 from models.transfer import upload
 

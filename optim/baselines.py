@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optim.build import inner_optimizer
+from optim.inner import inner_optimizer
 
 # By the name of the optimizer: what else its package wants of a group that is projected.
 PROJECTED: dict[str, dict[str, Any]] = {

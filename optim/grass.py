@@ -13,7 +13,6 @@ copies for as long as they are selected, and rounded stochastically when they le
 """
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,20 +22,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.counter_rng import key
+from models.dtensor import local
 from models.grass_linear import GrassLinear
 from models.row_updates import Change, fold_rows, round_values, select_rows
-from models.sharded import local
 from models.transfer import upload
 from optim import moments
-from optim.build import decay_factor
-from optim.history import SelectionHistory
-from optim.lent_precision import lend, take_back
-from optim.partly import only
+from optim.composite import only
+from optim.mixed_precision import lend, take_back
+from optim.param_groups import decay_factor
+from optim.refresh_schedule import block_of, turn_offsets
+from optim.scores import SCORES, _require_agreement
 from optim.selection import SELECTIONS, WITH_REPLACEMENT, select_together
+from optim.selection_history import SelectionHistory
 
 logger = logging.getLogger(__name__)
-
-SCORES = ("exact", "sketch")
 
 
 class Grass:
@@ -368,38 +367,3 @@ class Grass:
                 *(type(self.optimizer).__name__, ", ".join(state)),
             )
         self._said_reset = True
-
-
-def block_of(layer: str) -> str:
-    """The name of the block that ``layer`` is in, or its own: layers.3 of layers.3.mlp.up_proj."""
-    return re.sub(r"(\.\d+)\..*", r"\1", layer)
-
-
-def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
-    """How many steps early each layer refreshes when the blocks take turns, in model order.
-
-    The layers of a block go together, so that a compiled block knows two states, with its probes and without.
-    """
-    blocks = {name: block_of(name) for name in names}
-    turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
-    return {name: turns[block] * refresh_every // len(turns) for name, block in blocks.items()}
-
-
-def most_at_once(blocks: int, refresh_every: int, probe_steps: int) -> int:
-    """How many of so many blocks that take turns are probed in the step that probes the most."""
-    offsets = turn_offsets([f"layers.{block}.linear" for block in range(blocks)], refresh_every).values()
-    steps = range(refresh_every)
-    return max(sum((step + o) % refresh_every >= refresh_every - probe_steps for o in offsets) for step in steps)
-
-
-def _require_agreement(indices: list[Tensor], device: torch.device) -> None:
-    """Raise RuntimeError unless every process chose the same rows: compares one hash."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    fingerprint = key(0, *(str(index.tolist()) for index in indices))
-    if "cpu:" in str(dist.get_backend_config()):
-        device = torch.device("cpu")  # between the hosts, which is no wait for a device
-    low_high = torch.tensor([-fingerprint, fingerprint], device=device)
-    dist.all_reduce(low_high, op=dist.ReduceOp.MAX)
-    if low_high.tolist() != [-fingerprint, fingerprint]:
-        raise RuntimeError("the processes chose different rows: their scores or seeds differ")

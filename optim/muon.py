@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from models.sharded import local, sum_parts
+from models.dtensor import local, sum_parts
 from models.together import stack_size
-from optim.parts import Parts
+from optim.composite import Parts
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from models.sharded import local, sum_parts
+from models.dtensor import local, sum_parts
 
 
 class NormGrowthLimiter:

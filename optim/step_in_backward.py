@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from optim.composite import only
 from optim.grass import Grass
 from optim.norm_growth import NormGrowthLimiter
-from optim.partly import only
 
 
 class StepInBackward:

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.tokenizer import Tokenizer, find_tokenizer
-from pretrain import hugging_face, hugging_face_tokenizer
-from pretrain.config import DTYPES
-from pretrain.preflight import clear_errors
-from pretrain.trained import Trained, find_trained
+from pretrain.cli.errors import clear_errors
+from pretrain.config.schema import DTYPES
+from pretrain.inference import hf_llama as hugging_face
+from pretrain.inference import hf_tokenizer as hugging_face_tokenizer
+from pretrain.inference.pretrained import Trained, find_trained
 
 logger = logging.getLogger(__name__)
 

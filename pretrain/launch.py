@@ -32,8 +32,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
-from pretrain.host_memory import keep_freed_memory
-from pretrain.interrupt import EXIT_CODE
+from pretrain.cli.malloc import keep_freed_memory
+from pretrain.cli.signals import EXIT_CODE
 
 # What a signal to this process becomes for the workers. They live in sessions of their own, so that a
 # terminal's Ctrl-C reaches them only from here, and once.

@@ -15,10 +15,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pretrain import pictures
-from pretrain.preflight import clear_errors
-from pretrain.run_data import RunData, by_seed, find_runs
-from pretrain.sweep import LOGS, JobResult, results
+from pretrain.cli.errors import clear_errors
+from pretrain.runs import figures as pictures
+from pretrain.runs.records import RunData, by_seed, find_runs
+from pretrain.runs.sweep_results import LOGS, JobResult, results
 
 Draw = Callable[[str], Figure | None]
 COLUMNS = ["run", "steps", "tokens", "validation loss", "perplexity", "bits/byte", "tokens/s", "peak memory", "minutes"]

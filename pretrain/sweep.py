@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from pretrain.config import CONF, ConfigError, load
-from pretrain.interrupt import EXIT_CODE
-from pretrain.metrics import log_to_terminal
-from pretrain.preflight import clear_errors
+from pretrain.cli.console import log_to_terminal
+from pretrain.cli.errors import clear_errors
+from pretrain.cli.signals import EXIT_CODE
+from pretrain.config.compose import CONF, load
+from pretrain.config.schema import ConfigError
+from pretrain.runs.sweep_results import LOGS, JobResult, results
 
 logger = logging.getLogger(__name__)
-
-LOGS = "_sweeps"  # in the sweep's folder: what its jobs printed, and how they ended
 FIXED = "fixed.json"  # in a sweep's folder of logs: the overrides that all its jobs share
 STOP = "stop"  # there too, once it is asked to stop: save, and begin no other job
 MULTIRUN = ("-m", "--multirun")
@@ -47,37 +47,6 @@ PLUGINS = {
     "slurm": "hydra_submitit_launcher",
     "submitit": "hydra_submitit_launcher",
 }  # by the first word of a choice
-STATUSES = {0: "finished", EXIT_CODE: "stopped"}
-
-
-@dataclass
-class JobResult:
-    """How one job of a sweep ended.
-
-    status  finished | failed | stopped (by a signal, after saving) | not started (the sweep was stopped before)
-    """
-
-    name: str  # the run's folder below the sweep's
-    overrides: list[str]
-    folder: str
-    log: str  # what the job printed
-    exit_code: int | None = None  # None: not started
-
-    @property
-    def status(self) -> str:
-        return "not started" if self.exit_code is None else STATUSES.get(self.exit_code, "failed")
-
-    @property
-    def summary(self) -> dict[str, Any] | None:
-        """The run's summary.json; None for a run that did not finish."""
-        file = Path(self.folder) / "summary.json"
-        return json.loads(file.read_text()) if self.status == "finished" and file.exists() else None
-
-    @property
-    def reason(self) -> str:
-        """The last line that a failed job printed."""
-        lines = [line for line in Path(self.log).read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
 
 
 def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1, processes: int = 1) -> list[JobResult]:
@@ -99,12 +68,6 @@ def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1,
     if code == 2:
         raise ConfigError(f"the sweep in {root} could not begin: see above")
     return results(logs)
-
-
-def results(logs: Path) -> list[JobResult]:
-    """What the jobs of one sweep left in its folder of logs, in their order."""
-    files = sorted(logs.glob("[0-9]*.json"), key=lambda file: int(file.stem))
-    return [JobResult(**json.loads(file.read_text())) for file in files]
 
 
 def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:

@@ -15,21 +15,23 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from data.prepare import Prepared
-from pretrain import distributed, peers
-from pretrain.agreement import require_same_setting
-from pretrain.arithmetic import set_arithmetic
-from pretrain.config import Config, load, to_config
-from pretrain.distributed import World
-from pretrain.dry_run import dry_run
-from pretrain.faults import RolledBack
-from pretrain.interrupt import EXIT_CODE, StopRequest
-from pretrain.machine import require_torch, require_usable_gpus
-from pretrain.metrics import log_to_terminal
-from pretrain.preflight import clear_errors, only_asks_hydra
-from pretrain.run_folder import RunFolder
-from pretrain.trainer import Trainer
-from pretrain.waiting import data_of
+from data.token_dataset import Prepared
+from pretrain.cli.console import log_to_terminal
+from pretrain.cli.errors import clear_errors, only_asks_hydra
+from pretrain.cli.machine import require_torch, require_usable_gpus
+from pretrain.cli.signals import EXIT_CODE, StopRequest
+from pretrain.config.compose import load, to_config
+from pretrain.config.schema import Config
+from pretrain.distributed import lost_ranks as peers
+from pretrain.distributed import world as distributed
+from pretrain.distributed.world import World
+from pretrain.planner.plan import dry_run
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.arithmetic import set_arithmetic
+from pretrain.setup.consistency import require_same_setting
+from pretrain.setup.data import data_of
+from pretrain.training.guards import RolledBack
+from pretrain.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -5,19 +5,20 @@ import logging
 import math
 
 import torch
-from processes import in_processes
 from torch._C._distributed_c10d import _dump_fr_trace_json
 from torch.distributed.tensor import DTensor
 
-from pretrain import checkpoint
-from pretrain.build import build_model, build_optimization
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.parallel import engine_of
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
-from pretrain.trainer import Trainer
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import load
+from pretrain.distributed.engines import engine_of
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import ready
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.trainer import Trainer
+from tests.processes import in_processes
 
 CPU = torch.device("cpu")
 STEPS, REFRESH = 30, 8  # chooses rows four times

@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 import pretrain.train
 from models.llama import Llama
 from pretrain import estimate
-from pretrain.check import check
-from pretrain.config import CONF, _keys, load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import CONF, _keys, load
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.checks import check
+from pretrain.setup.data import ready
 from pretrain.sweep import combinations, parse
-from pretrain.trainer import Trainer
+from pretrain.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 README, SETTINGS, TUTORIAL, USING, RUNS, CHOOSING = (

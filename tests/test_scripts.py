@@ -24,8 +24,8 @@ case "$*" in
 "-m venv "*)
     venv=${@: -1}
     rm -rf "$venv" && mkdir -p "$venv"/{bin,lib/python3.11/site-packages} && cp "$0" "$venv/bin/python" ;;
-"-m pretrain.machine") echo "${BASE_TORCH:-2.12.0a0+nv26.1}" ;;
-"-m pretrain.machine 2.10"*) echo "torch 2.10 is too old" >&2 && exit 1 ;;
+"-m pretrain.cli.machine") echo "${BASE_TORCH:-2.12.0a0+nv26.1}" ;;
+"-m pretrain.cli.machine 2.10"*) echo "torch 2.10 is too old" >&2 && exit 1 ;;
 "-m pip install "*) echo "words of pip" && eval "${ON_PIP:-}" ;;
 "-m pretrain.preflight"*) echo "$WORLD_SIZE processes" && eval "${ON_PREFLIGHT:-}" ;;
 "-m pretrain.sweep"*) echo "$PET_NPROC_PER_NODE processes a job" ;;
@@ -258,7 +258,7 @@ def lines(file: Path) -> list[str]:
 def test_another_torch_gets_an_environment_of_its_own(ready):
     pinned = {file.name: file.read_text() for file in (ready.folder / ".venv").glob(".installed-*")}
     assert ready.run(GRASS_TORCH="2.11.0")[0] == 0
-    version_check = "-m pretrain.machine 2.11.0"
+    version_check = "-m pretrain.cli.machine 2.11.0"
     made = [of("2.11.0", call) for call in MAKE_VENV]
     assert ready.calls == [*made[:2], version_check, *made[2:], of("2.11.0", INSTALL), PREFLIGHT, TRAIN]
     venv = ready.folder / ".venv-torch-2.11.0"
@@ -277,7 +277,7 @@ def test_the_torch_that_is_there_is_kept_whatever_is_installed_beside_it(tree):
     made = [of("installed", call) for call in MAKE_VENV]
     made[2] = made[2].replace("-pip ", "-pip --system-site-packages ")
     made.insert(3, '-c import sysconfig; print(sysconfig.get_path("platlib"))')
-    look, install = [*made[:2], "-m pretrain.machine"], of("installed", INSTALL)
+    look, install = [*made[:2], "-m pretrain.cli.machine"], of("installed", INSTALL)
     assert tree.run(GRASS_TORCH="installed")[0] == 0
     assert tree.calls == [*look, *made, install, PREFLIGHT, TRAIN]
     venv = tree.folder / ".venv-torch-installed"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from benchmarks.gpu.expected import AIMS
 from benchmarks.gpu.results import Record, Row
 from benchmarks.gpu.sections import SECTIONS
-from pretrain.pictures import COLOURS, DPI
+from pretrain.runs.figures import COLOURS, DPI
 
 
 def draw(records: dict[str, Record], folder: Path) -> list[Path]:

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pretrain.code_version import git_commit
-from pretrain.files import write_whole
+from data.atomic import write_whole
+from pretrain.runs.code_version import git_commit
 
 FILE = "gpu.json"
 DONE, RUNNING = "done", "running"

@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.build import build_model, build_optimization, outline
-from pretrain.compiling import compile_blocks
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.first_rows import choose_first_rows
-from pretrain.parallel import engine_of
-from pretrain.update import MicroBatch, Update
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.engines import engine_of
+from pretrain.distributed.world import World
+from pretrain.setup.compiling import compile_blocks
+from pretrain.setup.model import build_model, outline
+from pretrain.setup.optimizer import build_optimization
+from pretrain.training.first_rows import choose_first_rows
+from pretrain.training.train_step import MicroBatch, Update
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BYTES = ["model.vocab_size=256", "data.vocab_size=256"]  # text as bytes: no tokenizer is needed

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import profile
 
 from models import attention
-from models.checkpointing import checkpoint_blocks
+from models.activation_checkpointing import checkpoint_blocks
 from models.llama import Llama
 
 LAYERS, ROWS, TOKENS, VOCAB = 2, 2, 256, 512

@@ -30,9 +30,10 @@ from torch._dynamo.utils import counters
 from benchmarks.steps import Step, Steps
 from models.llama import Llama
 from optim import grass
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.estimate import estimate
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.world import World
+from pretrain.planner.memory import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("total", "forward", "backward", "optimizer", "choosing")

@@ -1,0 +1,1 @@
+"""Turning a corpus into token shards."""

@@ -1,0 +1,181 @@
+"""The files that hold a tokenised split, and reading of them, piece by piece.
+
+A split is one shard or several, one behind the other; a document lies in one of them. A shard is three files:
+`.bin`, the tokens, little-endian and nothing else; `.index.npy`, for every document its first token, the place
+of its name and its length in bytes; `.names`, the documents' names, one behind the other. Where documents begin
+with a prompt there is a fourth, `.given.npy`, of the prompts' lengths in tokens. Every document is bos + its
+tokens + eos. What belongs together, and the lengths and checksums of the files, is in the manifest of the
+preparation.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data.shards.array_file import ArrayFile
+
+INDEX = np.dtype([("token", "<i8"), ("name", "<i8"), ("bytes", "<i8")])
+GIVEN = np.dtype("<i8")
+COUNTS = ("documents", "tokens", "bytes")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class Tokens:
+    """The tokens of a split: `len`, slices as arrays (n,) of the shards' dtype, and the documents' names.
+
+    `names` are those of its shards, in order.
+    """
+
+    whole = True  # no more tokens will come
+
+    def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
+        names = [names] if isinstance(names, str) else names
+        self._join([Shard(folder, name, dtype) for name in names], dtype)
+        self.parts: list[tuple[int, int, float]] = []
+        """Of a mixture: for every corpus its first token, how many it has, and its weight."""
+
+    @classmethod
+    def of(cls, shards: Sequence["Shard"], dtype: np.dtype) -> "Tokens":
+        """The tokens of shards that are open already."""
+        joined = cls.__new__(cls)
+        joined._join(list(shards), dtype)
+        joined.parts = []
+        return joined
+
+    @classmethod
+    def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
+        """Corpora of the same dtype with their weights, one behind the other."""
+        joined = cls.of([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
+        ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
+        joined.parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
+        return joined
+
+    def _join(self, shards: list["Shard"], dtype: np.dtype) -> None:
+        self._shards, self._dtype = shards, dtype
+        self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
+        self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
+
+    def reach(self, stop: int) -> bool:
+        """Whether the tokens before `stop`, or all there will ever be, can be read by now."""
+        return True
+
+    def __len__(self) -> int:
+        return int(self._first_token[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        parts = [self._shards[number].tokens[first:last] for number, first, last in self._pieces(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The numbers of the shards that tokens [start, stop) lie in, each with the places there."""
+        number, pieces = int(np.searchsorted(self._first_token, start, side="right")) - 1, []
+        while start < stop:
+            base, end = int(self._first_token[number]), min(stop, int(self._first_token[number + 1]))
+            if start < end:
+                pieces.append((number, start - base, end - base))
+            start, number = max(start, end), number + 1
+        return pieces
+
+    @cached_property
+    def given(self) -> np.ndarray | None:
+        """(documents,) int64: how many tokens after bos are a prompt; None where there are no prompts."""
+        parts = [shard.given for shard in self._shards if shard.given is not None]
+        return np.concatenate(parts) if parts else None
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens (n,) of a document, from bos to eos."""
+        return self[slice(*self.document_bounds(number))]
+
+    def document_bounds(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        first, last = self._shards[shard].bounds(number - int(self._first_document[shard]))
+        base = int(self._first_token[shard])
+        return base + first, base + last
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """How many tokens each document has, (documents,) int64."""
+        return np.concatenate([np.diff(s.index[:]["token"], append=len(s.tokens)) for s in self._shards])
+
+    @property
+    def document_count(self) -> int:
+        return int(self._first_document[-1])
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text the tokens stand for."""
+        return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The tokens in [start, stop) with which a document begins, int64 in order."""
+        starts = [np.empty(0, np.int64)]
+        for number, first, last in self._pieces(start, min(stop, len(self))):
+            begins = self._shards[number].begins(first, last)
+            starts.append(begins[np.searchsorted(begins, first) :] + self._first_token[number])
+        return np.concatenate(starts)
+
+    def documents(self, start: int, stop: int) -> list[str]:
+        """Names of the documents that tokens [start, stop) belong to, in order."""
+        return [
+            name
+            for number, first, last in self._pieces(start, stop)
+            for name in self._shards[number].documents(first, last)
+        ]
+
+
+class Shard:
+    """One shard to be read. `done`, the `state` of a writer that is still at it, is how much of it can be.
+
+    Raises ValueError for files that are no shard, or shorter than `done` says.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
+        tokens, names = folder / f"{name}.bin", folder / f"{name}.names"
+        self.tokens = ArrayFile(tokens, dtype, count=done["tokens"] if done else None)
+        self._names = ArrayFile(names, np.dtype(np.uint8), count=done["names"] if done else None)
+        self.index: ArrayFile | np.ndarray
+        if done is None:
+            self.index = ArrayFile.npy(folder / f"{name}.index.npy")
+        else:  # read at once: the file goes when the shard is whole
+            self.index = np.fromfile(folder / f"{name}.index", INDEX, done["documents"])
+            for path, count, size in ((tokens, done["tokens"], dtype.itemsize), (names, done["names"], 1)):
+                if path.stat().st_size < count * size or len(self.index) < done["documents"]:
+                    raise ValueError(f"{path}: is shorter than it was")
+        given = folder / f"{name}.given.npy"
+        self.given = np.load(given) if given.exists() else None
+        if self.index.dtype != INDEX or len(self.index) == 0:
+            raise ValueError(f"{name}.index.npy is no index of documents")
+        if self.given is not None and (self.given.dtype != GIVEN or self.given.shape != (len(self.index),)):
+            raise ValueError(f"{name}.given.npy is not of the index's documents")
+
+    def bounds(self, document: int) -> tuple[int, int]:
+        first, *behind = self.index[document : document + 2]["token"].tolist()
+        return first, behind[0] if behind else len(self.tokens)
+
+    def entries(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """The first document that tokens [start, stop) belong to, and the index's entries of it and the others."""
+        first = bisect_right(range(len(self.index)), start, key=self._begin) - 1
+        found = self.index[first : first + stop - start]  # no document is without a token
+        return first, found[: np.searchsorted(found["token"], stop)]
+
+    def begins(self, start: int, stop: int) -> np.ndarray:
+        """The tokens that those documents begin with, the first of them perhaps before `start`."""
+        return self.entries(start, stop)[1]["token"]
+
+    def _begin(self, document: int) -> int:
+        return int(self.index[document : document + 1]["token"][0])
+
+    def documents(self, start: int, stop: int) -> list[str]:
+        first, found = self.entries(start, stop)
+        behind = self.index[first + len(found) : first + len(found) + 1]["name"].tolist() or [len(self._names)]
+        places = [*found["name"].tolist(), *behind]
+        names = self._names[places[0] : places[-1]].tobytes()
+        return [names[b - places[0] : e - places[0]].decode() for b, e in pairwise(places)]

@@ -1,0 +1,1 @@
+"""Training while the corpus is still being prepared."""

@@ -1,0 +1,52 @@
+"""Copy named weights into a model."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.dtensor import fill_part
+from models.int8_weight import quantise
+
+
+@torch.no_grad()
+def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
+    """Give the weight ``name`` of ``model`` the values of ``full`` (of its full shape, on any device)."""
+    weight = model.get_parameter(name)
+    if weight.dtype != torch.int8:
+        fill_part(weight, full)
+        return
+    layer: Any = model.get_submodule(name.rpartition(".")[0])
+    codes, step = quantise(full, layer.dim)
+    weight.copy_(codes)
+    layer.weight_step.copy_(step)
+
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
+    """Copy ``weights`` into ``model``, in the model's dtypes.
+
+    Raises:
+        ValueError: a weight too many, too few, or of another shape.
+    """
+    # What Grass layers have besides their weights is made from these.
+    own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith("weight")}
+    missing, casts = set(own), set[str]()
+    for name, tensor in weights:
+        if name not in own or own[name].shape != tensor.shape:
+            wanted = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
+            raise ValueError(f"{origin}: {name} has shape {tuple(tensor.shape)}, the model {wanted}; check model.*")
+        if tensor.dtype != own[name].dtype:
+            casts.add(f"{tensor.dtype} to {own[name].dtype}")
+        fill_weight(model, name, tensor)
+        missing.discard(name)
+    if getattr(model, "tie_word_embeddings", False):
+        missing.discard("lm_head.weight")
+    if missing:
+        raise ValueError(f"{origin} lacks {', '.join(sorted(missing)[:4])} …; check model.*")
+    logger.info("took the weights of %s%s", origin, f", cast from {', '.join(sorted(casts))}" if casts else "")

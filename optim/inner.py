@@ -1,0 +1,89 @@
+"""From names and numbers to an optimizer: the parameter groups and the inner optimizer."""
+
+import inspect
+import logging
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from optim.composite import Parts
+
+logger = logging.getLogger(__name__)
+
+INNER_OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adam": "torch.optim.Adam",
+    "sgd": "torch.optim.SGD",
+    "adafactor": "optim.adafactor.Adafactor",
+    "adamw8bit": "torchao.optim.AdamW8bit",
+    "muon": "optim.muon.MuonAndAdamW",
+    "galore": "galore_torch.GaLoreAdamW",
+    "apollo": "apollo_torch.APOLLOAdamW",
+    "fira": "pytorch_optimizer.Fira",
+}
+# Where a package that is not among the requirements of a run is pinned.
+REQUIREMENTS = {
+    "torchao": "requirements-extra.txt",
+    "galore_torch": "requirements-baselines.txt",
+    "apollo_torch": "requirements-baselines.txt",
+    "pytorch_optimizer": "requirements-baselines.txt",
+}
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class that ``name`` stands for: a key of INNER_OPTIMIZERS or a dotted path such as torch.optim.NAdam.
+
+    Raises:
+        ValueError: an unknown name, or a path that leads to no torch.optim.Optimizer.
+    """
+    path = INNER_OPTIMIZERS.get(name, name)
+    module_name, _, class_name = path.rpartition(".")
+    if not module_name:
+        raise ValueError(
+            f"optim.inner={name} is unknown; choose from {', '.join(INNER_OPTIMIZERS)}, or give the dotted path of a "
+            "torch.optim.Optimizer"
+        )
+    try:
+        cls = getattr(import_module(module_name), class_name, None)
+    except ImportError as error:
+        file = REQUIREMENTS.get(module_name.partition(".")[0])
+        mend = f"pip install -r {file}" if file else "check the path"
+        raise ValueError(f"optim.inner={name}: cannot import {module_name} ({error}); {mend}") from None
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"optim.inner={name}: {path} is not a torch.optim.Optimizer; check the path")
+    return cls
+
+
+def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """The optimizer ``name`` over ``groups``; an option it does not take is left out, and what it got is logged.
+
+    Adam and AdamW are fused. SGD is not: its fused step cannot start the momentum of reset rows beside running ones.
+
+    Raises:
+        ValueError: an unknown name, or weight decay for an optimizer that has none.
+    """
+    cls = optimizer_class(name)
+    known = inspect.signature(cls).parameters
+    if cls is not torch.optim.SGD:
+        options = {"fused": True} | options
+    # Adafactor's eps is a pair of other meaning.
+    taken = {
+        k: v for k, v in options.items() if k in known and isinstance(known[k].default, tuple) == isinstance(v, tuple)
+    }
+    if "weight_decay" not in known and any(group.get("weight_decay") for group in groups):
+        raise ValueError(f"optim.weight_decay: {cls.__name__} (optim.inner={name}) has none; set it to 0")
+    given = ", ".join(f"{k}={v}" for k, v in taken.items()) or "its defaults"
+    logger.info("%s with %s", INNER_OPTIMIZERS.get(name, name), given)
+    return cls(groups, **taken)
+
+
+def optimizer_of_groups(
+    inner: str, embedding_inner: str | None, groups: list[dict[str, Any]], **options: Any
+) -> torch.optim.Optimizer:
+    """``inner`` over ``groups``, or, if ``embedding_inner`` is given, that one over the group "embeddings"."""
+    embeddings = [group for group in groups if group["name"] == "embeddings"]
+    if embedding_inner is None or not embeddings:
+        return inner_optimizer(inner, groups, **options)
+    others = [group for group in groups if group["name"] != "embeddings"]
+    return Parts([inner_optimizer(inner, others, **options), inner_optimizer(embedding_inner, embeddings, **options)])

@@ -1,0 +1,116 @@
+"""The processes of a run: who we are among them, and the few things they say to each other outside of DDP."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.cli.errors import LostPeer, first_line
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run. Alone, no process group exists and every call is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def use_device(self) -> None:
+        """Make ``device`` the current one of the calling thread.
+
+        Each thread begins with the first GPU, where calls that name no device would make a context: half a GB of it.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process has ``flag`` set. Between the hosts only: no device is waited for."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value)
+        return bool(value)
+
+    def upload(self, batch: Tensor) -> Tensor:
+        """``batch`` on this process' device, without waiting for what the device is doing."""
+        if self.device.type != "cuda":
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process' ``value`` on every process (pickled between our own processes)."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def all_of(self, value: Any) -> list[Any]:
+        """Every process' ``value``, in the order of their ranks (pickled between our own processes)."""
+        box = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def is_main_from_env() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size_from_env() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
+    """Among how many processes one copy of the model is divided: by default, hsdp divides it within each node."""
+    if parallel != "hsdp":
+        return world_size if parallel == "fsdp" else 1
+    return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def connect(timeout: timedelta) -> World:
+    """Join the other processes that torchrun started: tensors on the CPU over gloo, on CUDA devices over NCCL.
+
+    No process waits for another for longer than ``timeout``.
+
+    Raises:
+        ValueError: more processes on this machine than it has GPUs.
+        LostPeer: not all of the processes came.
+    """
+    size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower NPROC")
+    world = World(rank, size, device)
+    world.use_device()
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        except dist.DistError as error:
+            raise LostPeer(f"not all of the {size} processes of this run came: {first_line(error)}") from error
+    return world
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,176 @@
+"""The folder a run leaves behind, and the rules that keep what is in it from being lost.
+
+A name that exists is resumed or refused. Whatever a resumed run no longer stands on (metric lines after the
+checkpoint, an older config.yaml) is moved aside under a name of its own, never dropped.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from data.atomic import UNFINISHED, write_whole
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.directory import remove_unfinished
+from pretrain.config.compose import flat, read_config
+from pretrain.config.schema import Config, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run may have different, section by section: how long, how fast and what is shown.
+MAY_CHANGE = {
+    "run": {"root"},
+    "model": {"attention"},
+    "data": {"root", "prompts", "workers"},
+    "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
+              "micro_batch_size", "sample_tokens", "checkpoint_every", "keep_last", "keep_every", "async_save",
+              "non_finite", "spike_factor", "most_rollbacks", "eval_every", "eval_sequences", "log_every", "parallel",
+              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run", "profile", "matmul_precision",
+              "deterministic"},
+    "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
+              "decay_share", "state_dtype"},  # a checkpoint says which dtype it has
+    "logger": {"wandb"},
+    "estimate": {"format", "devices", "device_memory_gib", "context_gib", "allocator_overhead"},
+}  # fmt: skip
+
+
+class RunFolder:
+    """``runs/<name>/``: config.yaml, tokenizer.model, metrics.jsonl, train.log, checkpoints/, samples, summary.json."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.run.root) / config.run.name
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.selection_file = self.path / "selection.jsonl"
+        self.bad_batches_file = self.path / "bad_batches.jsonl"
+        self.rollbacks_file = self.path / "rollbacks.json"
+        self.log_file = self.path / "train.log"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer_file = self.path / "tokenizer.model"
+        self.samples_file = self.path / "samples.md"
+        self.summary_file = self.path / "summary.json"
+        self.profile = self.path / "profile"
+        self._lock = FileLock(self.path / ".lock")
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        return checkpoint.latest(self.checkpoints)
+
+    @property
+    def rollbacks(self) -> list[int]:
+        """The steps whose batches are passed over, because the loss jumped there."""
+        if not self.rollbacks_file.exists():
+            return []
+        try:
+            steps = json.loads(self.rollbacks_file.read_text())["steps"]
+            if all(isinstance(step, int) for step in steps):
+                return steps
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise ConfigError(f"{self.rollbacks_file} lists no steps to pass over; bring it back from a copy")
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
+        newest = self.latest_checkpoint
+        try:
+            return self.summary_file.exists() and newest is not None and checkpoint.read_state(newest)["step"] >= steps
+        except checkpoint.Damaged:
+            return False  # the run goes on from the one before
+
+    def check(self, config: Config) -> list[str]:
+        """What the settings of an existing run differ in, a line each; [] for a new run.
+
+        Raises:
+            ConfigError: the run exists and ``config`` may not go on with it.
+        """
+        if not self.path.exists() or all(p.name == ".lock" or p.suffix == UNFINISHED for p in self.path.iterdir()):
+            return []
+        if config.train.resume == "never":
+            raise ConfigError(
+                f"{self.path} exists; choose another run.name, or train.resume=auto to go on with that run"
+            )
+        if not self.config_file.exists():
+            raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
+        if self.latest_checkpoint is None:
+            return []
+        old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
+        # A key that only one of them has belongs to another version of this program, which is no change of settings.
+        changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+        refused = [k for k in changed if not _may_change(k)]
+        if refused:
+            lines = [f"{k} was {changed[k][0]}, is now {changed[k][1]}" for k in refused]
+            raise ConfigError(
+                f"{self.path} was trained with other settings; choose another run.name, or put these back:\n"
+                + "\n".join(lines)
+            )
+        return [f"{k}: {was} → {now}" for k, (was, now) in changed.items()]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder.
+
+        Raises:
+            ConfigError: a run is at work there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._lock.acquire(timeout=0):
+                yield
+        except Timeout:
+            raise ConfigError(f"another run is at work in {self.path}; choose another run.name") from None
+
+    def open(self, config: Config, step: int) -> None:
+        """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.path)
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        before = self.config_file.read_text() if self.config_file.exists() else text
+        if before != text:
+            write_whole(_unused(self.path / "config.before.yaml"), before)
+        write_whole(self.config_file, text)  # at no moment is there a run without it
+        self.checkpoints.mkdir(exist_ok=True)
+        remove_unfinished(self.checkpoints)
+        for lines in (self.metrics_file, self.selection_file, self.bad_batches_file):
+            self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
+        for stale in (self.samples_file, self.summary_file):
+            if stale.exists():
+                stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
+
+    def _set_lines_after_aside(self, file: Path, step: int, ends_at: int) -> None:
+        if not file.exists():
+            return
+        lines = file.read_text().splitlines(keepends=True)
+        # The first and the last validation have no checkpoint behind them, and are made again.
+        again = [step in (0, ends_at) and _step_of(line) == step and '"val/loss"' in line for line in lines]
+        keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
+        if len(keep) < len(lines):
+            aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
+            write_whole(aside, "".join(line for line in lines if line not in keep))
+            write_whole(file, "".join(keep))
+
+
+def _may_change(key: str) -> bool:
+    section, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    return name in MAY_CHANGE.get(section, ())
+
+
+def _step_of(line: str) -> float:
+    """The step of a metric line; a line cut short by a crash counts as later than any."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or the first of path-2, path-3, … that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
