@@ -1,6 +1,4 @@
-"""The table of what methods hold, from rows worked by hand; rows in docs/ are whole, and tests named there exist."""
-
-import re
+"""The table of what methods hold, from rows worked by hand, and the copy of it in docs/memory_results.md."""
 
 from benchmarks.memory_table import FOLDER, METHODS, PAPER, SIZES, known, table
 from pretrain.planner.memory import GIB
@@ -17,13 +15,6 @@ def test_the_table_adds_up_a_row_and_leaves_out_what_nobody_holds():
 def test_the_documents_show_every_row_that_was_estimated():
     rows = known(FOLDER / "memory.jsonl")
     assert rows.keys() == {(size, method) for size in SIZES for method in METHODS}
-    page = (FOLDER / "memory.md").read_text()
+    page = (FOLDER / "memory_results.md").read_text()
     ordered = {(size, method): rows[size, method] for size in SIZES for method in METHODS}
     assert table(ordered) in page
-
-
-def test_every_test_that_the_documents_name_exists(root):
-    named = set(re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (FOLDER / "memory.md").read_text()))
-    assert len(named) > 15
-    for file, test in named:
-        assert not test or re.search(rf"^def {test}\(", (root / file).read_text(), re.M), f"{file}::{test}"
