@@ -130,7 +130,7 @@ def test_an_offline_run_holds_what_the_docs_list(root, tmp_path, monkeypatch):
     found = whole(folder.path)
     logged = [items(r.history.item) for r in found if r.WhichOneof("record_type") == "history"]
     text = (root / "docs/metrics.md").read_text()
-    lines, on_wandb = text.split("## On W&B")
+    lines, on_wandb = text.split("## Weights & Biases")
     lines, summary = lines.split("`selection.jsonl`")
     own = {name for line in logged for name in line if not name.startswith("_")}
     assert own == documented(root, lines) | documented(root, on_wandb)
