@@ -5,6 +5,9 @@ from torch import Tensor
 
 from models.counter_rng import _shift_right, random_bits
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""The dtypes that settings can name."""
+
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, else fp32: the dtype of norms, rotations and the loss."""

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.tokenizer import Tokenizer, find_tokenizer
+from models.precision import DTYPES
 from pretrain.cli.errors import clear_errors
-from pretrain.config.schema import DTYPES
 from pretrain.inference import hf_llama as hugging_face
 from pretrain.inference import hf_tokenizer as hugging_face_tokenizer
 from pretrain.inference.pretrained import Trained, find_trained

@@ -7,12 +7,10 @@ import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
 from data.settings import DataSettings
 
 logger = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPE_NAMES = ("float32", "bfloat16", "float64")  # the keys of models.precision.DTYPES, which needs torch
 
 
 class ConfigError(ValueError):

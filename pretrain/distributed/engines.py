@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from models.dtensor import local, sum_parts
 from models.grass_linear import GrassLinear
 from models.llama import Llama
+from models.precision import DTYPES
 from optim.inner import INNER_OPTIMIZERS
-from pretrain.config.schema import DTYPES, Config, TrainConfig
+from pretrain.config.schema import Config, TrainConfig
 from pretrain.distributed.world import World, shards_of
 
 DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters

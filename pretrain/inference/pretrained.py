@@ -13,11 +13,11 @@ from torch import Tensor
 from data.atomic import sha256
 from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
+from models.precision import DTYPES
 from models.weights import fill
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.directory import newest_to_read
 from pretrain.config.compose import read_config
-from pretrain.config.schema import DTYPES
 from pretrain.inference import hf_llama as hugging_face
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from models.attention import resolve_backend
 from models.convert import convert_linears
 from models.grass_linear import GrassLinear
 from models.llama import Llama
+from models.precision import DTYPES
 from optim.baselines import PROJECTED, SCALE_TYPES
 from optim.inner import optimizer_class
 from optim.moments import NEW_SECOND_MOMENTS, POLICIES
@@ -22,7 +23,6 @@ from optim.schedule import SCHEDULES
 from optim.scores import SCORES
 from optim.selection import SELECTIONS
 from pretrain.config.schema import (
-    DTYPES,
     SETTLING,
     BaselineConfig,
     Config,

@@ -11,9 +11,10 @@ from models.activation_checkpointing import checkpoint_blocks
 from models.attention import document_layout, resolve_backend
 from models.grass_linear import GrassLinear
 from models.llama import Llama, rope_tables
+from models.precision import DTYPES
 from models.recompute import save_recipes
 from optim.selection import WITH_REPLACEMENT
-from pretrain.config.schema import DTYPES, Config, GrassConfig
+from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
 from pretrain.setup.model import outline
 

@@ -11,10 +11,10 @@ from models.activation_checkpointing import checkpoint_blocks
 from models.convert import convert_linears
 from models.grass_linear import GrassLinear
 from models.llama import Llama, odd_sizes
-from models.precision import at_least_fp32
+from models.precision import DTYPES, at_least_fp32
 from models.recompute import save_recipes
 from models.weights import fill
-from pretrain.config.schema import DTYPES, Config, GrassConfig, model_arguments
+from pretrain.config.schema import Config, GrassConfig, model_arguments
 
 logger = logging.getLogger(__name__)
 
