@@ -25,7 +25,7 @@ from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.trainer import Trainer
 
 AS_TIMED = [
@@ -41,7 +41,7 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
     """
     train = config.train
     model = build_model(config, device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     trained = [p for p in model.parameters() if p.requires_grad]
     sequences = train.tokens_per_step // train.seq_len
     ids = torch.randint(config.model.vocab_size, (8, sequences, train.seq_len + 1), device=device)

@@ -25,7 +25,7 @@ from pretrain.config.compose import load
 from pretrain.distributed.engines import engine_of
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import Update
 
 KINDS = ("regular", "regular", "refresh")
@@ -52,7 +52,7 @@ def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -
     config = load([*overrides, *grass])
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, world.device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     engine = engine_of(config.train, world)
     engine.wrap(model)
     update = Update(config, world, model, engine, optim)

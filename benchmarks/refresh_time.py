@@ -17,7 +17,7 @@ from pretrain.config.compose import load
 from pretrain.distributed.engines import engine_of
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import Update
 
 SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
@@ -51,7 +51,7 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
     config = load([*SHAPE, *overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     world = World(rank=0, size=1, device=device)
     engine = engine_of(config.train, world)
     engine.wrap(model)

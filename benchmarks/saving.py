@@ -20,7 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import Update
 
 SAVES = 7
@@ -30,7 +30,7 @@ def measure(config: Config) -> dict[str, float]:
     """Of a run with ``config`` on this process' CPU."""
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, world.device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     engine = Engine()
     engine.wrap(model)
     ids = torch.randint(config.model.vocab_size, (1, config.train.seq_len + 1))

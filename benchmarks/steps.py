@@ -14,7 +14,7 @@ from pretrain.distributed.engines import engine_of
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import Update
 
 PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
@@ -98,7 +98,7 @@ class Steps:
         self.model = build_model(config, world.device, shard=engine.shard)
         if lora_rank is not None:
             add_lora(self.model, lora_rank)
-        self.optim = build_optimization(config, self.model)
+        self.optim = build_optimizer(config, self.model)
         if train.compile:
             compile_blocks(config, self.model, world)
         engine.wrap(self.model)

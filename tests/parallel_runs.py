@@ -16,7 +16,7 @@ from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.trainer import Trainer
 from tests.processes import in_processes
 
@@ -96,7 +96,7 @@ def open_checkpoint(path, overrides, rank=0, size=1):
     """What a run with these settings finds in the checkpoint at ``path``."""
     config, world = load(overrides), World(rank, size, CPU)
     model = build_model(config, CPU, shard=engine_of(config.train, world).shard)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     checkpoint.load(path, model, optim)
     return whole_tensors(model, optim)
 

@@ -12,7 +12,7 @@ from pretrain.distributed.engines import engine_of
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model, outline
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.first_rows import choose_first_rows
 from pretrain.training.train_step import MicroBatch, Update
 
@@ -53,7 +53,7 @@ class TrainingRun:
     def __init__(self, config: Config, device: torch.device, *, compile: bool = False, drawn_on_cpu: bool = False):
         self.config, self.world = config, World(0, 1, device)
         self.model = build_model(config, device, None if drawn_on_cpu else random_weights(config, device))
-        self.optim = build_optimization(config, self.model)
+        self.optim = build_optimizer(config, self.model)
         self.compiled = compile and compile_blocks(config, self.model, self.world)
         engine = engine_of(config.train, self.world)
         engine.wrap(self.model)

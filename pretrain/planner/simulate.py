@@ -30,7 +30,7 @@ from pretrain.planner.block_layout import Layout
 from pretrain.planner.fake_ranks import Traffic, first_of, walked_engine
 from pretrain.planner.storage_tracker import GATHERED, TEMPORARIES, Storages
 from pretrain.setup.model import materialise, outline
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import MicroBatch, Update
 
 COMPONENTS = ("weights", "rows", "gradients", "optimizer_state", "activations", TEMPORARIES, "sketch", GATHERED)
@@ -126,7 +126,7 @@ class _Walker:
         materialise(config, model, world.device)
         self._label_model()
         self._mark_blocks()
-        self.optim = build_optimization(config, model)
+        self.optim = build_optimizer(config, model)
         if self.optim.grass:
             self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
             self.optim.grass.end_update = self._mark_then("end", self.optim.grass.end_update)  # type: ignore[method-assign]
@@ -207,7 +207,7 @@ class _Walker:
 
     def _before_optimizer(self, *_) -> None:
         """Steps inside a backward belong to the stretches of that; a step on one block alone is called by it."""
-        if self.optim.in_backward and self.optim.in_backward.stepping:
+        if self.optim.stepping_in_backward:
             return
         if (grass := self.optim.grass) and grass.in_update:
             (block,) = {block_of(name) for name in grass.stepping}

@@ -8,12 +8,11 @@ from optim.inner import INNER_OPTIMIZERS, optimizer_of_groups
 from optim.mixed_precision import MasterWeights
 from optim.norm_growth import NormGrowthLimiter
 from optim.param_groups import parameter_groups
-from optim.stack import Optimization
-from optim.step_in_backward import StepInBackward
+from optim.stack import OptimizerStack
 from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
 
-def build_optimization(config: Config, model: nn.Module) -> Optimization:
+def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
     """The optimizer over the trainable parameters of ``model``, with master weights and Grass if configured."""
     optim = config.optim
     alpha = optim.alpha if isinstance(optim, GrassConfig) else 1.0
@@ -38,5 +37,4 @@ def build_optimization(config: Config, model: nn.Module) -> Optimization:
             refresh_warmup=optim.refresh_warmup, block_by_block=optim.inner in INNER_OPTIMIZERS,
         )  # fmt: skip
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
-    in_backward = StepInBackward(optimizer, grass, limiter) if config.train.step_in_backward else None
-    return Optimization(optimizer, masters, grass, limiter, in_backward)
+    return OptimizerStack(optimizer, grass, masters, limiter, config.train.step_in_backward)

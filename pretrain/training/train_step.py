@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from optim.stack import Optimization
+from optim.stack import OptimizerStack
 from pretrain.config.schema import Config
 from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
@@ -24,12 +24,12 @@ class Update:
     Args:
         model: whose parameters are trained.
         engine: runs the model's forwards and backwards on one process or several.
-        optim: of ``pretrain.build.build_optimization``.
+        optim: of ``pretrain.setup.optimizer.build_optimizer``.
         skip: make no update from a loss or gradient that is not finite, which needs to wait for the device each step.
     """
 
     def __init__(
-        self, config: Config, world: World, model: nn.Module, engine: Engine, optim: Optimization, skip: bool = False
+        self, config: Config, world: World, model: nn.Module, engine: Engine, optim: OptimizerStack, skip: bool = False
     ):
         self.config, self.world, self.model, self.engine, self.optim = config, world, model, engine, optim
         self.skip, self.skipped = skip, False  # whether the latest update was
@@ -38,28 +38,19 @@ class Update:
     def __call__(self, micro_batches: Iterable[MicroBatch], count: int | None = None) -> tuple[Tensor, Tensor]:
         """Returns this process' summed loss in nats and the global gradient norm, still on the device."""
         nats = self.accumulate(micro_batches, count, step=True)
-        if self.optim.in_backward:
-            return nats, self.optim.in_backward.grad_norm()
+        if self.optim.steps_in_backward:
+            return nats, self.optim.grad_norm()
         grad_norm = self.engine.clip(self.trainable, self.config.optim.clip or float("inf"))
         self.skipped = self.skip and not self._finite(nats, grad_norm)
         if self.skipped:
             self.pass_over()
             return nats, grad_norm
-        if self.optim.limiter:
-            self.optim.limiter()
-        self.optim.optimizer.step()
-        self._drop_gradients()
+        self.optim.step()
         return nats, grad_norm
 
     def pass_over(self) -> None:
         """Make no update, and count it where updates are counted."""
-        self._drop_gradients()
-        if self.optim.grass:
-            self.optim.grass.skip_update()
-
-    def _drop_gradients(self) -> None:
-        for p in self.trainable:
-            p.grad = None
+        self.optim.skip()
 
     def _finite(self, nats: Tensor, grad_norm: Tensor) -> bool:
         """Whether the loss of every process and the gradient are finite: the same answer on all of them."""
@@ -79,8 +70,7 @@ class Update:
         micro_batches = list(micro_batches)
         for i, batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            steps = self.optim.in_backward.steps() if self.optim.in_backward and step and last else nullcontext()
-            with self.engine.backward(last), steps:
+            with self.engine.backward(last), self.optim.backward(last) if step else nullcontext():
                 loss = self.engine(*(self.world.upload(tensor) for tensor in batch))
                 (loss * scale).backward()
             nats += loss.detach()

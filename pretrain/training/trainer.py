@@ -19,7 +19,6 @@ from data.loading.prefetch import Prefetch
 from data.streaming.background import OnTheFly
 from data.token_dataset import Prepared
 from models.flops import flops_per_token, parameter_counts, peak_flops
-from optim.param_groups import set_rates
 from optim.schedule import rate_factor
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.directory import HALF_WAY, Damaged, keep, newest_good, point_at, prune, set_aside
@@ -38,7 +37,7 @@ from pretrain.setup.compiling import compile_blocks, compile_seconds
 from pretrain.setup.consistency import require_same_weights
 from pretrain.setup.data import Waiting
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.first_rows import choose_first_rows
 from pretrain.training.guards import MOST_SKIPPED_IN_A_ROW, RolledBack, SpikeWatch, bad_batch, in_short
 from pretrain.training.profiler import StepProfile
@@ -64,7 +63,7 @@ class Trainer:
         self.engine = engine_of(train, world)
         self.model = build_model(config, world.device, start, self.engine.shard)
         self.engine.wrap(self.model)
-        self.optim = build_optimization(config, self.model)
+        self.optim = build_optimizer(config, self.model)
         self.rate = partial(
             rate_factor, total=train.steps, schedule=config.optim.schedule, warmup=config.optim.warmup_steps,
             final=config.optim.final_lr, decay_share=config.optim.decay_share,
@@ -176,7 +175,7 @@ class Trainer:
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
-        set_rates(self.optim.optimizer, self.rate(step), self.optim.grass.rate_factor() if self.optim.grass else 1.0)
+        self.optim.set_rates(self.rate(step))
         return self.update(self.ahead(step), self.batches.targets(step))
 
     # What is written down.
@@ -266,7 +265,7 @@ class Trainer:
         if (compiling := compile_seconds()) - self.compile_seconds > 1:
             logger.info("step %d: compiling has taken %.0f s so far", self.step, compiling)
             self.compile_seconds = compiling
-        rates = {f"train/lr_{g['name']}": float(g["lr"]) for g in self.optim.optimizer.param_groups}
+        rates = {f"train/lr_{name}": rate for name, rate in self.optim.rates().items()}
         values |= {
             "train/lr": rates["train/lr_linears"], **rates,
             "perf/tokens_per_s": tokens_per_s, "perf/step_s": step_s, "perf/data_s": self.ahead.lap(),
@@ -375,8 +374,7 @@ class Trainer:
         self.watch.total_seconds = state["training_seconds"]
         self.skipped = state.get("skipped", 0)
         self.spikes.losses.extend(state.get("losses", []))
-        if self.optim.grass:
-            self.optim.grass.resume(self.step)
+        self.optim.resume(self.step)
 
     def save(self, half_way: bool = False) -> None:
         """Have a checkpoint of the present step written, unless there is one; ``half_way``, until there is a newer."""

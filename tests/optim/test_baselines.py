@@ -18,7 +18,7 @@ from pretrain.config.schema import BaselineConfig, ConfigError, OptimConfig
 from pretrain.distributed.world import World
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 TINY = [
@@ -38,7 +38,7 @@ def configuration(name, *more):
 
 def build(config):
     model = build_model(config, ALONE.device)
-    return model, build_optimization(config, model)
+    return model, build_optimizer(config, model)
 
 
 def train(model, optimizers, steps):

@@ -13,7 +13,7 @@ from pretrain.distributed.engines import engine_of
 from pretrain.distributed.world import World
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import Update
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def trained(overrides, micro_batches=2, look=None):
     """Every tensor of a run, and the norms of its gradients, after 5 updates."""
     config = load([*TINY, *overrides])
     model = build_model(config, CPU)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     world = World(rank=0, size=1, device=CPU)
     engine = engine_of(config.train, world)
     engine.wrap(model)

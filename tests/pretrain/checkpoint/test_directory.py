@@ -25,7 +25,7 @@ from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.trainer import Trainer
 from tests.parallel_runs import TINY
 
@@ -256,7 +256,7 @@ def test_a_checkpoint_of_format_1_still_loads(root, tmp_path):
     config = load_kept(kept, tmp_path)
     assert newest_good(kept / "checkpoints") == (path, [])
     model = build_model(config, ALONE.device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     checkpoint.load(path, model, optim)
     (file,) = path.glob("*.safetensors")
     found, stored = checkpoint.tensors_of(model, optim), load_file(file)

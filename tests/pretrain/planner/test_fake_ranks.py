@@ -10,7 +10,7 @@ from pretrain.distributed.engines import Replicated, engine_of
 from pretrain.distributed.world import World
 from pretrain.planner.memory import estimate
 from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimization
+from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import Update
 from tests.helpers import allocations
 from tests.processes import in_processes
@@ -79,7 +79,7 @@ def measure(overrides, rank, monkeypatch):
     def build_and_step():
         engine = engine_of(config.train, world)
         model = build_model(config, world.device, shard=engine.shard)
-        optim = build_optimization(config, model)
+        optim = build_optimizer(config, model)
         engine.wrap(model)
         if isinstance(engine, Replicated):
             engine.module.register_comm_hook(None, allreduce_hook)  # by dist.all_reduce, not in C++
