@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pretrain.config.compose import load
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
@@ -53,7 +53,7 @@ def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, world.device)
     optim = build_optimizer(config, model)
-    engine = engine_of(config.train, world)
+    engine = build_engine(config.train, world)
     engine.wrap(model)
     update = Update(config, world, model, engine, optim)
     sequences = config.train.tokens_per_step // config.train.seq_len

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from pretrain.config.compose import load
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
@@ -53,7 +53,7 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
     model = build_model(config, device)
     optim = build_optimizer(config, model)
     world = World(rank=0, size=1, device=device)
-    engine = engine_of(config.train, world)
+    engine = build_engine(config.train, world)
     engine.wrap(model)
     update = Update(config, world, model, engine, optim)
     train = config.train

@@ -10,7 +10,7 @@ from torch import nn
 
 from pretrain.config.compose import load
 from pretrain.config.schema import BaselineConfig, Config, GrassConfig
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model
@@ -94,7 +94,7 @@ class Steps:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.config, self.world, self.clock = config, world, clock
-        train, engine = config.train, engine_of(config.train, world)
+        train, engine = config.train, build_engine(config.train, world)
         self.model = build_model(config, world.device, shard=engine.shard)
         if lora_rank is not None:
             add_lora(self.model, lora_rank)

@@ -56,12 +56,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     from pretrain.cli.errors import clear_errors
-    from pretrain.inference.pretrained import find_trained, load_trained
+    from pretrain.inference.pretrained import find_pretrained, load_pretrained
 
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
-        model, tokenizer = load_trained(args.model)
+        model, tokenizer = load_pretrained(args.model)
         tokens: Any
         if args.data:
             prepared = load_prepared(args.data)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokens = getattr(prepared, args.split)
         else:
             tokens = read_text(args.text, args.patterns, tokenizer)
-        seq_len = args.seq_len or find_trained(args.model).seq_len
+        seq_len = args.seq_len or find_pretrained(args.model).seq_len
         world = World(rank=0, size=1, device=model.embed_tokens.weight.device)
         token_bytes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64, device=world.device)
         score = evaluate(model, validation_batches(tokens, seq_len, args.batch_size), token_bytes, world)

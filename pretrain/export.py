@@ -21,7 +21,7 @@ from models.precision import DTYPES
 from pretrain.cli.errors import clear_errors
 from pretrain.inference import hf_llama as hugging_face
 from pretrain.inference import hf_tokenizer as hugging_face_tokenizer
-from pretrain.inference.pretrained import Trained, find_trained
+from pretrain.inference.pretrained import PretrainedModel, find_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     Raises:
         ValueError: there is no model at ``path``, or something at ``out``.
     """
-    found, out = find_trained(path), Path(out)
+    found, out = find_pretrained(path), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists, and nothing is overwritten; name another folder")
     temporary = out.with_name(f".{out.name}.tmp")
@@ -51,7 +51,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     logger.info("exported %s to %s in %s", found.path, out, str(dtype).removeprefix("torch."))
 
 
-def _in(dtype: torch.dtype, found: Trained) -> dict[str, Tensor]:
+def _in(dtype: torch.dtype, found: PretrainedModel) -> dict[str, Tensor]:
     """The weights by Hugging Face's names, all in one dtype as they keep them; says whose values that rounds."""
     tensors, rounded = {}, []
     for name, tensor in found.weights():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from pretrain.cli.errors import clear_errors
-from pretrain.inference.pretrained import load_trained
+from pretrain.inference.pretrained import load_pretrained
 from pretrain.inference.sampling import Sampling, Writer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
-        writer = Writer(*load_trained(args.model))
+        writer = Writer(*load_pretrained(args.model))
         if args.page:
             from pretrain.inference.page import serve
 

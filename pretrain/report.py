@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from pretrain.cli.errors import clear_errors
 from pretrain.runs import figures as pictures
-from pretrain.runs.records import RunData, by_seed, find_runs
+from pretrain.runs.records import RunRecords, by_seed, find_runs
 from pretrain.runs.sweep_results import LOGS, JobResult, results
 
 Draw = Callable[[str], Figure | None]
@@ -61,7 +61,7 @@ def write_report(paths: list[Path], out: Path) -> Path:
     return page
 
 
-def _curves(groups: dict[str, list[RunData]]) -> list[tuple[str, str, str, Draw]]:
+def _curves(groups: dict[str, list[RunRecords]]) -> list[tuple[str, str, str, Draw]]:
     """Name, heading, caption and drawing of each picture."""
 
     def draw(key: str, label: str, **options: Any) -> Draw:
@@ -85,7 +85,7 @@ def _curves(groups: dict[str, list[RunData]]) -> list[tuple[str, str, str, Draw]
     ]  # fmt: skip
 
 
-def _coverage(run: RunData) -> tuple[str, str, str, Draw]:
+def _coverage(run: RunRecords) -> tuple[str, str, str, Draw]:
     name = f"coverage-{run.name.replace('/', '-')}"
     caption = "By layer, the share of its rows that have had a turn so far."
     return name, f"Rows ever selected: {run.name}", caption, lambda width: pictures.coverage(run, width)
@@ -107,7 +107,7 @@ def _figure(out: Path, name: str, heading: str, caption: str, draw: Draw) -> str
     )
 
 
-def _table(runs: list[RunData]) -> str:
+def _table(runs: list[RunRecords]) -> str:
     rows = [_row(run) for run in runs]
     losses = [row["validation loss"] for row in rows]
     best = min((loss for loss in losses if loss), default="", key=float)
@@ -120,7 +120,7 @@ def _table(runs: list[RunData]) -> str:
     return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{chr(10).join(lines)}\n</table></div>\n'
 
 
-def _row(run: RunData) -> dict[str, str]:
+def _row(run: RunRecords) -> dict[str, str]:
     """The latest of each number, as text; "" for what was not logged yet."""
 
     def latest(key: str, form: str, scale: float = 1.0) -> str:
@@ -146,7 +146,7 @@ def _failed(paths: list[Path]) -> list[str]:
     return ["<h2>Failed</h2>\n<ul>", *lines, "</ul>\n"] if lines else []
 
 
-def _details(run: RunData) -> str:
+def _details(run: RunRecords) -> str:
     """The run's samples and settings, folded away."""
     parts = []
     for heading, file in (("samples", "samples.md"), ("settings", "config.yaml")):

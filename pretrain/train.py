@@ -63,7 +63,7 @@ def _train(config: Config, world: World, data: Prepared, stop: StopRequest) -> b
     """Returns whether the run is at its end."""
     folder = RunFolder(config)
     require_same_setting(config, data, world)
-    if world.from_main(folder.is_finished(config.train.steps)):
+    if world.broadcast_object(folder.is_finished(config.train.steps)):
         logger.info(
             "%s is finished at step %d; raise train.steps or choose a new run.name", folder.path, config.train.steps
         )

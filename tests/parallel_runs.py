@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready
@@ -95,7 +95,7 @@ def whole_tensors(model, optim):
 def open_checkpoint(path, overrides, rank=0, size=1):
     """What a run with these settings finds in the checkpoint at ``path``."""
     config, world = load(overrides), World(rank, size, CPU)
-    model = build_model(config, CPU, shard=engine_of(config.train, world).shard)
+    model = build_model(config, CPU, shard=build_engine(config.train, world).shard)
     optim = build_optimizer(config, model)
     checkpoint.load(path, model, optim)
     return whole_tensors(model, optim)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.config.compose import load
 from pretrain.config.schema import Config
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model, outline
@@ -55,7 +55,7 @@ class TrainingRun:
         self.model = build_model(config, device, None if drawn_on_cpu else random_weights(config, device))
         self.optim = build_optimizer(config, self.model)
         self.compiled = compile and compile_blocks(config, self.model, self.world)
-        engine = engine_of(config.train, self.world)
+        engine = build_engine(config.train, self.world)
         engine.wrap(self.model)
         self.update = Update(config, self.world, self.model, engine, self.optim)
 

@@ -61,7 +61,7 @@ class Engine:
         return nn.utils.clip_grad_norm_(parameters, limit)
 
 
-class Replicated(Engine):
+class DDPEngine(Engine):
     """DDP: a copy of the model on every process; its buckets hold the gradients of what is trained, and no others.
 
     Args:
@@ -107,7 +107,7 @@ def _travel_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Futu
     return work.get_future().then(lambda summed: gradients.copy_(summed.value()[0]))
 
 
-class Sharded(Engine):
+class FSDPEngine(Engine):
     """FSDP2 over ``mesh``: (shard,), or (replica, shard) for HSDP.
 
     The groups that are gathered together are the blocks, the embedding, and the head with all that is left. Vectors
@@ -177,7 +177,7 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
             f"train.shards={shards} must be at least 2 and divide the {world_size} processes; change it, or use "
             "train.parallel=fsdp or ddp"
         )
-    if any(optim.inner in (name, INNER_OPTIMIZERS[name]) for name in Sharded.REFUSED):
+    if any(optim.inner in (name, INNER_OPTIMIZERS[name]) for name in FSDPEngine.REFUSED):
         problems.append(
             f"optim.inner={optim.inner} cannot step on shards; use muon, adamw, adam or sgd, or train.parallel=ddp"
         )
@@ -198,16 +198,16 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
     return problems
 
 
-def engine_of(train: TrainConfig, world: World) -> Engine:
+def build_engine(train: TrainConfig, world: World) -> Engine:
     """The engine that ``train.parallel`` names; a single process needs none."""
     if world.size == 1:
         return Engine()
     wire = DTYPES[train.reduce_dtype] if train.reduce_dtype else None
     if train.parallel == "ddp":
-        return Replicated(wire)
+        return DDPEngine(wire)
     shards = shards_of(train.parallel, train.shards, world.size)
     shape, names = ((world.size // shards, shards), ("replica", "shard")) if shards < world.size else ((shards,), None)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names or ("shard",))
     for dim in range(mesh.ndim):  # groups of some of the processes begin with torch's own timeout
         mesh.get_group(dim).set_timeout(timedelta(minutes=train.timeout_minutes))
-    return Sharded(mesh, wire, train.reshard)
+    return FSDPEngine(mesh, wire, train.reshard)

@@ -52,14 +52,14 @@ class World:
             return batch
         return batch.pin_memory().to(self.device, non_blocking=True)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The main process' ``value`` on every process (pickled between our own processes)."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def all_of(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """Every process' ``value``, in the order of their ranks (pickled between our own processes)."""
         box = [value] * self.size
         if self.size > 1:

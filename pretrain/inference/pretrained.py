@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Trained:
+class PretrainedModel:
     """Where a model lies, the keyword arguments for its Llama, its dtype, and ways to its weights and tokenizer.
 
     ``seq_len`` is how many tokens it saw at once in training, or can see at the most when that is not known.
@@ -38,7 +38,7 @@ class Trained:
     tokenizer: Callable[[], Path]
 
 
-def find_trained(path: str | Path) -> Trained:
+def find_pretrained(path: str | Path) -> PretrainedModel:
     """The model in a run's folder (its newest checkpoint but for a half-way one), in one of its checkpoints, or in a
     Hugging Face folder.
 
@@ -55,7 +55,7 @@ def find_trained(path: str | Path) -> Trained:
         return _of_checkpoint(path)
     if (path / hugging_face.CONFIG).exists():
         arguments, dtype = hugging_face.read_arguments(path)
-        return Trained(
+        return PretrainedModel(
             path, arguments, dtype, arguments["max_position_embeddings"],
             lambda: hugging_face.read_weights(path),
             lambda: find_tokenizer(path) or _existing(path / "tokenizer.model"),
@@ -66,13 +66,13 @@ def find_trained(path: str | Path) -> Trained:
     )
 
 
-def load_trained(path: str | Path) -> tuple[Llama, Tokenizer]:
+def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
     """The model at ``path`` in its own dtype, on the GPU if there is one, and its tokenizer.
 
     Raises:
-        ValueError: as ``find_trained`` does, and for a tokenizer that is not there.
+        ValueError: as ``find_pretrained`` does, and for a tokenizer that is not there.
     """
-    found = find_trained(path)
+    found = find_pretrained(path)
     tokenizer = Tokenizer(found.tokenizer())
     with torch.device("meta"):
         model = Llama(**found.arguments).to_dtype(found.dtype)
@@ -81,10 +81,10 @@ def load_trained(path: str | Path) -> tuple[Llama, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
-    """The weights by our names of a model that ``find_trained`` finds, or in one safetensors file."""
+def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
+    """The weights by our names of a model that ``find_pretrained`` finds, or in one safetensors file."""
     path = Path(path)
-    return hugging_face.read_weights(path) if path.is_file() else find_trained(path).weights()
+    return hugging_face.read_weights(path) if path.is_file() else find_pretrained(path).weights()
 
 
 def init_problems(path: str, model: Llama, arguments: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any]) -> list[st
     try:
         if Path(path).is_file():
             return _shape_problems(path, hugging_face.shapes_of(Path(path)), model)
-        theirs = find_trained(path).arguments
+        theirs = find_pretrained(path).arguments
     except ValueError as error:
         return [f"train.init_from: {line}" for line in str(error).splitlines()]
     heads = {"num_key_value_heads": theirs["num_attention_heads"]}
@@ -123,7 +123,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         ValueError: it is another one.
     """
     try:
-        beside = find_trained(path).tokenizer().parent if Path(path).is_dir() else Path(path).parent
+        beside = find_pretrained(path).tokenizer().parent if Path(path).is_dir() else Path(path).parent
         files = sorted(beside.glob("tokenizer.*"))
     except ValueError:
         files = []
@@ -133,7 +133,7 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         raise ValueError(f"train.init_from={path} has another tokenizer than the run; set data.tokenizer={files[-1]}")
 
 
-def _of_checkpoint(path: Path) -> Trained:
+def _of_checkpoint(path: Path) -> PretrainedModel:
     run = path.parent.parent
     stored = read_config(_existing(run / "config.yaml"))
     config = cast("dict[str, Any]", OmegaConf.to_container(stored, resolve=True))
@@ -145,7 +145,7 @@ def _of_checkpoint(path: Path) -> Trained:
         return checkpoint.read_weights(path, names, dtype)
 
     train, dtype = config["train"], DTYPES[config["train"]["dtype"]]
-    return Trained(path, arguments, dtype, train["seq_len"], weights, lambda: _tokenizer_of(run, path, config))
+    return PretrainedModel(path, arguments, dtype, train["seq_len"], weights, lambda: _tokenizer_of(run, path, config))
 
 
 def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.llama import Llama
 from pretrain.config.schema import DTYPES, TrainConfig
-from pretrain.distributed.engines import Engine, engine_of
+from pretrain.distributed.engines import Engine, build_engine
 from pretrain.distributed.world import World
 
 
@@ -80,7 +80,7 @@ def walked_engine(train: TrainConfig, world: World) -> Engine:
     if world.size > 1 and train.parallel == "ddp":
         return Buckets(DTYPES[train.reduce_dtype] if train.reduce_dtype else None)
     with patch.object(dist.ProcessGroup, "set_timeout"):  # the fake group waits for nobody, and refuses it
-        return engine_of(train, world)
+        return build_engine(train, world)
 
 
 class Traffic(TorchDispatchMode):

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
 
-from pretrain.runs.records import RunData, Series
+from pretrain.runs.records import RunRecords, Series
 
 WIDTHS = {"wide": 10.4, "narrow": 3.7}  # inches, of 100 pixels on the page
 DPI = 200
@@ -42,7 +42,7 @@ def smooth(values: Series) -> Series:
 
 
 def curves(
-    groups: dict[str, list[RunData]], key: str, label: str, width: str, over: str = "tokens", log: bool = False,
+    groups: dict[str, list[RunRecords]], key: str, label: str, width: str, over: str = "tokens", log: bool = False,
     smoothed: bool = False, marker: str = "", scale: float = 1.0, from_zero: bool = False,
 ) -> Figure | None:  # fmt: skip
     """``key`` of each group against ``over``: the mean of its seeds in a band from the least to the greatest.
@@ -79,7 +79,7 @@ def curves(
         return figure
 
 
-def coverage(run: RunData, width: str) -> Figure | None:
+def coverage(run: RunRecords, width: str) -> Figure | None:
     """Layer by time, the share of its rows that were ever selected; None for a run that selects none."""
     layers, tokens, shares = run.coverage()
     if not layers:

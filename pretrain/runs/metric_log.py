@@ -11,12 +11,12 @@ from typing import Any
 from pretrain.cli.console import _progress_bar
 from pretrain.config.schema import Config
 from pretrain.runs.folder import RunFolder
-from pretrain.runs.wandb_log import WandbRun
+from pretrain.runs.wandb_log import WandbLogger
 
 logger = logging.getLogger(__name__)
 
 
-class Lines:
+class JsonLinesFile:
     """Appends JSON lines to a file. What the disk does not take is said once, kept, and written when it can be."""
 
     def __init__(self, path: Path):
@@ -42,9 +42,9 @@ class MetricLog:
     """Writes a run's metric lines to ``metrics.jsonl`` and to W&B, and shows them to whoever watches."""
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int):
-        self._lines, self._selection = Lines(folder.metrics_file), Lines(folder.selection_file)
-        self._bad_batches = Lines(folder.bad_batches_file)
-        self._wandb = WandbRun(config, folder.path)
+        self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
+        self._bad_batches = JsonLinesFile(folder.bad_batches_file)
+        self._wandb = WandbLogger(config, folder.path)
         self._bar = _progress_bar(config.train.steps, first_step)
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ SEED = re.compile(r"[_-]?seed[-_=]?\d+")
 
 
 @dataclass(frozen=True)
-class RunData:
+class RunRecords:
     """A run by its folder; everything is read when first asked for.
 
     lines      of metrics.jsonl, those of training with ``minutes``: the training time so far, validation left out
@@ -80,7 +80,7 @@ class RunData:
         return layers, steps * self.settings["train"]["tokens_per_step"], shares
 
 
-def find_runs(paths: list[Path]) -> list[RunData]:
+def find_runs(paths: list[Path]) -> list[RunRecords]:
     """The runs at ``paths``, each a run's folder or one that holds some, by the shortest names that differ.
 
     Raises:
@@ -96,12 +96,12 @@ def find_runs(paths: list[Path]) -> list[RunData]:
     parts = 1
     while len({p.parts[-parts:] for p in folders}) < len(folders):
         parts += 1
-    return [RunData(p, "/".join(p.parts[-parts:])) for p in folders]
+    return [RunRecords(p, "/".join(p.parts[-parts:])) for p in folders]
 
 
-def by_seed(runs: list[RunData]) -> dict[str, list[RunData]]:
+def by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
     """Runs that differ in ``train.seed`` and in nothing else together, under the name that they share."""
-    groups: dict[str, dict[int, RunData]] = {}
+    groups: dict[str, dict[int, RunRecords]] = {}
     for run in runs:
         settings = {k: v for k, v in run.settings.items() if k not in ("run", "logger")}
         settings["train"] = {k: v for k, v in run.settings["train"].items() if k != "seed"}
@@ -109,7 +109,7 @@ def by_seed(runs: list[RunData]) -> dict[str, list[RunData]]:
         if seed in groups.get(key, {}):  # the same run twice, under two names
             key += run.name
         groups.setdefault(key, {})[seed] = run
-    named: dict[str, list[RunData]] = {}
+    named: dict[str, list[RunRecords]] = {}
     for group in groups.values():
         first, *others = group.values()
         name = f"{SEED.sub('', first.name).strip('_-')} ({len(group)} seeds)" if others else first.name

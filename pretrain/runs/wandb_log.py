@@ -16,14 +16,14 @@ import wandb
 from data.atomic import write_whole
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config.schema import Config
-from pretrain.runs.records import RunData
+from pretrain.runs.records import RunRecords
 
 VALIDATION = ["step", "tokens", "val/loss", "val/perplexity", "val/bits_per_byte"]
 
 
 def log_results(run: Any, folder: Path, samples: list[tuple[str, str]], with_checkpoint: bool) -> None:
     """Log the results of the run in ``folder`` to the W&B ``run``; ``samples`` are prompts and what followed."""
-    data = RunData(folder, folder.name)
+    data = RunRecords(folder, folder.name)
     lines = [[line[name] for name in VALIDATION] for line in data.lines if "val/loss" in line]
     shown: dict[str, Any] = {"tokens": data.lines[-1]["tokens"], "validation": wandb.Table([*VALIDATION], data=lines)}
     if samples:
@@ -39,7 +39,7 @@ def log_results(run: Any, folder: Path, samples: list[tuple[str, str]], with_che
         run.log_artifact(artifact)
 
 
-def _coverage(data: RunData) -> Any:
+def _coverage(data: RunRecords) -> Any:
     from PIL import Image
 
     from pretrain.runs import figures as pictures  # matplotlib takes a second to import, at the end of a run only
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 INIT_SECONDS = 20  # how long an online start may take before the run goes on offline
 
 
-class WandbRun:
+class WandbLogger:
     """The W&B run of a training run; does nothing when disabled, or from the first failure on, which is said."""
 
     def __init__(self, config: Config, folder: Path):

@@ -36,7 +36,7 @@ def require_same_setting(config: Config, data: Prepared, world: World) -> None:
     mine = {key: value for key, value in flat(OmegaConf.structured(config)).items() if key not in LOCAL}
     mine |= {"code": code_hash(), "torch": torch.__version__}
     mine |= {"tokenizer": data.tokenizer.sha256, "data": data.fingerprint}
-    if found := _differences(world.all_of(mine)):
+    if found := _differences(world.gather_objects(mine)):
         mend = "start every process with the same command, code, environment and corpus"
         raise Disagreement("\n".join(["the processes of this run differ", *found, mend]))
 
@@ -50,7 +50,7 @@ def require_same_weights(tensors: Mapping[str, Tensor], world: World) -> None:
     if world.size == 1:
         return
     mine = {f"{name}{_place(tensor)}": _digest(local(tensor)) for name, tensor in tensors.items()}
-    if found := _differences(world.all_of(mine)):
+    if found := _differences(world.gather_objects(mine)):
         first = f"the processes of this run begin with different values of {len(found)} tensors"
         mend = "they come from train.seed, train.init_from or a checkpoint: every process must read the same files"
         raise Disagreement("\n".join([first, *found[:4], mend]))

@@ -55,7 +55,7 @@ class Waiting:
             mine = [not there, bool(self._stop), problem is not None, not self._whole()]
             missing, asked, problems, growing = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
             if problems:
-                raise ValueError(next(text for text in self._world.all_of(problem) if text is not None))
+                raise ValueError(next(text for text in self._world.gather_objects(problem) if text is not None))
             self._over = not growing
             if not missing or asked:
                 return not missing

@@ -26,9 +26,9 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.cli.console import log_to_file
 from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
-from pretrain.inference.pretrained import weights_at
+from pretrain.inference.pretrained import read_weights_at
 from pretrain.inference.scoring import evaluate
 from pretrain.runs.code_version import git_commit
 from pretrain.runs.folder import RunFolder
@@ -59,8 +59,8 @@ class Trainer:
         train = config.train
         self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
         changes, self.rollbacks, resume_from, damaged = self._look_into_folder()
-        start = weights_at(train.init_from) if train.init_from and resume_from is None else None
-        self.engine = engine_of(train, world)
+        start = read_weights_at(train.init_from) if train.init_from and resume_from is None else None
+        self.engine = build_engine(train, world)
         self.model = build_model(config, world.device, start, self.engine.shard)
         self.engine.wrap(self.model)
         self.optim = build_optimizer(config, self.model)
@@ -205,7 +205,7 @@ class Trainer:
         self.first_bad = torch.where(bad, self.step, self.first_bad)
 
     def _stop_at_non_finite(self, loss: float, norm: float) -> NoReturn:
-        first = min(step for step in self.world.all_of(int(self.first_bad) or self.step))
+        first = min(step for step in self.world.gather_objects(int(self.first_bad) or self.step))
         documents = self._tell_bad_batch(first, "stopped: loss or gradient not finite", loss=loss, grad_norm=norm)
         self.saver.wait()
         newest = self.folder.latest_checkpoint
@@ -335,7 +335,7 @@ class Trainer:
                 found = self.folder.check(self.config), self.folder.rollbacks, *newest_good(self.folder.checkpoints)
             except ValueError as error:
                 found = error
-        found = self.world.from_main(found)
+        found = self.world.broadcast_object(found)
         if isinstance(found, ValueError):
             raise found
         return found

@@ -22,7 +22,7 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load as load_config
 from pretrain.distributed.world import World
 from pretrain.export import export
-from pretrain.inference.pretrained import load_trained
+from pretrain.inference.pretrained import load_pretrained
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready
 from pretrain.training.trainer import Trainer
@@ -161,7 +161,7 @@ def test_a_run_on_a_mixture_keeps_it_and_is_exported_with_it(file, tmp_path, tex
     run, out = tmp_path / "runs" / "one", tmp_path / "out"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(0 <= line["perf/data_s"] < 5 for line in lines if "train/loss" in line)
-    _, tokenizer = load_trained(run)
+    _, tokenizer = load_pretrained(run)
     assert (tokenizer.path.name, tokenizer.bos_id, tokenizer.eos_id) == ("tokenizer.json", 0, 1)
     export(run, out)
     theirs = AutoTokenizer.from_pretrained(out)

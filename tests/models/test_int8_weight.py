@@ -9,7 +9,7 @@ from models.grass_linear import GrassLinear
 from models.int8_weight import dequantise, quantise
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
-from pretrain.inference.pretrained import load_trained, weights_at
+from pretrain.inference.pretrained import load_pretrained, read_weights_at
 from pretrain.planner.memory import estimate
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model
@@ -150,14 +150,14 @@ def test_a_model_starts_within_rounding_of_the_plain_one_and_the_planner_counts_
 @pytest.mark.parametrize("side", SIDES)
 def test_what_is_trained_is_read_back_whole(overrides, side):  # noqa: F811
     folder, trainer = train(overrides("optim.int8_weights=true", f"optim.side={side}", "train.sample_tokens=0"))
-    stored = dict(weights_at(folder.path))
+    stored = dict(read_weights_at(folder.path))
     for name, layer in trainer.model.named_modules():
         if isinstance(layer, GrassLinear):
             assert torch.equal(stored[f"{name}.weight"], plain(layer).weight)
-    model, _ = load_trained(folder.path)
+    model, _ = load_pretrained(folder.path)
     ids = torch.arange(20)[None]
     assert torch.equal(model(ids), trainer.model(ids))
-    again = build_model(load(overrides("optim.int8_weights=true")), torch.device("cpu"), weights_at(folder.path))
+    again = build_model(load(overrides("optim.int8_weights=true")), torch.device("cpu"), read_weights_at(folder.path))
     assert (again(ids) - model(ids)).abs().max() < 0.02 * model(ids).abs().max()
 
 

@@ -9,7 +9,7 @@ import torch
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
-from pretrain.distributed.engines import engine_of
+from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model
@@ -31,7 +31,7 @@ def trained(overrides, micro_batches=2, look=None):
     model = build_model(config, CPU)
     optim = build_optimizer(config, model)
     world = World(rank=0, size=1, device=CPU)
-    engine = engine_of(config.train, world)
+    engine = build_engine(config.train, world)
     engine.wrap(model)
     update = Update(config, world, model, engine, optim)
     if look:

@@ -20,7 +20,7 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load, to_config
 from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
-from pretrain.inference.pretrained import find_trained, load_trained
+from pretrain.inference.pretrained import find_pretrained, load_pretrained
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
@@ -120,7 +120,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(copied, overrides,
         "latest", "step-00000004", "step-00000008", "step-00000008.damaged",
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"step-00000008.damaged is damaged"):
-        load_trained(folder.checkpoints / "step-00000008.damaged")
+        load_pretrained(folder.checkpoints / "step-00000008.damaged")
 
 
 def test_latest_is_put_right_where_a_kill_came_before_it_moved(copied, overrides):
@@ -212,9 +212,9 @@ def test_a_half_way_checkpoint_is_gone_on_from_and_what_a_kill_left_of_them_goes
     with pytest.raises(KeyboardInterrupt):
         train(overrides(*where, "train.steps=12"), Killed)
     assert (path / "checkpoints" / "latest").readlink().name == "step-00000010"
-    assert find_trained(path).path.name == "step-00000008"  # as the run may go on, and take the other away
+    assert find_pretrained(path).path.name == "step-00000008"  # as the run may go on, and take the other away
     early, _ = train(overrides(*where, "train.steps=10"))  # an end that is saved already stays
-    assert find_trained(early.path).path.name == "step-00000010" and not is_half_way(path_of(early.checkpoints, 10))
+    assert find_pretrained(early.path).path.name == "step-00000010" and not is_half_way(path_of(early.checkpoints, 10))
     left = path_of(path / "checkpoints", 6)  # by a kill before it could be removed
     shutil.copytree(path_of(path / "checkpoints", 10), left)
     (left / HALF_WAY).touch()

@@ -11,7 +11,7 @@ from models.grass_linear import GrassLinear
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
-from pretrain.inference.pretrained import load_trained
+from pretrain.inference.pretrained import load_pretrained
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready
 from pretrain.setup.model import build_model
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_read_into_its_place(deep, int8):
     assert trainer.step == 0
     assert peak <= ALMOST * bytes_of([*trainer.model.parameters(), *trainer.model.buffers()])
     models = []
-    peak, _ = allocations(lambda: models.append(load_trained(folder.path)[0]))
+    peak, _ = allocations(lambda: models.append(load_pretrained(folder.path)[0]))
     assert peak - mapped(folder) <= ALMOST * bytes_of(models[0].parameters())
 
 

@@ -16,7 +16,7 @@ from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
 from pretrain.export import export
-from pretrain.inference.pretrained import load_trained
+from pretrain.inference.pretrained import load_pretrained
 from pretrain.inference.sampling import generate
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
@@ -88,14 +88,14 @@ def tensors_in(folder):
 
 @torch.no_grad()
 def test_a_run_exports_to_what_transformers_reads_with_the_same_logits(run, tmp_path):
-    ours, tokenizer = load_trained(run)
+    ours, tokenizer = load_pretrained(run)
     export(run, tmp_path / "whole")
     export(run, tmp_path / "sharded", shard_bytes=100_000)
     for folder in (tmp_path / "whole", tmp_path / "sharded"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.dtype == torch.float32 and model.config.eos_token_id == tokenizer.eos_id
         assert (model(IDS).logits - ours(IDS)).abs().max() < 1e-4
-        again, _ = load_trained(folder)
+        again, _ = load_pretrained(folder)
         assert torch.equal(again(IDS), ours(IDS))
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
     assert not any("optim" in name or "rows" in name for name in tensors_in(tmp_path / "whole"))
@@ -211,4 +211,4 @@ def test_transformers_writes_the_same_greedy_tokens(exported, run):
     prompt = tokenizer("def", return_tensors="pt")
     written = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0].tolist()
     ids = prompt["input_ids"][0].tolist()
-    assert written == generate(load_trained(run)[0], ids, 20, temperature=0, top_k=0, seed=0)
+    assert written == generate(load_pretrained(run)[0], ids, 20, temperature=0, top_k=0, seed=0)

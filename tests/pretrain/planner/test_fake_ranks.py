@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from pretrain.config.compose import load
-from pretrain.distributed.engines import Replicated, engine_of
+from pretrain.distributed.engines import DDPEngine, build_engine
 from pretrain.distributed.world import World
 from pretrain.planner.memory import estimate
 from pretrain.setup.model import build_model
@@ -77,11 +77,11 @@ def measure(overrides, rank, monkeypatch):
     made = []
 
     def build_and_step():
-        engine = engine_of(config.train, world)
+        engine = build_engine(config.train, world)
         model = build_model(config, world.device, shard=engine.shard)
         optim = build_optimizer(config, model)
         engine.wrap(model)
-        if isinstance(engine, Replicated):
+        if isinstance(engine, DDPEngine):
             engine.module.register_comm_hook(None, allreduce_hook)  # by dist.all_reduce, not in C++
         made.append(Update(config, world, model, engine, optim))
         optim.grass.resume(0)

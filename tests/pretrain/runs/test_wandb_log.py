@@ -15,7 +15,7 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
-from pretrain.runs.wandb_log import WandbRun
+from pretrain.runs.wandb_log import WandbLogger
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.training.trainer import Trainer
@@ -76,7 +76,7 @@ def history(folder):
 
 
 def test_without_a_login_the_run_is_offline_and_holds_what_was_logged(config, tmp_path):
-    run = WandbRun(config, tmp_path)
+    run = WandbLogger(config, tmp_path)
     for step in (1, 2, 3):
         run.log({"step": step, "tokens": 100 * step, "train/loss": 5.0 - step})
     run.finish({"val/loss": 2.0})
@@ -86,14 +86,14 @@ def test_without_a_login_the_run_is_offline_and_holds_what_was_logged(config, tm
 
 
 def test_a_disabled_run_writes_nothing(tmp_path):
-    run = WandbRun(load(["logger.wandb.mode=disabled"]), tmp_path)
+    run = WandbLogger(load(["logger.wandb.mode=disabled"]), tmp_path)
     run.log({"step": 1})
     run.finish({})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_is_said_once_and_ends_nothing(config, tmp_path, caplog):
-    run = WandbRun(load(["logger.wandb.mode=disabled"]), tmp_path)
+    run = WandbLogger(load(["logger.wandb.mode=disabled"]), tmp_path)
 
     class Broken:
         def log(self, line):

@@ -24,7 +24,7 @@ from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
-from pretrain.runs.metric_log import Lines
+from pretrain.runs.metric_log import JsonLinesFile
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.training.train_step import Update
@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_lines_that_the_disk_does_not_take_are_kept_and_written_later(tmp_path, caplog):
-    lines = Lines(tmp_path / "gone" / "metrics.jsonl")
+    lines = JsonLinesFile(tmp_path / "gone" / "metrics.jsonl")
     for step in (1, 2):
         lines.write({"step": step})
     assert caplog.text.count("cannot be written") == 1
