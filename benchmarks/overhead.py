@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.token_dataset import Prepared
+from data.token_dataset import PreparedDataset
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import Config
@@ -67,7 +67,7 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
 class Timed(Trainer):
     """A trainer that lets a bare loop make a step before each of its own, and stops the clock after its last one."""
 
-    def __init__(self, config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest):
+    def __init__(self, config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest):
         super().__init__(config, world, data, folder, stop)
         self.bare, self.bare_s, self.all_s = bare_loop(config, world.device), 0.0, 0.0
         next(self.bare)  # the building of either is not timed

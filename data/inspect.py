@@ -13,12 +13,12 @@ import numpy as np
 
 from data.atomic import sha256
 from data.shards.reader import Tokens
-from data.token_dataset import Prepared, describe, load
+from data.token_dataset import PreparedDataset, describe, load
 
 BLOCK = 2**24
 
 
-def damages(prepared: Prepared) -> Iterator[str]:
+def damages(prepared: PreparedDataset) -> Iterator[str]:
     """What is wrong in the files, a line each: another checksum, or tokens and index that do not fit each other."""
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
@@ -28,7 +28,7 @@ def damages(prepared: Prepared) -> Iterator[str]:
         yield from (f"{split}: {problem}" for problem in _unfit(prepared, getattr(prepared, split), entry))
 
 
-def _unfit(prepared: Prepared, tokens: Tokens, entry: dict[str, Any]) -> Iterator[str]:
+def _unfit(prepared: PreparedDataset, tokens: Tokens, entry: dict[str, Any]) -> Iterator[str]:
     counts = {"documents": tokens.document_count, "tokens": len(tokens), "bytes": tokens.text_bytes}
     for key, count in counts.items():
         if entry[key] != count:
@@ -46,7 +46,7 @@ def _unfit(prepared: Prepared, tokens: Tokens, entry: dict[str, Any]) -> Iterato
             yield f"document {number} does not lie between bos and eos"
 
 
-def show(prepared: Prepared, split: str, number: int, chars: int) -> str:
+def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
     """A document's name, size and text, for people."""
     tokens: Tokens = getattr(prepared, split)
     start, stop = tokens.document_bounds(number)

@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 from filelock import FileLock, Timeout
 
-from data.atomic import _write_synced
+from data.atomic import write_atomic
 from data.checks import examine, parts
 from data.preparation import recovery as unfinished
 from data.preparation.corpus_writer import State, Writing
@@ -36,7 +36,7 @@ from data.shards.reader import COUNTS, Tokens, token_dtype
 from data.sources.corpus import Corpus
 from data.sources.files import SourceFile
 from data.sources.records import PART_CHARS
-from data.token_dataset import FORMAT, MANIFEST, Prepared, describe, load
+from data.token_dataset import FORMAT, MANIFEST, PreparedDataset, describe, load
 from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer
 from data.train_tokenizer import train_tokenizer
 
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 EXACTNESS_PROBE = " a  b\r\n\n\tc ﬁ \u2581 \U00010348 "
 
 
-def prepare(settings: DataSettings, read_along: bool = False) -> Prepared:
+def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset:
     """The preparation for these settings and what their files hold now, made if there is none yet.
 
     Any number of processes may call it at once: one does the work, the others wait. A run that will `read_along` is
@@ -76,7 +76,7 @@ def prepare(settings: DataSettings, read_along: bool = False) -> Prepared:
     return prepared
 
 
-def find(settings: DataSettings) -> Prepared | None:
+def find(settings: DataSettings) -> PreparedDataset | None:
     """What ``prepare`` would return if it is there already; None if there is work to do, or something to mend.
 
     Raises ValueError for a preparation that was damaged.
@@ -89,12 +89,12 @@ def find(settings: DataSettings) -> Prepared | None:
     return load(known) if known else None
 
 
-def _mixed(settings: DataSettings, corpora: list[tuple[Prepared, float]]) -> Prepared:
+def _mixed(settings: DataSettings, corpora: list[tuple[PreparedDataset, float]]) -> PreparedDataset:
     """Preparations as one: training in the shares of their weights, validation of all that they hold out."""
     (first, _), own = corpora[0], [[prepared.fingerprint, weight] for prepared, weight in corpora]
     train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
     val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
-    return Prepared(Path(settings.root), first.tokenizer, train, val, hashed(own), {"mixture": own})
+    return PreparedDataset(Path(settings.root), first.tokenizer, train, val, hashed(own), {"mixture": own})
 
 
 def _build(
@@ -124,7 +124,7 @@ def _build(
         if not keep:
             shutil.rmtree(work)
         raise
-    _write_synced(work / MANIFEST, json.dumps(manifest, indent=1))
+    write_atomic(work / MANIFEST, json.dumps(manifest, indent=1))
     return _put_in_place(work, settings, files)
 
 

@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer, find_tokenizer
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """A preparation, opened. `fingerprint` (64 hex) names its tokenizer and its tokens, wherever it lies."""
 
     folder: Path
@@ -24,7 +24,7 @@ class Prepared:
     manifest: dict[str, Any]
 
 
-def load(folder: str | Path) -> Prepared:
+def load(folder: str | Path) -> PreparedDataset:
     """Open a preparation.
 
     Raises ValueError if a file is missing or not as long as the manifest says, or the tokenizer another.
@@ -55,7 +55,7 @@ def load(folder: str | Path) -> Prepared:
         raise ValueError(f"{model}: is not the tokenizer these shards were made with; {mend}")
     try:
         train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
-        return Prepared(folder, Tokenizer(model), train, val, fingerprint, manifest)
+        return PreparedDataset(folder, Tokenizer(model), train, val, fingerprint, manifest)
     except Exception as error:  # numpy reads the head of an array as Python, and fails as that does
         raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {mend}") from None
 

@@ -15,7 +15,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from data.token_dataset import Prepared
+from data.token_dataset import PreparedDataset
 from pretrain.cli.console import log_to_terminal
 from pretrain.cli.errors import clear_errors, only_asks_hydra
 from pretrain.cli.machine import require_torch, require_usable_gpus
@@ -59,7 +59,7 @@ def run(config: Config) -> int:
     return 0 if finished else EXIT_CODE
 
 
-def _train(config: Config, world: World, data: Prepared, stop: StopRequest) -> bool:
+def _train(config: Config, world: World, data: PreparedDataset, stop: StopRequest) -> bool:
     """Returns whether the run is at its end."""
     folder = RunFolder(config)
     require_same_setting(config, data, world)
@@ -74,7 +74,7 @@ def _train(config: Config, world: World, data: Prepared, stop: StopRequest) -> b
         return finished
 
 
-def _train_on(config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest) -> bool | None:
+def _train_on(config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest) -> bool | None:
     """Build everything and train; None when the run is to go on from its newest checkpoint."""
     trainer = Trainer(config, world, data, folder, stop)
     stop.listen()

@@ -109,7 +109,7 @@ class TrainBatches:
         """Whether the samples of a step can be read by now; with `block` alone they may not be."""
         if not self._blocks or self._counted:
             return True
-        there = self._blocks.reach((step + 1) * self._sequences_per_step)
+        there = self._blocks.can_read((step + 1) * self._sequences_per_step)
         if self.windows < ENDLESS:
             self._count()
         return there

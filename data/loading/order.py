@@ -71,11 +71,11 @@ class Blocks:
     @property
     def windows(self) -> int:
         """In an epoch; as good as endless, as long as nobody knows."""
-        return (len(self._tokens) - 1) // self._seq_len if self._tokens.whole else ENDLESS
+        return (len(self._tokens) - 1) // self._seq_len if self._tokens.complete else ENDLESS
 
-    def reach(self, samples: int) -> bool:
+    def can_read(self, samples: int) -> bool:
         """Whether the blocks of the first so many samples can be read by now."""
-        return self._tokens.reach(self._end(samples, ENDLESS))
+        return self._tokens.can_read(self._end(samples, ENDLESS))
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """The windows, int64, of samples (n,) that were reached."""

@@ -8,12 +8,12 @@ means to cut the shards to those lengths and to read on behind that record.
 import ctypes
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.atomic import write_atomic
 from data.preparation.encode import Encoded, encoders
 from data.preparation.progress import progress
 from data.shards.reader import token_dtype
@@ -173,9 +173,4 @@ def read_state(path: Path) -> State:
 
 
 def write_state(path: Path, state: State) -> None:
-    unfinished = path.with_suffix(".json.tmp")
-    with open(unfinished, "w") as file:
-        json.dump(asdict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_atomic(path, json.dumps(asdict(state)))

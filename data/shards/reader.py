@@ -33,7 +33,7 @@ class Tokens:
     `names` are those of its shards, in order.
     """
 
-    whole = True  # no more tokens will come
+    complete = True  # no more tokens will come
 
     def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
         names = [names] if isinstance(names, str) else names
@@ -62,7 +62,7 @@ class Tokens:
         self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 
-    def reach(self, stop: int) -> bool:
+    def can_read(self, stop: int) -> bool:
         """Whether the tokens before `stop`, or all there will ever be, can be read by now."""
         return True
 

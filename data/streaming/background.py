@@ -25,8 +25,8 @@ from data.preparation.plan import hashed, identity, marked_folder, marker_of, wo
 from data.prepare import command, prepare
 from data.settings import DataSettings
 from data.shards.reader import token_dtype
-from data.streaming.tokens import Growing, tokens_of
-from data.token_dataset import Prepared, load
+from data.streaming.tokens import StreamedTokens, tokens_of
+from data.token_dataset import PreparedDataset, load
 from data.tokenizer import Tokenizer, find_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,29 +38,29 @@ ENDING_SECONDS = 5.0  # then it is killed, which costs no more than what is not 
 
 
 @dataclass(frozen=True)
-class OnTheFly(Prepared):
+class StreamedDataset(PreparedDataset):
     """What a run trains on while it is being prepared, or was before: the same tokens in the same order.
 
     `train` grows, `val` does not. `fingerprint` is of the settings: of the text, only what was read can be known.
     """
 
-    train: Growing
-    beside: "Beside"
+    train: StreamedTokens
+    preparation: "BackgroundPreparation"
 
 
-class Beside:
-    """The preparation for these settings; where `writes`, it is begun or gone on with unless it is whole.
+class BackgroundPreparation:
+    """The preparation for these settings; with `start`, it is begun or gone on with unless it is whole.
 
     A context manager, behind which nothing is prepared any more.
     """
 
-    def __init__(self, settings: DataSettings, writes: bool) -> None:
+    def __init__(self, settings: DataSettings, start: bool) -> None:
         self._settings, (self._files, found) = settings, examine(settings)
         if found:
             raise ValueError("\n".join(found))
         self._marker = marker_of(settings, self._files)
         self._work = work_folder(settings, self._marker)
-        self._process = self._start() if writes and not self._places()[1] else None
+        self._process = self._start() if start and not self._places()[1] else None
 
     def _start(self) -> subprocess.Popen[str]:
         pipe: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -74,7 +74,7 @@ class Beside:
     def _places(self) -> tuple[Path, Path | None]:
         return self._work, marked_folder(self._settings, self._marker)
 
-    def opened(self, validation_tokens: int) -> OnTheFly | None:
+    def dataset(self, validation_tokens: int) -> StreamedDataset | None:
         """What can be trained on by now; None while what to validate on is not there, which is the same ever after.
 
         That is all of the validation files, or the first tokens of the share that is held out, at the most so many.
@@ -92,11 +92,11 @@ class Beside:
             return None
         dtype = token_dtype(tokenizer.vocab_size)
         most = validation_tokens if not own else ENDLESS if whole else tokens_of(state, "val")
-        train, val = Growing("train", self._places, dtype), Growing("val", self._places, dtype, most)
-        if not val.reach(max(1, most)) or not train.reach(1) or not tokenizer.path.exists():
+        train, val = StreamedTokens("train", self._places, dtype), StreamedTokens("val", self._places, dtype, most)
+        if not val.can_read(max(1, most)) or not train.can_read(1) or not tokenizer.path.exists():
             return None
         known = hashed("on the fly", identity(self._settings, self._files), own, tokenizer.sha256)
-        return OnTheFly(whole or work, tokenizer, train, val, known, {}, self)
+        return StreamedDataset(whole or work, tokenizer, train, val, known, {}, self)
 
     def problem(self) -> str | None:
         """Why nothing more will come, if it ended before its time."""
@@ -116,7 +116,7 @@ class Beside:
         """How many tokens to train on have been written."""
         return tokens_of(read_state(self._work / STATE), "train")
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "BackgroundPreparation":
         return self
 
     def __exit__(self, *error: object) -> None:

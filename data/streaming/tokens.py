@@ -20,8 +20,8 @@ PATIENCE = 10.0  # seconds that a network's file system may take to show a folde
 T = TypeVar("T")
 
 
-class Growing(Tokens):
-    """As many tokens of a split as are on the disk, at the most `most`; `reach` takes in what came since.
+class StreamedTokens(Tokens):
+    """As many tokens of a split as are on the disk, at the most `most`; `can_read` takes in what came since.
 
     `places` tells the folder that is written and, once there is one, that of the whole. Any threads may read meanwhile.
     """
@@ -33,20 +33,20 @@ class Growing(Tokens):
         self._join([], dtype)
         self.parts = []
         self._closed: dict[str, Shard] = {}
-        self.whole = False
+        self.complete = False
         """Whether no more will come."""
 
-    def reach(self, stop: int) -> bool:
+    def can_read(self, stop: int) -> bool:
         """Whether the tokens before `stop`, or all there will ever be, can be read by now."""
-        if not self.whole and super().__len__() < stop:
+        if not self.complete and super().__len__() < stop:
             self._look(stop)
-        return self.whole or super().__len__() >= stop
+        return self.complete or super().__len__() >= stop
 
     def _look(self, stop: int) -> None:
         work, whole = self._places()
         if whole:
             self._join(getattr(load(whole), self._split)._shards, self._dtype)
-            self.whole = True
+            self.complete = True
             return
         try:
             state = read_state(work / STATE)
@@ -84,7 +84,7 @@ class Growing(Tokens):
             try:
                 return method(self, *given)
             except FileNotFoundError:  # the folder may have its new name
-                if shards is self._shards and (self.whole or time.monotonic() > deadline):
+                if shards is self._shards and (self.complete or time.monotonic() > deadline):
                     raise
             self._look(0)
             time.sleep(0.01)

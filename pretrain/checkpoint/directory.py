@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from data.atomic import UNFINISHED, sha256, to_disk, write_whole
+from data.atomic import UNFINISHED, fsync, sha256, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +137,11 @@ def seal(path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]
     if state.get(HALF_WAY):
         (path / HALF_WAY).touch()
     state = {key: value for key, value in state.items() if key != HALF_WAY}
-    write_whole(path / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
+    write_atomic(path / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
     checksums = {**checksums, STATE: checksum(path / STATE)}
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(checksums.items())}
-    write_whole(path / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
-    to_disk(path)
+    write_atomic(path / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+    fsync(path)
 
 
 def checksum(file: Path) -> tuple[int, str]:
@@ -224,4 +224,4 @@ def keep(path: Path) -> None:
     """Let a checkpoint of half an interval be one that stays: of a signal, of the end, of an interval that changed."""
     if is_half_way(path):
         (path / HALF_WAY).unlink()
-        to_disk(path)
+        fsync(path)

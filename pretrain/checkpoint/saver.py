@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from data.atomic import UNFINISHED, to_disk
+from data.atomic import UNFINISHED, fsync
 from models.dtensor import local
 from pretrain.checkpoint import directory as checkpoint_folder
 from pretrain.distributed.world import World
@@ -173,7 +173,7 @@ class Saver:
         """Of this process' share of the files in ``folder``, which are on the disk then."""
         mine = sorted(folder.iterdir())[self.world.rank :: self.world.size]
         for file in mine:
-            to_disk(file)
+            fsync(file)
         return {file.name: checkpoint_folder.checksum(file) for file in mine}
 
     def _put_in_place(
@@ -181,7 +181,7 @@ class Saver:
     ) -> None:
         checkpoint_folder.seal(temporary, state, checksums)
         temporary.rename(path)
-        to_disk(path.parent)
+        fsync(path.parent)
         checkpoint_folder.point_at(path)
         checkpoint_folder.prune(path.parent, *self.keep)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from data.atomic import UNFINISHED, write_whole
+from data.atomic import UNFINISHED, write_atomic
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.directory import remove_unfinished
 from pretrain.config.compose import flat, read_config
@@ -130,8 +130,8 @@ class RunFolder:
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         before = self.config_file.read_text() if self.config_file.exists() else text
         if before != text:
-            write_whole(_unused(self.path / "config.before.yaml"), before)
-        write_whole(self.config_file, text)  # at no moment is there a run without it
+            write_atomic(_unused(self.path / "config.before.yaml"), before)
+        write_atomic(self.config_file, text)  # at no moment is there a run without it
         self.checkpoints.mkdir(exist_ok=True)
         remove_unfinished(self.checkpoints)
         for lines in (self.metrics_file, self.selection_file, self.bad_batches_file):
@@ -149,8 +149,8 @@ class RunFolder:
         keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
         if len(keep) < len(lines):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
-            write_whole(aside, "".join(line for line in lines if line not in keep))
-            write_whole(file, "".join(keep))
+            write_atomic(aside, "".join(line for line in lines if line not in keep))
+            write_atomic(file, "".join(keep))
 
 
 def _may_change(key: str) -> bool:

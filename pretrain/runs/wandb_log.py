@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from data.atomic import write_whole
+from data.atomic import write_atomic
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.config.schema import Config
 from pretrain.runs.records import RunRecords
@@ -111,7 +111,7 @@ def _start(config: Config, folder: Path, mode: Any):
 
     settings, id_file = config.logger.wandb, folder / "wandb_id.txt"
     if not id_file.exists():
-        write_whole(id_file, wandb.sdk.lib.runid.generate_id())
+        write_atomic(id_file, wandb.sdk.lib.runid.generate_id())
     run = wandb.init(
         mode=mode,
         project=settings.project,

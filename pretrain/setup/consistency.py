@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.token_dataset import Prepared
+from data.token_dataset import PreparedDataset
 from models.dtensor import local, place
 from pretrain.config.compose import flat
 from pretrain.config.schema import Config
@@ -25,7 +25,7 @@ class Disagreement(ValueError):
     """Processes of one run differ; the message says which ranks, in what and how, a line each."""
 
 
-def require_same_setting(config: Config, data: Prepared, world: World) -> None:
+def require_same_setting(config: Config, data: PreparedDataset, world: World) -> None:
     """Call on every process before anything is built.
 
     Raises:

@@ -15,8 +15,8 @@ import torch
 
 from data.prepare import prepare
 from data.settings import DataSettings
-from data.streaming.background import Beside, OnTheFly
-from data.token_dataset import Prepared
+from data.streaming.background import BackgroundPreparation, StreamedDataset
+from data.token_dataset import PreparedDataset
 from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
 from pretrain.distributed.world import World
@@ -34,7 +34,9 @@ SAY_SECONDS = 10.0
 class Waiting:
     """Waits until something is ready on every process; once the data are `whole` on all of them, everything is."""
 
-    def __init__(self, world: World, beside: Beside, stop: StopRequest, whole: Callable[[], bool]) -> None:
+    def __init__(
+        self, world: World, beside: BackgroundPreparation, stop: StopRequest, whole: Callable[[], bool]
+    ) -> None:
         self._world, self._beside, self._stop, self._whole, self._over = world, beside, stop, whole, False
 
     def __call__(self, ready: Callable[[], bool]) -> bool:
@@ -66,7 +68,7 @@ class Waiting:
         return True
 
 
-def data_of(config: Config, world_size: int) -> Callable[[World], AbstractContextManager[Prepared]]:
+def data_of(config: Config, world_size: int) -> Callable[[World], AbstractContextManager[PreparedDataset]]:
     """Check everything that can be checked without compute, and prepare the data unless that is done ``on_the_fly``.
 
     Returns what opens them for the processes of the run.
@@ -82,27 +84,27 @@ def data_of(config: Config, world_size: int) -> Callable[[World], AbstractContex
 
 
 @contextmanager
-def on_the_fly(config: Config, world: World) -> Iterator[OnTheFly]:
+def on_the_fly(config: Config, world: World) -> Iterator[StreamedDataset]:
     """The data of ``config`` as soon as training can begin; the main process has them prepared until this ends.
 
     Raises:
         ValueError: on every process, what is wrong with the text, or with the tokenizer for this run.
     """
-    validated, found = config.train.eval_sequences * config.train.seq_len + 1, list[OnTheFly]()
+    validated, found = config.train.eval_sequences * config.train.seq_len + 1, list[StreamedDataset]()
 
     def opened() -> bool:
-        if not found and (data := beside.opened(validated)):
+        if not found and (data := beside.dataset(validated)):
             found.append(data)
         return bool(found)
 
-    with Beside(data_settings(config), writes=world.is_main) as beside:
+    with BackgroundPreparation(data_settings(config), start=world.is_main) as beside:
         Waiting(world, beside, StopRequest(), whole=lambda: False)(opened)
         if config.train.init_from:
             check_tokenizer(config.train.init_from, found[0].tokenizer)
         yield found[0]
 
 
-def ready(config: Config, world_size: int) -> Prepared:
+def ready(config: Config, world_size: int) -> PreparedDataset:
     """Check everything that can be checked without compute, and prepare the data.
 
     Raises:

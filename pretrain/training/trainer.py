@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from data.atomic import write_whole
+from data.atomic import write_atomic
 from data.loading.batches import TrainBatches, validation_batches
 from data.loading.prefetch import Prefetch
-from data.streaming.background import OnTheFly
-from data.token_dataset import Prepared
+from data.streaming.background import StreamedDataset
+from data.token_dataset import PreparedDataset
 from models.flops import flops_per_token, parameter_counts, peak_flops
 from optim.schedule import rate_factor
 from pretrain.checkpoint import tensors as checkpoint
@@ -54,7 +54,7 @@ class Trainer:
     Construction builds everything and resumes from the newest checkpoint; ``fit`` trains to the end.
     """
 
-    def __init__(self, config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest):
+    def __init__(self, config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest):
         self.config, self.world, self.data, self.folder, self.stop = config, world, data, folder, stop
         train = config.train
         self.micro_batch_size = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
@@ -74,8 +74,8 @@ class Trainer:
             config.data.shuffle_block if config.data.on_the_fly else None,
         )  # fmt: skip
         self.waiting: Waiting | None = None
-        if isinstance(data, OnTheFly):
-            self.waiting = Waiting(world, data.beside, stop, lambda: data.train.whole)
+        if isinstance(data, StreamedDataset):
+            self.waiting = Waiting(world, data.preparation, stop, lambda: data.train.complete)
         self.ahead = Prefetch(self.batches.micro_batches, world.device.type == "cuda", self.batches.ready)
         self.watch = Stopwatch()
         self.step, self.seconds, self.skipped = 0, 0.0, 0
@@ -255,7 +255,7 @@ class Trainer:
         )
         self.saver.wait()
         if self.metrics:
-            write_whole(self.folder.rollbacks_file, json.dumps({"steps": [*self.rollbacks, self.step]}))
+            write_atomic(self.folder.rollbacks_file, json.dumps({"steps": [*self.rollbacks, self.step]}))
             self.metrics.close({"went_back_at": self.step})
         self.world.barrier()
         raise RolledBack
@@ -421,7 +421,7 @@ class Trainer:
         }  # fmt: skip
         if samples:
             write_samples(self.folder.samples_file, samples, f"{self.config.run.name} at step {self.step}")
-        write_whole(self.folder.summary_file, json.dumps(summary, indent=1) + "\n")
+        write_atomic(self.folder.summary_file, json.dumps(summary, indent=1) + "\n")
         self.metrics.show_results(samples)
         self.metrics.close(summary)
         logger.info("finished: validation loss %.4f; see %s", summary["val/loss"], self.folder.path)

@@ -21,7 +21,7 @@ from data.prepare import prepare
 from data.settings import SOURCES, DataSettings
 from data.sources.files import stdlib_files
 from data.sources.records import read_documents
-from data.token_dataset import FORMAT, Prepared, load
+from data.token_dataset import FORMAT, PreparedDataset, load
 
 REPO = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 400
@@ -49,7 +49,7 @@ def settings(tmp_path, library) -> DataSettings:
     )
 
 
-def texts(prepared: Prepared, split: str) -> dict[str, str]:
+def texts(prepared: PreparedDataset, split: str) -> dict[str, str]:
     """The documents of a split as the shards have them: name → decoded text."""
     tokens, tokenizer = getattr(prepared, split), prepared.tokenizer
     ids = tokens[0 : len(tokens)]
@@ -384,7 +384,7 @@ def test_the_yaml_files_set_what_is_usually_set_and_nothing_unknown(file):
 
 
 @pytest.fixture(scope="module")
-def stdlib(tmp_path_factory) -> tuple[Prepared, DataSettings, float]:
+def stdlib(tmp_path_factory) -> tuple[PreparedDataset, DataSettings, float]:
     settings = DataSettings(root=str(tmp_path_factory.mktemp("prepared")))
     start = time.perf_counter()
     return prepare(settings), settings, time.perf_counter() - start

@@ -27,7 +27,7 @@ from data.prepare import command, parser, prepare
 from data.settings import DataSettings
 from data.shards.array_file import _opened
 from data.sources.files import stdlib_files
-from data.streaming.background import Beside
+from data.streaming.background import BackgroundPreparation
 from data.train_tokenizer import train_tokenizer
 from pretrain import train
 from pretrain.cli.signals import EXIT_CODE, StopRequest
@@ -107,10 +107,10 @@ def watched(settings, monkeypatch, look):
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_samples_are_those_of_the_finished_preparation_however_far_it_is(settings, monkeypatch, masks):
-    beside, seen, early, ahead = Beside(settings, writes=False), {}, [], set()
+    beside, seen, early, ahead = BackgroundPreparation(settings, start=False), {}, [], set()
 
     def look():
-        opened = beside.opened(VALIDATED)
+        opened = beside.dataset(VALIDATED)
         if opened is None:
             return
         early[:] = early or [batches(opened, masks=masks), opened]
@@ -119,7 +119,7 @@ def test_samples_are_those_of_the_finished_preparation_however_far_it_is(setting
             while loader.ready(step) and step < 3 * STEPS:
                 seen[step], step = [rows(loader, step), loader.targets(step), loader.documents(step)], step + 1
             assert all(torch.equal(a, b) for a, b in zip(validated(opened), validated(early[1]), strict=True))
-        if not opened.train.whole:
+        if not opened.train.complete:
             ahead.update(seen)
             assert loader.windows == ENDLESS and not loader.ready(10**6) and loader.epoch(step) == 0
 
@@ -127,7 +127,7 @@ def test_samples_are_those_of_the_finished_preparation_however_far_it_is(setting
     held_out = validated(early[1])
     _opened.cache_clear()  # files that are open have no name
     assert all(torch.equal(a, b) for a, b in zip(validated(early[1]), held_out, strict=True))
-    finished = batches(beside.opened(VALIDATED), masks=masks)
+    finished = batches(beside.dataset(VALIDATED), masks=masks)
     assert 20 < len(ahead) < finished.windows // 24 < len(seen)  # some before the end, and some of the second epoch
     for loader in (finished, early[0]):  # which was opened under another name
         for step, (expected, targets, documents) in seen.items():
@@ -139,7 +139,7 @@ def test_samples_are_those_of_the_finished_preparation_however_far_it_is(setting
 
 def test_the_first_epoch_is_in_blocks_and_the_next_one_a_whole_shuffle(settings):
     prepare(settings)
-    opened = Beside(settings, writes=False).opened(VALIDATED)
+    opened = BackgroundPreparation(settings, start=False).dataset(VALIDATED)
     loader, tokens = batches(opened), opened.train[:]
     windows, samples = loader.windows, np.arange(2 * loader.windows)
     assert windows % BLOCK and loader.ready(10**6)
@@ -160,8 +160,8 @@ def test_the_first_epoch_is_in_blocks_and_the_next_one_a_whole_shuffle(settings)
 def test_validation_files_of_their_own_come_first_and_whole(settings, tmp_path, monkeypatch):
     own = tmp_path / "corpus" / "000.txt"
     settings = DataSettings(**{**vars(settings), "validation_paths": [str(own)]})
-    beside, found = Beside(settings, writes=False), []
-    watched(settings, monkeypatch, lambda: found.append(beside.opened(VALIDATED)))
+    beside, found = BackgroundPreparation(settings, start=False), []
+    watched(settings, monkeypatch, lambda: found.append(beside.dataset(VALIDATED)))
     finished, (first, *_) = prepare(settings), [opened for opened in found if opened]
     assert found[0] is None and found.index(first) < len(found) // 2
     assert len(first.val) == len(finished.val) and np.array_equal(first.val[:], finished.val[:])
@@ -338,7 +338,7 @@ def _on_ranks(rank, overrides, pause, size):
     config, world = load(overrides), World(rank, size, CPU)
     try:
         with on_the_fly(config, world) as opened:
-            assert not opened.train.whole
+            assert not opened.train.complete
             Trainer(config, world, opened, RunFolder(config), StopRequest()).fit()
     except ValueError as error:
         return str(error)
@@ -382,7 +382,10 @@ def test_what_has_another_order_is_refused_with_all_else(source, settings):
 
 def test_a_dry_run_tells_when_it_would_begin(settings, tmp_path):
     told = _epochs(Runs(tmp_path / "run", tmp_path / "corpus").config())
-    assert f"not prepared yet and will be meanwhile, from the first {BLOCK * SEQ_LEN:,} tokens on" in told
+    assert (
+        f"not prepared yet; training begins during the preparation, from the first {BLOCK * SEQ_LEN:,} tokens on"
+        in told
+    )
 
 
 def test_the_command_that_is_told_means_the_same_settings(settings):
@@ -392,7 +395,7 @@ def test_the_command_that_is_told_means_the_same_settings(settings):
 
 
 def test_a_preparation_of_other_files_than_the_run_s_is_said(settings):
-    beside = Beside(settings, writes=False)
+    beside = BackgroundPreparation(settings, start=False)
     beside._process = subprocess.Popen([sys.executable, "-c", ""])
     beside._process.wait()
     assert "data.paths" in beside.problem() and "changed while the run began" in beside.problem()
@@ -402,10 +405,10 @@ def test_a_preparation_of_other_files_than_the_run_s_is_said(settings):
 
 def test_a_folder_that_has_gone_and_not_come_yet_is_waited_for(settings, monkeypatch):
     def look():
-        if found := beside.opened(VALIDATED):
+        if found := beside.dataset(VALIDATED):
             seen.append(found)
 
-    beside, seen = Beside(settings, writes=False), []
+    beside, seen = BackgroundPreparation(settings, start=False), []
     with pytest.raises(KeyboardInterrupt):
         watched(settings, monkeypatch, lambda: (look(), interrupt(seen)))
     (opened, *_) = seen
