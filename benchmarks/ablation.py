@@ -148,7 +148,7 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
         lines += [
             f"### {topic}",
             "",
-            f"| setting | seeds | loss | {f'from `{against.setting}`' if against else ''} | tokens/s |",
+            f"| setting | seeds | loss | {f'relative to `{against.setting}`' if against else ''} | tokens/s |",
             "|---|---|---|---|---|",
         ]
         for t in sorted(trials, key=lambda t: t.loss):
@@ -185,7 +185,7 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
                 axis.legend(fontsize=7)
         axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
         axis.invert_yaxis()
-        axis.set(title=name, xlabel="validation loss, nats a token")
+        axis.set(title=name, xlabel="validation loss, nats per token")
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110, bbox_inches="tight")
@@ -197,17 +197,19 @@ def write(study: dict[str, Any], records: list[Record]) -> None:
     stages = {name: topics for name, topics in every.items() if topics}
     dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
     lines = [
-        "# The ablation",
+        "# Ablation",
         "",
-        f"Written by `python -m benchmarks.ablation` from the runs it made, which `ablation.jsonl` beside this page "
-        f"has: {', '.join(dates)}; {', '.join(machines)}, CPU. Losses are of the validation split after the last "
-        f"step, in nats a token; ± is the standard error over seeds, of a difference that of the differences seed by "
-        f"seed. Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
-        "are no measurement.",
+        "Every trial of the study behind the defaults, whose conclusions are in "
+        "[Results](results.md#comparison-with-adamw-and-galore). Losses are of the validation split after the last "
+        "step, in nats per token. ± is the standard error over seeds; for a difference, that of the differences paired "
+        "by seed. Speeds were taken while other programs were running and are no measurement.",
         "",
-        "![every trial's final loss](ablation.png)",
+        "![Final loss of every trial](ablation.png)",
         "",
-        "The picture has a colour for each table below; settings without `optim=` are of `optim=grass`.",
+        "The picture has a colour for each table below. Settings without `optim=` are those of `optim=grass`.",
+        "",
+        f"`python -m benchmarks.ablation` wrote this page from its runs, which are recorded in `docs/ablation.jsonl`: "
+        f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{' '.join(study['common'])}`.",
         "",
     ]
     for name, topics in stages.items():
@@ -216,7 +218,7 @@ def write(study: dict[str, Any], records: list[Record]) -> None:
         common = " ".join(study["stages"][name].get("common", []))
         commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
         lines += [
-            f"## {name}",
+            f"## Stage: {name}",
             "",
             study["stages"][name]["about"],
             "",
