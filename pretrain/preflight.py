@@ -1,34 +1,34 @@
-"""What must hold before training starts: a configuration that can run, data that is prepared, a run that may go on.
+"""Check a run before it starts, and prepare its data: ``python -m pretrain.preflight [key=value ...]``.
 
-    python -m pretrain.preflight [hydra overrides]
-
-prepares the data, unless it is to be prepared on the fly, prints nothing else, and exits with 2 and one message when
-something has to be mended.
+Prints one message and exits with 2 when a setting, a file or the machine has to be fixed, and with 86 when the run is
+finished already. Data that are prepared while the run trains (data.on_the_fly=true) are checked only.
 """
 
 import sys
 
-import torch
-
 from pretrain.cli.console import log_to_terminal
-from pretrain.cli.errors import clear_errors, only_asks_hydra
-from pretrain.cli.machine import require_torch, require_usable_gpus
-from pretrain.config.compose import load
-from pretrain.distributed.world import world_size_from_env
-from pretrain.setup.data import check_run, ready
+from pretrain.cli.errors import clear_errors
+from pretrain.cli.machine import require_installed_torch, require_usable_gpus
+from pretrain.cli.ranks import on_one_node_from_env, world_size_from_env
+from pretrain.config.command_line import config_from
+from pretrain.runs.folder import RunFolder
+
+FINISHED = 86  # launch.sh starts no process then
 
 
 def main() -> None:
-    overrides = sys.argv[1:]
     log_to_terminal(is_main=True)
     with clear_errors():
-        require_torch(torch.__version__)
-        if only_asks_hydra(overrides):
+        config = config_from(sys.argv[1:])
+        if config.train.dry_run:  # checks by itself, and needs no data
             return
-        config = load(overrides)
-        if not config.train.dry_run:  # which prepares nothing, and checks by itself
-            require_usable_gpus()
-            (check_run if config.data.on_the_fly else ready)(config, world_size_from_env())
+        if on_one_node_from_env() and RunFolder(config).report_if_finished(config):
+            sys.exit(FINISHED)
+        require_installed_torch()
+        require_usable_gpus()
+        from pretrain.setup.data import check_run, ready
+
+        (check_run if config.data.on_the_fly else ready)(config, world_size_from_env())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pretrain.train
 from models.llama import Llama
 from pretrain import estimate
 from pretrain.cli.signals import StopRequest
-from pretrain.config.compose import CONF, _keys, load
+from pretrain.config.compose import CONF, keys, load
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
@@ -180,7 +180,7 @@ def test_the_tables_name_what_there_is():
 
 def test_every_override_that_is_named_is_there():
     known = {
-        key for optim in ("grass", "galore", "muon") for key in _keys(OmegaConf.structured(load([f"optim={optim}"])))
+        key for optim in ("grass", "galore", "muon") for key in keys(OmegaConf.structured(load([f"optim={optim}"])))
     }
     groups = "run|train|optim|data|model|logger|estimate|experiment"
     words = {word for page in PAGES for code in re.findall(r"`([^`\n]+)`", page) for word in code.split()}

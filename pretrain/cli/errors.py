@@ -5,26 +5,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pretrain.config.schema import ConfigError
+EXIT_CODE = 2
+LOST_PEER = 3
 
 
 class LostPeer(RuntimeError):
-    """Another process of the run is dead, stuck or gone."""
+    """Another process of the run has died, hangs or is unreachable."""
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-EXIT_CODE = 2
-LOST_PEER = 3
-
-
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn an error that the user can mend into its message on standard error and exit code 2; a lost process into 3.
+    """Turn an error that the user can fix into its message on standard error and exit code 2; a lost process into 3.
 
-    GRASS_TRACEBACK=1 shows where it came from.
+    GRASS_TRACEBACK=1 shows the traceback instead.
     """
     try:
         yield
@@ -37,14 +34,3 @@ def clear_errors() -> Iterator[None]:
             sys.stdout.flush()
             os._exit(LOST_PEER)
         sys.exit(EXIT_CODE)
-
-
-def only_asks_hydra(arguments: list[str]) -> bool:
-    """Whether there is a flag such as --help or --cfg among the arguments, which Hydra answers without a run.
-
-    Raises:
-        ConfigError: the flags of a multirun, which one launch cannot be.
-    """
-    if {"-m", "--multirun"} & set(arguments):
-        raise ConfigError("a sweep is no run: start it with ./launch.sh -m, or python -m pretrain.sweep")
-    return any(argument.startswith("-") for argument in arguments)

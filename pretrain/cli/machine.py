@@ -1,7 +1,7 @@
 """What a run needs of its machine: a torch that is new enough, and GPUs that torch can use.
 
-    python -m pretrain.machine            print the version of the torch that this Python has, if it is new enough
-    python -m pretrain.machine VERSION    the same for a version that is not installed yet
+    python -m pretrain.cli.machine            print the version of the torch that this Python has, if it is new enough
+    python -m pretrain.cli.machine VERSION    the same for a version that is not installed yet
 
 scripts/setup_env.sh asks this before there is an environment: nothing is imported that Python does not bring along.
 """
@@ -25,6 +25,13 @@ def require_torch(found: str) -> None:
         raise ValueError(
             f"torch {found} is too old, {oldest} or newer is needed: ./launch.sh without GRASS_TORCH installs one"
         )
+
+
+def require_installed_torch() -> None:
+    """Raises ValueError when the torch that this Python imports is older than OLDEST_TORCH."""
+    import torch
+
+    require_torch(torch.__version__)
 
 
 def require_usable_gpus() -> None:

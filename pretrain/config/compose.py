@@ -1,13 +1,11 @@
 """Compose a configuration from conf/ and overrides."""
 
 import difflib
-import logging
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any, cast
 
-from hydra import compose, initialize_config_dir
+import hydra
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -15,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pretrain.cli.errors import first_line
 from pretrain.config.schema import (
     BaselineConfig,
     Config,
@@ -26,8 +23,6 @@ from pretrain.config.schema import (
     ModelConfig,
     OptimConfig,
 )
-
-logger = logging.getLogger(__name__)
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -47,22 +42,6 @@ def register_schema() -> None:
 register_schema()
 
 
-def _about_program() -> str:
-    """What --help begins with: the docstring of the program that runs, its dollars kept from the help's template."""
-    return (sys.modules["__main__"].__doc__ or "").strip().replace("``", "").replace("$", "$$")
-
-
-def _tell_groups() -> str:
-    """What ``group=option`` can be, a paragraph for each group of ``conf/`` that a user chooses from."""
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
-    lines = [f"  {group:<12}{', '.join(_options(group))}" for group in groups]
-    return "\n".join(textwrap.fill(line, 100, subsequent_indent=14 * " ") for line in lines)
-
-
-OmegaConf.register_new_resolver("about_program", _about_program, replace=True)
-OmegaConf.register_new_resolver("tell_groups", _tell_groups, replace=True)
-
-
 def load(overrides: list[str]) -> Config:
     """Compose ``conf/`` with ``overrides`` as the training command does.
 
@@ -75,11 +54,23 @@ def load(overrides: list[str]) -> Config:
         raise ConfigError(_explain(overrides, error)) from None
 
 
+def compose(overrides: list[str]) -> DictConfig:
+    """``load`` without the conversion to dataclasses: settings may still have no value.
+
+    Raises:
+        ConfigError: lists every override that names an unknown key or gives a wrong type.
+    """
+    try:
+        return _compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(overrides, error)) from None
+
+
 def _compose(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            return compose("config", overrides=overrides)
+            return hydra.compose("config", overrides=overrides)
         except (
             ValueError,
             AssertionError,
@@ -98,9 +89,9 @@ def to_config(cfg: DictConfig) -> Config:
     config = OmegaConf.to_object(cfg)
     if not isinstance(config, Config):
         raise ConfigError("the configuration is not built on config_schema; begin with conf/config.yaml")
-    known = _keys(OmegaConf.structured(config))
-    if unknown := [k for k in _keys(cfg) if k not in known]:
-        raise ConfigError("\n".join(f"{k} is no key of the configuration{_nearest(k, known)}" for k in unknown))
+    known = keys(OmegaConf.structured(config))
+    if unknown := [k for k in keys(cfg) if k not in known]:
+        raise ConfigError("\n".join(f"{k} is no key of the configuration{_did_you_mean(k, known)}" for k in unknown))
     return config
 
 
@@ -109,25 +100,25 @@ def _explain(overrides: list[str], error: Exception) -> str:
     choices = {o: o.lstrip("+~").partition("=")[::2] for o in overrides}
     if added := [o for o, (group, _) in choices.items() if o.startswith("+") and group and (CONF / group).is_dir()]:
         return "\n".join(f"{o}: this group is in the configuration already; leave the + out" for o in added)
-    groups = [o for o, (group, value) in choices.items() if value in _options(group)]
+    groups = [o for o, (group, value) in choices.items() if value in options(group)]
     try:
-        known = [*(p.name for p in CONF.iterdir() if p.is_dir()), *_keys(_compose(groups))]
+        known = [*(p.name for p in CONF.iterdir() if p.is_dir()), *keys(_compose(groups))]
     except (HydraException, OmegaConfBaseException):
         return _in_short(error)
     lines = []
     for override, (name, value) in choices.items():
-        if (options := _options(name)) and value not in options:
-            lines.append(f"{override}: {name} can be {', '.join(options)}{_nearest(value, options)}")
+        if (possible := options(name)) and value not in possible:
+            lines.append(f"{override}: {name} can be {', '.join(possible)}{_did_you_mean(value, possible)}")
             continue
         try:
             to_config(_compose(list(dict.fromkeys([*groups, override]))))
         except (HydraException, OmegaConfBaseException, ConfigError) as alone:
-            lines.append(f"{override}: {_in_short(alone)}{_nearest(name, known)}")
+            lines.append(f"{override}: {_in_short(alone)}{_did_you_mean(name, known)}")
     return "\n".join(lines) or _in_short(error)
 
 
-def _options(group: str) -> list[str]:
-    """The names that ``group=…`` can take; none when ``group`` is no config group."""
+def options(group: str) -> list[str]:
+    """The values that ``group=…`` can have; [] when ``group`` is no config group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group else []
 
 
@@ -137,18 +128,24 @@ def _in_short(error: Exception) -> str:
     return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "reference")))
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def nearest(name: str, known: list[str]) -> list[str]:
+    """The one of ``known`` that is spelt most like ``name``; [] when none is close."""
+    return difflib.get_close_matches(name, known, n=1)
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = nearest(name, known)
     return f"; did you mean {near[0]}?" if near and name not in known else ""
 
 
-def _keys(node: DictConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """The dotted names of all settings below ``node``."""
+    found: list[str] = []
     for name in map(str, node):
         full = f"{prefix}{name}"
         child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
-        keys += _keys(child, full + ".") if isinstance(child, DictConfig) else [full]
-    return keys
+        found += keys(child, full + ".") if isinstance(child, DictConfig) else [full]
+    return found
 
 
 def read_config(file: Path) -> DictConfig:
@@ -161,7 +158,8 @@ def read_config(file: Path) -> DictConfig:
         stored = OmegaConf.load(file)
         OmegaConf.to_container(stored, resolve=True)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, AttributeError) as error:
-        raise ConfigError(f"{file} cannot be read ({first_line(error)}); bring it back from a copy") from None
+        reason = _in_short(error) or type(error).__name__
+        raise ConfigError(f"{file} cannot be read ({reason}); bring it back from a copy") from None
     if not isinstance(stored, DictConfig):
         raise ConfigError(f"{file} is no configuration of a run; bring it back from a copy")
     return stored

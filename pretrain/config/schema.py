@@ -1,26 +1,38 @@
-"""The schema of a run's configuration, and reading one; what is wrong with an override is said for all of them at once.
+"""The schema of a run's configuration: names, types and limits of all settings.
 
-The dataclasses hold names and types; the values are in ``conf/``. A key that is not here is an error.
+The values, and what each setting means, are in ``conf/``. A key that is not here is an error.
 """
 
-import logging
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
 
 from data.settings import DataSettings
 
-logger = logging.getLogger(__name__)
 DTYPE_NAMES = ("float32", "bfloat16", "float64")  # the keys of models.precision.DTYPES, which needs torch
+SETTLING = 3  # train.profile starts after these steps: the first steps of a process compile and allocate
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message lists every problem, a line each."""
 
 
+# Metadata of a field, joined by |. The functions at the end of this file read it.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}  # when a run resumes; on a section it holds for all its settings
+PER_RANK: dict[str, Any] = {"per_rank": True}  # processes on machines with disks of their own have their own paths
+AT_LEAST_0: dict[str, Any] = {"at_least": 0}
+AT_LEAST_1: dict[str, Any] = {"at_least": 1}
+
+
+def one_of(*choices: str) -> dict[str, Any]:
+    """The field has one of these values, or null where its type has None."""
+    return {"choices": choices}
+
+
 @dataclass
 class RunConfig:
-    name: str  # the run's folder below root
-    root: str
+    name: str
+    root: str = field(metadata=MAY_CHANGE)
 
 
 @dataclass
@@ -39,132 +51,135 @@ class ModelConfig:
     rope_theta: float
     tie_word_embeddings: bool
     initializer_range: float
-    attention: str  # auto | sdpa | flash
+    attention: str = field(metadata=MAY_CHANGE)
 
 
 @dataclass
 class OptimConfig:
-    """Full-rank training; Grass adds its own keys to these."""
+    """Full-rank training; Grass and the baselines add keys to these."""
 
     name: str
-    inner: str  # adamw | adam | sgd | adafactor | adamw8bit | the dotted path of a torch.optim.Optimizer
-    embedding_inner: str | None  # of embeddings and head, when another: adamw8bit, adafactor …
-    lr: float  # peak rate of embeddings, head and norms
-    linear_lr: float  # peak rate of the attention and MLP linears
-    weight_decay: float  # on matrices, and as the inner optimizer applies it: decoupled or not
-    betas: list[float]  # of those that have them, as are eps and momentum
+    inner: str
+    embedding_inner: str | None
+    lr: float = field(metadata=MAY_CHANGE)
+    linear_lr: float = field(metadata=MAY_CHANGE)
+    weight_decay: float = field(metadata=MAY_CHANGE)
+    betas: list[float]
     eps: float
     momentum: float
-    clip: float  # global gradient norm; 0 for none
-    norm_growth: float  # how much the norm of a linear's gradient may grow from step to step, say 1.01; 0 for any
-    schedule: str  # cosine | wsd | constant
-    warmup_steps: int
-    final_lr: float  # as a share of the peak
-    decay_share: float  # wsd: the share of all steps that the final decay takes
-    master_weights: bool  # fp32 masters for parameters that train in bf16
+    clip: float = field(metadata=MAY_CHANGE)
+    norm_growth: float
+    schedule: str = field(metadata=MAY_CHANGE)
+    warmup_steps: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    final_lr: float = field(metadata=MAY_CHANGE)
+    decay_share: float = field(metadata=MAY_CHANGE)
+    master_weights: bool
 
 
 @dataclass
 class GrassConfig(OptimConfig):
-    patterns: list[str]  # globs of the linears to convert
-    rank: Any  # rows (or columns) trained in each linear, or one number for each glob: {"*": 64, up_proj: 172}
-    alpha: float  # multiplies the rate of the selected rows
-    refresh_every: int  # updates between two choices of rows
+    """Grass; ``rank``, ``side`` and ``stagger`` take a value of one of several types."""
+
+    patterns: list[str]
+    rank: Any
+    alpha: float = field(metadata=MAY_CHANGE)
+    refresh_every: int = field(metadata=AT_LEAST_1)
     selection: str
-    score: str  # exact | sketch
-    sketch_width: int
-    probe_steps: int  # the last steps before a refresh, at most all of them, whose gradients are scored
-    stagger: Any  # true | false | auto: refresh the blocks in turn; auto does where a layer selects columns
-    side: Any  # auto | rows | columns, or one of these for each glob of names: {down_proj: columns}
-    share_index: bool  # q, k, v and gate, up that select columns: the same ones, and one saved slice of the input
-    state_at_refresh: str  # reset | carry
-    new_second_moment: str  # mean | score | zero: where carried second moments of new rows start
-    refresh_warmup: int  # updates over which the rows' rate warms up again after a refresh
-    int8_weights: bool  # frozen weights in 8 bits beside the rows that are trained, see models/int8_weight.py
-    state_dtype: str | None  # dtype of rows and moments; null: float32, in a float64 run float64
+    score: str
+    sketch_width: int = field(metadata=AT_LEAST_1)
+    probe_steps: int = field(metadata=AT_LEAST_1)
+    stagger: Any
+    side: Any
+    share_index: bool
+    state_at_refresh: str
+    new_second_moment: str
+    refresh_warmup: int
+    int8_weights: bool
+    state_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))  # checkpoints say which they have
 
 
 @dataclass
 class BaselineConfig(OptimConfig):
     """Full-rank training with an optimizer that projects the gradients of the linears: a name of PROJECTED."""
 
-    rank: int  # of the projected gradients
-    update_gap: int  # updates between two projections
-    scale: float  # multiplies the projected update (APOLLO: its square root does)
-    scale_type: str | None  # of APOLLO: channel | tensor (APOLLO-Mini, with rank 1 and scale 128)
+    rank: int
+    update_gap: int = field(metadata=AT_LEAST_1)
+    scale: float
+    scale_type: str | None
 
 
 @dataclass(kw_only=True)
 class DataConfig(DataSettings):
-    prompts: list[str] = field(default_factory=list)
-    """What samples.md lets the model continue."""
+    root: str = field(default=DataSettings.root, metadata=MAY_CHANGE | PER_RANK)
+    paths: list[str] = field(default_factory=list, metadata=PER_RANK)
+    tokenizer: str | None = field(default=None, metadata=PER_RANK)
+    workers: int | None = field(default=None, metadata=MAY_CHANGE)
+    prompts: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
     on_the_fly: bool = False
-    """Train while the corpus is being prepared."""
-    shuffle_block: int = 2**14
-    """On the fly: so many windows in a row are shuffled among each other, in the first epoch."""
+    shuffle_block: int = field(default=2**14, metadata=AT_LEAST_1)
 
 
 @dataclass
 class TrainConfig:
-    steps: int
-    tokens_per_step: int  # over all processes and micro-batches
-    micro_batch_size: int | None  # sequences a process takes at once; its share of a step when null
-    seq_len: int
-    init_from: str | None  # a run, or a Hugging Face LLaMA's folder or safetensors file, whose weights to start from
-    dtype: str  # float32 | bfloat16 | float64: of weights, activations and gradients
-    step_in_backward: bool  # step on each parameter as its gradient is whole, and free that; needs optim.clip=0
+    steps: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    tokens_per_step: int = field(metadata=AT_LEAST_1)
+    micro_batch_size: int | None = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    seq_len: int = field(metadata=AT_LEAST_1)
+    init_from: str | None
+    dtype: str = field(metadata=one_of(*DTYPE_NAMES))
+    step_in_backward: bool
     seed: int
-    resume: str  # auto | never
-    checkpoint_every: int
-    keep_last: int  # how many of the newest checkpoints stay; 0: all
-    keep_every: int  # those of its multiples stay besides; 0: none
-    async_save: bool  # save while the run goes on; a step waits for the copy to the host's memory alone
-    non_finite: str  # stop | skip: what a loss or gradient that is not finite means
-    spike_factor: float  # a loss so many times the median of the latest 32 is a spike; 0: none is
-    most_rollbacks: int  # how many spikes the run goes back to its newest checkpoint for
-    eval_every: int
-    eval_sequences: int  # at the most, from the validation split
-    log_every: int
-    compile: bool
-    deterministic: bool  # on a GPU: only algorithms whose sums have one order, so that a run resumes to the bit
-    matmul_precision: str  # of float32 products on a GPU, as torch names them: highest | high (TF32) | medium
-    checkpointing: str  # none | full | every:N | selective, see models/checkpointing.py
-    document_masks: bool  # packed documents do not see each other
-    lean_activations: bool  # norms and SwiGLU products are made again; compiled blocks leave it to the compiler
-    loss_chunk_tokens: int | None  # how many tokens the loss takes at a time; null: all
-    parallel: str  # ddp | fsdp | hsdp: how several processes train one model
-    shards: int | None  # hsdp: among how many processes a copy of the model is divided; null: those of a node
-    reshard: bool  # fsdp, hsdp: let go of gathered weights after a forward and gather them again in the backward
-    reduce_dtype: str | None  # of gradients on the wire, where they are summed; null: as they are
-    timeout_minutes: float  # how long a process waits for the others before it ends with an error that names them
-    profile: int  # how many steps to record, after the first three; 0 for none
-    sample_tokens: int  # length of each sample at the end; 0 for none
-    dry_run: bool  # print the plan of the run and write nothing
+    resume: str = field(metadata=MAY_CHANGE | one_of("auto", "never"))
+    checkpoint_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    keep_last: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    keep_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    async_save: bool = field(metadata=MAY_CHANGE)
+    non_finite: str = field(metadata=MAY_CHANGE | one_of("stop", "skip"))
+    spike_factor: float = field(metadata=MAY_CHANGE)
+    most_rollbacks: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    eval_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    eval_sequences: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    log_every: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    compile: bool = field(metadata=MAY_CHANGE)
+    deterministic: bool = field(metadata=MAY_CHANGE)
+    matmul_precision: str = field(metadata=MAY_CHANGE | one_of("highest", "high", "medium"))
+    checkpointing: str = field(metadata=MAY_CHANGE)
+    document_masks: bool
+    lean_activations: bool = field(metadata=MAY_CHANGE)
+    loss_chunk_tokens: int | None = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    parallel: str = field(metadata=MAY_CHANGE | one_of("ddp", "fsdp", "hsdp"))
+    shards: int | None = field(metadata=MAY_CHANGE)
+    reshard: bool = field(metadata=MAY_CHANGE)
+    reduce_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))
+    timeout_minutes: float = field(metadata=MAY_CHANGE)
+    profile: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    sample_tokens: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    dry_run: bool = field(metadata=MAY_CHANGE)
 
 
 @dataclass
 class WandbConfig:
-    mode: str  # auto | online | offline | disabled
+    mode: str = field(metadata=one_of("auto", "online", "offline", "disabled"))
     project: str
     entity: str | None
-    group: str | None  # by default the folder of run.name, as for the jobs of a sweep, else the model's name
-    log_checkpoint: bool  # upload the last checkpoint as an artifact
+    group: str | None
+    log_checkpoint: bool
 
 
 @dataclass
 class LoggerConfig:
-    wandb: WandbConfig
+    wandb: WandbConfig = field(metadata=MAY_CHANGE)
 
 
 @dataclass
 class EstimateConfig:
-    """What ``python -m pretrain.estimate`` wants to know beside the run; training takes no notice."""
+    """Settings of ``python -m pretrain.estimate``; training ignores them."""
 
-    format: str  # table | json
-    devices: int  # of how many, each with a process, one is looked at
-    device_memory_gib: float | None  # what has to hold the run; null: no limit
-    context_gib: float  # taken on a device by CUDA, cuBLAS and NCCL beside all tensors
-    allocator_overhead: float  # lost by the allocator to rounding and gaps, as a share of the peak
+    format: str = field(metadata=one_of("table", "json"))
+    devices: int = field(metadata=AT_LEAST_1)
+    device_memory_gib: float | None
+    context_gib: float = field(metadata=AT_LEAST_0)
+    allocator_overhead: float = field(metadata=AT_LEAST_0)
 
 
 @dataclass
@@ -175,7 +190,7 @@ class Config:
     data: DataConfig
     train: TrainConfig
     logger: LoggerConfig
-    estimate: EstimateConfig
+    estimate: EstimateConfig = field(metadata=MAY_CHANGE)
 
 
 def model_arguments(config: Config) -> dict[str, Any]:
@@ -183,4 +198,43 @@ def model_arguments(config: Config) -> dict[str, Any]:
     return {f.name: getattr(config.model, f.name) for f in fields(ModelConfig) if f.name != "name"}
 
 
-SETTLING = 3  # the first steps of a process compile and allocate: they are not recorded
+def types_of_settings(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The type of every section and setting by its dotted name, such as ``train.steps``."""
+    types: dict[str, Any] = {}
+    for name, kind in get_type_hints(section).items():
+        variants = (OptimConfig, GrassConfig, BaselineConfig) if prefix + name == "optim" else (kind,)
+        types[prefix + name] = kind
+        for variant in variants:
+            if is_dataclass(variant):
+                types |= types_of_settings(variant, f"{prefix}{name}.")
+    return types
+
+
+def marked(config: Config, mark: str) -> set[str]:
+    """The dotted names of the settings of ``config`` that have ``mark``, ``may_change`` or ``per_rank``."""
+    return {key for key, _, marks in _settings(config) if marks.get(mark)}
+
+
+def limit_problems(config: Config) -> list[str]:
+    """A line for each setting that is below its least value or none of its choices."""
+    problems = []
+    for key, value, marks in _settings(config):
+        least, choices = marks.get("at_least"), marks.get("choices")
+        if value is not None and least is not None and value < least:
+            problems.append(f"{key}={value} must be at least {least}")
+        if value is not None and choices and value not in choices:
+            problems.append(f"{key}={value} is unknown; choose from {', '.join(choices)}")
+    return problems
+
+
+def _settings(
+    section: Any, prefix: str = "", inherited: dict[str, Any] | None = None
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Name, value and marks of every setting; ``may_change`` of a section holds for all in it."""
+    for entry in fields(section):
+        key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+        marks = {**entry.metadata, **(inherited or {})}
+        if is_dataclass(value):
+            yield from _settings(value, f"{key}.", {"may_change": True} if marks.get("may_change") else None)
+        else:
+            yield key, value, marks

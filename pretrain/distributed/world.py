@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.cli.errors import LostPeer, first_line
+from pretrain.cli.ranks import world_size_from_env
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,6 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
-
-
-def is_main_from_env() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def world_size_from_env() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def shards_of(parallel: str, shards: int | None, world_size: int) -> int:

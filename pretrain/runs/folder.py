@@ -14,28 +14,11 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from data.atomic import UNFINISHED, write_atomic
-from pretrain.checkpoint import tensors as checkpoint
-from pretrain.checkpoint.directory import remove_unfinished
+from pretrain.checkpoint.directory import Damaged, latest, read_state, remove_unfinished
 from pretrain.config.compose import flat, read_config
-from pretrain.config.schema import Config, ConfigError
+from pretrain.config.schema import Config, ConfigError, marked
 
 logger = logging.getLogger(__name__)
-
-# What a resumed run may have different, section by section: how long, how fast and what is shown.
-MAY_CHANGE = {
-    "run": {"root"},
-    "model": {"attention"},
-    "data": {"root", "prompts", "workers"},
-    "train": {"steps", "resume", "compile", "checkpointing", "lean_activations", "loss_chunk_tokens",
-              "micro_batch_size", "sample_tokens", "checkpoint_every", "keep_last", "keep_every", "async_save",
-              "non_finite", "spike_factor", "most_rollbacks", "eval_every", "eval_sequences", "log_every", "parallel",
-              "shards", "reshard", "reduce_dtype", "timeout_minutes", "dry_run", "profile", "matmul_precision",
-              "deterministic"},
-    "optim": {"lr", "linear_lr", "alpha", "clip", "weight_decay", "schedule", "warmup_steps", "final_lr",
-              "decay_share", "state_dtype"},  # a checkpoint says which dtype it has
-    "logger": {"wandb"},
-    "estimate": {"format", "devices", "device_memory_gib", "context_gib", "allocator_overhead"},
-}  # fmt: skip
 
 
 class RunFolder:
@@ -58,7 +41,7 @@ class RunFolder:
 
     @property
     def latest_checkpoint(self) -> Path | None:
-        return checkpoint.latest(self.checkpoints)
+        return latest(self.checkpoints)
 
     @property
     def rollbacks(self) -> list[int]:
@@ -77,9 +60,24 @@ class RunFolder:
         """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
         newest = self.latest_checkpoint
         try:
-            return self.summary_file.exists() and newest is not None and checkpoint.read_state(newest)["step"] >= steps
-        except checkpoint.Damaged:
+            return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
+        except Damaged:
             return False  # the run goes on from the one before
+
+    def log_finished(self, steps: int) -> None:
+        logger.info("%s is finished at step %d; raise train.steps or choose a new run.name", self.path, steps)
+
+    def report_if_finished(self, config: Config) -> bool:
+        """Whether the run of ``config`` is finished here; says so.
+
+        Raises:
+            ConfigError: it was finished with other settings.
+        """
+        if not self.is_finished(config.train.steps):
+            return False
+        self.check(config)
+        self.log_finished(config.train.steps)
+        return True
 
     def check(self, config: Config) -> list[str]:
         """What the settings of an existing run differ in, a line each; [] for a new run.
@@ -100,7 +98,8 @@ class RunFolder:
         old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
         # A key that only one of them has belongs to another version of this program, which is no change of settings.
         changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
-        refused = [k for k in changed if not _may_change(k)]
+        may_change = marked(config, "may_change")
+        refused = [k for k in changed if k not in may_change]
         if refused:
             lines = [f"{k} was {changed[k][0]}, is now {changed[k][1]}" for k in refused]
             raise ConfigError(
@@ -151,12 +150,6 @@ class RunFolder:
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
             write_atomic(aside, "".join(line for line in lines if line not in keep))
             write_atomic(file, "".join(keep))
-
-
-def _may_change(key: str) -> bool:
-    section, _, rest = key.partition(".")
-    name = rest.partition(".")[0]
-    return name in MAY_CHANGE.get(section, ())
 
 
 def _step_of(line: str) -> float:

@@ -12,12 +12,10 @@ from torch import Tensor
 from data.token_dataset import PreparedDataset
 from models.dtensor import local, place
 from pretrain.config.compose import flat
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, marked
 from pretrain.distributed.world import World
 from pretrain.runs.code_version import ROOT
 
-# Where each machine may keep its own copy of the corpus: that the copies are the same, the fingerprint tells.
-LOCAL = ("data.root", "data.paths", "data.tokenizer")
 CODE = ("models", "optim", "data", "pretrain")
 
 
@@ -33,7 +31,9 @@ def require_same_setting(config: Config, data: PreparedDataset, world: World) ->
     """
     if world.size == 1:
         return
-    mine = {key: value for key, value in flat(OmegaConf.structured(config)).items() if key not in LOCAL}
+    # Each machine may keep its own copy of the corpus: the fingerprint says whether the copies are equal.
+    per_rank = marked(config, "per_rank")
+    mine = {key: value for key, value in flat(OmegaConf.structured(config)).items() if key not in per_rank}
     mine |= {"code": code_hash(), "torch": torch.__version__}
     mine |= {"tokenizer": data.tokenizer.sha256, "data": data.fingerprint}
     if found := _differences(world.gather_objects(mine)):

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pretrain.checkpoint.directory import MANIFEST, STATE, newest_good, path_of, read_state
-from pretrain.config.compose import _keys, load
+from pretrain.config.compose import keys, load
 from pretrain.config.schema import ConfigError, RunConfig
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 
 BASE = ["data=text", "data.paths=[models]"]
 CONFIG = load(BASE)
-KEYS = _keys(OmegaConf.structured(CONFIG))
+KEYS = keys(OmegaConf.structured(CONFIG))
 TEXT = st.text(string.printable, max_size=12)
 NUMBERS = st.one_of(st.integers(-(10**12), 10**12), st.floats(), st.booleans(), st.none())
 VALUES = st.one_of(TEXT, NUMBERS.map(str), st.lists(NUMBERS, max_size=3).map(str), st.just("{}"), st.just("???"))

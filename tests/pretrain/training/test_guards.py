@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from pretrain import train as train_command
 from pretrain.checkpoint import directory as checkpoint_folder
 from pretrain.checkpoint import saver
 from pretrain.checkpoint.directory import newest_good
@@ -27,7 +26,8 @@ from pretrain.runs.folder import RunFolder
 from pretrain.runs.metric_log import JsonLinesFile
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
-from pretrain.training.train_step import Update
+from pretrain.training import run as training_run
+from pretrain.training.train_step import TrainStep
 from pretrain.training.trainer import Trainer
 from tests.parallel_runs import TINY, spawn, whole_tensors
 
@@ -71,8 +71,8 @@ def train(overrides, stop=None, trainer=Trainer):
             kept[:] = [self]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_command, "Trainer", Kept)
-        train_command._train(config, ALONE, ready(config, 1), Quiet() if stop is None else stop)
+        patch.setattr(training_run, "Trainer", Kept)
+        training_run._train(config, ALONE, ready(config, 1), Quiet() if stop is None else stop)
     return RunFolder(config), whole_tensors(kept[0].model, kept[0].optim)
 
 
@@ -91,7 +91,7 @@ def assert_equal(ours, theirs):
 
 def spoil(monkeypatch, step, spoil_loss, ranks=(0,)):
     """In ``step`` (from 1) the loss is what ``spoil_loss`` makes of it, and if that is NaN, so is the gradient."""
-    train_step, accumulate, at = Trainer.train_step, Update.accumulate, []
+    train_step, accumulate, at = Trainer.train_step, TrainStep.accumulate, []
 
     def noting(self, number):
         at[:] = [number + 1]
@@ -106,7 +106,7 @@ def spoil(monkeypatch, step, spoil_loss, ranks=(0,)):
         return nats
 
     monkeypatch.setattr(Trainer, "train_step", noting)
-    monkeypatch.setattr(Update, "accumulate", spoiled)
+    monkeypatch.setattr(TrainStep, "accumulate", spoiled)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_its_documents(overrides, monkeypatch, prepared):
@@ -146,8 +146,8 @@ def _skipping(overrides, rank, size):
 
 
 def test_too_many_in_a_row_end_the_run(overrides, monkeypatch):
-    accumulate = Update.accumulate
-    monkeypatch.setattr(Update, "accumulate", lambda *given, **named: accumulate(*given, **named) * float("nan"))
+    accumulate = TrainStep.accumulate
+    monkeypatch.setattr(TrainStep, "accumulate", lambda *given, **named: accumulate(*given, **named) * float("nan"))
     with pytest.raises(FloatingPointError, match="11 steps in a row, up to step 11"):
         train(overrides("train.non_finite=skip"))
 
