@@ -30,15 +30,13 @@ from pretrain.config.schema import (
     EstimateConfig,
     GrassConfig,
     OptimConfig,
+    limit_problems,
     model_arguments,
 )
 from pretrain.distributed.engines import sharding_problems
 from pretrain.inference.pretrained import init_problems
 
 logger = logging.getLogger(__name__)
-
-# Of train: what may be 0.
-OR_NONE = ("checkpoint_every", "keep_last", "keep_every", "eval_every", "sample_tokens", "most_rollbacks", "profile")
 
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
@@ -51,7 +49,8 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
     """
     logging.disable(logging.INFO)  # what is looked at here is built again for the run, which says it then
     try:
-        problems = [*_run_problems(config), *_train_problems(config, world_size), *_optim_problems(config.optim)]
+        problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
+        problems += _optim_problems(config.optim)
         problems += _estimate_problems(config.estimate)
         if isinstance(config.optim, GrassConfig):
             problems += _grass_problems(config.optim)
@@ -72,11 +71,6 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _at_least(least: int, section: str, node: Any, *names: str) -> list[str]:
-    values = {name: getattr(node, name) for name in names}
-    return [f"{section}.{n}={v} must be at least {least}" for n, v in values.items() if v is not None and v < least]
-
-
 def _within(low: float, high: float, node: Any, *names: str) -> list[str]:
     values = {name: getattr(node, name) for name in names}
     return [f"optim.{n}={v} must be between {low:g} and {high:g}" for n, v in values.items() if not low <= v <= high]
@@ -95,45 +89,24 @@ def _run_problems(config: Config) -> list[str]:
 
 
 def _train_problems(config: Config, world_size: int) -> list[str]:
-    train, model = config.train, config.model
-    counts = (
-        "steps",
-        "tokens_per_step",
-        "micro_batch_size",
-        "seq_len",
-        "log_every",
-        "eval_sequences",
-        "loss_chunk_tokens",
-    )
-    problems = _at_least(1, "train", train, *counts)
-    if (
-        not problems
-        and world_size > 0
-        and train.tokens_per_step % ((train.micro_batch_size or 1) * train.seq_len * world_size)
-    ):
+    train, model, problems = config.train, config.model, list[str]()
+    sequences = train.micro_batch_size or 1
+    if (share := sequences * train.seq_len * world_size) > 0 and train.tokens_per_step % share:
         problems.append(
             f"train.tokens_per_step={train.tokens_per_step} is not divisible by micro_batch_size × seq_len × processes"
-            f" = {train.micro_batch_size or 1} × {train.seq_len} × {world_size}; change one of them"
+            f" = {sequences} × {train.seq_len} × {world_size}; change one of them"
         )
-    problems += _at_least(0, "train", train, *OR_NONE)
     if train.keep_every and not train.keep_last:
         problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
     if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
         problems.append(f"train.spike_factor={train.spike_factor} must be greater than 1, or 0 for no spikes")
-    problems += _one_of("train.non_finite", train.non_finite, ("stop", "skip"))
     if not 0 < train.timeout_minutes < math.inf:
         problems.append(f"train.timeout_minutes={train.timeout_minutes} must be greater than 0 and finite")
-    problems += _one_of("train.dtype", train.dtype, DTYPES) + _one_of("train.resume", train.resume, ("auto", "never"))
-    problems += _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "hsdp"))
-    if train.reduce_dtype is not None:
-        problems += _one_of("train.reduce_dtype", train.reduce_dtype, DTYPES)
-    problems += _one_of("train.matmul_precision", train.matmul_precision, ("highest", "high", "medium"))
     if train.profile and train.profile + SETTLING > train.steps:
         problems.append(
             f"train.profile={train.profile} begins after {SETTLING} steps, and train.steps={train.steps} leaves fewer; "
             "lower it or raise train.steps"
         )
-    problems += _one_of("logger.wandb.mode", config.logger.wandb.mode, ("auto", "online", "offline", "disabled"))
     try:
         checkpointing.parse(train.checkpointing)
     except ValueError as error:
@@ -142,7 +115,6 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
         problems.append(
             "train.document_masks=true: a row of data=instructions is one document already; set it to false"
         )
-    problems += _at_least(1, "data", config.data, "shuffle_block")
     if config.data.on_the_fly and config.data.source in ("mixture", "instructions"):
         problems.append(
             f"data.on_the_fly=true: data.source={config.data.source} has an order that needs all of its text; prepare "
@@ -157,9 +129,7 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
 
 
 def _estimate_problems(estimate: EstimateConfig) -> list[str]:
-    problems = _one_of("estimate.format", estimate.format, ("table", "json"))
-    problems += _at_least(1, "estimate", estimate, "devices")
-    problems += _at_least(0, "estimate", estimate, "context_gib", "allocator_overhead")
+    problems = []
     if estimate.device_memory_gib is not None and not estimate.device_memory_gib > 0:
         problems.append(
             f"estimate.device_memory_gib={estimate.device_memory_gib:g} must be greater than 0, or null for no limit"
@@ -178,7 +148,6 @@ def _optim_problems(optim: OptimConfig) -> list[str]:
         rate = getattr(optim, name, 1.0)
         if not 0 < rate < math.inf:
             problems.append(f"optim.{name}={rate} must be greater than 0 and finite")
-    problems += _at_least(0, "optim", optim, "warmup_steps")
     problems += _within(0, 1, optim, "final_lr", "decay_share", "eps")
     problems += _within(0, math.inf, optim, "weight_decay", "clip")
     if optim.norm_growth != 0 and not 1 < optim.norm_growth < math.inf:
@@ -191,8 +160,7 @@ def _optim_problems(optim: OptimConfig) -> list[str]:
 
 
 def _grass_problems(optim: GrassConfig) -> list[str]:
-    problems = _at_least(1, "optim", optim, "refresh_every", "sketch_width", "probe_steps")
-    problems += _one_of("optim.selection", optim.selection, SELECTIONS)
+    problems = _one_of("optim.selection", optim.selection, SELECTIONS)
     problems += _one_of("optim.score", optim.score, SCORES)
     problems += _one_of("optim.state_at_refresh", optim.state_at_refresh, POLICIES)
     problems += _one_of("optim.new_second_moment", optim.new_second_moment, NEW_SECOND_MOMENTS)
@@ -202,8 +170,6 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
         problems.append(f"optim.stagger={optim.stagger} is unknown; choose from true, false, auto")
     if optim.stagger and optim.refresh_warmup:
         problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
-    if optim.state_dtype is not None:
-        problems += _one_of("optim.state_dtype", optim.state_dtype, DTYPES)
     if optim.master_weights and optim.state_dtype == "bfloat16":
         problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")
     if not optim.patterns:
@@ -219,7 +185,7 @@ def _baseline_problems(optim: OptimConfig) -> list[str]:
         return [f"optim.inner={optim.inner} needs keys of its own; use optim={optim.inner}"] if projects else []
     if optim.inner not in PROJECTED:
         return [f"optim.inner={optim.inner} does not project; use {', '.join(PROJECTED)}, or optim=adamw"]
-    problems = _at_least(1, "optim", optim, "update_gap")
+    problems = []
     if optim.embedding_inner is not None:
         problems.append(f"optim.embedding_inner: {optim.inner} steps on embeddings by itself; set it to null")
     if not 0 < optim.scale < math.inf:
