@@ -55,6 +55,10 @@ class Tokenizer:
         self.token_bytes = np.array(lengths, dtype=np.int32)
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 
+    def has(self, token: int) -> bool:
+        """Whether there is a token of this number: a vocabulary may have gaps."""
+        return 0 <= token < self.vocab_size and self._model.has(token)
+
     def _named(self, name: str, key: str) -> int:
         token = self._model.id_of(name)
         if token is None:
@@ -117,6 +121,9 @@ class _SentencePiece:
         self.eos_id: int = self._model.eos_id()
         self._space_sign = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
+    def has(self, token: int) -> bool:
+        return not self._model.is_unused(token)
+
     def id_of(self, piece: str) -> int | None:
         token = self._model.piece_to_id(piece)
         return None if self._model.is_unknown(token) and self._model.id_to_piece(token) != piece else token
@@ -166,6 +173,9 @@ class _HuggingFace:
         self._model.encode_special_tokens = True
         self._added = self._model.get_added_tokens_decoder()
         self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=-1)
+
+    def has(self, token: int) -> bool:
+        return self._model.id_to_token(token) is not None
 
     def id_of(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)

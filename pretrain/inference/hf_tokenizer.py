@@ -1,7 +1,8 @@
-"""A sentencepiece tokenizer in the form that Hugging Face's tokenizers read: tokenizer.json and tokenizer_config.json.
+"""Convert a sentencepiece tokenizer to Hugging Face's tokenizer.json and tokenizer_config.json.
 
-It gives the same tokens, with two differences of convention: the bos token is put before every text, and "<s>" or
-"</s>" in a text is the special token. A literal U+2581, which sentencepiece cannot tell from a space, becomes one.
+The converted tokenizer gives the same tokens, with three differences. It puts the bos token before every text. It reads
+"<s>" or "</s>" in a text as the special token. It turns U+2581 in a text into a space, because sentencepiece uses that
+character as the sign for a space.
 """
 
 from pathlib import Path
@@ -9,27 +10,26 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-BPE = 2  # sentencepiece's numbers for kinds of models and pieces
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+BPE = 2  # ModelType in sentencepiece_model.proto
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces in the same file
 
 
-def obstacle(path: Path) -> str | None:
-    """Why the model file at ``path`` cannot be written as tokenizer.json; None where it can."""
+def conversion_problem(path: Path) -> str | None:
+    """Why the sentencepiece model at ``path`` cannot be converted; None if it can."""
     model = _read(path)
-    own_pieces = any(p.type == USER_DEFINED for p in model.pieces)
     if model.trainer_spec.model_type != BPE:
         return "it is no byte-pair encoding"
     if model.trainer_spec.bos_id < 0:
         return "it has no bos token"
     if model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
         return "it changes the text before encoding it"
-    if model.normalizer_spec.add_dummy_prefix and own_pieces:
-        return "it adds a space before a text and has pieces of its own"
+    if model.normalizer_spec.add_dummy_prefix and any(p.type == USER_DEFINED for p in model.pieces):
+        return "it adds a space before a text and has user-defined pieces"
     return None
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:
-    """The contents of tokenizer.json for the model file at ``path``."""
+    """The content of tokenizer.json for the sentencepiece model at ``path``; see ``conversion_problem``."""
     model = _read(path)
     pieces = [(p.piece, p.type) for p in model.pieces]
     ids = {piece: number for number, (piece, _) in enumerate(pieces)}
@@ -61,7 +61,10 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
 
 
 def tokenizer_config(path: Path, positions: int) -> dict[str, Any]:
-    """The contents of tokenizer_config.json for the model file at ``path``."""
+    """The content of tokenizer_config.json for the sentencepiece model at ``path``.
+
+    ``positions`` is the longest sequence, in tokens, that the model of the tokenizer takes.
+    """
     model = _read(path)
     spec = model.trainer_spec
     special = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
@@ -74,20 +77,22 @@ def tokenizer_config(path: Path, positions: int) -> dict[str, Any]:
 
 
 def _merges(pieces: list[str]) -> list[list[str]]:
-    """Every way to put a piece together from two others, in the order in which sentencepiece prefers the pieces.
+    """Every pair of pieces that makes another piece, in the order in which sentencepiece prefers the results.
 
-    Of one piece's ways that with the earlier left part comes first: in a run of one character that is the leftmost.
+    Several pairs that make the same piece are ordered by the rank of their left part: "aaa" then merges from the left.
     """
     rank = {piece: number for number, piece in enumerate(pieces)}
     merges = []
     for piece in pieces:
-        ways = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        known = [(left, right) for left, right in ways if left in rank and right in rank]
-        merges += sorted(known, key=lambda way: (rank[way[0]], rank[way[1]]))
-    return [list(way) for way in merges]
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [(left, right) for left, right in splits if left in rank and right in rank]
+        merges += sorted(pairs, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+    return [list(pair) for pair in merges]
 
 
 def _bos_first(bos: str, number: int) -> dict[str, Any]:
+    """The post-processor that puts the token ``bos`` before every text."""
+
     def template(*parts: dict[str, Any]) -> list[dict[str, Any]]:
         return [{kind: {"id": name, "type_id": 0}} for part in parts for kind, name in part.items()]
 

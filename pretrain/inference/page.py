@@ -1,6 +1,6 @@
-"""A page to type a prompt into and watch the tokens arrive, served on this machine alone.
+"""A web page on which to type a prompt and watch the tokens arrive, served to this machine only.
 
-The server listens on 127.0.0.1, answers to local names only, and takes no form that another site could post.
+The server listens on 127.0.0.1, answers to local host names only, and refuses forms that another site could post.
 """
 
 import json
@@ -10,15 +10,17 @@ from dataclasses import asdict
 
 from flask import Flask, Response, render_template, request
 
-from pretrain.inference.sampling import Sampling, Writer
+from pretrain.inference.sampling import Sampling
+from pretrain.inference.text_generator import TextGenerator
 
 HOST = "127.0.0.1"
+DEFAULTS = asdict(Sampling())
 
 
-def make_app(writer: Writer) -> Flask:
+def make_app(generator: TextGenerator) -> Flask:
     """The page at /, and POST /write: {"prompt", "tokens", "stops", keys of Sampling} → lines {"text"}, {"speed"}."""
     app = Flask(__name__, template_folder=".")
-    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]  # a name that another site makes point here is refused
+    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]  # refuses a name that another site resolves to this machine
     one_at_a_time = threading.Lock()
 
     @app.get("/")
@@ -34,20 +36,17 @@ def make_app(writer: Writer) -> Flask:
         except (KeyError, TypeError, ValueError) as error:
             return str(error), 400
 
-        def pieces() -> Iterator[str]:
+        def lines() -> Iterator[str]:
             with one_at_a_time:
-                for text in writer.write(prompt, tokens, sampling, stops):
+                for text in generator.stream(prompt, tokens, sampling, stops):
                     yield json.dumps({"text": text}) + "\n"
-                yield json.dumps({"speed": writer.speed}) + "\n"
+                yield json.dumps({"speed": generator.speed}) + "\n"
 
-        return Response(pieces(), mimetype="application/x-ndjson")
+        return Response(lines(), mimetype="application/x-ndjson")
 
     return app
 
 
-def serve(writer: Writer, port: int) -> None:
+def serve(generator: TextGenerator, port: int) -> None:
     """Serve the page until interrupted."""
-    make_app(writer).run(HOST, port)
-
-
-DEFAULTS = asdict(Sampling())
+    make_app(generator).run(HOST, port)

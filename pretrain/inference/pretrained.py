@@ -1,6 +1,5 @@
-"""A trained model on disk, whoever wrote it: a run of this program, or a LLaMA folder as Hugging Face keeps them."""
+"""Find and load pretrained models: those of a run or of one of its checkpoints, and LLaMAs in Hugging Face's format."""
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,24 @@ from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
 from models.precision import DTYPES
 from models.weights import fill
-from pretrain.checkpoint import tensors as checkpoint
-from pretrain.checkpoint.directory import newest_to_read
+from pretrain.checkpoint.directory import newest_to_read, read_state
+from pretrain.checkpoint.tensors import read_weights as read_checkpoint_weights
 from pretrain.config.compose import read_config
-from pretrain.inference import hf_llama as hugging_face
-
-logger = logging.getLogger(__name__)
+from pretrain.inference.hf_assets import FOLDER, end_ids
+from pretrain.inference.hf_llama import CONFIG, MODEL_KEYS, read_arguments, read_weights
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """Where a model lies, the keyword arguments for its Llama, its dtype, and ways to its weights and tokenizer.
+    """A model on the disk.
 
-    ``seq_len`` is how many tokens it saw at once in training, or can see at the most when that is not known.
+    path        the checkpoint, or the Hugging Face folder
+    arguments   the keyword arguments for ``Llama``
+    dtype       of the weights
+    seq_len     the length of its training sequences in tokens, or the most that it takes if that is not known
+    weights     reads the weights: pairs of our name and a tensor, one at a time
+    tokenizer   finds the tokenizer's file; raises ValueError if there is none
+    assets      the folder with the files that Hugging Face keeps beside a model, see ``hf_assets``; None without any
     """
 
     path: Path
@@ -36,130 +40,107 @@ class PretrainedModel:
     seq_len: int
     weights: Callable[[], Iterable[tuple[str, Tensor]]]
     tokenizer: Callable[[], Path]
+    assets: Path | None
+
+    def load(self) -> tuple[Llama, Tokenizer]:
+        """The model in its own dtype and in eval mode, on the GPU if there is one, and its tokenizer.
+
+        Raises:
+            ValueError: the tokenizer is missing, or has tokens that the model has no embedding for.
+        """
+        tokenizer = Tokenizer(self.tokenizer())
+        require_embeddings(tokenizer, self.arguments["vocab_size"])
+        with torch.device("meta"):
+            model = Llama(**self.arguments).to_dtype(self.dtype)
+        model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+        fill(model, self.weights(), self.path)
+        return model.eval(), tokenizer
+
+    def end_ids(self) -> list[int]:
+        """The tokens at which generation stops beside the tokenizer's eos token, see ``hf_assets.end_ids``."""
+        return end_ids(self.assets) if self.assets else []
 
 
 def find_pretrained(path: str | Path) -> PretrainedModel:
-    """The model in a run's folder (its newest checkpoint but for a half-way one), in one of its checkpoints, or in a
-    Hugging Face folder.
+    """The model at ``path``: a run's folder (its newest checkpoint), a checkpoint's folder, or a Hugging Face folder.
 
     Raises:
-        ValueError: there is no such model, or one that cannot be read.
+        ValueError: there is no model, or one that cannot be read.
     """
     path = Path(path)
     if (path / "config.yaml").exists():
         newest = newest_to_read(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} holds no checkpoint yet; wait for one (train.checkpoint_every)")
-        return _of_checkpoint(newest)
+        return _from_checkpoint(newest)
     if (path / "state.json").exists():
-        return _of_checkpoint(path)
-    if (path / hugging_face.CONFIG).exists():
-        arguments, dtype = hugging_face.read_arguments(path)
+        return _from_checkpoint(path)
+    if (path / CONFIG).exists():
+        arguments, dtype = read_arguments(path)
         return PretrainedModel(
             path, arguments, dtype, arguments["max_position_embeddings"],
-            lambda: hugging_face.read_weights(path),
-            lambda: find_tokenizer(path) or _existing(path / "tokenizer.model"),
+            weights=lambda: read_weights(path),
+            tokenizer=lambda: find_tokenizer(path) or _require(path / "tokenizer.model"),
+            assets=path,
         )  # fmt: skip
     raise ValueError(
-        f"{path} holds no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's "
-        f"{hugging_face.CONFIG} and safetensors files"
+        f"{path} holds no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's {CONFIG} and "
+        "safetensors files"
     )
 
 
 def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
-    """The model at ``path`` in its own dtype, on the GPU if there is one, and its tokenizer.
+    """``find_pretrained(path).load()``."""
+    return find_pretrained(path).load()
+
+
+def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
+    """Refuse a tokenizer with tokens that a model with ``rows`` embedding rows cannot take.
+
+    A model may have more rows than there are tokens: embeddings are often padded to a multiple of 64 or 128. Special
+    tokens beyond the rows are allowed, because no text contains them, except for bos and eos.
 
     Raises:
-        ValueError: as ``find_pretrained`` does, and for a tokenizer that is not there.
+        ValueError: there are such tokens.
     """
-    found = find_pretrained(path)
-    tokenizer = Tokenizer(found.tokenizer())
-    with torch.device("meta"):
-        model = Llama(**found.arguments).to_dtype(found.dtype)
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    fill(model, found.weights(), found.path)
-    return model.eval(), tokenizer
+    if tokenizer.token_bytes[rows:].any() or max(tokenizer.bos_id, tokenizer.eos_id) >= rows:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows: bring the "
+            "tokenizer that the model was trained with, or give the model more rows (model.vocab_size of a new model)"
+        )
 
 
-def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
-    """The weights by our names of a model that ``find_pretrained`` finds, or in one safetensors file."""
-    path = Path(path)
-    return hugging_face.read_weights(path) if path.is_file() else find_pretrained(path).weights()
-
-
-def init_problems(path: str, model: Llama, arguments: dict[str, Any]) -> list[str]:
-    """Why a run whose ``model`` has these keyword arguments cannot start from the weights at ``path``, a line each."""
-    try:
-        if Path(path).is_file():
-            return _shape_problems(path, hugging_face.shapes_of(Path(path)), model)
-        theirs = find_pretrained(path).arguments
-    except ValueError as error:
-        return [f"train.init_from: {line}" for line in str(error).splitlines()]
-    heads = {"num_key_value_heads": theirs["num_attention_heads"]}
-    theirs = {key: heads.get(key) if value is None else value for key, value in theirs.items()}
-    ours = {key: arguments["num_attention_heads"] if value is None else value for key, value in arguments.items()}
-    free = ("initializer_range", "max_position_embeddings")
-    unlike = {key: value for key, value in theirs.items() if key not in free and ours[key] != value}
-    changes = " ".join(f"model.{key}={str(value).lower()}" for key, value in unlike.items())
-    return [f"train.init_from={path} is a model of another shape; set {changes}"] if unlike else []
-
-
-def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama) -> list[str]:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if model.tie_word_embeddings and "lm_head.weight" not in stored:
-        del wanted["lm_head.weight"]
-    unlike = [
-        f"{name} is {stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} in the model"
-        for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)
-    ]  # fmt: skip
-    more = f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
-    return [f"train.init_from={path}: {unlike[0]}{more}; change model.*"] if unlike else []
-
-
-def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """Hold ``tokenizer`` against the one that the model at ``path`` was trained with, if that lies beside it.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    try:
-        beside = find_pretrained(path).tokenizer().parent if Path(path).is_dir() else Path(path).parent
-        files = sorted(beside.glob("tokenizer.*"))
-    except ValueError:
-        files = []
-    if not files:
-        logger.warning("there is no tokenizer beside train.init_from=%s to compare the run's with", path)
-    elif all(sha256(file) != tokenizer.sha256 for file in files):
-        raise ValueError(f"train.init_from={path} has another tokenizer than the run; set data.tokenizer={files[-1]}")
-
-
-def _of_checkpoint(path: Path) -> PretrainedModel:
+def _from_checkpoint(path: Path) -> PretrainedModel:
     run = path.parent.parent
-    stored = read_config(_existing(run / "config.yaml"))
+    stored = read_config(_require(run / "config.yaml"))
     config = cast("dict[str, Any]", OmegaConf.to_container(stored, resolve=True))
-    arguments = {key: value for key, value in config["model"].items() if key in hugging_face.OURS}
+    arguments = {key: value for key, value in config["model"].items() if key in MODEL_KEYS}
+    dtype = DTYPES[config["train"]["dtype"]]
 
     def weights() -> Iterable[tuple[str, Tensor]]:
         with torch.device("meta"):
             names = [name for name, _ in Llama(**arguments).named_parameters()]  # a tied head once
-        return checkpoint.read_weights(path, names, dtype)
+        return read_checkpoint_weights(path, names, dtype)
 
-    train, dtype = config["train"], DTYPES[config["train"]["dtype"]]
-    return PretrainedModel(path, arguments, dtype, train["seq_len"], weights, lambda: _tokenizer_of(run, path, config))
+    return PretrainedModel(
+        path, arguments, dtype, config["train"]["seq_len"], weights,
+        tokenizer=lambda: _tokenizer_of(run, path, config),
+        assets=run / FOLDER if (run / FOLDER).exists() else None,
+    )  # fmt: skip
 
 
 def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:
-    """The run's own copy, or, for a run that kept none, the one in the preparation it was trained on."""
+    """The copy in the run's folder, or else the file in the prepared dataset that the run was trained on."""
     if found := find_tokenizer(run):
         return found
-    wanted = checkpoint.read_state(path)["data"]["tokenizer"]
+    wanted = read_state(path)["data"]["tokenizer"]
     for file in Path(config["data"]["root"]).glob("*/tokenizer.*"):
         if sha256(file) == wanted:
             return file
     raise ValueError(f"{run} holds no tokenizer.model; copy it there from the preparation the run was trained on")
 
 
-def _existing(path: Path) -> Path:
+def _require(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"there is no {path}; bring it back")
+        raise ValueError(f"there is no {path}; copy it there")
     return path

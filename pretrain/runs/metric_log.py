@@ -3,39 +3,16 @@
 Only the main process writes.
 """
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from pretrain.cli.console import _progress_bar
 from pretrain.config.schema import Config
 from pretrain.runs.folder import RunFolder
+from pretrain.runs.json_lines import JsonLinesFile
 from pretrain.runs.wandb_log import WandbLogger
 
 logger = logging.getLogger(__name__)
-
-
-class JsonLinesFile:
-    """Appends JSON lines to a file. What the disk does not take is said once, kept, and written when it can be."""
-
-    def __init__(self, path: Path):
-        self.path, self._pending, self._failing = path, b"", False
-
-    def write(self, line: dict[str, Any]) -> None:
-        self._pending += json.dumps(line).encode() + b"\n"
-        try:
-            with self.path.open("ab", buffering=0) as file:  # each time: the folder may have been away
-                while self._pending:
-                    self._pending = self._pending[file.write(self._pending) :]
-        except OSError as error:
-            if not self._failing:
-                logger.warning("%s cannot be written (%s); the run goes on and keeps its lines", self.path, error)
-            self._failing = True
-        else:
-            if self._failing:
-                logger.warning("%s can be written again; no line is lost", self.path)
-            self._failing = False
 
 
 class MetricLog:

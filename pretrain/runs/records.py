@@ -1,9 +1,7 @@
 """What a run's folder tells of it: read for reports, also while the run is still writing."""
 
 import json
-import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-logger = logging.getLogger(__name__)
+from pretrain.runs.json_lines import read_json_lines
 
 Series = NDArray[np.float64]
 SEED = re.compile(r"[_-]?seed[-_=]?\d+")
@@ -37,7 +35,7 @@ class RunRecords:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        minutes, before, lines = 0.0, 0, list(_json_lines(self.path / "metrics.jsonl"))
+        minutes, before, lines = 0.0, 0, list(read_json_lines(self.path / "metrics.jsonl"))
         for line in lines:
             if "perf/step_s" in line:
                 minutes, before = minutes + line["perf/step_s"] * (line["step"] - before) / 60, line["step"]
@@ -46,7 +44,7 @@ class RunRecords:
 
     @cached_property
     def selection(self) -> list[dict[str, Any]]:
-        return list(_json_lines(self.path / "selection.jsonl"))
+        return list(read_json_lines(self.path / "selection.jsonl"))
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -115,13 +113,3 @@ def by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
         name = f"{SEED.sub('', first.name).strip('_-')} ({len(group)} seeds)" if others else first.name
         named[name if name not in named else first.name] = [first, *others]
     return named
-
-
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of ``file``; its last one may be in the making."""
-    if file.exists():
-        for line in file.read_text(errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
