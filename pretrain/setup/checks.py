@@ -34,7 +34,7 @@ from pretrain.config.schema import (
     model_arguments,
 )
 from pretrain.distributed.engines import sharding_problems
-from pretrain.inference.pretrained import init_problems
+from pretrain.inference.init_from import init_problems
 
 logger = logging.getLogger(__name__)
 

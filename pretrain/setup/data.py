@@ -20,7 +20,7 @@ from data.token_dataset import PreparedDataset
 from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
 from pretrain.distributed.world import World
-from pretrain.inference.pretrained import check_tokenizer
+from pretrain.inference.init_from import check_tokenizer
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 

@@ -20,7 +20,7 @@ def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tup
         with torch.compiler.set_stance("force_eager"):
             ids = generate(
                 model, [tokenizer.bos_id, *tokenizer.encode(prompt)], config.train.sample_tokens,
-                temperature=0.8, top_k=50, seed=config.train.seed + i, stop=tokenizer.eos_id,
+                temperature=0.8, top_k=50, seed=config.train.seed + i, ends=[tokenizer.eos_id],
             )  # fmt: skip
         samples.append((prompt, tokenizer.decode(ids)))
     return samples

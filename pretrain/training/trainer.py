@@ -28,7 +28,7 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
 from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
-from pretrain.inference.pretrained import read_weights_at
+from pretrain.inference.init_from import read_weights_at
 from pretrain.inference.scoring import evaluate
 from pretrain.runs.code_version import git_commit
 from pretrain.runs.folder import RunFolder

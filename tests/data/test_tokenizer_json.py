@@ -21,7 +21,7 @@ from data.train_tokenizer import train_tokenizer
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load as load_config
 from pretrain.distributed.world import World
-from pretrain.export import export
+from pretrain.inference.hf_export import export
 from pretrain.inference.pretrained import load_pretrained
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready

@@ -9,7 +9,8 @@ from models.grass_linear import GrassLinear
 from models.int8_weight import dequantise, quantise
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
-from pretrain.inference.pretrained import load_pretrained, read_weights_at
+from pretrain.inference.init_from import read_weights_at
+from pretrain.inference.pretrained import load_pretrained
 from pretrain.planner.memory import estimate
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model

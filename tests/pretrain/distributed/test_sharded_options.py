@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
-from pretrain.export import export
+from pretrain.inference.hf_export import export
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready

@@ -15,7 +15,7 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
-from pretrain.export import export
+from pretrain.inference.hf_export import export
 from pretrain.inference.pretrained import load_pretrained
 from pretrain.inference.sampling import generate
 from pretrain.runs.folder import RunFolder

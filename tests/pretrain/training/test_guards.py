@@ -23,7 +23,7 @@ from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
-from pretrain.runs.metric_log import JsonLinesFile
+from pretrain.runs.json_lines import JsonLinesFile
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.training import run as training_run
