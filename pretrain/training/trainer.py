@@ -28,7 +28,8 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
 from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
-from pretrain.inference.init_from import read_weights_at
+from pretrain.inference.hf_assets import FOLDER as ASSETS_FOLDER
+from pretrain.inference.init_from import keep_assets, read_weights_at
 from pretrain.inference.scoring import evaluate
 from pretrain.runs.code_version import git_commit
 from pretrain.runs.folder import RunFolder
@@ -348,6 +349,8 @@ class Trainer:
                 point_at(resume_from)  # the process that wrote it may have been killed before it could
                 prune(self.folder.checkpoints, self.config.train.keep_last, self.config.train.keep_every)
             self.data.tokenizer.copy_to(self.folder.path)
+            if self.config.train.init_from and resume_from is None:
+                keep_assets(self.config.train.init_from, self.folder.path / ASSETS_FOLDER)
             log_to_file(self.folder.log_file)
             for error, aside in zip(damaged, asides, strict=True):
                 logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, aside.name)
