@@ -47,20 +47,21 @@ def token_ids(folder: Path) -> dict[str, Any]:
 def end_ids(folder: Path) -> list[int]:
     """The tokens at which transformers' ``generate`` stops for the model in ``folder``; [] if no file names one.
 
-    They are ``eos_token_id``, a number or a list, in generation_config.json, or in config.json if there is no such file.
+    They are ``eos_token_id``, a number or a list, in generation_config.json, or in config.json without such a file.
 
     Raises:
         ValueError: a file cannot be read, or its ``eos_token_id`` is something else.
     """
-    file = folder / GENERATION
+    file = next((folder / name for name in (GENERATION, CONFIG) if (folder / name).exists()), None)
+    if file is None:
+        return []
     try:
-        stated = json.loads(file.read_text(encoding="utf-8")) if file.exists() else read_config(folder)
-        ends = stated.get("eos_token_id")
+        stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); correct or delete it") from None
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
+    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(type(end) is int for end in ends):
-        raise ValueError(f"{file if file.exists() else folder / CONFIG}: eos_token_id={ends}: no numbers of tokens")
+        raise ValueError(f"{file}: eos_token_id={stated} is no token id or list of token ids; correct it")
     return ends
 
 

@@ -1,4 +1,4 @@
-"""What a run's model makes of some prompts at its end: ``samples.md``."""
+"""Samples: the continuations of ``data.prompts`` that a run's model writes at its end, in ``samples.md``."""
 
 from pathlib import Path
 
@@ -7,20 +7,23 @@ import torch
 from data.tokenizer import Tokenizer
 from models.llama import Llama
 from pretrain.config.schema import Config
-from pretrain.inference.sampling import generate
+from pretrain.inference.hf_assets import FOLDER, end_ids
+from pretrain.inference.sampling import generate, rows_without_token
+from pretrain.runs.folder import RunFolder
 
 
 def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
-    """Each prompt and what the model makes of it, the same on every process; leaves the model in eval mode."""
+    """Each prompt and its continuation, the same on every process; leaves the model in eval mode."""
     if config.train.sample_tokens == 0:
         return []
     model.eval()
-    samples = []
+    samples, never = [], rows_without_token(tokenizer, config.model.vocab_size)
+    ends = {tokenizer.eos_id, *end_ids(RunFolder(config).path / FOLDER)}
     for i, prompt in enumerate(config.data.prompts):
         with torch.compiler.set_stance("force_eager"):
             ids = generate(
                 model, [tokenizer.bos_id, *tokenizer.encode(prompt)], config.train.sample_tokens,
-                temperature=0.8, top_k=50, seed=config.train.seed + i, ends=[tokenizer.eos_id],
+                temperature=0.8, top_k=50, seed=config.train.seed + i, ends=ends, never=never,
             )  # fmt: skip
         samples.append((prompt, tokenizer.decode(ids)))
     return samples
