@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.settings import DTYPES, SOURCES, DataSettings
 from data.sources.files import C4_HINT, SourceFile, c4_by_split, c4_problems, stdlib_files, text_files
-from data.tokenizer import Tokenizer
+from data.tokenizer import MOST_PADDING, Tokenizer
 
 PART_KEYS = {
     "name", "source", "paths", "patterns", "max_bytes", "validation_paths", "column", "dataset", "dataset_name",
@@ -116,9 +116,10 @@ def _tokenizer_problems(s: DataSettings) -> list[str]:
     if not Path(path).is_file():
         return [f"data.tokenizer: there is no file {path}; name a .model or tokenizer.json, or null to train one"]
     try:
-        actual = Tokenizer(path, s.bos, s.eos).vocab_size
+        tokenizer = Tokenizer(path, s.bos, s.eos)
     except ValueError as error:
         return [str(error) if str(error).startswith("data.") else f"data.tokenizer: {error}"]
-    if actual != s.vocab_size:
-        return [f"data.vocab_size: is {s.vocab_size}, but {path} has {actual} tokens; set it to {actual}"]
-    return []
+    actual = tokenizer.vocab_size
+    if s.vocab_size - MOST_PADDING <= actual and tokenizer.fits(s.vocab_size):
+        return []
+    return [f"data.vocab_size: is {s.vocab_size}, but {path} has {actual} tokens; set it to {actual}"]

@@ -16,6 +16,8 @@ OWN_PIECES = ["\n", 4 * SPACE]
 
 SPECIAL = "special_tokens.json"  # beside a tokenizer's copy: which tokens begin and end a text
 FILES = ("tokenizer.model", "tokenizer.json")
+MOST_PADDING = 1024
+"""How many more embedding rows than tokens count as padding; models are padded to multiples of 64 to 1024."""
 
 
 class Tokenizer:
@@ -58,6 +60,13 @@ class Tokenizer:
     def has(self, token: int) -> bool:
         """Whether there is a token of this number: a vocabulary may have gaps."""
         return 0 <= token < self.vocab_size and self._model.has(token)
+
+    def fits(self, rows: int) -> bool:
+        """Whether a model with this number of embedding rows takes every token that a text can have.
+
+        Special tokens beyond the rows do no harm, because no text is encoded to them, except for bos and eos.
+        """
+        return max(self.bos_id, self.eos_id) < rows and not self.token_bytes[rows:].any()
 
     def _named(self, name: str, key: str) -> int:
         token = self._model.id_of(name)
