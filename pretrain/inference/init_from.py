@@ -25,22 +25,37 @@ def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
     return read_weights(path) if path.is_file() else find_pretrained(path).weights()
 
 
-def init_problems(path: str, model: Llama, arguments: dict[str, Any]) -> list[str]:
+def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer: str | None = None) -> list[str]:
     """Why a run cannot start from the weights at ``path``, a line each; reads no weights.
 
     Args:
         model: of the run, before its linears are converted; may be on the meta device.
         arguments: the keyword arguments that ``model`` was made with.
+        tokenizer: the file that data.tokenizer names.
     """
     try:
         if Path(path).is_file():
             return _shape_problems(path, read_shapes(Path(path)), model)
         found = find_pretrained(path)
+        if problems := _tokenizer_problems(path, found.arguments["vocab_size"], tokenizer):
+            return problems
         if problems := _setting_problems(path, found.arguments, arguments):
             return problems
         return _shape_problems(path, read_shapes(found.path), model) if (found.path / CONFIG).exists() else []
     except ValueError as error:
         return [f"train.init_from: {line}" for line in str(error).splitlines()]
+
+
+def _tokenizer_problems(path: str, rows: int, tokenizer: str | None) -> list[str]:
+    if tokenizer is None or not Path(tokenizer).is_file():  # data.tokenizer is checked with the data
+        return []
+    own = Tokenizer(tokenizer)
+    if own.fits(rows):
+        return []
+    return [
+        f"train.init_from={path} has {rows} embedding rows, but data.tokenizer={tokenizer} has {own.vocab_size} tokens; "
+        "name the tokenizer that the model was trained with"
+    ]
 
 
 def _setting_problems(path: str, stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -68,7 +83,7 @@ def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama)
     return [f"train.init_from={path}: {unlike[0]}{more}; change model.*"] if unlike else []
 
 
-def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+def require_same_tokenizer(path: str, tokenizer: Tokenizer) -> None:
     """Compare the run's ``tokenizer`` with the one that lies beside the weights at ``path``, if there is one.
 
     Raises:

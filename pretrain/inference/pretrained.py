@@ -95,15 +95,14 @@ def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
 
 
 def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with tokens that a model with ``rows`` embedding rows cannot take.
+    """Refuse a tokenizer with tokens that a model with ``rows`` embedding rows cannot take, see ``Tokenizer.fits``.
 
-    A model may have more rows than there are tokens: embeddings are often padded to a multiple of 64 or 128. Special
-    tokens beyond the rows are allowed, because no text contains them, except for bos and eos.
+    More rows than tokens are allowed: embeddings are often padded to a multiple of 64 or 128.
 
     Raises:
         ValueError: there are such tokens.
     """
-    if tokenizer.token_bytes[rows:].any() or max(tokenizer.bos_id, tokenizer.eos_id) >= rows:
+    if not tokenizer.fits(rows):
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows: bring the "
             "tokenizer that the model was trained with, or give the model more rows (model.vocab_size of a new model)"

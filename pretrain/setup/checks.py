@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.checks import problems as data_problems
+from data.tokenizer import MOST_PADDING
 from models import activation_checkpointing as checkpointing
 from models.attention import resolve_backend
 from models.convert import convert_linears
@@ -64,7 +65,9 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
             )
         problems += _model_problems(config, world_size)
         if needs_data:
-            problems += data_problems(config.data)
+            of_data = data_problems(config.data)
+            # The check of train.init_from has said it, with the fix that fits the weights.
+            problems += [p for p in of_data if not (config.train.init_from and p.startswith("data.vocab_size: is"))]
     finally:
         logging.disable(logging.NOTSET)
     if problems:
@@ -231,7 +234,7 @@ def _model_problems(config: Config, world_size: int) -> list[str]:
         with torch.device("meta"):
             model = Llama(**model_arguments(config))
         if config.train.init_from:
-            problems += init_problems(config.train.init_from, model, model_arguments(config))
+            problems += init_problems(config.train.init_from, model, model_arguments(config), config.data.tokenizer)
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
             convert_linears(model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index)
@@ -248,9 +251,15 @@ def _model_problems(config: Config, world_size: int) -> list[str]:
         resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32), head_dim)
     except ValueError as error:
         problems.append(str(error))
-    if config.data.vocab_size != config.model.vocab_size:
-        problems.append(
-            f"data.vocab_size={config.data.vocab_size} is not model.vocab_size={config.model.vocab_size}: "
-            "the tokenizer and the model must agree; set them to the same"
-        )
-    return problems
+    return problems + _vocabulary_problems(config)
+
+
+def _vocabulary_problems(config: Config) -> list[str]:
+    """A model may have more embedding rows than there are tokens: as padding, or as it comes with train.init_from."""
+    tokens, rows = config.data.vocab_size, config.model.vocab_size
+    if tokens <= rows and (rows <= tokens + MOST_PADDING or config.train.init_from):
+        return []
+    return [
+        f"data.vocab_size={tokens} is not model.vocab_size={rows}: a model has an embedding row for each token, and up "
+        f"to {MOST_PADDING} more as padding; set both to the same"
+    ]

@@ -17,10 +17,12 @@ from data.prepare import prepare
 from data.settings import DataSettings
 from data.streaming.background import BackgroundPreparation, StreamedDataset
 from data.token_dataset import PreparedDataset
+from data.tokenizer import Tokenizer
 from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
 from pretrain.distributed.world import World
-from pretrain.inference.init_from import check_tokenizer
+from pretrain.inference.init_from import require_same_tokenizer
+from pretrain.inference.pretrained import require_embeddings
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 
@@ -99,8 +101,7 @@ def on_the_fly(config: Config, world: World) -> Iterator[StreamedDataset]:
 
     with BackgroundPreparation(data_settings(config), start=world.is_main) as beside:
         Waiting(world, beside, StopRequest(), whole=lambda: False)(opened)
-        if config.train.init_from:
-            check_tokenizer(config.train.init_from, found[0].tokenizer)
+        check_tokenizer(config, found[0].tokenizer)
         yield found[0]
 
 
@@ -112,9 +113,21 @@ def ready(config: Config, world_size: int) -> PreparedDataset:
     """
     check_run(config, world_size)
     prepared = prepare(data_settings(config))
-    if config.train.init_from:
-        check_tokenizer(config.train.init_from, prepared.tokenizer)
+    check_tokenizer(config, prepared.tokenizer)
     return prepared
+
+
+def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Compare the tokenizer of the data with the embedding of the model, and with the weights at train.init_from.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    require_embeddings(tokenizer, config.model.vocab_size)
+    if unused := config.model.vocab_size - tokenizer.vocab_size:
+        logger.info("%d of %d embedding rows stand for no token of the tokenizer", unused, config.model.vocab_size)
+    if config.train.init_from:
+        require_same_tokenizer(config.train.init_from, tokenizer)
 
 
 def check_run(config: Config, world_size: int) -> None:
