@@ -44,12 +44,13 @@ class Tokenizer:
         bos, eos = bos or names.get("bos"), eos or names.get("eos")
         self.special: dict[str, str] = {key: name for key, name in (("bos", bos), ("eos", eos)) if name}
         """The names that `bos` and `eos` would need to be given elsewhere."""
-        found = self._model.eos_id if eos is None else self._named(eos, "data.eos")
-        if found < 0:
+        ids = _ids_beside(self.path) if is_json else {}
+        found = ids.get("eos", self._model.eos_id) if eos is None else self._named(eos, "data.eos")
+        if not self.has(found):
             raise ValueError(f"{path}: the tokenizer has no eos token; set data.eos to the one that ends a text")
         self.eos_id: int = found
-        begin = self._model.bos_id if bos is None else self._named(bos, "data.bos")
-        self.bos_id: int = begin if begin >= 0 else self.eos_id
+        begin = ids.get("bos", self._model.bos_id) if bos is None else self._named(bos, "data.bos")
+        self.bos_id: int = begin if self.has(begin) else self.eos_id
         try:
             lengths = [self._model.bytes_of(token) for token in range(self.vocab_size)]
         except UnicodeDecodeError as error:
@@ -101,21 +102,41 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def _names_beside(path: Path, is_json: bool) -> dict[str, str]:
-    """The names of bos and eos as a file beside the tokenizer tells them; a model file knows its own."""
-    files = [path.with_name(SPECIAL), *([path.with_name("tokenizer_config.json")] if is_json else [])]
-    for file in files:
-        if not file.exists():
+    """The names of bos and eos from the files beside the tokenizer, each from the first that has it.
+
+    Hugging Face keeps them in one of two files; a sentencepiece model contains its own.
+    """
+    names: dict[str, str] = {}
+    for file in [SPECIAL, *(("tokenizer_config.json", "special_tokens_map.json") if is_json else ())]:
+        if not path.with_name(file).exists():
             continue
         try:
-            known = json.loads(file.read_text())
+            known = json.loads(path.with_name(file).read_text(encoding="utf-8"))
             found = {key: known.get(key) or known.get(f"{key}_token") for key in ("bos", "eos")}
-            names = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items() if name}
+            found = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items() if name}
         except (OSError, ValueError, AttributeError, KeyError) as error:
-            raise ValueError(f"{file}: cannot be read ({error!r}); mend or delete it") from None
-        if not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{file}: bos and eos are no names; mend or delete it")
-        return names
-    return {}
+            raise ValueError(f"{path.with_name(file)}: cannot be read ({error!r}); correct or delete it") from None
+        if not all(isinstance(name, str) for name in found.values()):
+            raise ValueError(f"{path.with_name(file)}: bos and eos are no names of tokens; correct or delete it")
+        names = {**found, **names}
+    return names
+
+
+def _ids_beside(path: Path) -> dict[str, int]:
+    """The ids of bos and eos from the files beside the tokenizer that say how its model generates.
+
+    Of several eos ids the first one counts. A file that cannot be read, or gives something else, gives none.
+    """
+    ids: dict[str, int] = {}
+    for file in ("generation_config.json", "config.json"):
+        try:
+            known = json.loads(path.with_name(file).read_text(encoding="utf-8"))
+            found = {key: known.get(f"{key}_token_id") for key in ("bos", "eos")}
+        except (OSError, ValueError, AttributeError):
+            continue
+        found = {key: token[0] if isinstance(token, list) and token else token for key, token in found.items()}
+        ids = {**{key: token for key, token in found.items() if type(token) is int}, **ids}
+    return ids
 
 
 class _SentencePiece:

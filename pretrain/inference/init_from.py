@@ -49,7 +49,10 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer:
 def _tokenizer_problems(path: str, rows: int, tokenizer: str | None) -> list[str]:
     if tokenizer is None or not Path(tokenizer).is_file():  # data.tokenizer is checked with the data
         return []
-    own = Tokenizer(tokenizer)
+    try:
+        own = Tokenizer(tokenizer)
+    except ValueError:
+        return []
     if own.fits(rows):
         return []
     return [
