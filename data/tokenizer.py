@@ -42,15 +42,16 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size
         names = _names_beside(self.path, is_json)
         bos, eos = bos or names.get("bos"), eos or names.get("eos")
+        if eos is None and is_json and self.has(token := _eos_beside(self.path)):
+            eos = self._model.piece_of(token)
         self.special: dict[str, str] = {key: name for key, name in (("bos", bos), ("eos", eos)) if name}
         """The names that `bos` and `eos` would need to be given elsewhere."""
-        ids = _ids_beside(self.path) if is_json else {}
-        found = ids.get("eos", self._model.eos_id) if eos is None else self._named(eos, "data.eos")
-        if not self.has(found):
+        found = self._model.eos_id if eos is None else self._named(eos, "data.eos")
+        if found < 0:
             raise ValueError(f"{path}: the tokenizer has no eos token; set data.eos to the one that ends a text")
         self.eos_id: int = found
-        begin = ids.get("bos", self._model.bos_id) if bos is None else self._named(bos, "data.bos")
-        self.bos_id: int = begin if self.has(begin) else self.eos_id
+        begin = self._model.bos_id if bos is None else self._named(bos, "data.bos")
+        self.bos_id: int = begin if begin >= 0 else self.eos_id
         try:
             lengths = [self._model.bytes_of(token) for token in range(self.vocab_size)]
         except UnicodeDecodeError as error:
@@ -60,7 +61,7 @@ class Tokenizer:
 
     def has(self, token: int) -> bool:
         """Whether there is a token of this number: a vocabulary may have gaps."""
-        return 0 <= token < self.vocab_size and self._model.has(token)
+        return 0 <= token < self.vocab_size and self._model.piece_of(token) is not None
 
     def fits(self, rows: int) -> bool:
         """Whether a model with this number of embedding rows takes every token that a text can have.
@@ -122,21 +123,17 @@ def _names_beside(path: Path, is_json: bool) -> dict[str, str]:
     return names
 
 
-def _ids_beside(path: Path) -> dict[str, int]:
-    """The ids of bos and eos from the files beside the tokenizer that say how its model generates.
-
-    Of several eos ids the first one counts. A file that cannot be read, or gives something else, gives none.
-    """
-    ids: dict[str, int] = {}
+def _eos_beside(path: Path) -> int:
+    """The first eos id in the files beside the tokenizer that say how its model generates; -1 if there is none."""
     for file in ("generation_config.json", "config.json"):
         try:
-            known = json.loads(path.with_name(file).read_text(encoding="utf-8"))
-            found = {key: known.get(f"{key}_token_id") for key in ("bos", "eos")}
+            found = json.loads(path.with_name(file).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
-        found = {key: token[0] if isinstance(token, list) and token else token for key, token in found.items()}
-        ids = {**{key: token for key, token in found.items() if type(token) is int}, **ids}
-    return ids
+        found = found[0] if isinstance(found, list) and found else found
+        if type(found) is int:
+            return found
+    return -1
 
 
 class _SentencePiece:
@@ -151,8 +148,8 @@ class _SentencePiece:
         self.eos_id: int = self._model.eos_id()
         self._space_sign = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
-    def has(self, token: int) -> bool:
-        return not self._model.is_unused(token)
+    def piece_of(self, token: int) -> str | None:
+        return None if self._model.is_unused(token) else self._model.id_to_piece(token)
 
     def id_of(self, piece: str) -> int | None:
         token = self._model.piece_to_id(piece)
@@ -204,8 +201,8 @@ class _HuggingFace:
         self._added = self._model.get_added_tokens_decoder()
         self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=-1)
 
-    def has(self, token: int) -> bool:
-        return self._model.id_to_token(token) is not None
+    def piece_of(self, token: int) -> str | None:
+        return self._model.id_to_token(token)
 
     def id_of(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
