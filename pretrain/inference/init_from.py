@@ -56,8 +56,8 @@ def _tokenizer_problems(path: str, rows: int, tokenizer: str | None) -> list[str
     if own.fits(rows):
         return []
     return [
-        f"train.init_from={path} has {rows} embedding rows, but data.tokenizer={tokenizer} has {own.vocab_size} tokens; "
-        "name the tokenizer that the model was trained with"
+        f"train.init_from={path} has {rows} embedding rows, but data.tokenizer={tokenizer} has {own.vocab_size} "
+        "tokens; name the tokenizer that the model was trained with"
     ]
 
 

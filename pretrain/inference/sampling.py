@@ -51,13 +51,13 @@ class Sampling:
         return int(tokens[torch.multinomial(p, 1, generator=generator)])
 
 
-def rows_without_token(tokenizer: Tokenizer, rows: int) -> Tensor:
-    """Which of a model's ``rows`` embedding rows stand for no token: bool (rows,).
+def rows_without_token(tokenizer: Tokenizer, rows: int, ends: Collection[int] = ()) -> Tensor:
+    """Which of a model's ``rows`` embedding rows stand for no token, as bool (rows,).
 
-    They are padding behind the vocabulary, or gaps in it.
+    They are padding behind the vocabulary, or gaps in it. ``ends`` are tokens even if the tokenizer's file lacks them:
+    a sentencepiece model lacks those that were added to it later.
     """
-    tokens = range(min(rows, tokenizer.vocab_size))
-    return torch.tensor([not tokenizer.has(token) for token in tokens] + [True] * (rows - len(tokens)))
+    return torch.tensor([not (tokenizer.has(row) or row in ends) for row in range(rows)])
 
 
 def new_tokens(

@@ -19,7 +19,7 @@ class TextGenerator:
         self.model, self.tokenizer = model, tokenizer
         self.tokens, self.seconds = 0, 0.0
         self._end_ids = {tokenizer.eos_id, *end_ids}
-        self._never = rows_without_token(tokenizer, model.embed_tokens.num_embeddings)
+        self._never = rows_without_token(tokenizer, model.embed_tokens.num_embeddings, self._end_ids)
 
     def stream(self, prompt: str, tokens: int, sampling: Sampling, stops: Sequence[str] = ()) -> Iterator[str]:
         """Up to ``tokens`` tokens that continue ``prompt``, as pieces of text.

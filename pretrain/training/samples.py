@@ -17,8 +17,8 @@ def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tup
     if config.train.sample_tokens == 0:
         return []
     model.eval()
-    samples, never = [], rows_without_token(tokenizer, config.model.vocab_size)
     ends = {tokenizer.eos_id, *end_ids(RunFolder(config).path / FOLDER)}
+    samples, never = [], rows_without_token(tokenizer, config.model.vocab_size, ends)
     for i, prompt in enumerate(config.data.prompts):
         with torch.compiler.set_stance("force_eager"):
             ids = generate(
