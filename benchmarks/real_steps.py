@@ -26,7 +26,7 @@ from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import Update
+from pretrain.training.train_step import TrainStep
 
 KINDS = ("regular", "regular", "refresh")
 TINY = [
@@ -55,7 +55,7 @@ def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -
     optim = build_optimizer(config, model)
     engine = build_engine(config.train, world)
     engine.wrap(model)
-    update = Update(config, world, model, engine, optim)
+    update = TrainStep(config, world, model, engine, optim)
     sequences = config.train.tokens_per_step // config.train.seq_len
     tokens = torch.randint(config.model.vocab_size, (sequences, config.train.seq_len + 1))
     size = config.train.micro_batch_size or sequences

@@ -18,7 +18,7 @@ from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import Update
+from pretrain.training.train_step import TrainStep
 
 SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
 # Every other step gathers the scores of all layers and refreshes them, at their dearest; the others do nothing of it.
@@ -55,7 +55,7 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
     world = World(rank=0, size=1, device=device)
     engine = build_engine(config.train, world)
     engine.wrap(model)
-    update = Update(config, world, model, engine, optim)
+    update = TrainStep(config, world, model, engine, optim)
     train = config.train
     sequences = train.tokens_per_step // train.seq_len
     ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1))

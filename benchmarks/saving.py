@@ -21,7 +21,7 @@ from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import Update
+from pretrain.training.train_step import TrainStep
 
 SAVES = 7
 
@@ -34,7 +34,7 @@ def measure(config: Config) -> dict[str, float]:
     engine = Engine()
     engine.wrap(model)
     ids = torch.randint(config.model.vocab_size, (1, config.train.seq_len + 1))
-    Update(config, world, model, engine, optim)([(ids[:, :-1], ids[:, 1:])])
+    TrainStep(config, world, model, engine, optim)([(ids[:, :-1], ids[:, 1:])])
     tensors = checkpoint.tensors_of(model, optim)
     told: dict[str, float] = {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())}
     for way in ("background", "waiting"):

@@ -14,7 +14,7 @@ from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model, outline
 from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.first_rows import choose_first_rows
-from pretrain.training.train_step import MicroBatch, Update
+from pretrain.training.train_step import MicroBatch, TrainStep
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BYTES = ["model.vocab_size=256", "data.vocab_size=256"]  # text as bytes: no tokenizer is needed
@@ -57,7 +57,7 @@ class TrainingRun:
         self.compiled = compile and compile_blocks(config, self.model, self.world)
         engine = build_engine(config.train, self.world)
         engine.wrap(self.model)
-        self.update = Update(config, self.world, self.model, engine, self.optim)
+        self.update = TrainStep(config, self.world, self.model, engine, self.optim)
 
     def choose_rows(self, batch: Sequence[MicroBatch]) -> None:
         """Choose the first rows by the gradient of ``batch``, as a run does."""
@@ -73,7 +73,7 @@ class TrainingRun:
 
     def step(self, batch: Sequence[MicroBatch]) -> Tensor:
         """One update; returns the loss in nats, summed over the batch's tokens, on the device."""
-        return self.update(batch)[0]
+        return self.update(batch).nats
 
     def rows(self) -> dict[str, Tensor]:
         """Which rows each layer of Grass trains now, on the CPU."""

@@ -8,13 +8,13 @@ import torch
 
 from models.activation_checkpointing import all_checkpointed
 from optim.grass import Grass
-from pretrain.training.train_step import MicroBatch, Update
+from pretrain.training.train_step import MicroBatch, TrainStep
 
 logger = logging.getLogger(__name__)
 SECONDS = 10  # between two lines about how far the pass has come
 
 
-def choose_first_rows(grass: Grass, update: Update, micro_batches: Sequence[MicroBatch], count: int | None) -> None:
+def choose_first_rows(grass: Grass, update: TrainStep, micro_batches: Sequence[MicroBatch], count: int | None) -> None:
     """Probe all layers in one pass over ``micro_batches``, and let ``grass`` choose.
 
     Compiled blocks run as they are written: no graph is compiled for a single pass. Every block keeps only its input,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from data.atomic import write_atomic
 from data.loading.batches import TrainBatches, validation_batches
@@ -44,7 +43,7 @@ from pretrain.training.guards import MOST_SKIPPED_IN_A_ROW, RolledBack, SpikeWat
 from pretrain.training.profiler import StepProfile
 from pretrain.training.samples import make_samples, write_samples
 from pretrain.training.throughput import Stopwatch, peak_bytes
-from pretrain.training.train_step import Update
+from pretrain.training.train_step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class Trainer:
         self._open_folder(changes, resume_from, damaged)  # only now: what is refused above leaves the folder as it was
         if train.compile:
             compile_blocks(config, self.model, world)
-        self.update = Update(config, world, self.model, self.engine, self.optim, train.non_finite == "skip")
+        self.update = TrainStep(config, world, self.model, self.engine, self.optim, train.non_finite == "skip")
         self.flops_per_token = flops_per_token(self.model, train.seq_len)
         self.saver = Saver(
             folder.checkpoints, world, background=train.async_save and train.checkpoint_every != 1,
@@ -149,9 +148,9 @@ class Trainer:
         self.sums = None if step + 1 in self.rollbacks else self.train_step(step)
         self.step = step + 1
         if self.sums is None:
-            self.update.pass_over()
+            self.optim.skip()
             self._skip("passed over: the loss jumped here")
-        elif self.update.skipped:
+        elif self.sums.skipped:
             self._skip("skipped: loss or gradient not finite")
         else:
             self._note_non_finite()
@@ -174,8 +173,8 @@ class Trainer:
         finally:
             self.ahead.add(time.perf_counter() - began)
 
-    def train_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One update. Returns this process' summed loss in nats and the global gradient norm, still on the device."""
+    def train_step(self, step: int) -> StepResult:
+        """One update."""
         self.optim.set_rates(self.rate(step))
         return self.update(self.ahead(step), self.batches.targets(step))
 
@@ -186,23 +185,19 @@ class Trainer:
 
         None for a step that was not made.
         """
-        if self.sums is None or self.update.skipped:
+        if self.sums is None or self.sums.skipped:
             return {"train/loss": None, "train/grad_norm": None}
-        nats, grad_norm = self.sums
-        summed = self.world.sum(torch.stack([nats, (self.first_bad > 0).to(nats)]))
-        loss, bad, norm = torch.cat([summed, grad_norm.to(nats).view(1)]).tolist()  # one wait for the three
-        loss /= self.batches.targets(self.step - 1)
-        if bad or not math.isfinite(loss) or not math.isfinite(norm):
-            self._stop_at_non_finite(loss, norm)
-        return {"train/loss": loss, "train/grad_norm": norm}
+        numbers = self.sums.reduce(self.world, self.first_bad > 0)
+        if not numbers.finite:
+            self._stop_at_non_finite(numbers.loss, numbers.grad_norm)
+        return {"train/loss": numbers.loss, "train/grad_norm": numbers.grad_norm}
 
     # Steps that go wrong.
 
     def _note_non_finite(self) -> None:
         """Keep, on the device and without waiting for it, which step was the first that was not finite."""
         assert self.sums is not None
-        nats, grad_norm = self.sums
-        bad = (self.first_bad == 0) & ~(nats.isfinite() & grad_norm.isfinite())
+        bad = (self.first_bad == 0) & ~self.sums.finite()
         self.first_bad = torch.where(bad, self.step, self.first_bad)
 
     def _stop_at_non_finite(self, loss: float, norm: float) -> NoReturn:

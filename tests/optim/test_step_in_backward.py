@@ -14,7 +14,7 @@ from pretrain.distributed.world import World
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import Update
+from pretrain.training.train_step import TrainStep
 
 CPU = torch.device("cpu")
 TINY = [
@@ -33,7 +33,7 @@ def trained(overrides, micro_batches=2, look=None):
     world = World(rank=0, size=1, device=CPU)
     engine = build_engine(config.train, world)
     engine.wrap(model)
-    update = Update(config, world, model, engine, optim)
+    update = TrainStep(config, world, model, engine, optim)
     if look:
         optim.optimizer.register_step_pre_hook(lambda *_: look(model))
 
@@ -43,7 +43,7 @@ def trained(overrides, micro_batches=2, look=None):
 
     if optim.grass:
         optim.grass.start(lambda: update.accumulate(batch(0)))
-    norms = torch.stack([update(batch(step))[1].float() for step in range(5)])
+    norms = torch.stack([update(batch(step)).grad_norm.float() for step in range(5)])
     assert all(p.grad is None for p in model.parameters())
     return checkpoint.tensors_of(model, optim), norms
 

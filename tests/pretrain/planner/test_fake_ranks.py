@@ -11,7 +11,7 @@ from pretrain.distributed.world import World
 from pretrain.planner.memory import estimate
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import Update
+from pretrain.training.train_step import TrainStep
 from tests.helpers import allocations
 from tests.processes import in_processes
 
@@ -83,7 +83,7 @@ def measure(overrides, rank, monkeypatch):
         engine.wrap(model)
         if isinstance(engine, DDPEngine):
             engine.module.register_comm_hook(None, allreduce_hook)  # by dist.all_reduce, not in C++
-        made.append(Update(config, world, model, engine, optim))
+        made.append(TrainStep(config, world, model, engine, optim))
         optim.grass.resume(0)
         for _ in range(2):
             counted.bytes = 0
