@@ -1,8 +1,8 @@
-"""Train a byte-pair encoding that gives every text back exactly.
+"""Train a byte-pair encoding that decodes to every text exactly.
 
     python -m data.train_tokenizer --paths notes book.txt --vocab-size 8000 --out tokenizer.model
 
-A line break is one token and so are four spaces, as suits source code; no other token crosses a line break. A character
+A line break is one token and four spaces are one token, for source code; no other token crosses a line break. A character
 without a piece of its own is written as UTF-8 bytes.
 """
 
@@ -18,8 +18,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.tokenizer import OWN_PIECES, Tokenizer
+from data.atomic import write_atomic
+from data.checks import examine
+from data.settings import DataSettings
+from data.sources.corpus import Corpus
+from data.tokenizer import Tokenizer
+from data.tokenizer_backends import SPACE
 
+OWN_PIECES = ["\n", 4 * SPACE]
 TRAINING_BYTES = 32_000_000
 
 
@@ -33,9 +39,15 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer on (a sample of) the texts and write it to `path`.
 
-    The model is a function of the set of texts and the other arguments alone. `coverage` is the share of all
-    characters that shall have a piece of their own (sentencepiece's 0.9995 when None); the others are bytes.
-    Raises ValueError if the texts cannot fill such a vocabulary, or do not fit into it.
+    The model depends on the set of texts and the other arguments only, not on the order of the texts.
+
+    Args:
+        sample_bytes: UTF-8 bytes of texts to train on, at most; a single text may exceed it.
+        coverage: The share of all characters that get a piece of their own, 0.9995 for None; the others are bytes.
+
+    Raises:
+        ValueError: The texts cannot fill a vocabulary of this size, or need a larger one.
+        OSError: `path` cannot be written.
     """
     sample = _sample(texts, sample_bytes, seed)
     lines = (line for text in sample for line in re.split(r"(?=\n)", text) if line)
@@ -58,14 +70,12 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(_vocabulary_problem(str(error), vocab_size)) from None
-    unfinished = Path(f"{path}.tmp")
-    unfinished.write_bytes(model.getvalue())
-    unfinished.replace(path)
+    write_atomic(Path(path), model.getvalue())
     return Tokenizer(path)
 
 
 def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """At most `max_bytes` of the texts (one at least): those that come first by a seeded hash."""
+    """The texts that come first by a seeded hash: at most `max_bytes` of them, but at least one text."""
     heap: list[tuple[int, str]] = []
     total = 0
     for text in texts:
@@ -83,7 +93,7 @@ def _vocabulary_problem(error: str, vocab_size: int) -> str:
         return f"data.vocab_size: {vocab_size} is too large for this text; it can fill {found[1]} at most"
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return f"data.vocab_size: {vocab_size} is too small; this text needs {found[1]} at least"
-    return f"data.paths: no tokenizer could be trained on this text ({error})"
+    return f"data.paths: no tokenizer can be trained on this text ({error}); give more text"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,10 +111,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    from data.checks import examine
-    from data.settings import DataSettings
-    from data.sources.corpus import Corpus
-
     args = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = DataSettings(
@@ -114,13 +120,17 @@ def main() -> None:
     try:
         if args.coverage is not None and not 0 < args.coverage <= 1:
             raise ValueError(f"--coverage: {args.coverage} must be above 0 and at most 1")
+        if not args.out.absolute().parent.is_dir():
+            raise ValueError(f"--out: there is no folder {args.out.absolute().parent}; make it first")
         files, found = examine(settings)
         if found:
             raise ValueError("\n".join(found))
         texts = (document.text for document in Corpus(files, settings, survey=False).documents(files))
         made = train_tokenizer(texts, args.out, args.vocab_size, args.seed, args.sample_bytes, args.coverage)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"--out: {error.filename or args.out} cannot be written ({error.strerror}); choose another place")
     print(f"{args.out}: {made.vocab_size} pieces, {made.sha256[:12]}")
 
 

@@ -1,4 +1,4 @@
-"""A corpus to be prepared: its records in order, from any place on, and which split a document is for."""
+"""A corpus to be prepared: its records in order, starting anywhere, and the split of each document."""
 
 import hashlib
 import logging
@@ -8,25 +8,28 @@ from typing import Any
 import numpy as np
 
 from data.settings import LINES, DataSettings
-from data.sources.documents import PAIR, Batch, Document, Parser, Record, digest
-from data.sources.files import SourceFile, shorten
+from data.sources.documents import NO_RESPONSE, Batch, Document, Parser, Record, digest
+from data.sources.file_search import shorten
+from data.sources.files import SourceFile
+from data.sources.open_text import COMPRESSED
 from data.sources.huggingface import Rows
-from data.sources.records import PART_CHARS, Records
+from data.sources.records import PARQUET, PART_CHARS, Records
 from data.sources.token_files import TokenRecords
 from data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 BATCH_CHARS, BATCH_RECORDS = 2**20, 2**14
-SURVEY_BYTES = 2**26  # of text in the files that are read once more beforehand, for what they hold
-SAMPLE_BYTES = 2**30  # of the files at the most that are read for a tokenizer's sample
+SURVEY_BYTES = 2**26  # corpora of at most this much text are read once before they are prepared
+SAMPLE_BYTES = 2**30  # of text are read at most for a tokenizer's sample
 
 
 class Corpus:
     """The files of `settings`, or the rows of their dataset.
 
-    `sha256` is a hash of all names and texts, known beforehand (by reading everything) of small corpora alone.
-    Raises ValueError for a small corpus that holds no text, or no document for one of the splits.
+    With `survey`, a small corpus is read once at the beginning: `sha256` is then the hash of all names and texts, and
+    both splits get a document. Else `sha256` is None.
+    Raises ValueError for a small corpus without any text, or with too little for two splits.
     """
 
     def __init__(self, files: list[SourceFile], settings: DataSettings, survey: bool = True) -> None:
@@ -45,7 +48,7 @@ class Corpus:
         return self._settings.source not in (*LINES, "datasets", "tokens")
 
     def records(self, start: tuple[int, int] = (0, 0)) -> Any:
-        """The records behind `start`, as in ``data.records.Records``."""
+        """The records after `start` = (file, number of its records that are done)."""
         s = self._settings
         if s.source == "datasets":
             return Rows(s, start[1])
@@ -58,7 +61,7 @@ class Corpus:
         return Records(files, column, PART_CHARS if self._settings.source == "text" else None, start)
 
     def batches(self, start: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
-        """The records behind `start` some at a time."""
+        """The records after `start`, up to about BATCH_CHARS characters at a time."""
         records, batch, size = self.records(start), [], 0
         for record in records:
             batch.append(record)
@@ -70,7 +73,7 @@ class Corpus:
             yield Batch(batch, records.done_bytes)
 
     def documents(self, files: list[SourceFile]) -> Iterator[Document]:
-        """The documents of `files`, or of the dataset; of a large corpus a part alone, files in the order of a hash."""
+        """The documents of `files`, or of the dataset. Of more than SAMPLE_BYTES only a sample: files in hash order."""
         if self.total_bytes > SAMPLE_BYTES:
             files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
         records = self._records(files) if files else self.records()
@@ -83,36 +86,38 @@ class Corpus:
                 break
 
     def training_texts(self) -> Iterator[str]:
-        """The texts of those ``documents`` that are for training."""
+        """The texts of the ``documents`` that are for training."""
         files = [file for file in self.files if not file.held_out]
         for document in self.documents(files):
             if self.own_validation or not self._is_drawn(digest(document)):
                 yield document.text
 
     def is_held_out(self, file: int, content: bytes) -> bool:
-        """Whether a document of the `file`th file with the digest `content` is for validation."""
+        """Whether a document of file number `file` with the digest `content` is for validation."""
         return self.files[file].held_out if self.own_validation else self._is_drawn(content)
 
     def require_pair(self, record: Record, problem: str) -> None:
-        """Raises ValueError for a line of instructions that is none: mended rather than left out."""
-        if problem == PAIR:
+        """Raises ValueError for a broken line of instructions, which is to be fixed rather than left out."""
+        if self.parse.pairs and problem != NO_RESPONSE:
             raise ValueError(
-                f"data.paths: {self.files[record.file].path}, line {record.number}: is {PAIR}; mend that line"
+                f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
             )
 
     def nothing(self, skipped: str) -> ValueError:
-        """What is wrong with a corpus without any document."""
-        what = f"none of {len(self.files)} files is readable text in UTF-8" if self.is_text else "no document was found"
+        """The error of a corpus without any document. `skipped` says why records were skipped."""
+        problem = f"none of {len(self.files)} files is readable text" if self.is_text else "no document was found"
         column = "" if self.is_text else " and data.column"
-        return ValueError(f"data.paths: {what}{f' ({skipped})' if skipped else ''}; check data.paths{column}")
+        return ValueError(f"data.paths: {problem}{f' ({skipped})' if skipped else ''}; check data.paths{column}")
 
     def changed(self) -> list[str]:
-        """The files that are not what they were when they were listed."""
+        """The names of files whose size or time is no longer that of the listing."""
         return [file.name for file in self.files if _stat(file) != (file.size, file.mtime)]
 
     def _is_drawn(self, content: bytes) -> bool:
-        """Held out by its number in [0, 1), which depends on the text alone: an added or renamed file moves no other
-        one between the splits, and two documents with the same text never stand on both sides.
+        """Whether a document's number in [0, 1) is below the share to hold out.
+
+        The number depends on the text only: adding or renaming a file moves no other document to another split, and
+        documents with the same text are in the same split.
         """
         return self._draw(content) < self._threshold
 
@@ -132,7 +137,7 @@ class Corpus:
                 if self.files[record.file].held_out:
                     held_out.add(content)
                 elif content in held_out:
-                    continue  # as in data.write
+                    continue  # as in CorpusWriter
                 chain = extended(chain, document.name, content)
                 draws.add(self._draw(content))
         if not chain:
@@ -143,12 +148,12 @@ class Corpus:
 
 
 def _text_bytes(file: SourceFile) -> int:
-    """About how many bytes of text a file holds."""
-    return file.size * 4 if file.name.endswith((".gz", ".zst", ".parquet")) else file.size
+    """An estimate of the bytes of text in a file."""
+    return file.size * 4 if file.name.endswith((*COMPRESSED, PARQUET)) else file.size
 
 
 def extended(chain: str, name: str, content: bytes) -> str:
-    """The hash of a row of documents and one more, of that name and with that digest."""
+    """The hash of a sequence of documents with hash `chain`, followed by a document with this name and digest."""
     return hashlib.sha256(chain.encode() + hashlib.sha256(name.encode()).digest() + content).hexdigest()
 
 
@@ -165,7 +170,10 @@ def _stat(file: SourceFile) -> tuple[int, int] | None:
 
 
 def _threshold(draws: set[float], share: float) -> float:
-    """`share`, moved where it would leave a split without any document."""
+    """`share`, moved as far as needed to leave a document in either split.
+
+    Raises ValueError for a single document.
+    """
     if len(draws) < 2:
         raise ValueError(
             "data.paths: holds one document only, and validation needs another; add a file "

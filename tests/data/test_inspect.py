@@ -1,6 +1,10 @@
 """data.inspect shows the documents as they were, and finds what is damaged."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,10 +63,46 @@ def test_what_does_not_fit_is_found_even_with_the_checksums_of_it(prepared):
     assert "holds token 65535, beyond the vocabulary of 400" in found and "does not lie between bos and eos" in found
 
 
-def test_a_document_that_is_not_there_and_a_folder_that_is_none_are_named(prepared, tmp_path):
-    with pytest.raises(SystemExit, match=r"--document: train has documents 0 to \d+, not 1000"):
-        inspect.main([str(prepared.folder), "--document", "1000"])
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        inspect.main(list(arguments))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.count("\n") == 1
+    return err
+
+
+def test_a_document_that_is_not_there_and_a_folder_that_is_no_dataset_are_named(prepared, tmp_path, capsys):
+    err = refused(capsys, str(prepared.folder), "--document", "1000")
+    assert re.match(r"--document: train has documents 0 to \d+, not 1000", err)
+    assert refused(capsys, "nowhere").startswith("there is no folder nowhere; name the folder of a prepared dataset")
+    assert f"name one of {prepared.folder}\n" in refused(capsys, str(tmp_path))
     (tmp_path / "other").mkdir()
+    assert "other: is no prepared dataset, because it has no manifest.json" in refused(capsys, str(tmp_path / "other"))
     (tmp_path / "other" / "manifest.json").write_text(json.dumps({}))
-    with pytest.raises(SystemExit, match=r"manifest\.json: cannot be read"):
-        inspect.main([str(tmp_path / "other")])
+    assert "manifest.json: cannot be read" in refused(capsys, str(tmp_path / "other"))
+
+
+def test_without_numbers_the_first_documents_are_shown(prepared, capsys):
+    with pytest.raises(SystemExit) as end:
+        inspect.main([str(prepared.folder), "--split", "val"])
+    count = min(2, prepared.val.document_count)
+    assert end.value.code == 0 and capsys.readouterr().out.count("--- val document") == count
+
+
+def test_a_closed_pipe_ends_it_without_a_word(prepared):
+    command = [sys.executable, "-m", "data.inspect", str(prepared.folder), "--chars", "100000", "--document"]
+    numbers = [str(number % prepared.train.document_count) for number in range(200)]  # more than a pipe holds
+    run = subprocess.Popen([*command, *numbers], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout and run.stdout.readline().startswith(bytes(prepared.folder))
+    run.stdout.close()
+    assert run.stderr and run.stderr.read() == b""
+    run.wait(timeout=60)
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(prepared):
+    command = [sys.executable, "-m", "data.inspect", str(prepared.folder), "--chars", "1000000", "--document"]
+    numbers = map(str, range(prepared.train.document_count))
+    run = subprocess.run(
+        [*command, *numbers], cwd=REPO, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (run.returncode, run.stderr) == (0, b"") and b"\\u" in run.stdout

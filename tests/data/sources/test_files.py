@@ -110,7 +110,7 @@ def test_no_paths_at_all_is_an_error():
 
 
 def test_text_is_read_byte_for_byte_and_what_is_skipped_is_named(tmp_path):
-    exact = "\ufeffone\r\ntwo\rthree\0\n\n  é日"
+    exact = "one\r\ntwo\rthree\0\n\n  é日\ufeff"
     write(tmp_path, {"a.txt": exact, "b.txt": "é".encode("latin-1"), "c.txt": ""})
     skipped: dict[str, list[str]] = {}
     documents = list(read_documents(text_files([str(tmp_path)], PATTERNS, ENOUGH), skipped))

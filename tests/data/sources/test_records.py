@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.checks import problems
-from data.prepare import prepare
+from data.prepare import prepare, problems
 from data.settings import DataSettings
 from data.sources import records
 from data.sources.files import stdlib_files
@@ -164,9 +163,15 @@ def test_lines_without_a_text_are_counted_and_named_and_nothing_else_is_lost(tex
     (tmp_path / "corpus" / "a.jsonl").write_bytes(content)
     prepared = prepare(settings(tmp_path, tokenizer))
     assert prepared.manifest["corpus"]["documents"] == len(bad)
-    assert prepared.manifest["corpus"]["skipped_counts"] == {"without a text": len(bad)}
-    assert prepared.manifest["corpus"]["skipped"]["without a text"][:2] == ["corpus/a.jsonl#2", "corpus/a.jsonl#4"]
-    assert f"skipped {len(bad)} without a text (corpus/a.jsonl#2" in caplog.text
+    assert prepared.manifest["corpus"]["skipped"] == {
+        "not JSON": ["corpus/a.jsonl#2", "corpus/a.jsonl#16"],
+        "without a text": [f"corpus/a.jsonl#{line}" for line in (4, 6, 8, 10)],
+        "not UTF-8": ["corpus/a.jsonl#12"],
+        "with half of a surrogate pair": ["corpus/a.jsonl#14"],
+    }
+    counts = prepared.manifest["corpus"]["skipped_counts"]
+    assert counts == {"not JSON": 2, "without a text": 4, "not UTF-8": 1, "with half of a surrogate pair": 1}
+    assert "4 without a text (corpus/a.jsonl#4" in caplog.text
     with pytest.raises(ValueError, match=r"no document was found .*without a text.*check data\.paths and data\.column"):
         prepare(settings(tmp_path, tokenizer, column="content"))
 

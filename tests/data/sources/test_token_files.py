@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.checks import problems
-from data.prepare import prepare
+from data.prepare import prepare, problems
 from data.settings import DataSettings
 from data.sources import token_files
 from data.sources.files import stdlib_files
