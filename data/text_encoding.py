@@ -45,7 +45,7 @@ def decode(content: bytes) -> str:
 class Utf8Reader(io.RawIOBase):
     """The text in a binary stream as UTF-8 bytes, without its byte-order mark; closing it closes the stream.
 
-    UTF-8 passes unchecked. In UTF-16 and UTF-32 every part that is no text becomes UNDECODABLE, on which decoding fails.
+    UTF-8 passes unchecked. In UTF-16 and UTF-32 a part that is no text becomes UNDECODABLE, on which decoding fails.
     `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream should not be read.
     """
 

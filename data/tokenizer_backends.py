@@ -177,7 +177,7 @@ def _without_prefix(step: Any) -> Any:
     if kind == "Prepend":
         return None
     changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(kind, {})
-    kept = {
-        key: _without_prefix(part) for key, part in step.items() if (kind, key) != ("Metaspace", "add_prefix_space")
-    }
+    kept = {key: _without_prefix(part) for key, part in step.items()}
+    if kind == "Metaspace":
+        kept.pop("add_prefix_space", None)  # in old files, in contradiction to the new key
     return kept | changes

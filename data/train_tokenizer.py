@@ -2,8 +2,8 @@
 
     python -m data.train_tokenizer --paths notes book.txt --vocab-size 8000 --out tokenizer.model
 
-A line break is one token and four spaces are one token, for source code; no other token crosses a line break. A character
-without a piece of its own is written as UTF-8 bytes.
+A line break is one token and four spaces are one token, for source code; no other token crosses a line break. A
+character without a piece of its own is written as UTF-8 bytes.
 """
 
 import argparse

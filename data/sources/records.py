@@ -23,8 +23,8 @@ PARQUET = ".parquet"
 class Records:
     """Iterates over the records of `files` after `start` = (file, number of its records that are done).
 
-    With a `column` the files are Parquet, by the end of their names, or JSON lines. Without one they are texts, cut into
-    parts of at most `part_chars` characters. `done_bytes` is how much of the files is read.
+    With a `column` the files are Parquet (by the end of their names) or JSON lines. Without one they are texts, cut
+    into parts of at most `part_chars` characters. `done_bytes` is how much of the files is read.
     Raises ValueError naming the file for Parquet and JSON lines that break off or are damaged. A text that cannot be
     read is a record without content.
     """
