@@ -160,7 +160,7 @@ class TrainConfig:
 @dataclass
 class WandbConfig:
     mode: str = field(metadata=one_of("auto", "online", "offline", "disabled"))
-    project: str
+    project: str | None
     entity: str | None
     group: str | None
     log_checkpoint: bool
