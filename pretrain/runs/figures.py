@@ -1,38 +1,68 @@
-"""The pictures of runs, by matplotlib: a few curves against tokens or time, and which rows ever had a turn.
+"""The project's plot style, and the figures of runs: curves against tokens or time, and coverage of rows.
 
-Each is drawn at two widths, for a page and for a telephone; letters keep their size.
+The figures of runs are drawn at two widths, for a page and for a telephone, with letters of the same size.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
 
 from pretrain.runs.records import RunRecords, Series
 
-WIDTHS = {"wide": 10.4, "narrow": 3.7}  # inches, of 100 pixels on the page
+WIDTHS = {"wide": 10.4, "narrow": 3.7}  # inches; 1040 and 370 pixels on the page
 DPI = 200
 MEMORY = 1 / 25  # of the moving average, as a share of all points
-# Okabe and Ito's colours, which people with any colour vision tell apart.
+# The palette of Okabe and Ito, which people with any colour vision can tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+GREY = "#888888"  # lines that the data are compared with
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": "#444444",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=COLOURS),
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
 }
 
 
+@contextmanager
+def new_figure(width: float = WIDTHS["wide"], height: float = 4.4, grid: str = "both") -> Iterator[Figure]:
+    """An empty figure of this size in inches; what is drawn inside the context gets the project's style.
+
+    It is made without pyplot, which keeps every figure and may look for a screen.
+
+    Args:
+        grid: both | x | y | none, the axes with grid lines.
+    """
+    with matplotlib.rc_context({**STYLE, "axes.grid": grid != "none", "axes.grid.axis": grid.replace("none", "both")}):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure as a PNG whose bytes depend only on what is drawn; returns its path."""
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    return path
+
+
 def smooth(values: Series) -> Series:
-    """Exponential moving average with the start's bias corrected: the first value stays itself."""
+    """The exponential moving average (n,) of values (n,), corrected for its start: the first value stays the same."""
     keep = 1 - 1 / (1 + MEMORY * len(values))
     average, weight, result = 0.0, 0.0, np.empty_like(values)
     for i, value in enumerate(values):
@@ -41,24 +71,30 @@ def smooth(values: Series) -> Series:
     return result
 
 
-def curves(
+def plot_curves(
     groups: dict[str, list[RunRecords]], key: str, label: str, width: str, over: str = "tokens", log: bool = False,
     smoothed: bool = False, marker: str = "", scale: float = 1.0, from_zero: bool = False,
 ) -> Figure | None:  # fmt: skip
-    """``key`` of each group against ``over``: the mean of its seeds in a band from the least to the greatest.
+    """The metric ``key`` against ``over``: for each group the mean of its seeds, and a band from the least to the most.
 
-    Returns None when no run holds ``key``. ``log`` makes both axes logarithmic, which leaves out what was before the
-    first step; ``smoothed`` leaves the points as they are visible behind a moving average.
+    Args:
+        groups: runs that differ only in their seed, by the name to show.
+        width: a key of WIDTHS.
+        over: tokens | minutes.
+        log: whether both axes are logarithmic, which leaves out the point before the first step.
+        smoothed: whether to draw moving averages; the points stay visible behind those of up to four groups.
+        scale: factor of the metric.
+
+    Returns:
+        None if no run has logged ``key``.
     """
     log = log and any((run.series(key, over)[0] > 0).any() for runs in groups.values() for run in runs)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(width, 0.42 if width == "wide" else 0.8)
+    with new_figure(WIDTHS[width], WIDTHS[width] * (0.42 if width == "wide" else 0.8)) as figure:
+        axes = figure.add_subplot()
         for colour, (name, runs) in zip(_colours(len(groups)), groups.items(), strict=True):
-            series = [(x, y * scale) for x, y in (run.series(key, over) for run in runs)]
-            series = [(x[x > 0], y[x > 0]) if log else (x, y) for x, y in series]
-            series = [(x, y) for x, y in series if len(x)]
-            if not series:
+            if not (series := _series(runs, key, over, from_first_step=log)):
                 continue
+            series = [(x, y * scale) for x, y in series]
             if smoothed and len(groups) <= 4:
                 for x, y in series:
                     axes.plot(x, y, color=colour, alpha=0.2, linewidth=0.8)
@@ -74,20 +110,23 @@ def curves(
             axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
         axes.xaxis.set_major_formatter(EngFormatter(sep="") if over == "tokens" else FuncFormatter(_plain))
         axes.set_xlabel("tokens" if over == "tokens" else "minutes of training")
-        axes.set_title(label, loc="left", fontsize=9, color="#444444")
+        axes.set_title(label)
         _legend(figure, axes, width)
         return figure
 
 
-def coverage(run: RunRecords, width: str) -> Figure | None:
-    """Layer by time, the share of its rows that were ever selected; None for a run that selects none."""
+def plot_coverage(run: RunRecords, width: str) -> Figure | None:
+    """The share of each layer's rows that were ever selected, against tokens; None for a run that selects no rows.
+
+    ``width`` is a key of WIDTHS.
+    """
     layers, tokens, shares = run.coverage()
     if not layers:
         return None
     thin = max(1, len(tokens) // 400)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(width, min(1.6, max(0.35, (0.016 if width == "wide" else 0.03) * len(layers))))
-        axes.grid(False)
+    height = min(1.6, max(0.35, (0.016 if width == "wide" else 0.03) * len(layers)))
+    with new_figure(WIDTHS[width], WIDTHS[width] * height, grid="none") as figure:
+        axes = figure.add_subplot()
         edges = np.append(0.0, tokens[::thin]) if len(tokens) else np.array([0.0, 1.0])
         image = axes.pcolormesh(edges, np.arange(len(layers) + 1), shares[:, ::thin], vmin=0, vmax=1, cmap="viridis")
         axes.invert_yaxis()
@@ -100,27 +139,23 @@ def coverage(run: RunRecords, width: str) -> Figure | None:
         return figure
 
 
-def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
-    return path
-
-
-def _figure(width: str, aspect: float) -> tuple[Figure, Axes]:
-    """Without pyplot, which keeps every figure and may look for a screen."""
-    figure = Figure(figsize=(WIDTHS[width], WIDTHS[width] * aspect), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _colours(count: int) -> Iterable:
     if count <= len(COLOURS):
         return COLOURS[:count]
     return matplotlib.colormaps["viridis"](np.linspace(0, 0.95, count))
 
 
-def _aligned(series: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
-    """x (points,) and the seeds' y (seeds, points), NaN where a seed has not come so far.
+def _series(runs: list[RunRecords], key: str, over: str, from_first_step: bool) -> list[tuple[Series, Series]]:
+    """``key`` against ``over`` of each run that has logged it, with or without the points before the first step."""
+    all_points = [run.series(key, over) for run in runs]
+    points = [(x[x > 0], y[x > 0]) if from_first_step else (x, y) for x, y in all_points]
+    return [(x, y) for x, y in points if len(x)]
 
-    Seeds log at the same steps; where x is a time it is the mean of theirs.
+
+def _aligned(series: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
+    """x (points,), the mean over the seeds, and y (seeds, points), NaN where a seed has fewer points.
+
+    Seeds log at the same steps, so that only times differ among them.
     """
     x, y = np.full((2, len(series), max(len(x) for x, _ in series)), np.nan)
     for i, (xs, ys) in enumerate(series):
@@ -145,11 +180,11 @@ def _plain(value: float, _position: int) -> str:
 def _legend(figure: Figure, axes: Axes, width: str) -> None:
     handles, names = axes.get_legend_handles_labels()
     columns = 1 if width == "narrow" else min(len(names), 3)
-    figure.legend(handles, names, loc="outside lower left", ncols=columns, fontsize=8)
+    figure.legend(handles, names, loc="outside lower left", ncols=columns)
 
 
 def _label_layers(axes: Axes, layers: list[str], width: str) -> None:
-    """Every layer's name where there is room, else the first of each block."""
+    """Name every layer if there is room, else the blocks."""
     short = [name.removeprefix("layers.").replace("self_attn.", "").replace("mlp.", "") for name in layers]
     blocks = [name.split(".")[0] for name in short]
     if width == "wide" and len(layers) <= 40:

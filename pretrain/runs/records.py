@@ -1,4 +1,4 @@
-"""What a run's folder tells of it: read for reports, also while the run is still writing."""
+"""The records in a run's folder, read for reports; the run may still be writing them."""
 
 import json
 import re
@@ -19,11 +19,12 @@ SEED = re.compile(r"[_-]?seed[-_=]?\d+")
 
 @dataclass(frozen=True)
 class RunRecords:
-    """A run by its folder; everything is read when first asked for.
+    """The records of the run in the folder ``path``; each file is read when it is first needed.
 
-    lines      of metrics.jsonl, those of training with ``minutes``: the training time so far, validation left out
-    selection  of selection.jsonl
-    summary    of summary.json; empty until the run is finished
+    settings   config.yaml
+    lines      of metrics.jsonl; ``minutes`` is added to each: the training time so far, without validation
+    selection  lines of selection.jsonl
+    summary    summary.json; empty until the run is finished
     """
 
     path: Path
@@ -57,17 +58,17 @@ class RunRecords:
 
     @property
     def progress(self) -> str:
-        """How far it is: ``700`` when finished, else ``300 of 700``; nobody asks whether it is at work."""
+        """The step for people: ``700`` if the run is finished, or else ``300 of 700``."""
         return f"{self.step}" if self.summary else f"{self.step} of {self.settings['train']['steps']}"
 
     def series(self, key: str, over: str = "tokens") -> tuple[Series, Series]:
-        """(x, y) of the lines that hold ``key``, against ``tokens``, ``minutes`` or ``step``."""
+        """x (n,) and y (n,) of the lines that have ``key``; ``over`` is tokens, minutes or step."""
         points = [(line[over], line[key]) for line in self.lines if line.get(key) is not None]
         x, y = np.array(points, dtype=float).reshape(-1, 2).T
         return x, y
 
     def coverage(self) -> tuple[list[str], Series, Series]:
-        """Layers, tokens of each line of selection.jsonl (t,), and the share of rows ever selected (layers, t)."""
+        """The names of layers, the tokens (t,) at each refresh, and the share of rows ever selected (layers, t)."""
         layers = list(dict.fromkeys(name for line in self.selection for name in line["layers"]))
         shares = np.full((len(layers), len(self.selection)), np.nan)
         for t, line in enumerate(self.selection):
@@ -79,10 +80,10 @@ class RunRecords:
 
 
 def find_runs(paths: list[Path]) -> list[RunRecords]:
-    """The runs at ``paths``, each a run's folder or one that holds some, by the shortest names that differ.
+    """The runs at ``paths``: folders of runs, or folders that contain some. Their names are the shortest that differ.
 
     Raises:
-        ValueError: a path holds no run that has logged something.
+        ValueError: a path holds no run that has logged anything.
     """
     folders: dict[Path, None] = {}
     for path in paths:
@@ -97,8 +98,8 @@ def find_runs(paths: list[Path]) -> list[RunRecords]:
     return [RunRecords(p, "/".join(p.parts[-parts:])) for p in folders]
 
 
-def by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
-    """Runs that differ in ``train.seed`` and in nothing else together, under the name that they share."""
+def group_by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
+    """Group runs that differ only in ``train.seed``, under the name that they share."""
     groups: dict[str, dict[int, RunRecords]] = {}
     for run in runs:
         settings = {k: v for k, v in run.settings.items() if k not in ("run", "logger")}
