@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import yaml
+from matplotlib.axes import Axes
 
+from pretrain.runs.figures import GREY, new_figure, save
 from pretrain.runs.sweep_results import JobResult
 from pretrain.sweep import combinations, parse, run_sweep
 
@@ -169,26 +170,28 @@ def plus_minus(error: float) -> str:
 def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
     """A dot for each trial, a panel for each stage, topics apart by colour; the best dense and GaLore runs as lines."""
     heights = [sum(map(len, topics.values())) for topics in stages.values()]
-    figure, axes = plt.subplots(
-        len(stages), 1, figsize=(9, 1.2 * len(stages) + 0.21 * sum(heights)), height_ratios=heights, squeeze=False
-    )
-    for axis, (name, topics) in zip(axes[:, 0], stages.items(), strict=True):
-        labels: list[str] = []
-        for colour, trials in enumerate(topics.values()):
-            for t in sorted(trials, key=lambda t: t.loss):
-                axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
-                labels.append(t.setting.removeprefix("optim=grass ").replace("optim.", ""))
-        for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
-            losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
-            if losses:
-                axis.axvline(min(losses), ls=style, c="0.5", label=f"best of {method}")
-                axis.legend(fontsize=7)
-        axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-        axis.invert_yaxis()
-        axis.set(title=name, xlabel="validation loss, nats per token")
-        axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110, bbox_inches="tight")
+    with new_figure(height=1.2 * len(stages) + 0.21 * sum(heights), grid="x") as figure:
+        axes = figure.subplots(len(stages), 1, height_ratios=heights, squeeze=False)
+        for axis, (name, topics) in zip(axes[:, 0], stages.items(), strict=True):
+            plot_stage(axis, topics)
+            axis.set(title=name, xlabel="validation loss, nats per token")
+        save(figure, file)
+
+
+def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
+    """The panel of one stage."""
+    labels: list[str] = []
+    for colour, trials in enumerate(topics.values()):
+        for t in sorted(trials, key=lambda t: t.loss):
+            axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
+            labels.append(t.setting.removeprefix("optim=grass ").replace("optim.", ""))
+    for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
+        losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
+        if losses:
+            axis.axvline(min(losses), ls=style, c=GREY, label=f"best of {method}")
+            axis.legend()
+    axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+    axis.invert_yaxis()
 
 
 def write(study: dict[str, Any], records: list[Record]) -> None:
