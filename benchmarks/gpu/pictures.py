@@ -50,9 +50,8 @@ def memory(rows: list[Row]) -> Figure | None:
     labels = [row["case"].replace(" ", "\n") for row in rows]
     with new_figure(height=3.6, grid="y") as figure:
         axes = figure.add_subplot()
-        for shift, key, label in (
-            (-0.27, "planned_gib", "planned"), (0.0, "peak_gib", "allocated"), (0.27, "taken_gib", "taken of the device")
-        ):  # fmt: skip
+        bars = {"planned_gib": "planned", "peak_gib": "allocated", "taken_gib": "taken of the device"}
+        for shift, (key, label) in zip((-0.27, 0.0, 0.27), bars.items(), strict=True):
             axes.bar([n + shift for n in range(len(rows))], [row[key] for row in rows], width=0.25, label=label)
         for place, row in enumerate(rows):
             axes.hlines(row["card_gib"], place - 0.42, place + 0.42, color="#000000", linewidth=1.2)
