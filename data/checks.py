@@ -1,32 +1,76 @@
-"""Checks of data settings that need no look into the corpus."""
+"""Checks of data settings that do not read the corpus."""
 
 import math
+import os
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 from data.settings import DTYPES, SOURCES, DataSettings
-from data.sources.files import C4_HINT, SourceFile, c4_by_split, c4_problems, stdlib_files, text_files
+from data.sources.c4 import C4_HINT, c4_by_split, c4_problems
+from data.sources.files import SourceFile, stdlib_files, text_files
 from data.tokenizer import MOST_PADDING, Tokenizer
 
 PART_KEYS = {
     "name", "source", "paths", "patterns", "max_bytes", "validation_paths", "column", "dataset", "dataset_name",
     "dataset_split", "dataset_revision", "streaming", "validation_share", "token_dtype",
 }  # fmt: skip
+LONGEST_ADDITION = len(".-0123456789abcdef.tmp")  # to data.name, in the names of a preparation's folders
 
 
-def problems(settings: DataSettings) -> list[str]:
-    """Everything wrong with the settings that shows without reading the corpus, a line each."""
-    return examine(settings)[1]
+def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
+    """The files of the corpus, and the problems of the settings, one message per problem.
+
+    Nothing is read but names and sizes, and the tokenizer's file. Of a mixture only the settings that its corpora share
+    are examined; `mixture_parts` gives the corpora.
+    """
+    found = _value_problems(settings)
+    if settings.source == "mixture":
+        return [], found
+    files = list[SourceFile]()
+    try:
+        files = _files(settings)
+        found += c4_problems(files) if settings.source == "c4" else []
+    except ValueError as error:
+        found += str(error).splitlines()
+        found += [f"data.source: c4: {C4_HINT}"] if settings.source == "c4" else []
+    if settings.tokenizer is not None:
+        found += _tokenizer_problems(settings)
+    return files, found
 
 
-def parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
-    """The corpora of a mixture and their weights.
+def _value_problems(s: DataSettings) -> list[str]:
+    checks = [
+        (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} cannot begin a folder's name"),
+        (s.vocab_size > 0, f"data.vocab_size: {s.vocab_size} must be positive"),
+        (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must lie between 0 and 1"),
+        (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
+        (s.workers is None or s.workers > 0, f"data.workers: {s.workers} must be positive, or null for all cores"),
+        (s.source in SOURCES, f"data.source: {s.source!r} is not known; use {', '.join(SOURCES)}"),
+        (s.source != "tokens" or s.tokenizer, "data.tokenizer: name the tokenizer that made the tokens of data.paths"),
+        (s.token_dtype in DTYPES, f"data.token_dtype: {s.token_dtype} is not known; use {', '.join(DTYPES)}"),
+        (bool(s.mixture) == (s.source == "mixture"), "data.mixture: belongs to data.source=mixture, which needs it"),
+        (
+            (s.dataset is None) == (s.source != "datasets"),
+            "data.dataset: belongs to data.source=datasets, which needs it",
+        ),
+        (
+            not s.validation_paths or s.source in ("text", "records", "instructions"),
+            f"data.validation_paths: {s.source} has none; leave it empty",
+        ),
+    ]
+    return [message for holds, message in checks if not holds]
 
-    Raises ValueError with a line for everything wrong with them.
+
+def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
+    """The settings of each corpus of a mixture, and its weight.
+
+    Raises:
+        ValueError: One line per problem of `data.mixture`.
     """
     common = {f.name: getattr(settings, f.name) for f in fields(DataSettings)} | {"mixture": [], "source": "text"}
-    made, found = [], []
+    parts, found = [], []
     for number, part in enumerate(settings.mixture):
         own = dict(part) if isinstance(part, dict) else {}
         weight = own.pop("weight", None)
@@ -39,57 +83,48 @@ def parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
         elif own.get("source") in ("instructions", "mixture"):
             found.append(f"data.mixture: corpus {number}: source {own['source']} cannot be mixed")
         else:
-            made.append((DataSettings(**{**common, **own}), float(weight)))
-    if len(made) + len(found) < 2:
+            parts.append((DataSettings(**{**common, **own}), float(weight)))
+    if len(parts) + len(found) < 2:
         found.append(
             "data.mixture: needs two corpora or more, such as [{weight: 3, paths: [a]}, {weight: 1, paths: [b]}]"
         )
-    if len({part.name for part, _ in made}) < len(made):
+    if len({part.name for part, _ in parts}) < len(parts):
         found.append("data.mixture: two corpora have the same name; change one")
     if settings.tokenizer is None:
         found.append("data.tokenizer: a mixture needs one for all; train it with python -m data.train_tokenizer")
     if found:
         raise ValueError("\n".join(found))
-    return made
+    return parts
 
 
-def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
-    s, files = settings, list[SourceFile]()
-    checks = [
-        (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} cannot begin a folder's name"),
-        (s.vocab_size > 0, f"data.vocab_size: {s.vocab_size} must be positive"),
-        (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must lie between 0 and 1"),
-        (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
-        (s.workers is None or s.workers > 0, f"data.workers: {s.workers} must be positive, or null for all cores"),
-        (s.source in SOURCES, f"data.source: {s.source!r} is not known; use {', '.join(SOURCES)}"),
-        (s.source != "tokens" or s.tokenizer, "data.tokenizer: must be the one that the tokens of data.paths are of"),
-        (s.token_dtype in DTYPES, f"data.token_dtype: {s.token_dtype} is not known; use {', '.join(DTYPES)}"),
-        (bool(s.mixture) == (s.source == "mixture"), "data.mixture: belongs to data.source=mixture, which needs it"),
-        (
-            (s.dataset is None) == (s.source != "datasets"),
-            "data.dataset: goes with data.source=datasets, which needs it",
-        ),
-        (
-            not s.validation_paths or s.source in ("text", "records", "instructions"),
-            f"data.validation_paths: {s.source} has none; leave it empty",
-        ),
-    ]
-    found = [message for holds, message in checks if not holds]
-    if s.source == "mixture":
-        try:
-            of_parts = [(part.name, problems(part)) for part, _ in parts(s)]
-            return [], found + [f"{line} (in {name})" for name, lines in of_parts for line in lines]
-        except (ValueError, TypeError) as error:
-            return [], found + str(error).splitlines()
+def folder_problems(settings: DataSettings) -> list[str]:
+    """Why the folders of a preparation could not be made; one message per problem.
+
+    A temporary folder is made and removed for it, because permission bits do not show everything that forbids writing.
+    """
+    root = Path(settings.root)
+    there = next((path for path in (root, *root.parents) if os.path.lexists(path)), Path("."))
     try:
-        files = _files(s)
-        found += c4_problems(files) if s.source == "c4" else []
-    except ValueError as error:
-        found += str(error).splitlines()
-        found += [f"data.source: c4: {C4_HINT}"] if s.source == "c4" else []
-    if s.tokenizer is not None:
-        found += _tokenizer_problems(s)
-    return files, found
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        longest = 255
+    found = []
+    if (size := len(os.fsencode(settings.name)) + LONGEST_ADDITION) > longest:
+        found.append(
+            f"data.name: {settings.name[:32]}… makes a folder's name of {size} bytes, and {there} takes {longest}; "
+            f"shorten it by {size - longest} or more"
+        )
+    if not there.is_dir():
+        return [*found, f"data.root: {there} is a file or leads nowhere, and a folder is needed; choose another folder"]
+    try:
+        if too_long := next((part for part in root.parts if len(os.fsencode(part)) > longest), None):
+            raise OSError(0, f"{too_long[:32]}… has more than {longest} bytes")
+        with tempfile.TemporaryDirectory(prefix=".write-test-", dir=there):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        found.append(f"data.root: cannot write to {str(root)[:200]} ({reason}); choose another folder")
+    return found
 
 
 def _files(s: DataSettings) -> list[SourceFile]:

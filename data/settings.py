@@ -1,63 +1,63 @@
-"""What a corpus is made of and how it is tokenised: the settings, and the check that finds all that is wrong."""
+"""The settings of a corpus: where its text comes from, how it is tokenised, and how it is split."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-LINES = ("records", "instructions", "c4")  # of JSON, or rows of Parquet
+LINES = ("records", "instructions", "c4")  # sources of JSON lines or Parquet rows
 SOURCES = ("stdlib", "text", *LINES, "tokens", "datasets", "mixture")
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # of token files
 
 
 @dataclass(kw_only=True)
 class DataSettings:
-    """What to train on, and how it is tokenised and split."""
+    """The settings of a corpus; a preparation and its command line have the same ones."""
 
     name: str = "stdlib"
     """First part of the prepared folder's name."""
     source: str = "stdlib"
-    """`stdlib`: the source of Python's standard library; `text`, `records` (Parquet and JSON lines, also .gz, .zst),
-    `instructions`, `c4`: the files under `paths`; `datasets`: `dataset`, by Hugging Face's library;
-    `tokens`: what another program tokenised; `mixture`: several of these.
+    """`stdlib`: the source code of Python's standard library; `text`, `records` (Parquet and JSON lines, also .gz and
+    .zst), `instructions`, `c4`: the files of `paths`; `datasets`: `dataset`, read by Hugging Face's library; `tokens`:
+    tokens made by another program; `mixture`: several of these.
     """
     paths: list[str] = field(default_factory=list)
     """Files, folders and globs."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
-    """The file names taken from folders."""
+    """Which file names to take from folders."""
     max_bytes: int = 30_000_000
-    """Files that would exceed this are left out, tests first."""
+    """Limit for the files of a corpus together; files beyond it are left out, tests first."""
     validation_paths: list[str] = field(default_factory=list)
-    """Files of their own to hold out, instead of a share; what they hold is left out of training."""
+    """Files to hold out for validation, instead of a share; documents that they hold are left out of training."""
     column: str = "text"
-    """Of JSON lines, Parquet and datasets: which one is the text."""
+    """The column with the text, of JSON lines, Parquet and datasets."""
     token_dtype: str = "uint16"
-    """Of source `tokens`: of files that are no .npy."""
+    """The type of the tokens in files of source `tokens` that are not .npy."""
     dataset: str | None = None
-    """Of source `datasets`: a name on the hub, or a folder."""
+    """For source `datasets`: a name on the hub, or a folder."""
     dataset_name: str | None = None
-    """Which of the dataset's configurations."""
+    """The configuration of the dataset."""
     dataset_split: str = "train"
-    """Which of the dataset's parts."""
+    """The split of the dataset to read."""
     dataset_revision: str | None = None
-    """A commit of the hub's."""
+    """A commit, branch or tag of the dataset on the hub."""
     streaming: bool = True
-    """Read the dataset as it comes, without a copy of it on this machine."""
+    """Read the dataset over the network, without a copy on this machine."""
     mixture: list[Any] = field(default_factory=list)
-    """Of source `mixture`: for each corpus its weight, and the settings in which it differs from these."""
+    """For source `mixture`: the weight of each corpus, and the settings in which it differs from these."""
     tokenizer: str | None = None
-    """A sentencepiece model or a tokenizer.json to use; none: one is trained on the training split."""
+    """A sentencepiece model or a tokenizer.json to use; if not set, one is trained on the training split."""
     bos: str | None = None
-    """The token that begins a document, when the tokenizer's file does not tell."""
+    """The token that begins a document, if the tokenizer's files do not say."""
     eos: str | None = None
-    """The token that ends a document, when the tokenizer's file does not tell."""
+    """The token that ends a document, if the tokenizer's files do not say."""
     vocab_size: int = 4096
-    """Of the tokenizer to train, or as the one brought has it."""
+    """Size of the vocabulary of the tokenizer to train, or of the given `tokenizer`."""
     validation_share: float = 0.05
-    """Share of the documents that is held out."""
+    """Share of the documents that is held out for validation."""
     root: str = "prepared"
-    """Folder of all preparations."""
+    """Folder of all prepared datasets."""
     seed: int = 0
-    """Chooses the documents held out and the sample a tokenizer is trained on."""
+    """Chooses the documents that are held out and the sample for training a tokenizer."""
     shard_tokens: int = 2**28
-    """Tokens in a shard of the preparation; one more begins behind the document that reaches them."""
+    """Tokens in a shard; the document that reaches this number is the last in its shard."""
     workers: int | None = None
-    """Processes that tokenise; none: as many as there are cores."""
+    """Processes that tokenise; if not set, one per core."""

@@ -9,12 +9,22 @@ import numpy as np
 
 from data.atomic import sha256
 from data.shards.reader import Tokens
-from data.tokenizer import Tokenizer, find_tokenizer
+from data.tokenizer import FILES as TOKENIZER_FILES
+from data.tokenizer import Tokenizer
+
+FORMAT = 2  # of the folder; to be raised also when the same settings would give other tokens
+MANIFEST, FILES = "manifest.json", "files.json"
 
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """A preparation, opened. `fingerprint` (64 hex) names its tokenizer and its tokens, wherever it lies."""
+    """A prepared dataset, opened.
+
+    Attributes:
+        folder: Where it lies; for a mixture, the folder of its corpora's folders.
+        fingerprint: 64 hex digits that depend on the tokenizer and all tokens, and on nothing else.
+        manifest: The content of its manifest.json.
+    """
 
     folder: Path
     tokenizer: Tokenizer
@@ -25,16 +35,17 @@ class PreparedDataset:
 
 
 def load(folder: str | Path) -> PreparedDataset:
-    """Open a preparation.
+    """Open the prepared dataset in `folder`. Only files that its manifest names are looked at.
 
-    Raises ValueError if a file is missing or not as long as the manifest says, or the tokenizer another.
+    Raises:
+        ValueError: A file is missing or has not the length in the manifest, or the tokenizer is another one.
     """
     folder = Path(folder)
-    mend = f"delete the folder {folder} to prepare it again"
+    fix = f"delete the folder {folder} to prepare it again"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            raise _Unreadable(f"has format {manifest['format']}, this version reads {FORMAT}")
+            raise _OtherFormat(f"has format {manifest['format']}, this version reads {FORMAT}")
         shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
         lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
         names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
@@ -42,38 +53,35 @@ def load(folder: str | Path) -> PreparedDataset:
         dtype = np.dtype(manifest["dtype"])
         if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
             raise ValueError("no shards, or of an unknown type")
-    except _Unreadable as error:
-        raise ValueError(f"{folder / MANIFEST}: {error}; {mend}") from None
+    except _OtherFormat as error:
+        raise ValueError(f"{folder / MANIFEST}: {error}; {fix}") from None
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error!r}); {mend}") from None
+        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error!r}); {fix}") from None
     for name, length in lengths.items():
         actual = (folder / name).stat().st_size if (folder / name).exists() else "no"
         if actual != length:
-            raise ValueError(f"{folder / name}: has {actual} bytes instead of {length}; {mend}")
-    model = find_tokenizer(folder) or folder / "tokenizer.model"
-    if not model.exists() or sha256(model) != tokenizer_hash:
-        raise ValueError(f"{model}: is not the tokenizer these shards were made with; {mend}")
+            raise ValueError(f"{folder / name}: has {actual} bytes instead of {length}; {fix}")
+    models = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    model = next((path for path in models if sha256(path) == tokenizer_hash), None)
+    if model is None:
+        wrong = models[0] if models else folder / TOKENIZER_FILES[0]
+        raise ValueError(f"{wrong}: is not the tokenizer these shards were made with; {fix}")
     try:
         train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
         return PreparedDataset(folder, Tokenizer(model), train, val, fingerprint, manifest)
-    except Exception as error:  # numpy reads the head of an array as Python, and fails as that does
-        raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {mend}") from None
+    except Exception as error:  # numpy reads an array's header as Python code, and raises whatever that raises
+        raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {fix}") from None
 
 
-class _Unreadable(Exception):
-    """A manifest of another kind."""
+class _OtherFormat(Exception):
+    """A manifest of a format that this version does not read."""
 
 
 def describe(manifest: dict[str, Any], folder: Path) -> str:
-    """A few words on each split, for people."""
+    """One line for people: the size of each split, and of the vocabulary."""
     splits = ", ".join(
         f"{split} {entry['tokens']:,} tokens of {entry['documents']:,} documents "
-        f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes a token)"
+        f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes per token)"
         for split, entry in manifest["splits"].items()
     )
     return f"{folder}: {splits}; vocabulary {manifest['tokenizer']['vocab_size']}"
-
-
-FORMAT = 2  # of the folder; also to be raised when the same settings would give other tokens
-
-MANIFEST, FILES = "manifest.json", "files.json"

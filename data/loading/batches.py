@@ -1,12 +1,10 @@
-"""Batches of token windows, in an order that is a pure function of the seed and the step.
+"""Batches of token windows for training and validation.
 
-A split is cut into windows of `seq_len` inputs and the same number of targets, one token further on; a
-window's last target is the next one's first input. Documents are packed: a window may hold several.
-Where documents begin with a prompt, each is a window of its own, cut to `seq_len` targets or filled up, and
-the prompt's tokens are no targets.
-On the fly, while the text is still being prepared, windows are shuffled in blocks (data.growing).
-With `masks` a batch says besides where documents begin, and the first token of a document, which nothing before it
-tells, is no target.
+A split is cut into windows of `seq_len` inputs and as many targets, which are the inputs shifted by one token; the last
+target of a window is the first input of the next. Documents are packed: a window may hold several. Where documents
+begin with a prompt, each document is a window of its own, cut to `seq_len` targets or padded, and the prompt's tokens
+are no targets. With `masks` a batch also says where documents begin, and the first token of a document, which no token
+before it predicts, is no target.
 """
 
 import logging
@@ -16,25 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.loading.order import ENDLESS, Blocks, Mixture, permute
+from data.loading.order import ENDLESS, BlockOrder, EpochOrder, MixtureOrder
 from data.shards.reader import Tokens
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # a target that counts for nothing, as in torch's cross-entropy
+IGNORED = -100  # a target that has no loss, as in torch's cross-entropy
 
 
 class TrainBatches:
     """The training batches of one rank.
 
-    Sequence j of step s is sample s * sequences_per_step + j of an endless row of shuffled epochs. Every
-    rank takes a contiguous run of j and cuts it into micro-batches, so that neither the number of ranks
-    nor the micro-batch size changes what a step trains on. The last tokens, too few for a window, are
-    left out.
+    Sequence j of step s is sample s * sequences_per_step + j of the order (data.loading.order). Each rank takes a
+    contiguous run of j and cuts it into micro-batches, so that neither the number of ranks nor the micro-batch size
+    changes the tokens of a step. The last tokens of the split, too few for a window, are left out.
 
-    With `block`, of a split that may still grow, the first epoch is shuffled in blocks of so many windows.
+    Args:
+        tokens: The training split.
+        seq_len: Inputs and targets per sequence.
+        sequences_per_step: On all ranks.
+        micro_batch_size: Sequences in a micro-batch.
+        seed: Of the order.
+        masks: Whether batches say where documents begin.
+        block: Windows per block of the first epoch, for a split that may still be prepared; None for whole epochs.
 
-    Raises ValueError if there is no full window, or a step does not divide into ranks and micro-batches.
+    Raises:
+        ValueError: There is no full window, or a step does not divide into ranks and micro-batches.
     """
 
     def __init__(
@@ -49,30 +54,43 @@ class TrainBatches:
         masks: bool = False,
         block: int | None = None,
     ) -> None:
-        self._blocks = Blocks(tokens, seq_len, block, seed, permute) if block else None
-        self._windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
-        self._mixture = self._mix(seq_len, seed, tokens) if tokens.parts else None
+        self._tokens, self._seq_len, self._masks = tokens, seq_len, masks
         self._targets = None if tokens.given is None else _targets_by_document(tokens, seq_len)
-        self._tokens, self._seq_len, self._seed, self._masks = tokens, seq_len, seed, masks
-        self._counted = False
-        if not self._blocks:
-            self._count()
+        self._order = self._make_order(seed, block)
+        self._checked = False
+        if not isinstance(self._order, BlockOrder):
+            self._check_windows()
         if sequences_per_step < 1 or sequences_per_step % (micro_batch_size * world_size):
             raise ValueError(
-                f"train.tokens_per_step: {sequences_per_step} sequences a step do not divide into {world_size} "
+                f"train.tokens_per_step: {sequences_per_step} sequences per step do not divide into {world_size} "
                 f"processes with micro-batches of {micro_batch_size}; change it or train.micro_batch_size"
             )
         self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
         self._share = sequences_per_step // world_size
         self._first = rank * self._share
 
+    def _make_order(self, seed: int, block: int | None) -> EpochOrder | BlockOrder | MixtureOrder:
+        tokens, seq_len = self._tokens, self._seq_len
+        if block:
+            return BlockOrder(tokens, seq_len, block, seed)
+        if not tokens.parts:
+            windows = (len(tokens) - 1) // seq_len if tokens.given is None else tokens.document_count
+            return EpochOrder(windows, seed)
+        counts = [(length - 1) // seq_len for _, length, _ in tokens.parts]
+        if short := [number for number, count in enumerate(counts) if count < 1]:
+            raise ValueError(
+                f"data.mixture: corpus {short[0]} has fewer training tokens than a window of train.seq_len={seq_len} "
+                "and one more; give more of it, or lower train.seq_len"
+            )
+        return MixtureOrder(counts, [weight for *_, weight in tokens.parts], seed)
+
     @property
     def windows(self) -> int:
-        """In an epoch; of a mixture, until every corpus was gone through at least once; endless while nobody knows."""
-        return self._blocks.windows if self._blocks else self._windows
+        """Windows per epoch; for a mixture, until each corpus was read at least once; ENDLESS while not known."""
+        return self._order.windows
 
-    def _count(self) -> None:
-        self._counted = True
+    def _check_windows(self) -> None:
+        self._checked = True
         if self.windows < 1:
             raise ValueError(
                 f"data: the training split has {len(self._tokens)} tokens, fewer than a window of train.seq_len="
@@ -81,45 +99,38 @@ class TrainBatches:
         if self._targets is None:
             left_out = len(self._tokens) - 1 - self.windows * self._seq_len
             logger.info(
-                "training split: %d windows of %d tokens an epoch, the last %d tokens are in none",
+                "training split: %d windows of %d tokens per epoch, the last %d tokens are in none",
                 *(self.windows, self._seq_len, left_out),
             )
 
-    def _mix(self, seq_len: int, seed: int, tokens: Tokens) -> Mixture:
-        windows = [(length - 1) // seq_len for _, length, _ in tokens.parts]
-        if short := [number for number, count in enumerate(windows) if count < 1]:
-            raise ValueError(
-                f"data.mixture: corpus {short[0]} has fewer training tokens than a window of train.seq_len={seq_len} "
-                "and one more; give more of it, or lower train.seq_len"
-            )
-        mixture = Mixture(windows, [weight for *_, weight in tokens.parts], seed, permute)
-        self._windows = mixture.epoch
-        return mixture
-
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
-        """This rank's inputs and targets, int64 (micro_batch_size, seq_len) each, of a step (from 0).
+        """This rank's micro-batches of a step (from 0): inputs and targets, int64 (micro_batch_size, seq_len) each.
 
-        With masks also where documents begin, as `_batch` says.
+        With masks each has a third tensor, the places where documents begin, as `_batch` describes it.
         """
         places = self._places(step, self._first, self._share)
         for chunk in places.reshape(-1, self._micro_batch_size):
             yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size, self._masks)
 
     def ready(self, step: int) -> bool:
-        """Whether the samples of a step can be read by now; with `block` alone they may not be."""
-        if not self._blocks or self._counted:
+        """Whether the samples of a step can be read by now; always, except for a split that is still prepared.
+
+        Raises:
+            ValueError: The split is complete and has no full window.
+        """
+        if not isinstance(self._order, BlockOrder) or self._checked:
             return True
-        there = self._blocks.can_read((step + 1) * self._sequences_per_step)
+        readable = self._order.can_read((step + 1) * self._sequences_per_step)
         if self.windows < ENDLESS:
-            self._count()
-        return there
+            self._check_windows()
+        return readable
 
     def digest(self, step: int) -> str:
-        """With `block`: stands for all that the first so many steps were read from."""
-        return self._blocks.digest(step * self._sequences_per_step) if self._blocks else ""
+        """With `block`, a hash of the text read by the steps before `step`; else empty."""
+        return self._order.digest(step * self._sequences_per_step) if isinstance(self._order, BlockOrder) else ""
 
     def targets(self, step: int) -> int:
-        """How many targets a step has on all ranks, at least 1."""
+        """The number of targets of a step on all ranks, at least 1."""
         if self._targets is None:
             every = self._sequences_per_step * self._seq_len
             if not self._masks:
@@ -129,27 +140,25 @@ class TrainBatches:
         return max(1, int(self._targets[self._places(step, 0, self._sequences_per_step)].sum()))
 
     def documents(self, step: int) -> list[str]:
-        """Names of the documents in a step's batch on all ranks, in the order of its sequences, each once."""
+        """Names of the documents in a step's batch on all ranks, each once, in the order of the sequences."""
         places = self._places(step, 0, self._sequences_per_step).tolist()
         return list(dict.fromkeys(name for place in places for name in self._tokens.documents(*self._bounds(place))))
 
     def epoch(self, step: int) -> int:
-        """The epoch (from 0) that a step's first sequence belongs to."""
+        """The epoch (from 0) of a step's first sequence."""
         return step * self._sequences_per_step // self.windows
 
     def _places(self, step: int, first: int, count: int) -> np.ndarray:
-        """Where the samples of a step from `first` on begin: at which token, or, with prompts, which document it is."""
+        """Where `count` samples of a step from number `first` on begin, int64 (count,).
+
+        A place is the number of the first token or, where documents begin with a prompt, of the document.
+        """
         samples = step * self._sequences_per_step + first + np.arange(count, dtype=np.int64)
-        if self._mixture:
-            corpora, windows = self._mixture(samples)
+        if isinstance(self._order, MixtureOrder):
+            corpora, windows = self._order(samples)
             return np.array([first for first, *_ in self._tokens.parts])[corpora] + windows * self._seq_len
-        if self._blocks:
-            return self._blocks(samples) * self._seq_len
-        epochs, positions = np.divmod(samples, self.windows)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            positions[here] = permute(positions[here], self.windows, f"{self._seed} shuffle {epoch}")
-        return positions * self._seq_len if self._targets is None else positions
+        windows = self._order(samples)
+        return windows * self._seq_len if self._targets is None else windows
 
     def _bounds(self, place: int) -> tuple[int, int]:
         if self._targets is not None:
@@ -166,11 +175,14 @@ def validation_batches(
     max_sequences: int | None = None,
     masks: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """This rank's inputs and targets, int64 (batch_size, seq_len) each, from a split in order.
+    """This rank's batches of a split in order: inputs and targets, int64 (batch_size, seq_len) each.
 
-    Over all ranks every token but the first is a target once; what fills up the last window and the last
-    batches is 0 as input and -100 as target. All ranks get the same number of batches. With `max_sequences`,
-    only so many windows, spread evenly over the split.
+    Over all ranks each token except the first is a target once. The last window and the last batches are padded with
+    input 0 and target -100. All ranks get the same number of batches.
+
+    Args:
+        max_sequences: Take only this many windows, spread evenly over the split.
+        masks: Give a third tensor, the places where documents begin, as `_batch` describes it.
     """
     count = -(-(len(tokens) - 1) // seq_len) if _given(tokens) is None else tokens.document_count
     windows = np.arange(count)
@@ -184,10 +196,10 @@ def validation_batches(
 
 
 def _batch(tokens: Tokens, places: list[int], seq_len: int, batch_size: int, masks: bool = False) -> tuple[Tensor, ...]:
-    """Inputs and targets, int64 (batch_size, seq_len) each, from these places on; the rest is 0, and -100 as target.
+    """Inputs and targets, int64 (batch_size, seq_len) each, of the windows at `places`; padded with 0 and -100.
 
-    With `masks`, also documents, int32 (documents + 1,): the places among the batch's inputs, row after row, where one
-    begins, as every row does, and the number of inputs.
+    With `masks` also the document starts, int32 (documents + 1,): the places among the batch's inputs, row after row,
+    where a document begins, as each row does, and at the end the number of inputs.
     """
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), IGNORED)
@@ -213,9 +225,10 @@ def _given(tokens: Tokens) -> np.ndarray | None:
 
 
 def _targets_by_document(tokens: Tokens, seq_len: int) -> np.ndarray:
-    """How many targets each document has, (documents,) int64; says how many documents `seq_len` cuts.
+    """The number of targets of each document, int64 (documents,); logs how many documents `seq_len` cuts.
 
-    Raises ValueError if no response begins within `seq_len`.
+    Raises:
+        ValueError: No response begins within `seq_len`.
     """
     ends = tokens.document_lengths - 1
     counts = np.maximum(np.minimum(ends, seq_len) - tokens.given, 0)

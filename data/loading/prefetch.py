@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that wants them, by a thread, and how long they were waited for."""
+"""Make the batches of the next step while the present step trains, and measure the time that training waits."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,10 +10,15 @@ MicroBatches = list[tuple[Tensor, ...]]
 
 
 class Prefetch:
-    """`make(step)`, the micro-batches of a step, one step ahead of who asks; with `pin`, in pinned memory.
+    """Makes the micro-batches of a step in a thread, one step ahead.
 
-    Asking for another step than the next one only costs its making. An error is raised by the step that it is in.
-    A step that is not `ready` is not made before it is asked for.
+    Steps may be asked for in any order; only consecutive steps gain time. An error while a step is made is raised by
+    the call that asks for that step.
+
+    Args:
+        make: Gives the micro-batches of a step.
+        pin: Copy them into pinned memory, for asynchronous copies to a GPU.
+        ready: Whether a step can be made by now. A step that is not ready is only made when it is asked for.
     """
 
     def __init__(
@@ -41,13 +46,14 @@ class Prefetch:
         return [tuple(tensor.pin_memory() for tensor in batch) for batch in batches] if self._pin else batches
 
     def add(self, seconds: float) -> None:
-        """Count what was waited for a step to be ready."""
+        """Count `seconds` of waiting until a step was ready."""
         self._waited += seconds
 
     def lap(self) -> float:
-        """Seconds waited a step since the last lap."""
+        """Seconds per step that training waited since the last lap."""
         seconds, self._waited, self._steps = self._waited / max(1, self._steps), 0.0, 0
         return seconds
 
     def close(self) -> None:
+        """Drop the batches made ahead; a step that is being made is not waited for."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,1 +1,1 @@
-"""Turning a corpus into token shards."""
+"""Turn a corpus into token shards."""

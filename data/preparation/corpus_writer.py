@@ -1,8 +1,8 @@
-"""Documents into shards, so that a killed process loses what it had in its hands and nothing else.
+"""Write the documents of a corpus into shards, so that a killed process loses only the latest second of work.
 
-Tokens are appended to the shards in the order of the records, by one process. Now and then everything is flushed to
-the disk, and then a file beside, `state.json`, is replaced by one that says how far records and shards are. Going on
-means to cut the shards to those lengths and to read on behind that record.
+One process appends tokens to the shards in the order of the records. About once a second it commits: it flushes the
+shards to the disk, and then replaces `state.json`, which says how far records and shards are. To resume is to cut the
+shards to the lengths in that file, and to read on after that record.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.atomic import write_atomic
 from data.preparation.encode import Encoded, encoders
@@ -27,13 +29,14 @@ logger = logging.getLogger(__name__)
 
 STATE, HELD_OUT = "state.json", "held_out"
 COMMIT_SECONDS = 1.0
-NAMED = 1000  # of the skipped records, those that the manifest names
-BYTES_A_WORKER = 2**22  # fewer are not worth starting a process
+MAX_SKIPPED_NAMES = 1000  # per reason, in the manifest
+BYTES_PER_WORKER = 2**22  # a smaller share of the text is not worth the start of a process
+DIGEST_BYTES = 32
 
 
 @dataclass
-class State:
-    """How far a preparation is: the last record that is in the shards, sums over those before, and the shards."""
+class WriterState:
+    """How far a preparation is: `place` is (file, number of the last record in the shards), the rest is up to there."""
 
     place: tuple[int, int] = (0, 0)
     chain: str = ""
@@ -41,14 +44,16 @@ class State:
     bytes: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)
     skipped_counts: dict[str, int] = field(default_factory=dict)
+    changed: int = 0
+    """The number of documents with tokens that decode to another text."""
     held_out: int = 0
     splits: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] | None = None
-    """The latest of these that was within a file before the present one: what stays true if that turns out broken."""
+    """The latest state within an earlier file, which stays valid if the present file turns out to be broken."""
 
 
-class Writing:
-    """Writes a corpus into shards in `folder`, from where an earlier call left it."""
+class CorpusWriter:
+    """Writes a corpus into shards in `folder`, and resumes where an earlier call was interrupted."""
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder, self._corpus, self._tokenizer = folder, corpus, tokenizer
@@ -59,40 +64,47 @@ class Writing:
             self._open(dtype, shard_tokens)
         except ValueError as error:
             logger.warning("%s; preparing from the start", error)
-            (folder / STATE).unlink(missing_ok=True)  # who reads along is not to be told of what is made anew
-            self.state, self._committed = State(), None
+            (folder / STATE).unlink(missing_ok=True)  # a run must not read shards that are about to be rewritten
+            self.state, self._committed = WriterState(), None
             self._open(dtype, shard_tokens)
 
-    def _open(self, dtype: Any, shard_tokens: int) -> None:
+    def _open(self, dtype: np.dtype, shard_tokens: int) -> None:
         states = self.state.splits
         self._splits = {s: SplitWriter(self._folder, s, dtype, shard_tokens, states.get(s)) for s in ("train", "val")}
-        file = self._folder / HELD_OUT
-        known = file.read_bytes()[: 32 * self.state.held_out] if self.state.held_out and file.exists() else b""
-        if len(known) < 32 * self.state.held_out:
+        file, length = self._folder / HELD_OUT, DIGEST_BYTES * self.state.held_out
+        digests = file.read_bytes()[:length] if length and file.exists() else b""
+        if len(digests) < length:
             raise ValueError(f"{file}: is shorter than it was")
-        self._held_out = {known[i : i + 32] for i in range(0, len(known), 32)}
-        file.write_bytes(known)
+        self._held_out = {digests[i : i + DIGEST_BYTES] for i in range(0, length, DIGEST_BYTES)}
+        file.write_bytes(digests)
 
-    def __call__(self, workers: int) -> dict[str, list[dict[str, Any]]]:
-        """Write all documents; returns the manifest's entries of the shards, by split."""
-        corpus, state, said = self._corpus, self.state, time.monotonic()
+    def write(self, workers: int) -> dict[str, list[dict[str, Any]]]:
+        """Write all documents that are not written yet, with at most `workers` processes that tokenise.
+
+        Returns the manifest's entries of the shards, for each split.
+
+        Raises:
+            ValueError: A file of the corpus cannot be read.
+            OSError: The disk is full or fails, or a worker process was killed.
+        """
+        corpus, state, committed_at = self._corpus, self.state, time.monotonic()
         if state.documents:
-            logger.info("going on behind %d documents", state.documents)
+            logger.info("resuming after %d documents", state.documents)
         if corpus.text_bytes:
-            workers = max(1, min(workers, corpus.text_bytes // BYTES_A_WORKER))
+            workers = max(1, min(workers, corpus.text_bytes // BYTES_PER_WORKER))
         file, _ = state.place
-        behind = sum(f.size for f in corpus.files[:file])
+        done_bytes = sum(f.size for f in corpus.files[:file])
         try:
             with (
-                encoders(self._tokenizer.path, self._tokenizer.special, corpus.parse, workers) as encode,
-                progress("tokenising", corpus.total_bytes, behind) as advance,
+                encoders(self._tokenizer, corpus.parse, workers) as encode,
+                progress("tokenising", corpus.total_bytes, done_bytes) as advance,
             ):
                 for batch, encoded in encode(corpus.batches(state.place)):
-                    self._take(batch, encoded)
+                    self._add(batch, encoded)
                     advance(batch.done_bytes, len(encoded.tokens))
-                    if time.monotonic() >= said + COMMIT_SECONDS:
+                    if time.monotonic() >= committed_at + COMMIT_SECONDS:
                         self._commit()
-                        said = time.monotonic()
+                        committed_at = time.monotonic()
         except BaseException:
             for split in self._splits.values():
                 split.abandon()
@@ -101,9 +113,10 @@ class Writing:
             split.close()
         return {name: split.entries for name, split in self._splits.items()}
 
-    def _take(self, batch: Batch, encoded: Encoded) -> None:
+    def _add(self, batch: Batch, encoded: Encoded) -> None:
         """Append the documents of a batch to their splits, and count what is skipped."""
         corpus, state, start = self._corpus, self.state, 0
+        state.changed += encoded.changed
         for record in encoded.problems:
             corpus.require_pair(record, record.problem)
             self._skip(record.problem, record.name)
@@ -124,7 +137,10 @@ class Writing:
         state.place = (last.file, last.number)
 
     def _may_be_in(self, split: str, content: bytes) -> bool:
-        """Training leaves out what the validation files, which come first, hold as well."""
+        """Whether a document may be in a split: training leaves out the content of the validation files.
+
+        The validation files come first in the corpus, so their digests are complete when training documents come.
+        """
         if split == "train":
             return content not in self._held_out
         self._held_out.add(content)
@@ -136,7 +152,7 @@ class Writing:
     def _skip(self, reason: str, name: str) -> None:
         names, counts = self.state.skipped.setdefault(reason, []), self.state.skipped_counts
         counts[reason] = counts.get(reason, 0) + 1
-        if len(names) < NAMED:
+        if len(names) < MAX_SKIPPED_NAMES:
             names.append(name)
 
     def _commit(self) -> None:
@@ -146,31 +162,31 @@ class Writing:
             state.earlier = {**self._committed, "earlier": None}
         write_state(self._folder / STATE, state)
         self._committed = asdict(state)
-        _give_back()
+        _return_free_memory()
 
     def describe_skipped(self) -> str:
-        """A few words on what was left out, for people; empty when nothing was."""
+        """How many documents were left out, why, and some of their names; empty if none was."""
         counts = self.state.skipped_counts
         return "; ".join(
             f"{counts[reason]} {reason} ({shorten(names)})" for reason, names in self.state.skipped.items()
         )
 
 
-def _give_back() -> None:
-    """Let malloc return what lies free between pieces in use, which otherwise becomes more with a file's size."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+def _return_free_memory() -> None:
+    """Let glibc's malloc return free memory to the system; otherwise it would grow with the size of a file."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
-def read_state(path: Path) -> State:
-    """What the file says; nothing done when there is none, or none that can be read."""
+def read_state(path: Path) -> WriterState:
+    """The state in a file; an empty state if there is no file or it cannot be read."""
     try:
-        state = State(**json.loads(path.read_text()))
+        state = WriterState(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        return State()
+        return WriterState()
     state.place = (state.place[0], state.place[1])
     return state
 
 
-def write_state(path: Path, state: State) -> None:
+def write_state(path: Path, state: WriterState) -> None:
     write_atomic(path, json.dumps(asdict(state)))

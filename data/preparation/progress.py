@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a log line now and then elsewhere."""
+"""Show the progress of a long task: a bar on a terminal, a log line every few seconds elsewhere."""
 
 import logging
 import sys
@@ -16,9 +16,11 @@ LOG_SECONDS = 10.0
 
 @contextmanager
 def progress(action: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yields the function that takes how many of the bytes are done, and the tokens made since it was last called.
+    """Yield a function to be called with the bytes done by now and the tokens made since its last call.
 
-    A total of 0 is one that is not known. The time left is told from the pace since this began.
+    Args:
+        total_bytes: 0 if it is not known.
+        done_bytes: Done before this began; they do not count for the speed, from which the time left is estimated.
     """
     began, tokens = time.monotonic(), 0
     if sys.stderr.isatty():
@@ -26,20 +28,20 @@ def progress(action: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Cal
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(action, total=total_bytes or None, completed=done_bytes, speed="")
 
-            def show(done: int, count: int) -> None:
+            def advance_bar(done: int, count: int) -> None:
                 nonlocal tokens
                 tokens += count
                 bar.update(task, completed=done, speed=f"{tokens / (time.monotonic() - began + 1e-9):,.0f} tokens/s")
 
-            yield show
+            yield advance_bar
         return
-    said = began
+    logged = began
 
-    def say(done: int, count: int) -> None:
-        nonlocal tokens, said
+    def advance_log(done: int, count: int) -> None:
+        nonlocal tokens, logged
         tokens, now = tokens + count, time.monotonic()
-        if now > said + LOG_SECONDS:
-            said, seconds = now, now - began
+        if now > logged + LOG_SECONDS:
+            logged, seconds = now, now - began
             pace = max(1, done - done_bytes) / seconds
             left = f", {max(0, total_bytes - done) / pace:,.0f} s left" if total_bytes else ""
             of = f" of {total_bytes / 1e6:,.1f}" if total_bytes else ""
@@ -47,4 +49,4 @@ def progress(action: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Cal
                 "%s: %s%s MB, %s tokens/s%s", action, f"{done / 1e6:,.1f}", of, f"{tokens / seconds:,.0f}", left
             )
 
-    yield say
+    yield advance_log

@@ -1,1 +1,1 @@
-"""Token shards on disk."""
+"""Read and write token shards."""

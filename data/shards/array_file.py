@@ -1,7 +1,7 @@
-"""Rows of numbers in files, read piece by piece.
+"""One-dimensional arrays in files, read piece by piece.
 
-They are read, not mapped: of a mapped file that is cut short meanwhile the first touch ends the process by a signal,
-and a disk's error does. Here either is an exception with the file's name.
+Files are read, not mapped into memory: if a mapped file is truncated or its disk fails, the next access kills the
+process with a signal. Here both raise an exception that names the file.
 """
 
 import os
@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-OPEN = 128  # files that are open at a time, however many there are
+MAX_OPEN = 128  # files at a time, of all arrays
 
 
 class ArrayFile:
-    """Numbers of one `dtype` from byte `offset` of a file on, `count` of them or all: `len`, and slices as (n,) arrays.
+    """`count` numbers of `dtype` (None: all) from byte `offset` of a file on. Has `len`; slices are (n,) arrays.
 
-    Threads and forked processes may share one. Raises ValueError for a file that holds no whole number of them.
+    Threads and forked processes may share one.
+
+    Raises:
+        ValueError: The size of the file is no multiple of the size of a number.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> None:
@@ -30,8 +33,13 @@ class ArrayFile:
 
     @classmethod
     def npy(cls, path: Path) -> "ArrayFile":
-        """What `numpy.save` wrote; raises what `numpy.load` does, and ValueError for more than one dimension."""
-        head = np.load(path, mmap_mode="r", allow_pickle=False)  # of which nothing but the head is looked at
+        """The array in a file written by `numpy.save`.
+
+        Raises:
+            ValueError: The array has not one dimension.
+            Exception: Whatever `numpy.load` raises for a file that it cannot read.
+        """
+        head = np.load(path, mmap_mode="r", allow_pickle=False)  # only its header is read
         if head.ndim != 1:
             raise ValueError(f"{head.dtype} of shape {head.shape} is no row of whole numbers")
         return cls(path, head.dtype, head.offset, len(head))
@@ -51,14 +59,14 @@ class ArrayFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not got:
                 raise ValueError(
-                    f"{self.path}: is shorter than it was; bring it back from a copy, or make it anew, and start again"
+                    f"{self.path}: is shorter than it was; restore it from a copy, or prepare it again, and restart"
                 )
             rest, place = rest[got:], place + got
         return out
 
 
 class _Descriptor:
-    """An open file, closed when nobody has it any more: who reads from it in a thread does, whatever others open."""
+    """An open file, closed with the last reference: a thread that reads holds one, even if the cache drops its own."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -68,6 +76,6 @@ class _Descriptor:
             os.close(self.number)
 
 
-@lru_cache(OPEN)
+@lru_cache(MAX_OPEN)
 def _opened(file: ArrayFile) -> _Descriptor:
     return _Descriptor(file.path)

@@ -1,11 +1,13 @@
-"""The files that hold a tokenised split, and reading of them, piece by piece.
+"""Read the shards of a tokenised split, piece by piece.
 
-A split is one shard or several, one behind the other; a document lies in one of them. A shard is three files:
-`.bin`, the tokens, little-endian and nothing else; `.index.npy`, for every document its first token, the place
-of its name and its length in bytes; `.names`, the documents' names, one behind the other. Where documents begin
-with a prompt there is a fourth, `.given.npy`, of the prompts' lengths in tokens. Every document is bos + its
-tokens + eos. What belongs together, and the lengths and checksums of the files, is in the manifest of the
-preparation.
+A split is one or more shards in order, and each document lies within one shard. A shard has three files:
+
+- `.bin`: the tokens, little-endian, without a header. Every document is bos, its tokens, eos.
+- `.index.npy`: for each document its first token, the offset of its name, and the bytes of its text (dtype INDEX).
+- `.names`: the documents' names, concatenated.
+
+Where documents begin with a prompt there is a fourth, `.given.npy`: the number of tokens of each prompt. The manifest
+of the dataset lists the shards, with lengths and checksums of their files.
 """
 
 from bisect import bisect_right
@@ -24,26 +26,32 @@ COUNTS = ("documents", "tokens", "bytes")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of a shard's tokens: two bytes where the vocabulary fits, else four."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 class Tokens:
-    """The tokens of a split: `len`, slices as arrays (n,) of the shards' dtype, and the documents' names.
+    """The tokens of a split. Has `len`; slices are (n,) arrays of the shards' dtype.
 
-    `names` are those of its shards, in order.
+    Args:
+        folder: Of the shards.
+        names: The names of the shards in order; a single name for one shard.
+
+    Attributes:
+        complete: Whether no more tokens will come; false only while the split is being prepared.
+        parts: For a mixture, (first token, number of tokens, weight) of each corpus; else empty.
     """
 
-    complete = True  # no more tokens will come
+    complete = True
 
     def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
         names = [names] if isinstance(names, str) else names
         self._join([Shard(folder, name, dtype) for name in names], dtype)
         self.parts: list[tuple[int, int, float]] = []
-        """Of a mixture: for every corpus its first token, how many it has, and its weight."""
 
     @classmethod
     def of(cls, shards: Sequence["Shard"], dtype: np.dtype) -> "Tokens":
-        """The tokens of shards that are open already."""
+        """The tokens of open shards."""
         joined = cls.__new__(cls)
         joined._join(list(shards), dtype)
         joined.parts = []
@@ -51,7 +59,7 @@ class Tokens:
 
     @classmethod
     def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
-        """Corpora of the same dtype with their weights, one behind the other."""
+        """Corpora of the same dtype, concatenated, with their weights."""
         joined = cls.of([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
         ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
         joined.parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
@@ -63,7 +71,7 @@ class Tokens:
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 
     def can_read(self, stop: int) -> bool:
-        """Whether the tokens before `stop`, or all there will ever be, can be read by now."""
+        """Whether the tokens before `stop` can be read by now, or the split is complete and has fewer."""
         return True
 
     def __len__(self) -> int:
@@ -75,7 +83,7 @@ class Tokens:
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The numbers of the shards that tokens [start, stop) lie in, each with the places there."""
+        """(shard, first token in it, token after the last) for each shard that tokens [start, stop) lie in."""
         number, pieces = int(np.searchsorted(self._first_token, start, side="right")) - 1, []
         while start < stop:
             base, end = int(self._first_token[number]), min(stop, int(self._first_token[number + 1]))
@@ -86,15 +94,16 @@ class Tokens:
 
     @cached_property
     def given(self) -> np.ndarray | None:
-        """(documents,) int64: how many tokens after bos are a prompt; None where there are no prompts."""
+        """How many tokens after bos are a prompt, int64 (documents,); None where documents have no prompt."""
         parts = [shard.given for shard in self._shards if shard.given is not None]
         return np.concatenate(parts) if parts else None
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens (n,) of a document, from bos to eos."""
+        """The tokens of a document, (n,), from bos to eos."""
         return self[slice(*self.document_bounds(number))]
 
     def document_bounds(self, number: int) -> tuple[int, int]:
+        """The first token of a document, and the token after its last."""
         shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
         first, last = self._shards[shard].bounds(number - int(self._first_document[shard]))
         base = int(self._first_token[shard])
@@ -102,7 +111,7 @@ class Tokens:
 
     @property
     def document_lengths(self) -> np.ndarray:
-        """How many tokens each document has, (documents,) int64."""
+        """The number of tokens of each document, int64 (documents,)."""
         return np.concatenate([np.diff(s.index[:]["token"], append=len(s.tokens)) for s in self._shards])
 
     @property
@@ -111,11 +120,11 @@ class Tokens:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the text the tokens stand for."""
+        """UTF-8 bytes of the text of all documents."""
         return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The tokens in [start, stop) with which a document begins, int64 in order."""
+        """The numbers of the tokens in [start, stop) that begin a document, int64 (n,), in order."""
         starts = [np.empty(0, np.int64)]
         for number, first, last in self._pieces(start, min(stop, len(self))):
             begins = self._shards[number].begins(first, last)
@@ -132,9 +141,10 @@ class Tokens:
 
 
 class Shard:
-    """One shard to be read. `done`, the `state` of a writer that is still at it, is how much of it can be.
+    """One shard, opened to be read. `done` is the `state` of the writer of an unfinished shard: only so much is read.
 
-    Raises ValueError for files that are no shard, or shorter than `done` says.
+    Raises:
+        ValueError: The files are no shard, or are shorter than `done`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
@@ -144,7 +154,7 @@ class Shard:
         self.index: ArrayFile | np.ndarray
         if done is None:
             self.index = ArrayFile.npy(folder / f"{name}.index.npy")
-        else:  # read at once: the file goes when the shard is whole
+        else:  # read now, because the file is deleted when the shard is complete
             self.index = np.fromfile(folder / f"{name}.index", INDEX, done["documents"])
             for path, count, size in ((tokens, done["tokens"], dtype.itemsize), (names, done["names"], 1)):
                 if path.stat().st_size < count * size or len(self.index) < done["documents"]:
@@ -157,25 +167,27 @@ class Shard:
             raise ValueError(f"{name}.given.npy is not of the index's documents")
 
     def bounds(self, document: int) -> tuple[int, int]:
-        first, *behind = self.index[document : document + 2]["token"].tolist()
-        return first, behind[0] if behind else len(self.tokens)
+        """The first token of a document, and the token after its last."""
+        first, *after = self.index[document : document + 2]["token"].tolist()
+        return first, after[0] if after else len(self.tokens)
 
     def entries(self, start: int, stop: int) -> tuple[int, np.ndarray]:
-        """The first document that tokens [start, stop) belong to, and the index's entries of it and the others."""
+        """The first document that tokens [start, stop) belong to, and the index entries of all these documents."""
         first = bisect_right(range(len(self.index)), start, key=self._begin) - 1
-        found = self.index[first : first + stop - start]  # no document is without a token
+        found = self.index[first : first + stop - start]  # each document has a token at least
         return first, found[: np.searchsorted(found["token"], stop)]
 
     def begins(self, start: int, stop: int) -> np.ndarray:
-        """The tokens that those documents begin with, the first of them perhaps before `start`."""
+        """The first token of each document that tokens [start, stop) belong to; the first may lie before `start`."""
         return self.entries(start, stop)[1]["token"]
 
     def _begin(self, document: int) -> int:
         return int(self.index[document : document + 1]["token"][0])
 
     def documents(self, start: int, stop: int) -> list[str]:
+        """Names of the documents that tokens [start, stop) belong to, in order."""
         first, found = self.entries(start, stop)
-        behind = self.index[first + len(found) : first + len(found) + 1]["name"].tolist() or [len(self._names)]
-        places = [*found["name"].tolist(), *behind]
+        after = self.index[first + len(found) : first + len(found) + 1]["name"].tolist() or [len(self._names)]
+        places = [*found["name"].tolist(), *after]
         names = self._names[places[0] : places[-1]].tobytes()
         return [names[b - places[0] : e - places[0]].decode() for b, e in pairwise(places)]

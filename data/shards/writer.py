@@ -1,4 +1,4 @@
-"""Write shards of tokens."""
+"""Write the shards of a split, and resume from what an earlier writer left on the disk."""
 
 import os
 import shutil
@@ -14,10 +14,12 @@ from data.shards.reader import COUNTS, GIVEN, INDEX
 
 
 class ShardWriter:
-    """Writes one shard: a context manager, behind which `entry` gives what the manifest says of it.
+    """Writes one shard. A context manager; after it `entry` gives the shard's entry in the manifest.
 
-    `done`, the `state` of an earlier writer, goes on from there: what was written after it is dropped.
-    Raises ValueError when files are shorter than they were.
+    With `done`, the `state` of an earlier writer, writing resumes there, and everything after it is dropped.
+
+    Raises:
+        ValueError: A file is shorter than `done`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
@@ -40,7 +42,7 @@ class ShardWriter:
 
             self._bin = opened("bin", c["tokens"] * self._dtype.itemsize)
             self._names = opened("names", c["names"])
-            # These become arrays when the shard is whole.
+            # These two become .npy files when the shard is complete, because a .npy file begins with its length.
             self._index = opened("index", c["documents"] * INDEX.itemsize)
             self._given = opened("given", c["given"] * GIVEN.itemsize)
             self._files = files.pop_all()
@@ -51,9 +53,9 @@ class ShardWriter:
         return self._counts["tokens"]
 
     def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
-        """Append a document, its `tokens` (n,) already between bos and eos, `given` of them after bos a prompt."""
+        """Append a document: `tokens` (n,) with bos and eos, of which `given` after bos are a prompt."""
         counts, encoded = self._counts, name.encode()
-        self._index.write(struct.pack("<qqq", counts["tokens"], counts["names"], text_bytes))  # as INDEX says
+        self._index.write(struct.pack("<qqq", counts["tokens"], counts["names"], text_bytes))  # INDEX
         self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._names.write(encoded)
         if given is not None:
@@ -65,7 +67,7 @@ class ShardWriter:
         counts["names"] += len(encoded)
 
     def state(self) -> dict[str, int]:
-        """How far the shard is; all of that is on the disk now."""
+        """How much is written; so much is on the disk now."""
         for file in (self._bin, self._names, self._index, self._given):
             file.flush()
             os.fsync(file.fileno())
@@ -80,7 +82,7 @@ class ShardWriter:
                     _save_as_array(raw, dtype)
 
     def entry(self) -> dict[str, Any]:
-        """Counts, and length and checksum of every file."""
+        """The shard's entry in the manifest: its counts, and length and checksum of each file."""
         endings = ["bin", "index.npy", "names", *(["given.npy"] if self._counts["given"] else [])]
         files = [self._folder / f"{self._name}.{ending}" for ending in endings]
         return {
@@ -91,7 +93,7 @@ class ShardWriter:
 
 
 def _save_as_array(raw: Path, dtype: np.dtype) -> None:
-    """What ``np.save`` would write of a file of nothing but entries, without holding them."""
+    """Write `<raw>.npy` as np.save would write the entries of the file `raw`, without reading them into memory."""
     entries = raw.stat().st_size // dtype.itemsize
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (entries,)}
     with open(raw, "rb") as read, open(f"{raw}.npy", "wb") as written:
@@ -100,14 +102,16 @@ def _save_as_array(raw: Path, dtype: np.dtype) -> None:
 
 
 class SplitWriter:
-    """Writes a split as shards, a new one where the last has `shard_tokens` or more; goes on from a `state`."""
+    """Writes a split, and begins a new shard when the last one has `shard_tokens` or more; resumes from a `state`.
+
+    `entries` are the manifest's entries of the complete shards.
+    """
 
     def __init__(
         self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
     ) -> None:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self.entries: list[dict[str, Any]] = list(state["shards"]) if state else []
-        """What the manifest says of the shards that are whole."""
         self._open(state["open"] if state else None)
 
     def _open(self, done: dict[str, int] | None) -> None:
@@ -115,19 +119,22 @@ class SplitWriter:
         self._shard = ShardWriter(self._folder, name, self._dtype, done).__enter__()
 
     def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
+        """Append a document, as `ShardWriter.add` does."""
         if self._shard.tokens >= self._shard_tokens:
             self.close()
             self._open(None)
         self._shard.add(name, tokens, text_bytes, given)
 
     def state(self) -> dict[str, Any]:
+        """How much is written; so much is on the disk now."""
         return {"shards": self.entries, "open": self._shard.state()}
 
     def close(self) -> None:
-        """Make the last shard whole."""
+        """Complete the last shard."""
         self._shard.state()
         self._shard.__exit__(None, None, None)
         self.entries.append(self._shard.entry())
 
     def abandon(self) -> None:
+        """Close the files and leave the last shard incomplete, to be resumed."""
         self._shard.__exit__(ValueError)

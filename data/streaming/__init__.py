@@ -1,1 +1,1 @@
-"""Training while the corpus is still being prepared."""
+"""Train while the corpus is still being prepared."""

@@ -1,7 +1,7 @@
-"""A split that is read while a preparation still writes it, and an order of its windows that needs no end.
+"""Read a split while it is being prepared.
 
-What `state.json` names is on the disk and stays, to the byte, whatever is killed: no more than that is read. When the
-preparation is whole its folder has another name, under which reading goes on.
+Only tokens that `state.json` names are read: they are on the disk and never change. When the preparation is complete
+its folder is renamed, and reading continues under the new name.
 """
 
 import time
@@ -12,47 +12,49 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data.loading.order import ENDLESS
-from data.preparation.corpus_writer import STATE, State, read_state
+from data.preparation.corpus_writer import STATE, WriterState, read_state
+from data.preparation.plan import PreparationPlan
 from data.shards.reader import Shard, Tokens
 from data.token_dataset import load
 
-PATIENCE = 10.0  # seconds that a network's file system may take to show a folder's new name
+RENAME_SECONDS = 10.0  # that a network file system may take to show a folder's new name
 T = TypeVar("T")
 
 
 class StreamedTokens(Tokens):
-    """As many tokens of a split as are on the disk, at the most `most`; `can_read` takes in what came since.
+    """The tokens of a split that are on the disk by now, at most `limit`; `can_read` updates what is there.
 
-    `places` tells the folder that is written and, once there is one, that of the whole. Any threads may read meanwhile.
+    Any number of threads may read meanwhile.
+
+    Args:
+        split: `train` or `val`.
+        plan: The plan of the preparation that writes it.
+        dtype: The dtype of the shards.
     """
 
-    def __init__(
-        self, split: str, places: Callable[[], tuple[Path, Path | None]], dtype: np.dtype, most: int = ENDLESS
-    ) -> None:
-        self._split, self._places, self._most = split, places, most
+    def __init__(self, split: str, plan: PreparationPlan, dtype: np.dtype, limit: int = ENDLESS) -> None:
+        self._split, self._plan, self._limit = split, plan, limit
         self._join([], dtype)
         self.parts = []
         self._closed: dict[str, Shard] = {}
         self.complete = False
-        """Whether no more will come."""
 
     def can_read(self, stop: int) -> bool:
-        """Whether the tokens before `stop`, or all there will ever be, can be read by now."""
         if not self.complete and super().__len__() < stop:
-            self._look(stop)
+            self._update(stop)
         return self.complete or super().__len__() >= stop
 
-    def _look(self, stop: int) -> None:
-        work, whole = self._places()
-        if whole:
-            self._join(getattr(load(whole), self._split)._shards, self._dtype)
+    def _update(self, stop: int) -> None:
+        if finished := self._plan.finished():
+            self._join(getattr(load(finished), self._split)._shards, self._dtype)
             self.complete = True
             return
+        work = self._plan.work_folder
         try:
             state = read_state(work / STATE)
-            if self._split in state.splits and tokens_of(state, self._split) >= max(stop, super().__len__()):
+            if self._split in state.splits and token_count(state, self._split) >= max(stop, super().__len__()):
                 self._join(self._shards_in(work, state.splits[self._split]), self._dtype)
-        except (FileNotFoundError, ValueError):  # about to be renamed, or damaged and about to be made anew
+        except (FileNotFoundError, ValueError):  # about to be renamed, or damaged and about to be written again
             pass
 
     def _shards_in(self, work: Path, state: dict[str, Any]) -> list[Shard]:
@@ -66,7 +68,7 @@ class StreamedTokens(Tokens):
         return found
 
     def __len__(self) -> int:
-        return min(self._most, super().__len__())
+        return min(self._limit, super().__len__())
 
     def __getitem__(self, where: slice) -> np.ndarray:
         return self._read(Tokens.__getitem__, where)
@@ -77,20 +79,21 @@ class StreamedTokens(Tokens):
     def documents(self, start: int, stop: int) -> list[str]:
         return self._read(Tokens.documents, start, stop)
 
-    def _read(self, method: Callable[..., T], *given: object) -> T:
-        deadline = time.monotonic() + PATIENCE
+    def _read(self, method: Callable[..., T], *arguments: object) -> T:
+        """The result of a method of Tokens, called again if the folder was renamed meanwhile."""
+        deadline = time.monotonic() + RENAME_SECONDS
         while True:
             shards = self._shards
             try:
-                return method(self, *given)
-            except FileNotFoundError:  # the folder may have its new name
+                return method(self, *arguments)
+            except FileNotFoundError:
                 if shards is self._shards and (self.complete or time.monotonic() > deadline):
                     raise
-            self._look(0)
+            self._update(0)
             time.sleep(0.01)
 
 
-def tokens_of(state: State, split: str) -> int:
+def token_count(state: WriterState, split: str) -> int:
     """How many tokens of a split are on the disk."""
     found = state.splits.get(split, {"shards": [], "open": {"tokens": 0}})
     return sum(entry["tokens"] for entry in [*found["shards"], found["open"]])

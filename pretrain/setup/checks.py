@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data.checks import problems as data_problems
+from data.prepare import problems as data_problems
 from data.tokenizer import MOST_PADDING
 from models import activation_checkpointing as checkpointing
 from models.attention import resolve_backend

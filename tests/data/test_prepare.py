@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 import data.shards.writer
-from data.checks import problems
-from data.prepare import prepare
+from data.prepare import prepare, problems
 from data.settings import SOURCES, DataSettings
 from data.sources.files import stdlib_files
 from data.sources.records import read_documents
@@ -331,8 +330,8 @@ def test_an_interrupted_preparation_is_gone_on_with(settings, monkeypatch, caplo
     assert folders(settings) == [".own-" + folders(settings)[0][5:-4] + ".tmp", "undisturbed"]
     caplog.set_level(logging.INFO)
     prepared = prepare(settings)
-    (message,) = [m for m in caplog.messages if m.startswith("going on behind")]
-    assert 30 <= int(message.split()[3]) < 40
+    (message,) = [m for m in caplog.messages if m.startswith("resuming after")]
+    assert 30 <= int(message.split()[2]) < 40
     assert folders(settings) == [prepared.folder.name, "undisturbed"]
     assert prepared.fingerprint == whole.fingerprint and prepared.folder.name == whole.folder.name
 

@@ -12,8 +12,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from data.checks import problems
-from data.prepare import prepare
+from data.prepare import prepare, problems
 from data.settings import DataSettings
 from data.token_dataset import load
 from data.tokenizer import Tokenizer

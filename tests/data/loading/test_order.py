@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.checks import problems
 from data.loading.batches import TrainBatches, validation_batches
-from data.loading.order import ROUND, Mixture, in_round, permute
-from data.prepare import find, prepare
+from data.loading.order import ROUND, MixtureOrder, samples_per_round
+from data.prepare import find, prepare, problems
 from data.settings import DataSettings
 from data.sources.files import stdlib_files
 from data.sources.records import read_documents
@@ -20,7 +19,7 @@ SEQ_LEN = 32
 
 @pytest.mark.parametrize("weights", [[1, 1], [3, 1], [0.7, 0.2, 0.1], [1, 1, 1], [1e9, 1], [1e-9, 1, 1e-9], [5]])
 def test_a_round_holds_every_corpus_in_its_share(weights):
-    counts = in_round(weights)
+    counts = samples_per_round(weights)
     assert counts.sum() == ROUND and counts.min() >= 1
     shares = np.array(weights) / sum(weights) * ROUND
     assert np.abs(counts - shares).max() <= max(1, len(weights) - 1)
@@ -28,7 +27,7 @@ def test_a_round_holds_every_corpus_in_its_share(weights):
 
 def test_every_corpus_goes_through_shuffled_epochs_of_its_own():
     windows = [130, 70]
-    mixture = Mixture(windows, [3, 1], seed=0, permute=permute)
+    mixture = MixtureOrder(windows, [3, 1], seed=0)
     corpora, places = mixture(np.arange(3 * ROUND))
     for start in range(0, 3 * ROUND, ROUND):
         assert Counter(corpora[start : start + ROUND].tolist()) == {0: 750, 1: 250}
@@ -37,10 +36,10 @@ def test_every_corpus_goes_through_shuffled_epochs_of_its_own():
         # Within a round the samples of a corpus may come in another order than its epochs count them.
         seen = Counter(places[corpora == corpus].tolist())
         assert set(seen) == set(range(count)) and max(seen.values()) - min(seen.values()) <= 1
-    assert mixture.epoch == max(-(-130 * 4 // 3), 70 * 4)
+    assert mixture.windows == max(-(-130 * 4 // 3), 70 * 4)
     some = np.array([5, 999, 1000, 2718])
     assert [x.tolist() for x in mixture(some)] == [corpora[some].tolist(), places[some].tolist()]
-    other = Mixture(windows, [3, 1], seed=1, permute=permute)(np.arange(ROUND))
+    other = MixtureOrder(windows, [3, 1], seed=1)(np.arange(ROUND))
     assert other[0].tolist() != corpora[:ROUND].tolist()
 
 

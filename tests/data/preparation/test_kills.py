@@ -30,21 +30,21 @@ from data.settings import DataSettings
 
 log = open(sys.argv[2], "a", buffering=1)
 data.sources.corpus.BATCH_CHARS = 2**15
-data.preparation.corpus_writer.COMMIT_SECONDS, data.preparation.corpus_writer.BYTES_A_WORKER = 0.0, 2**15
-take, fsync = data.preparation.corpus_writer.Writing._take, os.fsync
+data.preparation.corpus_writer.COMMIT_SECONDS, data.preparation.corpus_writer.BYTES_PER_WORKER = 0.0, 2**15
+add, fsync = data.preparation.corpus_writer.CorpusWriter._add, os.fsync
 
-def slow_take(writing, batch, encoded):
+def slow_add(writer, batch, encoded):
     for name in encoded.names:
         log.write(name + "\\\\n")
     time.sleep(0.05)
-    take(writing, batch, encoded)
+    add(writer, batch, encoded)
     time.sleep(0.05)
 
 def slow_fsync(number):
     fsync(number)
     time.sleep(0.01)
 
-data.preparation.corpus_writer.Writing._take, os.fsync = slow_take, slow_fsync
+data.preparation.corpus_writer.CorpusWriter._add, os.fsync = slow_add, slow_fsync
 prepare(DataSettings(**json.loads(sys.argv[1])))
 """.replace("\\\\n", "\\n")
 
@@ -134,14 +134,14 @@ def test_a_kill_while_all_is_put_in_its_place_costs_nothing(corpus, tmp_path, mo
     settings, undisturbed = corpus
     own = DataSettings(**{**vars(settings), "root": str(tmp_path), "workers": 1})
 
-    def killed(work, *given):
-        (work / STATE).unlink(missing_ok=True)
+    def killed(plan):
+        (plan.work_folder / STATE).unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("data.prepare._put_in_place", killed)
+        patch.setattr("data.prepare.put_in_place", killed)
         prepare(own)
-    monkeypatch.setattr("data.prepare.Writing", None)  # which nobody needs any more
+    monkeypatch.setattr("data.prepare.CorpusWriter", None)  # which nobody needs any more
     made = prepare(own).folder
     assert contents(made) == contents(undisturbed) | {f.name: b"" for f in made.glob(".seen-*")}
 
@@ -156,7 +156,7 @@ def test_files_that_are_shorter_than_they_were_mean_a_fresh_start(corpus, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("data.prepare._check", fail)
+        patch.setattr("data.prepare.check", fail)
         prepare(own)
     (work,) = tmp_path.glob(".own-*.tmp")
     os.truncate(work / "train-00000.bin", 1000)

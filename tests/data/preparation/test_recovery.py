@@ -1,7 +1,6 @@
 """A broken file ends a preparation, and costs no file before it."""
 
 import gzip
-import io
 import json
 import logging
 import os
@@ -10,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from data import prepare as preparing
-from data.preparation import corpus_writer as write
+from data.preparation import corpus_writer
 from data.prepare import prepare
 from data.settings import DataSettings
 from data.sources import corpus as corpora
-from data.sources import records
+from data.sources import open_text
 from data.sources.files import stdlib_files
 from data.train_tokenizer import train_tokenizer
 
@@ -39,26 +38,21 @@ def as_if_large(monkeypatch):
     """No survey beforehand, as of a large corpus; small batches, a commit behind each."""
     monkeypatch.setattr(corpora, "SURVEY_BYTES", -1)
     monkeypatch.setattr(corpora, "BATCH_CHARS", 5000)
-    monkeypatch.setattr(write, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(corpus_writer, "COMMIT_SECONDS", 0)
     monkeypatch.setattr(os, "fsync", lambda number: None)  # no power is cut here
-
-    def in_small_pieces(own, stream, below):
-        io.BufferedReader.__init__(own, stream, 1000)
-        own._below = below
-
-    monkeypatch.setattr(records._Closing, "__init__", in_small_pieces)
+    monkeypatch.setattr(open_text, "BLOCK_BYTES", 1000)  # so that lines before a broken place are read
 
 
 @pytest.fixture
 def taken(monkeypatch):
     """The names of all documents that are tokenised."""
-    take, names = write.Writing._take, []
+    take, names = corpus_writer.CorpusWriter._add, []
 
     def taking(writing, batch, encoded):
         names.extend(encoded.names)
         take(writing, batch, encoded)
 
-    monkeypatch.setattr(write.Writing, "_take", taking)
+    monkeypatch.setattr(corpus_writer.CorpusWriter, "_add", taking)
     return names
 
 
@@ -90,7 +84,7 @@ def settings(folder, tokenizer, root="prepared"):
 
 
 def fails(own):
-    said = rf"{BROKEN}\.json\.gz cannot be read after line \d+ .* or take the file away: .*\.tmp keeps what was made of"
+    said = rf"{BROKEN}\.json\.gz cannot be read after line \d+ .* or take the file away: .*\.tmp keeps the tokens of"
     with pytest.raises(ValueError, match=said):
         prepare(own)
 
@@ -120,7 +114,7 @@ def test_a_broken_file_costs_itself_and_nothing_before_it(broken, tokenizer, men
         path_of(folder, BROKEN).unlink()
     with caplog.at_level(logging.INFO):
         prepared = prepare(own)
-    assert f"the first {BROKEN} files are as " in caplog.text and "going on behind" in caplog.text
+    assert f"the first {BROKEN} files are the same as " in caplog.text and "resuming after" in caplog.text
     assert min(int(name.split("/")[1][0]) for name in taken) >= BROKEN - 1
     assert len(taken) < (FILES - BROKEN + 1) * EACH
     assert [p.name for p in (folder / "prepared").iterdir() if ".tmp" in p.name] == []
@@ -162,7 +156,7 @@ def test_a_tokenizer_of_its_own_is_trained_again_and_has_to_be_the_same(broken, 
 def test_what_can_be_gone_on_with_itself_is_not_taken_by_another(broken, tokenizer, monkeypatch):
     folder, whole = broken
     path_of(folder, BROKEN).write_bytes(whole)
-    own, commit = settings(folder, tokenizer), write.Writing._commit
+    own, commit = settings(folder, tokenizer), corpus_writer.CorpusWriter._commit
 
     def killed(writing):
         commit(writing)
@@ -170,7 +164,7 @@ def test_what_can_be_gone_on_with_itself_is_not_taken_by_another(broken, tokeniz
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(write.Writing, "_commit", killed)
+        patched.setattr(corpus_writer.CorpusWriter, "_commit", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(own)
     (left,) = (folder / "prepared").glob(".own-*.tmp")

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -263,15 +262,6 @@ def test_shards_end_where_they_are_full_and_the_index_spans_them(texts, tokenize
     names = [name for i in range(tokens.document_count) for name in tokens.documents(*tokens.document_bounds(i))]
     assert names == tokens.documents(0, len(tokens)) and len(set(names)) == tokens.document_count
     assert tokens.document_lengths.sum() == len(tokens)
-
-
-def test_a_worker_ends_with_the_process_that_asked(tokenizer):
-    """Its end of the pipe is closed by the kernel, whatever killed that process."""
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "data.preparation.encode"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    worker.stdin.close()
-    assert worker.wait(timeout=30) == 0
 
 
 def test_a_library_that_is_not_there_is_named_with_the_way_to_it(texts, tokenizer, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ import data.streaming.background
 import data.streaming.tokens
 from data.loading.batches import TrainBatches, validation_batches
 from data.loading.order import ENDLESS, permute
-from data.preparation.corpus_writer import Writing
+from data.preparation.corpus_writer import CorpusWriter
 from data.prepare import command, parser, prepare
 from data.settings import DataSettings
 from data.shards.array_file import _opened
@@ -54,13 +54,13 @@ SLOWLY = """
 import sys, time
 import data.sources.corpus, data.preparation.corpus_writer
 data.sources.corpus.BATCH_CHARS, data.sources.corpus.SURVEY_BYTES = 2**12, 0
-data.preparation.corpus_writer.COMMIT_SECONDS, data.preparation.corpus_writer.BYTES_A_WORKER = 0, 2**12
-take = data.preparation.corpus_writer.Writing._take
-def slow_take(*given):
+data.preparation.corpus_writer.COMMIT_SECONDS, data.preparation.corpus_writer.BYTES_PER_WORKER = 0, 2**12
+add = data.preparation.corpus_writer.CorpusWriter._add
+def slow_add(*given):
     time.sleep(float(sys.argv[1]))
-    take(*given)
-data.preparation.corpus_writer.Writing._take = slow_take
-from data.on_the_fly import main
+    add(*given)
+data.preparation.corpus_writer.CorpusWriter._add = slow_add
+from data.streaming.background import main
 main()
 """
 
@@ -97,10 +97,10 @@ def validated(opened):
 
 def watched(settings, monkeypatch, look):
     """Prepare, and `look` at what there is at every commit and when all is done."""
-    commit = Writing._commit
+    commit = CorpusWriter._commit
     monkeypatch.setattr("data.sources.corpus.BATCH_CHARS", 2**12)
     monkeypatch.setattr("data.preparation.corpus_writer.COMMIT_SECONDS", 0)
-    monkeypatch.setattr(Writing, "_commit", lambda writing: (commit(writing), look()))
+    monkeypatch.setattr(CorpusWriter, "_commit", lambda writing: (commit(writing), look()))
     prepare(settings)
     look()
 
@@ -413,9 +413,9 @@ def test_a_folder_that_has_gone_and_not_come_yet_is_waited_for(settings, monkeyp
         watched(settings, monkeypatch, lambda: (look(), interrupt(seen)))
     (opened, *_) = seen
     wanted = opened.train[0:64]
-    away = beside._work.rename(beside._work.with_suffix(".away"))
+    away = beside.plan.work_folder.rename(beside.plan.work_folder.with_suffix(".away"))
     _opened.cache_clear()
-    Timer(0.3, lambda: away.rename(beside._work)).start()
+    Timer(0.3, lambda: away.rename(beside.plan.work_folder)).start()
     assert (opened.train[0:64] == wanted).all()
 
 
