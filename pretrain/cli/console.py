@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 console = Console(stderr=True)
 
 
-def _progress_bar(steps: int, first_step: int) -> Progress | None:
+def progress_bar(steps: int, first_step: int) -> Progress | None:
     if not console.is_terminal:
         return None
     bar = Progress(
