@@ -1,8 +1,8 @@
-"""One model on many processes, by torch's own engines: DDP, FSDP2, or HSDP (copies of the model, each of them sharded).
+"""Engines that train one model on several processes: torch's DDP and FSDP2, and HSDP (replicas that are sharded).
 
-What they move is small because all they see of a Grass layer is its small ``rows``. FSDP2 shards a layer's weight and
-rows on the dimension that is not selected: every process then folds and refreshes its own shard with the same index,
-and says nothing to the others about it.
+A Grass layer trains only its small ``rows``, so little is communicated. FSDP2 shards a layer's weight and rows on the
+dimension that is not selected. Every process then folds and refreshes its own shard, with the same index and without
+communication.
 """
 
 import inspect
@@ -32,59 +32,59 @@ FORWARD_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_O
 
 
 class Engine:
-    """One process alone; DDP and FSDP2 differ from it in what they override.
+    """Trains on a single process; the base class of the engines for several.
 
-    Called, it is the model. Gradients are the mean over the processes once ``finish_backward`` has returned.
+    Calling an engine calls the model. Once ``finish_backward`` has returned, gradients are the mean over the processes.
     """
 
     sharded = False  # whether a forward needs every process
 
     def shard(self, model: Llama) -> None:
-        """Make ``model``, on the meta device and with its Grass layers, one that holds only this process' part."""
+        """Shard ``model`` in place; it is on the meta device, and its linears are converted to Grass layers."""
 
     def wrap(self, model: Llama) -> None:
-        """Take ``model`` into use, before its weights are loaded from a checkpoint, and before it is compiled."""
+        """Use ``model``. Call before weights are loaded from a checkpoint, and before blocks are compiled."""
         self.module: nn.Module = model
 
     def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
+        """The summed loss of a micro-batch in nats, as ``Llama`` returns it."""
         return self.module(input_ids, targets, *documents)
 
     def backward(self, last: bool) -> AbstractContextManager:
-        """Around the forward and backward of a micro-batch; gradients travel only with the ``last`` one of a step."""
+        """The context of a micro-batch's forward and backward; gradients are summed only with the step's ``last`` one."""
         return nullcontext()
 
     def finish_backward(self) -> None:
-        """After the last backward of a step."""
+        """Complete the gradients; call after the last backward of a step."""
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Clip the gradients to the global norm ``limit``; returns the norm they had, on the device."""
+        """Clip the gradients to the global norm ``limit``; returns their norm before, a scalar on the device."""
         return nn.utils.clip_grad_norm_(parameters, limit)
 
 
 class DDPEngine(Engine):
-    """DDP: a copy of the model on every process; its buckets hold the gradients of what is trained, and no others.
+    """DDP: every process holds the complete model. Its buckets hold the gradients of trained parameters only.
 
     Args:
-        wire: what the buckets travel, and are summed, in; as they are when None.
+        wire: the dtype in which gradients are sent and summed; None: their own.
     """
 
     def __init__(self, wire: torch.dtype | None):
         self.wire = wire
 
     def wrap(self, model: Llama) -> None:
-        # Nothing is broadcast: that the weights are the same everywhere is checked (pretrain.agreement).
+        # Nothing is broadcast: pretrain.setup.consistency checks that the weights are the same everywhere.
         options: dict[str, Any] = {"init_sync": False, FORWARD_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
         self.module = DistributedDataParallel(model, **options)
         if self.wire:
-            self.module.register_comm_hook(self.wire, _travel_in)
+            self.module.register_comm_hook(self.wire, _mean_in)
         self._settle_buckets(model)
 
     def _settle_buckets(self, model: Llama) -> None:
-        """Let DDP put its buckets into their final order now.
+        """Run a backward now, after which DDP orders its buckets once, by the order in which gradients came.
 
-        It does that once, after the first backward, by the order in which gradients came; and the layout of the buckets
-        decides the order in which the processes' parts are summed. A run that goes on would make its first step in
-        another order than one that was never stopped.
+        The layout of the buckets decides the order in which the processes' gradients are summed. Without this, the
+        first step of a resumed run would sum in another order than the same step of a run that was never stopped.
         """
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
         self.module(token, token).backward()
@@ -95,10 +95,11 @@ class DDPEngine(Engine):
         return nullcontext() if last else self.module.no_sync()
 
 
-def _travel_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A comm hook of DDP: the mean over the processes, summed in ``wire``.
+def _mean_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook of DDP: the mean over the processes, sent and summed in ``wire``.
 
-    Torch's bf16_compress_hook, for any dtype: DDP refuses torch's own without NCCL, though gloo sums bfloat16 as well.
+    It does what torch's bf16_compress_hook does, for any dtype. DDP refuses that hook without NCCL, although gloo can
+    sum bfloat16.
     """
     gradients = bucket.buffer()
     sent = gradients.to(wire) / dist.get_world_size()
@@ -108,14 +109,18 @@ def _travel_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Futu
 
 
 class FSDPEngine(Engine):
-    """FSDP2 over ``mesh``: (shard,), or (replica, shard) for HSDP.
+    """FSDP2 over ``mesh``, which has the dimensions (shard,), or (replica, shard) for HSDP.
 
-    The groups that are gathered together are the blocks, the embedding, and the head with all that is left. Vectors
-    (norms) stay whole on every process: they are too small to shard, and in a bf16 run they are fp32, which a group
-    of bf16 gradients could not take.
+    The parameters of a block are gathered together, so are those of the embedding, and those of the head with all that
+    is left. Vectors (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in
+    a group of bf16 parameters.
+
+    Args:
+        reduce_dtype: the dtype in which gradients are sent and summed; None: their own.
+        reshard: whether gathered weights are freed after the forward of their group.
     """
 
-    # Their state does not belong to single elements, or their step needs whole matrices.
+    # Inner optimizers whose state does not belong to single elements, or whose step needs complete matrices.
     REFUSED = ("adafactor", "adamw8bit", "galore", "apollo", "fira")
 
     sharded = True
@@ -134,7 +139,7 @@ class FSDPEngine(Engine):
                 shard_placement_fn=unselected.get,
                 ignored_params=vectors,
                 mp_policy=MixedPrecisionPolicy(reduce_dtype=self.reduce_dtype),
-                reshard_after_forward=self.reshard and group is not model,  # the head is needed again at once
+                reshard_after_forward=self.reshard and group is not model,  # the head's backward comes at once
             )
 
     def wrap(self, model: Llama) -> None:
@@ -159,15 +164,15 @@ class FSDPEngine(Engine):
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         gradients = [p.grad for p in parameters if p.grad is not None]
         sharded = [g for g in gradients if isinstance(g, DTensor)]
-        whole = [g for g in gradients if not isinstance(g, DTensor)]
+        replicated = [g for g in gradients if not isinstance(g, DTensor)]
         square = sum_parts(nn.utils.get_total_norm([local(g) for g in sharded]).square(), sharded[0])
-        norm = (square + nn.utils.get_total_norm(whole).square()).sqrt()
+        norm = (square + nn.utils.get_total_norm(replicated).square()).sqrt()
         torch._foreach_mul_([local(g) for g in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 
 def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list[str]:
-    """Why ``model``, with its Grass layers, cannot be sharded as ``config`` asks; a message each, with the mend."""
+    """Why ``model``, with its Grass layers, cannot be sharded as ``config`` says; a message each, with the fix."""
     train, optim = config.train, config.optim
     if train.parallel == "ddp" or world_size == 1:
         return []
@@ -183,7 +188,7 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
         )
     if getattr(optim, "int8_weights", False):
         problems.append(
-            "optim.int8_weights=true: the steps of 8-bit weights belong to whole rows, which shards do not have; set "
+            "optim.int8_weights=true: the steps of 8-bit weights belong to complete rows, which shards do not have; set "
             "it to false, or train.parallel=ddp"
         )
     for child, size in {
@@ -199,7 +204,7 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
 
 
 def build_engine(train: TrainConfig, world: World) -> Engine:
-    """The engine that ``train.parallel`` names; a single process needs none."""
+    """The engine that ``train.parallel`` names; the base class for a single process."""
     if world.size == 1:
         return Engine()
     wire = DTYPES[train.reduce_dtype] if train.reduce_dtype else None
@@ -208,6 +213,6 @@ def build_engine(train: TrainConfig, world: World) -> Engine:
     shards = shards_of(train.parallel, train.shards, world.size)
     shape, names = ((world.size // shards, shards), ("replica", "shard")) if shards < world.size else ((shards,), None)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names or ("shard",))
-    for dim in range(mesh.ndim):  # groups of some of the processes begin with torch's own timeout
+    for dim in range(mesh.ndim):  # torch gives groups of some of the processes its own timeout
         mesh.get_group(dim).set_timeout(timedelta(minutes=train.timeout_minutes))
     return FSDPEngine(mesh, wire, train.reshard)

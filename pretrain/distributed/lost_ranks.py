@@ -1,8 +1,8 @@
-"""A process that waits in vain for another ends with an error that names the other and the collective.
+"""Name the ranks that do not answer when a collective fails.
 
-What torch raises after the timeout of a process group, or when a connection breaks, tells neither. So each process that
-it happens to signs its name in the store through which all of them met, and looks for a while who else does: those who
-do not are the ones that are dead or stuck.
+The error that torch raises after a timeout or a broken connection names neither the collective nor the rank. So every
+process in which a collective fails signs its rank in the store of the process group, and waits a while for the others'
+signatures. The ranks that do not sign are dead or stuck.
 """
 
 import json
@@ -17,16 +17,16 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from pretrain.cli.errors import LostPeer, first_line
 from pretrain.distributed.world import World
 
-ROLL_CALL = timedelta(seconds=20)  # how long the others have to sign, at the most
+ROLL_CALL = timedelta(seconds=20)  # the longest wait for the others' signatures
 
 
 @contextmanager
 def named(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterator[None]:
-    """Turn the failure of a collective into one that names who was missing.
+    """Turn the failure of a collective inside the context into an error that names the missing ranks.
 
     Args:
         timeout: of the process groups.
-        leave: whether this process has been told to end, and should not wait for signatures any more.
+        leave: tells whether this process was asked to end, and is to stop waiting for signatures.
 
     Raises:
         LostPeer: a collective failed.
@@ -52,12 +52,12 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first sentence of gloo's message, without the place in its source."""
+    """The first sentence of gloo's message, without the line of its source."""
     return first_line(error).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or first_line(error)
 
 
 def _last_collective() -> str:
-    """The newest entry of torch's flight recorder, which every process group over gloo writes."""
+    """The newest collective in torch's flight recorder, which gloo process groups always write."""
     entries = json.loads(_dump_fr_trace_json(True, False)).get("entries")
     if not entries:
         return "no collective yet"
@@ -67,7 +67,7 @@ def _last_collective() -> str:
 
 
 def _missing(world: World, place: str, patience: timedelta, leave: Callable[[], bool]) -> list[int]:
-    """The ranks that do not sign in time; none when the store itself is gone."""
+    """The ranks that do not sign in time; if the store is gone, rank 0 if it had not signed."""
     missing, deadline = [rank for rank in range(world.size) if rank != world.rank], time.monotonic()
     deadline += patience.total_seconds()
     try:
@@ -77,6 +77,6 @@ def _missing(world: World, place: str, patience: timedelta, leave: Callable[[], 
         while missing and not leave() and time.monotonic() < deadline:
             time.sleep(0.1)
             missing = [rank for rank in missing if not store.check([str(rank)])]
-    except dist.DistError:  # it lives in the launcher of the first node, or in rank 0
+    except dist.DistError:  # the store is in the launcher of the first node, or in rank 0
         return [0] if 0 in missing else missing
     return missing

@@ -1,4 +1,4 @@
-"""The processes of a run: who we are among them, and the few things they say to each other outside of DDP."""
+"""The processes of a run: the rank of this one, and the collectives that the engines do not do."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pretrain.cli.ranks import world_size_from_env
 
 @dataclass(frozen=True)
 class World:
-    """This process among the processes of the run. Alone, no process group exists and every call is the identity."""
+    """This process among the ``size`` processes of a run. A single one needs no process group: every call is the identity."""
 
     rank: int
     size: int
@@ -26,21 +26,21 @@ class World:
         return self.rank == 0
 
     def use_device(self) -> None:
-        """Make ``device`` the current one of the calling thread.
+        """Make ``device`` the current device of the calling thread.
 
-        Each thread begins with the first GPU, where calls that name no device would make a context: half a GB of it.
+        Every thread starts with the first GPU, and calls that name no device would create a context of half a GB there.
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum over the processes, in place."""
+        """``values``, replaced in place by their element-wise sum over the processes."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any process has ``flag`` set. Between the hosts only: no device is waited for."""
+        """Whether ``flag`` is true on any process. Uses the CPU only, and does not wait for the device."""
         if self.size == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -48,20 +48,20 @@ class World:
         return bool(value)
 
     def upload(self, batch: Tensor) -> Tensor:
-        """``batch`` on this process' device, without waiting for what the device is doing."""
+        """``batch`` on this process' device; returns before the copy is done."""
         if self.device.type != "cuda":
             return batch
         return batch.pin_memory().to(self.device, non_blocking=True)
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main process' ``value`` on every process (pickled between our own processes)."""
+        """The main process' ``value``, on every process; it is pickled."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every process' ``value``, in the order of their ranks (pickled between our own processes)."""
+        """The ``value`` of every process, in the order of ranks; they are pickled."""
         box = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(box, value)
@@ -73,20 +73,21 @@ class World:
 
 
 def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
-    """Among how many processes one copy of the model is divided: by default, hsdp divides it within each node."""
+    """The number of processes that share one copy of the model; by default, hsdp shards it within each node."""
     if parallel != "hsdp":
         return world_size if parallel == "fsdp" else 1
     return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def connect(timeout: timedelta) -> World:
-    """Join the other processes that torchrun started: tensors on the CPU over gloo, on CUDA devices over NCCL.
+    """Join the process group of the processes that torchrun started: gloo for tensors on the CPU, NCCL for those on GPUs.
 
-    No process waits for another for longer than ``timeout``.
+    Args:
+        timeout: of every collective.
 
     Raises:
-        ValueError: more processes on this machine than it has GPUs.
-        LostPeer: not all of the processes came.
+        ValueError: this machine has more processes than GPUs.
+        LostPeer: not all of the processes joined in time.
     """
     size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
