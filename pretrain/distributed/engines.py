@@ -51,7 +51,7 @@ class Engine:
         return self.module(input_ids, targets, *documents)
 
     def backward(self, last: bool) -> AbstractContextManager:
-        """The context of a micro-batch's forward and backward; gradients are summed only with the step's ``last`` one."""
+        """The context of a micro-batch's forward and backward; only the step's ``last`` one sums gradients."""
         return nullcontext()
 
     def finish_backward(self) -> None:
@@ -111,9 +111,9 @@ def _mean_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future
 class FSDPEngine(Engine):
     """FSDP2 over ``mesh``, which has the dimensions (shard,), or (replica, shard) for HSDP.
 
-    The parameters of a block are gathered together, so are those of the embedding, and those of the head with all that
-    is left. Vectors (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in
-    a group of bf16 parameters.
+    Three kinds of groups of parameters are gathered together: each block, the embedding, and the head with all that is
+    left. Vectors (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in a
+    group of bf16 parameters.
 
     Args:
         reduce_dtype: the dtype in which gradients are sent and summed; None: their own.
@@ -188,8 +188,8 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
         )
     if getattr(optim, "int8_weights", False):
         problems.append(
-            "optim.int8_weights=true: the steps of 8-bit weights belong to complete rows, which shards do not have; set "
-            "it to false, or train.parallel=ddp"
+            "optim.int8_weights=true: the steps of 8-bit weights belong to complete rows, which shards do not have; "
+            "set it to false, or train.parallel=ddp"
         )
     for child, size in {
         name.rpartition(".")[2]: layer.in_features

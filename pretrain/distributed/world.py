@@ -15,7 +15,7 @@ from pretrain.cli.ranks import world_size_from_env
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ``size`` processes of a run. A single one needs no process group: every call is the identity."""
+    """This process among the ``size`` processes of a run; for a single one every call is the identity."""
 
     rank: int
     size: int
@@ -80,7 +80,7 @@ def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
 
 
 def connect(timeout: timedelta) -> World:
-    """Join the process group of the processes that torchrun started: gloo for tensors on the CPU, NCCL for those on GPUs.
+    """Join the process group of torchrun's processes: gloo for tensors on the CPU, NCCL for tensors on GPUs.
 
     Args:
         timeout: of every collective.
