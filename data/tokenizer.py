@@ -109,9 +109,18 @@ class Tokenizer:
         """The text of the tokens, special ones dropped; bytes that are no UTF-8 become U+FFFD."""
         return self._model.decode([int(token) for token in ids])
 
-    def is_kept(self, text: str, ids: np.ndarray) -> bool:
-        """Whether the tokens `ids` (n,) of a text decode to the text, byte for byte."""
-        return self._model.is_exact or self.decode(ids) == text
+    def is_kept(self, text: str, *parts: np.ndarray) -> bool:
+        """Whether the tokens of a text, in parts of (n,), decode to the text, byte for byte."""
+        return self._model.is_exact or self.decode(np.concatenate(parts).tolist()) == text
+
+    @property
+    def encoding(self) -> int:
+        """The version of the tokens that this class gives with this tokenizer, as a part of what identifies them.
+
+        2 for a tokenizer that adds or drops spaces, or cannot tell U+2581 from a space: for some texts its tokens are
+        others than in the first version of this class. 1 for all other tokenizers.
+        """
+        return 2 if self._model.changes_spaces else 1
 
     def copy_to(self, folder: Path) -> Path:
         """Write the tokenizer into `folder` under its usual name, and special_tokens.json if it needs that."""

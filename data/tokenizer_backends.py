@@ -61,6 +61,11 @@ class SentencePiece:
     def piece_of(self, token: int) -> str | None:
         return None if self._model.is_unused(token) else self._model.id_to_piece(token)
 
+    @property
+    def changes_spaces(self) -> bool:
+        text = "a  a "
+        return self._space_sign is None or self._model.encode(text) != self._continuing.encode(text)
+
     def id_of(self, piece: str) -> int | None:
         token = self._model.piece_to_id(piece)
         return None if self._model.is_unknown(token) and self._model.id_to_piece(token) != piece else token
@@ -133,6 +138,11 @@ class HuggingFace:
 
     def piece_of(self, token: int) -> str | None:
         return self._model.id_to_token(token)
+
+    @property
+    def changes_spaces(self) -> bool:
+        steps = [self._spec.get(key) for key in ("normalizer", "pre_tokenizer")]
+        return self._space_sign is not None or steps != [_without_prefix(step) for step in steps]
 
     def id_of(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)

@@ -76,7 +76,7 @@ class Corpus:
         """The documents of `files`, or of the dataset. Of more than SAMPLE_BYTES only a sample: files in hash order."""
         if self.total_bytes > SAMPLE_BYTES:
             files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
-        records = self._records(files) if files else self.records()
+        records = self.records() if self._settings.source == "datasets" else self._records(files)
         read = 0
         for document in map(self.parse, records):
             if isinstance(document, Document):

@@ -64,8 +64,10 @@ def load(settings: DataSettings) -> Any:
             found = datasets.load_from_disk(s.dataset)
             rows = found[s.dataset_split] if isinstance(found, datasets.DatasetDict) else found
             return rows.to_iterable_dataset() if s.streaming else rows
+        folder = Path(s.dataset)
+        name = str(folder.absolute()) if folder.is_dir() else s.dataset  # "csv" alone would be a builder of the library
         return datasets.load_dataset(
-            s.dataset, s.dataset_name, split=s.dataset_split, revision=s.dataset_revision, streaming=s.streaming
+            name, s.dataset_name, split=s.dataset_split, revision=s.dataset_revision, streaming=s.streaming
         )
     except (ConnectionError, OSError) as error:
         raise ValueError(
@@ -113,8 +115,8 @@ def first_odd_line(folder: Path) -> str:
         number = 0
         try:
             with TextFile(path) as lines:
-                if lines.problem:
-                    return f"{path} is {lines.problem}"
+                if problem := lines.problem or (lines.encoding if lines.encoding != "UTF-8" else ""):
+                    return f"{path} is {problem}, and the library reads UTF-8"
                 for number, line in enumerate(lines, start=1):
                     if line.isspace():
                         continue
