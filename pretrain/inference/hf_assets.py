@@ -13,7 +13,7 @@ from data.atomic import sha256
 from data.tokenizer import find_tokenizer
 from pretrain.inference.hf_llama import CONFIG, read_config
 
-FOLDER = "hf_assets"  # of a run: the files that lay beside the weights it started from
+ASSETS_FOLDER = "hf_assets"  # of a run: the files that lay beside the weights it started from
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (

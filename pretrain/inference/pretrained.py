@@ -17,7 +17,7 @@ from models.weights import fill
 from pretrain.checkpoint.directory import newest_to_read, read_state
 from pretrain.checkpoint.tensors import read_weights as read_checkpoint_weights
 from pretrain.config.compose import read_config
-from pretrain.inference.hf_assets import FOLDER, end_ids
+from pretrain.inference.hf_assets import ASSETS_FOLDER, end_ids
 from pretrain.inference.hf_llama import CONFIG, MODEL_KEYS, read_arguments, read_weights
 
 
@@ -124,7 +124,7 @@ def _from_checkpoint(path: Path) -> PretrainedModel:
     return PretrainedModel(
         path, arguments, dtype, config["train"]["seq_len"], weights,
         tokenizer=lambda: _tokenizer_of(run, path, config),
-        assets=run / FOLDER if (run / FOLDER).exists() else None,
+        assets=run / ASSETS_FOLDER if (run / ASSETS_FOLDER).exists() else None,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from data.tokenizer import Tokenizer
 from models.llama import Llama
 from pretrain.config.schema import Config
-from pretrain.inference.hf_assets import FOLDER, end_ids
+from pretrain.inference.hf_assets import ASSETS_FOLDER, end_ids
 from pretrain.inference.sampling import generate, rows_without_token
 from pretrain.runs.folder import RunFolder
 
@@ -17,7 +17,7 @@ def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tup
     if config.train.sample_tokens == 0:
         return []
     model.eval()
-    ends = {tokenizer.eos_id, *end_ids(RunFolder(config).path / FOLDER)}
+    ends = {tokenizer.eos_id, *end_ids(RunFolder(config).path / ASSETS_FOLDER)}
     samples, never = [], rows_without_token(tokenizer, config.model.vocab_size, ends)
     for i, prompt in enumerate(config.data.prompts):
         with torch.compiler.set_stance("force_eager"):

@@ -27,7 +27,7 @@ from pretrain.cli.signals import StopRequest
 from pretrain.config.schema import Config
 from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
-from pretrain.inference.hf_assets import FOLDER as ASSETS_FOLDER
+from pretrain.inference.hf_assets import ASSETS_FOLDER
 from pretrain.inference.init_from import keep_assets, read_weights_at
 from pretrain.inference.scoring import evaluate
 from pretrain.runs.code_version import git_commit
