@@ -1,5 +1,6 @@
 """The command line of the commands that take settings: overrides ``key=value``, and Hydra's flags such as --help."""
 
+import shlex
 import sys
 import textwrap
 
@@ -8,6 +9,7 @@ from omegaconf import OmegaConf
 
 from pretrain.config.compose import CONF, compose, load, nearest, options
 from pretrain.config.schema import Config, ConfigError, types_of_settings
+from pretrain.config.text import as_typed
 
 # Hydra's flags, and how many arguments each takes. The others choose files, which conf/ and overrides do here.
 FLAGS = {
@@ -25,14 +27,14 @@ def config_from(arguments: list[str]) -> Config:
     Raises:
         ConfigError: lists everything that is wrong with them, a line each.
     """
-    flags, overrides = split(arguments)
+    flags, overrides = split_arguments(arguments)
     if set(MULTIRUN) & set(flags):
         raise ConfigError("-m starts a sweep: use ./launch.sh -m, or python -m pretrain.sweep")
     if not flags:
         return load(overrides)
     if "--cfg" in flags or "-c" in flags:
         compose(overrides)
-    run_hydra([*flags, *overrides], lambda _: None)
+    run_hydra([*flags, *as_typed(overrides)], lambda _: None)
     sys.exit()
 
 
@@ -42,7 +44,7 @@ def run_hydra(arguments: list[str], job) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 
-def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Flags, each followed by its arguments, and overrides.
 
     Raises:
@@ -57,7 +59,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
             flags.append(argument)
             flags += [rest.pop(0) for _ in range(0 if equals else FLAGS.get(name, 0)) if rest]
         elif argument.startswith("-") or not (equals or argument.startswith("~")):
-            value = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("-") else ""
+            value = rest.pop(0) if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-") else ""
             problems.append(_not_an_override(argument, value, overrides[-1] if overrides else ""))
         else:
             overrides.append(argument)
@@ -72,12 +74,12 @@ def _not_an_override(argument: str, value: str, before: str) -> str:
     known = list(types_of_settings())
     fits = [key for key in known if name in (key, key.rpartition(".")[2])] or nearest(name, known)
     if fits:
-        advice = f"write {fits[0]}={own_value or value or '…'}"
+        advice = f"; write {fits[0]}={own_value or value or '…'}"
     elif before and not argument.startswith("-"):
-        advice = f"quote a value that has spaces: '{before} {argument}'"
+        advice = f"; quote a value that has spaces: {shlex.quote(f'{before} {argument}')}"
     else:
-        advice = "such as train.steps=1000; --help lists those that are used most"
-    return f"{argument}: settings are given as key=value; {advice}"
+        advice = ", such as train.steps=1000; --help lists those that are used most"
+    return f"{argument}: settings are given as key=value{advice}"
 
 
 def _about_program() -> str:

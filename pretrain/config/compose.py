@@ -1,14 +1,16 @@
 """Compose a configuration from conf/ and overrides."""
 
 import difflib
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra import initialize_config_dir
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -23,6 +25,7 @@ from pretrain.config.schema import (
     ModelConfig,
     OptimConfig,
 )
+from pretrain.config.text import FileConfigSource, as_typed, quoted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -37,6 +40,7 @@ def register_schema() -> None:
     store.store(group="optim", name="baseline_schema", node=BaselineConfig)
     store.store(group="data", name="data_schema", node=DataConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
+    SourcesRegistry.instance().register(FileConfigSource)  # Hydra does not replace a source that is there
 
 
 register_schema()
@@ -70,11 +74,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            return hydra.compose("config", overrides=overrides)
-        except (
-            ValueError,
-            AssertionError,
-        ) as error:  # a group that is given a number, say, or an override without a key
+            return hydra.compose("config", overrides=as_typed(overrides))
+        except (ValueError, AssertionError) as error:  # a list without brackets, or an override without a key
             raise HydraException(str(error) or "an override is key=value, of a key that has a name") from None
 
 
@@ -96,7 +97,7 @@ def to_config(cfg: DictConfig) -> Config:
 
 
 def _explain(overrides: list[str], error: Exception) -> str:
-    """One line for each override that is wrong by itself; the error as it came when only the combination is."""
+    """One line for each override that is wrong by itself; the error as it came when only the combination is wrong."""
     choices = {o: o.lstrip("+~").partition("=")[::2] for o in overrides}
     if added := [o for o, (group, _) in choices.items() if o.startswith("+") and group and (CONF / group).is_dir()]:
         return "\n".join(f"{o}: this group is in the configuration already; leave the + out" for o in added)
@@ -112,8 +113,14 @@ def _explain(overrides: list[str], error: Exception) -> str:
             continue
         try:
             to_config(_compose(list(dict.fromkeys([*groups, override]))))
+        except OverrideParseException:
+            reason = f"the value cannot be read; text needs quotes: {shlex.quote(f'{name}={quoted(value)}')}"
+            if name not in known:
+                reason = f"{name} is no key of the configuration{_did_you_mean(name, known)}"
+            lines.append(f"{override}: {reason}")
         except (HydraException, OmegaConfBaseException, ConfigError) as alone:
-            lines.append(f"{override}: {_in_short(alone)}{_did_you_mean(name, known)}")
+            reason = _in_short(alone).removeprefix(f"{override}: ")
+            lines.append(f"{override}: {reason}{_did_you_mean(name, known)}")
     return "\n".join(lines) or _in_short(error)
 
 

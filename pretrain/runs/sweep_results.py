@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.cli.signals import EXIT_CODE
 
-LOGS = "_sweeps"  # in the sweep's folder: what its jobs printed, and how they ended
+LOGS = "_sweeps"  # in the sweep's folder: the output and the result of each job
 STATUSES = {0: "finished", EXIT_CODE: "stopped"}
 
 
@@ -15,13 +15,13 @@ STATUSES = {0: "finished", EXIT_CODE: "stopped"}
 class JobResult:
     """How one job of a sweep ended.
 
-    status  finished | failed | stopped (by a signal, after saving) | not started (the sweep was stopped before)
+    ``status`` is finished, failed, stopped (by a signal, after saving) or not started (the sweep was stopped before).
     """
 
-    name: str  # the run's folder below the sweep's
+    name: str  # of the run's folder below the sweep's
     overrides: list[str]
     folder: str
-    log: str  # what the job printed
+    log: str  # the file with the job's output
     exit_code: int | None = None  # None: not started
 
     @property
@@ -42,6 +42,6 @@ class JobResult:
 
 
 def results(logs: Path) -> list[JobResult]:
-    """What the jobs of one sweep left in its folder of logs, in their order."""
+    """The results in one sweep's folder of logs, in the order of the jobs."""
     files = sorted(logs.glob("[0-9]*.json"), key=lambda file: int(file.stem))
     return [JobResult(**json.loads(file.read_text())) for file in files]

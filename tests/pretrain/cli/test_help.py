@@ -24,8 +24,8 @@ def told(*command):
     ("command", "words"),
     [
         (["./launch.sh"], "Pretrain a LLaMA"),
-        ([sys.executable, "-m", "pretrain.sweep"], "A run for each combination of settings"),
-        ([sys.executable, "-m", "pretrain.estimate"], "What a run would hold"),
+        ([sys.executable, "-m", "pretrain.sweep"], "Train a run for each combination"),
+        ([sys.executable, "-m", "pretrain.estimate"], "Estimate the memory of a run"),
     ],
 )
 def test_what_takes_overrides_tells_groups_and_overrides_that_exist(command, words, root, monkeypatch):
