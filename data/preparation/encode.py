@@ -1,15 +1,16 @@
 """Tokenise batches of records in the order of the records, in this process or in a pool of worker processes."""
 
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,9 +75,7 @@ class Encoder:
             changed=0 if ready else self._changed([found for _, found in documents], given, encoded),
         )
 
-    def _changed(
-        self, documents: list[Document], given: Sequence[np.ndarray], encoded: Sequence[np.ndarray]
-    ) -> int:
+    def _changed(self, documents: list[Document], given: list[np.ndarray], encoded: list[np.ndarray]) -> int:
         parts = zip(documents, given, encoded, strict=True)
         return sum(not self._tokenizer.is_kept(document.text, *ids) for document, *ids in parts)
 
@@ -102,50 +101,87 @@ def encoders(tokenizer: Tokenizer, parse: Parser, workers: int) -> Iterator[Enco
         encode = Encoder(tokenizer, parse)
         yield lambda batches: ((batch, encode(batch.records)) for batch in batches)
         return
-    # Not forked: this process may have threads, and a copy of its memory would count for every worker.
-    context, given = multiprocessing.get_context("spawn"), (tokenizer.path, tokenizer.special, parse)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=given)
+    processes = [WorkerProcess(tokenizer, parse) for _ in range(workers)]
+    free: SimpleQueue[WorkerProcess] = SimpleQueue()
+    for process in processes:
+        free.put(process)
+
+    def encode_in_worker(records: list[Record]) -> Encoded:
+        process = free.get()
+        try:
+            return process.encode(records)
+        finally:
+            free.put(process)
+
+    threads = ThreadPoolExecutor(workers)
     try:
-        yield lambda batches: _encode_in(pool, batches, BATCHES_PER_WORKER * workers)
+        yield lambda batches: _in_order(threads, encode_in_worker, batches, BATCHES_PER_WORKER * workers)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()  # first, so that no thread waits for an answer
+        threads.shutdown(cancel_futures=True)
+        for process in processes:
+            process.close()
 
 
-def _encode_in(pool: ProcessPoolExecutor, batches: Iterable[Batch], ahead: int) -> Iterator[tuple[Batch, Encoded]]:
+def _in_order(
+    threads: ThreadPoolExecutor, encode: Callable[[list[Record]], Encoded], batches: Iterable[Batch], ahead: int
+) -> Iterator[tuple[Batch, Encoded]]:
     pending: deque[tuple[Batch, Future[Encoded]]] = deque()
-    try:
-        for batch in batches:
-            pending.append((batch, pool.submit(_encode, batch.records)))
-            if len(pending) >= ahead:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
+    for batch in batches:
+        pending.append((batch, threads.submit(encode, batch.records)))
+        if len(pending) >= ahead:
             done, future = pending.popleft()
             yield done, future.result()
-    except BrokenProcessPool:
-        raise OSError(
-            "a process that tokenises was killed or ended early; with too little memory, lower data.workers"
-        ) from None
+    for done, future in pending:
+        yield done, future.result()
 
 
-_encoder: Encoder  # of a worker process
+class WorkerProcess:
+    """A process that encodes records: `python -m data.preparation.encode_worker`, at the other end of two pipes.
+
+    Not a ProcessPoolExecutor: its workers would be forks of a process that may have threads, or would import the main
+    module of that process again. That runs a script without a main guard twice, and loads torch into each worker of a
+    training command. Here a worker imports this package only, and ends when its pipe closes, which the kernel does even
+    if this process is killed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, parse: Parser) -> None:
+        command = [sys.executable, "-m", "data.preparation.encode_worker"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            start_new_session=True,  # signals for this process's group, such as Ctrl-C, are for this process to handle
+        )
+        self._send((tokenizer.path, tokenizer.special, parse))
+
+    def encode(self, records: list[Record]) -> Encoded:
+        """Raises OSError if the process has ended."""
+        try:
+            self._send(records)
+            return pickle.load(self._process.stdout)  # type: ignore[arg-type]
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            code = self._process.wait()
+            raise OSError(
+                f"a process that tokenises ended with code {code}; with too little memory, lower data.workers"
+            ) from None
+
+    def _send(self, content: Any) -> None:
+        assert self._process.stdin
+        pickle.dump(content, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+        self._process.stdin.flush()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        """Wait until the killed process is gone, and close the pipes."""
+        self._process.communicate()
 
 
-def _start_worker(tokenizer: Path, special: dict[str, str], parse: Parser) -> None:
-    global _encoder
-    Thread(target=_end_with_parent, daemon=True).start()
-    os.setsid()  # signals for the parent's process group, such as Ctrl-C, are for the parent to handle
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(Tokenizer(tokenizer, **special), parse, threads=1)
-
-
-def _encode(records: list[Record]) -> Encoded:
-    return _encoder(records)
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot shut down its pool, whose workers would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def environment() -> dict[str, str]:
+    """The environment for a process that runs a module of this package, whatever its working directory is."""
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

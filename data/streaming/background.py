@@ -12,13 +12,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from data.loading.order import ENDLESS
 from data.preparation import progress
 from data.preparation.corpus_writer import STATE, read_state
+from data.preparation.encode import environment
 from data.preparation.plan import PreparationPlan, hash_of
 from data.prepare import command, prepare
 from data.settings import DataSettings
@@ -62,11 +62,8 @@ class BackgroundPreparation:
         self._process = self._start() if start and not self.plan.finished() else None
 
     def _start(self) -> subprocess.Popen[str]:
-        root = str(Path(__file__).resolve().parents[2])
-        paths = [root, os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        process = subprocess.Popen(COMMAND, text=True, env=environment, start_new_session=True, **pipes)
+        process = subprocess.Popen(COMMAND, text=True, env=environment(), start_new_session=True, **pipes)
         assert process.stdin
         with process.stdin:
             json.dump({"parent": os.getpid(), "settings": asdict(self.plan.settings)}, process.stdin)

@@ -20,9 +20,10 @@ from data.train_tokenizer import train_tokenizer
 REPO = Path(__file__).resolve().parents[3]
 MARK = "ENCODES_FOR"
 
-# Reads batches without end, and says when the first one is encoded.
+# Reads batches without end, and says when the first one is encoded. A script without a main guard, started once only.
 ENDLESS = """
 import itertools, sys
+print("started", flush=True)
 from data.preparation.encode import encoders
 from data.sources.documents import Batch, Parser, Record
 from data.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def marked(mark):
 
 
 def workers_of(mark):
-    return [process for process, command in marked(mark).items() if "spawn_main" in command]
+    return [process for process, command in marked(mark).items() if "encode_worker" in command]
 
 
 def wait_until(condition, seconds=20):
@@ -118,7 +119,7 @@ def test_an_error_of_the_reader_ends_the_workers(texts, tokenizer, mark):
 
 def test_a_killed_worker_is_an_error_that_says_so(texts, tokenizer, mark):
     with (
-        pytest.raises(OSError, match=r"a process that tokenises was killed .* lower data\.workers"),
+        pytest.raises(OSError, match=r"a process that tokenises ended with code -9; .* lower data\.workers"),
         encoders(tokenizer, Parser("text"), workers=2) as encode,
     ):
         for _ in encode(batches_of(texts)):
@@ -128,13 +129,15 @@ def test_a_killed_worker_is_an_error_that_says_so(texts, tokenizer, mark):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_workers_end_with_the_process_that_made_them(tokenizer, mark, number):
-    command = [sys.executable, "-c", ENDLESS, str(tokenizer.path)]
-    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout.readline() == "encoded\n"
+def test_workers_end_with_the_process_that_made_them(tokenizer, mark, number, tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(ENDLESS)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tokenizer.path)]
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["started\n", "encoded\n"]
     assert len(workers_of(mark)) == 2
     process.send_signal(number)
-    process.stdout.read()
+    assert "started" not in process.stdout.read()
     process.wait(timeout=20)
     wait_until(lambda: not marked(mark))
 
