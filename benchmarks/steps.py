@@ -129,14 +129,8 @@ class Steps:
         self.optim.optimizer.register_step_pre_hook(lambda *_: begin("optimizer"))
         self.optim.optimizer.register_step_post_hook(lambda *_: end("optimizer"))
         if grass := self.optim.grass:
-            end_update = grass.end_update
-
-            def timed() -> None:
-                begin("choosing")
-                end_update()
-                end("choosing")
-
-            grass.end_update = timed  # type: ignore[method-assign]
+            grass.register_refresh_pre_hook(lambda: begin("choosing"))
+            grass.register_refresh_post_hook(lambda: end("choosing"))
 
     def __iter__(self) -> Iterator[Step]:
         optim, step = self.config.optim, 0

@@ -1,9 +1,9 @@
-"""Activation checkpointing by torch's own: what a block keeps for its backward, and what it computes again.
+"""Activation checkpointing with torch's own: the activations that a block keeps for its backward, by mode.
 
-none           everything is kept
-full           every block keeps its input alone, and runs again in the backward
-every:N        so does every N-th block, and the others keep everything
-selective      every block keeps the results of matrix products and attention, and computes the rest again
+none           all
+full           only its input; the block runs again in the backward
+every:N        every N-th block as "full", the others as "none"
+selective      the results of matrix products and attention; the rest is computed again
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,11 @@ ATTENTION_NAMESPACES = ("flash_attn", "flash_attn_3", "flash_attn_4", "torch_att
 
 
 def parse(mode: str) -> tuple[str, int]:
-    """("none" | "full" | "selective", every how many blocks). Raises ValueError for anything else."""
+    """("none" | "full" | "selective", N) from ``train.checkpointing``: it applies to every N-th block.
+
+    Raises:
+        ValueError: any other mode.
+    """
     name, _, every = mode.partition(":")
     if name == "every" and every.isdecimal() and int(every) > 0:
         return "full", int(every)
@@ -40,7 +44,7 @@ def parse(mode: str) -> tuple[str, int]:
 
 
 def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
-    """Set `block.checkpointing`, which their forward hands to `run`, to what `mode` says."""
+    """Set `checkpointing` of each block, which its forward passes to `run`, by the mode of ``train.checkpointing``."""
     name, every = parse(mode)
     for number, block in enumerate(blocks):
         block.checkpointing = name if number % every == 0 else "none"
@@ -48,13 +52,13 @@ def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
 
 @contextmanager
 def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
-    """Inside, every block keeps only its input, whatever its mode is, and runs again in the backward."""
+    """A context in which every block is checkpointed in full, whatever its mode."""
     blocks = list(blocks)
     modes = [block.checkpointing for block in blocks]
     lean = [module for block in blocks for module in block.modules() if getattr(module, "lean", False)]
     checkpoint_blocks(blocks, "full")
     for module in lean:
-        module.lean = False  # a block that runs again keeps everything, for the short time until its backward
+        module.lean = False  # a block that runs again keeps all activations, for the short time until its backward
     try:
         yield
     finally:
@@ -64,19 +68,20 @@ def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
             module.lean = True
 
 
-def run(name: str, function: Callable[..., Tensor], *inputs) -> Tensor:
-    """`function(*inputs)`, keeping for its backward what "none", "full" or "selective" says. Compiles with its caller.
+def run(mode: str, function: Callable[..., Tensor], *inputs) -> Tensor:
+    """`function(*inputs)`, checkpointed as "none", "full" or "selective". Compiles together with its caller.
 
-    Gradients stay the same to the bit, and each is made once: a layer that runs again fills what was saved, no more.
+    Gradients are the same to the bit in all modes. Each is computed once: a layer that runs again only recomputes its
+    saved tensors.
     """
-    if name == "none":
+    if mode == "none":
         return function(*inputs)
-    again = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
-    if name == "selective":
-        return again(*inputs, context_fn=partial(create_selective_checkpoint_contexts, _kept))
-    return again(*inputs)
+    checkpointed = partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)  # no block is random
+    if mode == "selective":
+        return checkpointed(*inputs, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    return checkpointed(*inputs)
 
 
-def _kept(context, op, *args, **kwargs) -> CheckpointPolicy:
+def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
     product = op in PRODUCTS or op.namespace in ATTENTION_NAMESPACES
     return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE

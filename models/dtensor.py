@@ -1,6 +1,6 @@
-"""Tensors of which every process holds a part (torch's DTensor, as FSDP2 makes them): the part, its place, its sums.
+"""Sharded tensors (torch's DTensor, as FSDP2 makes them): the local part, its place, sums over the parts.
 
-An ordinary tensor is its own only part, so that everything here works on both.
+An ordinary tensor counts as its own only part, so that every function here takes both.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that is here: a view, not a copy."""
+    """The part of ``tensor`` on this process: a view, not a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:
-    """Where the part that is here stands in the full tensor: a slice for each dimension."""
+    """The place of the local part in the complete tensor: one slice per dimension."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -24,13 +24,13 @@ def place(tensor: Tensor) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def fill_part(tensor: Tensor, full: Tensor) -> None:
-    """Give ``tensor`` the values of ``full`` (of its full shape, on any device), each process its part."""
+def copy_local_part(tensor: Tensor, full: Tensor) -> None:
+    """Copy into the local part of ``tensor`` its values in ``full`` (the complete tensor, on any device)."""
     local(tensor).copy_(full[place(tensor)])
 
 
 def sum_parts(values: Tensor, tensor: Tensor) -> Tensor:
-    """The element-wise sum of ``values`` over the processes that hold the parts of ``tensor``, in place."""
+    """Sum ``values`` element by element over the processes that hold the parts of ``tensor``, in place."""
     if isinstance(tensor, DTensor):
         for dim, placement in enumerate(tensor.placements):
             if isinstance(placement, Shard):

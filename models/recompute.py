@@ -1,8 +1,9 @@
-"""Saving the recipe of a tensor in place of the tensor: what one pass over memory makes again is not kept.
+"""Recompute cheap tensors in the backward instead of saving them.
 
-`remakeable` computes a tensor from inputs that are kept anyway. What saves it for a backward inside `as_recipe` saves
-how to make it instead; the first backward that needs it makes it again, for all of them and for its own gradient.
-Outside of torch.compile, whose partitioner chooses by itself what to compute again.
+`recomputable` computes a tensor from inputs that are kept anyway. An operation inside `save_as_recipe` that would save
+the tensor for its backward saves a reference to this computation instead. The first backward that needs the tensor
+computes it again, once for all backwards that need it and for its own gradient. Under torch.compile nothing changes:
+its partitioner decides what to recompute.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,35 +15,35 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class _Remakeable(torch.autograd.Function):
+class _Recomputable(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, *inputs):
-        ctx.function, ctx.remade = function, None
+        ctx.function, ctx.recomputed = function, None
         ctx.save_for_backward(*inputs)
         return function(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, result = _remake(ctx)
-        ctx.remade = None
+        inputs, result = _recompute(ctx)
+        ctx.recomputed = None
         return None, *torch.autograd.grad(result, inputs, grad)
 
 
-def remakeable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`, which saves its inputs and nothing that it makes on the way."""
-    return function(*inputs) if torch.compiler.is_compiling() else _Remakeable.apply(function, *inputs)
+def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`, which saves its inputs for the backward and no intermediate results."""
+    return function(*inputs) if torch.compiler.is_compiling() else _Recomputable.apply(function, *inputs)
 
 
-def as_recipe(made: Tensor) -> AbstractContextManager:
-    """Inside, `made` is saved as its recipe by all that saves it whole, if it came from `remakeable`."""
-    if torch.compiler.is_compiling() or not isinstance(made.grad_fn, _Remakeable._backward_cls):
+def save_as_recipe(tensor: Tensor) -> AbstractContextManager:
+    """A context in which operations save the recipe of `tensor` instead of `tensor`, if it is from `recomputable`."""
+    if torch.compiler.is_compiling() or not isinstance(tensor.grad_fn, _Recomputable._backward_cls):
         return nullcontext()
-    node, storage, size = made.grad_fn, made.untyped_storage()._cdata, made.numel()
+    node, storage, size = tensor.grad_fn, tensor.untyped_storage()._cdata, tensor.numel()
 
-    def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage()._cdata == storage and tensor.numel() == size:
-            return node, tensor.shape
-        return tensor
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage()._cdata == storage and saved.numel() == size:
+            return node, saved.shape
+        return saved
 
     return saved_tensors_hooks(pack, _unpack)
 
@@ -51,20 +52,23 @@ def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     node, shape = packed
-    return _remake(node)[1].detach().view(shape)
+    return _recompute(node)[1].detach().view(shape)
 
 
-def _remake(node: Any) -> tuple[list[Tensor], Tensor]:
-    """The inputs of `node` as leaves, and what its function makes of them; kept with the node until its backward."""
-    if node.remade is None:
+def _recompute(node: Any) -> tuple[list[Tensor], Tensor]:
+    """The inputs of `node` as leaves, and its function of them; kept with the node until its backward."""
+    if node.recomputed is None:
         inputs = [tensor.detach().requires_grad_() for tensor in node.saved_tensors]
         with torch.enable_grad():
-            node.remade = inputs, node.function(*inputs)
-    return node.remade
+            node.recomputed = inputs, node.function(*inputs)
+    return node.recomputed
 
 
-def save_recipes(blocks: Iterable[Any], lean: bool) -> None:
-    """Set `lean` in the norms and MLPs of `blocks`, but not where a checkpoint computes again as it is."""
+def set_lean(blocks: Iterable[Any], lean: bool) -> None:
+    """Set `lean` in the norms and MLPs of `blocks`; to False in blocks with activation checkpointing.
+
+    A checkpointed block recomputes its activations as it is.
+    """
     for block in blocks:
         for module in block.modules():
             if hasattr(module, "lean"):

@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.dtensor import fill_part
+from models.dtensor import copy_local_part
 from models.int8_weight import quantise
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
-    """Give the weight ``name`` of ``model`` the values of ``full`` (of its full shape, on any device)."""
+    """Copy ``full`` into the weight ``name`` of ``model``, which may be sharded or in 8 bits.
+
+    Args:
+        full: the complete weight, on any device and in any dtype.
+    """
     weight = model.get_parameter(name)
     if weight.dtype != torch.int8:
-        fill_part(weight, full)
+        copy_local_part(weight, full)
         return
     layer: Any = model.get_submodule(name.rpartition(".")[0])
     codes, step = quantise(full, layer.dim)
@@ -24,17 +30,18 @@ def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
     layer.weight_step.copy_(step)
 
 
-logger = logging.getLogger(__name__)
-
-
 @torch.no_grad()
-def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
-    """Copy ``weights`` into ``model``, in the model's dtypes.
+def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
+    """Copy all ``weights`` of a model into ``model``, in the model's dtypes.
+
+    Args:
+        weights: (name, complete tensor); every weight of the model once, a tied head is optional.
+        origin: of the weights, for messages.
 
     Raises:
-        ValueError: a weight too many, too few, or of another shape.
+        ValueError: an unknown or missing weight, or one of another shape.
     """
-    # What Grass layers have besides their weights is made from these.
+    # Whatever else Grass layers hold is derived from their weights.
     own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith("weight")}
     missing, casts = set(own), set[str]()
     for name, tensor in weights:
@@ -49,4 +56,4 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object
         missing.discard("lm_head.weight")
     if missing:
         raise ValueError(f"{origin} lacks {', '.join(sorted(missing)[:4])} …; check model.*")
-    logger.info("took the weights of %s%s", origin, f", cast from {', '.join(sorted(casts))}" if casts else "")
+    logger.info("loaded the weights of %s%s", origin, f", cast from {', '.join(sorted(casts))}" if casts else "")

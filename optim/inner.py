@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optim.composite import Parts
+from optim.composite import CompositeOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -86,4 +86,5 @@ def optimizer_of_groups(
     if embedding_inner is None or not embeddings:
         return inner_optimizer(inner, groups, **options)
     others = [group for group in groups if group["name"] != "embeddings"]
-    return Parts([inner_optimizer(inner, others, **options), inner_optimizer(embedding_inner, embeddings, **options)])
+    parts = [inner_optimizer(inner, others, **options), inner_optimizer(embedding_inner, embeddings, **options)]
+    return CompositeOptimizer(parts)

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.convert import ATTENTION_AND_MLP, matches
 from models.grass_linear import GrassLinear
-from optim.composite import Parts
+from optim.composite import CompositeOptimizer
 
 
 def parameter_groups(
@@ -50,7 +50,7 @@ def parameter_groups(
 
 def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
     """What decoupled weight decay multiplies a parameter of ``group`` by in a step; 1 where decay is not decoupled."""
-    if isinstance(optimizer, Parts):
+    if isinstance(optimizer, CompositeOptimizer):
         return next(decay_factor(part, group) for part in optimizer.parts if any(g is group for g in part.param_groups))
     decoupled = (
         isinstance(optimizer, torch.optim.Adafactor | torch.optim.Muon)

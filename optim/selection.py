@@ -5,11 +5,17 @@ probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_no
 carry ρ = 1/√(r q_i), which makes E[PPᵀG] = G (Grass, arXiv 2406.17660, section 3.2).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from models.counter_rng import key
+from models.grass_linear import GrassLinear
+
+logger = logging.getLogger(__name__)
 
 POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 WITH_REPLACEMENT = "_with_replacement"
@@ -63,6 +69,29 @@ def select_together(name: str, scores: Sequence[Tensor], ranks: Sequence[int], s
             found |= {n: Selected(index, None, True) for n, index in zip(numbers, _largest(stacked, rank), strict=True)}
     of_one = range(len(scores))
     return [found[n] if n in found else select(name, scores[n], ranks[n], seeds[n]) for n in of_one]
+
+
+def select_layers(
+    name: str, layers: Mapping[str, GrassLinear], scores: Mapping[str, Tensor], seed: int, step: int
+) -> dict[str, Selected]:
+    """The rows of ``layers`` after update ``step``, by the ``scores`` (m,) of each, float64 on the CPU.
+
+    Layers that share an index are chosen for once, by the norms of their gradients put together. Layers whose scores
+    are of no use are logged.
+    """
+    sharing: dict[Any, list[str]] = {}
+    for n in layers:
+        sharing.setdefault(layers[n].shared or n, []).append(n)
+    groups = list(sharing.values())
+    joint = [scores[g[0]] if len(g) == 1 else torch.stack([scores[n] for n in g]).norm(dim=0) for g in groups]
+    ranks = [layers[group[0]].rank for group in groups]
+    seeds = [key(seed, "select", step, group[0]) for group in groups]
+    selected: dict[str, Selected] = {}
+    for group, found in zip(groups, select_together(name, joint, ranks, seeds), strict=True):
+        if not found.usable:
+            logger.warning("step %d: %s has no usable row scores; drew rows uniformly", step, group[0])
+        selected |= dict.fromkeys(group, found)
+    return selected
 
 
 def _largest(scores: Tensor, rank: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Everything that steps in a training run: the optimizer, and what is attached to it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class OptimizerStack:
         step_in_backward: bool = False,
     ):
         self.optimizer, self.grass, self.masters, self.limiter = optimizer, grass, masters, limiter
-        self._in_backward = StepInBackward(optimizer, grass, limiter) if step_in_backward else None
+        self._in_backward = StepInBackward(optimizer, limiter) if step_in_backward else None
 
     @property
     def steps_in_backward(self) -> bool:
@@ -60,9 +60,17 @@ class OptimizerStack:
         """The current rate of each group, by the group's name."""
         return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
 
-    def backward(self, last: bool) -> AbstractContextManager[None]:
-        """A context for the backward of one micro-batch; ``last`` marks the last of an update."""
-        return self._in_backward.steps() if self._in_backward and last else nullcontext()
+    @contextmanager
+    def backward(self, last: bool) -> Iterator[None]:
+        """A context for the backward of one micro-batch; ``last`` marks the last of an update.
+
+        With step-in-backward the update is complete at the end of the last one.
+        """
+        if not (self._in_backward and last):
+            yield
+            return
+        with self.grass.update_in_parts() if self.grass else nullcontext(), self._in_backward.steps():
+            yield
 
     def step(self) -> None:
         """Limit the gradients, step, and drop the gradients. With step-in-backward all of it is already done."""
@@ -98,8 +106,7 @@ class OptimizerStack:
             if self.masters is not None and self.masters.holds(parameter):
                 tensors[f"master.{name}"] = parameter.detach()
         if self.grass is not None:
-            tensors |= {f"grass.{name}": gathered for name, gathered in self.grass.gathered.items()}
-            tensors |= {f"history.{name}": tensor for name, tensor in self.grass.history.tensors().items()}
+            tensors |= self.grass.tensors()
         if self.limiter is not None:
             tensors["norm_growth"] = self.limiter.norms
         return tensors
@@ -113,9 +120,7 @@ class OptimizerStack:
         for part in getattr(self.optimizer, "parts", [self.optimizer]):
             _make_room_in(part, stored)
         if self.grass is not None:
-            for name, layer in self.grass.layers.items():
-                if (entry := stored.get(f"grass.{name}")) is not None:
-                    self.grass.gathered[name] = torch.empty(entry.size, device=layer.weight.device)
+            self.grass.make_room(stored)
 
     def resume(self, steps: int) -> None:
         """Continue after ``steps`` updates, with the tensors loaded from a checkpoint."""

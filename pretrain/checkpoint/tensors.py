@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from models.int8_weight import whole
+from models.int8_weight import full_weight
 from optim.refresh_schedule import block_of
 from optim.stack import OptimizerStack
 from pretrain.checkpoint.directory import Damaged, latest, path_of, read_state, verify
@@ -95,7 +95,7 @@ def _read_together(
         step, rows, index = (tensors.pop(f"model.{layer}.{part}") for part in INT8_PARTS)
         codes = tensors[f"model.{layer}.weight"]
         dim = 0 if rows.shape == (len(index), codes.shape[1]) else 1
-        tensors[f"model.{layer}.weight"] = whole(codes, step, rows, index, dim, dtype)
+        tensors[f"model.{layer}.weight"] = full_weight(codes, step, rows, index, dim, dtype)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 

@@ -13,7 +13,7 @@ from data.atomic import sha256
 from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
 from models.precision import DTYPES
-from models.weights import fill
+from models.weights import fill_weights
 from pretrain.checkpoint.directory import newest_to_read, read_state
 from pretrain.checkpoint.tensors import read_weights as read_checkpoint_weights
 from pretrain.config.compose import read_config
@@ -53,7 +53,7 @@ class PretrainedModel:
         with torch.device("meta"):
             model = Llama(**self.arguments).to_dtype(self.dtype)
         model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-        fill(model, self.weights(), self.path)
+        fill_weights(model, self.weights(), self.path)
         return model.eval(), tokenizer
 
     def end_ids(self) -> list[int]:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from models import activation_checkpointing as checkpointing
-from models.together import ON_CPU
+from models.stacking import ON_CPU
 from optim.refresh_schedule import most_at_once
 from pretrain.config.schema import Config, GrassConfig
 

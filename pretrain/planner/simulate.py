@@ -128,8 +128,8 @@ class _Walker:
         self._mark_blocks()
         self.optim = build_optimizer(config, model)
         if self.optim.grass:
-            self.optim.grass.choose = _first_rows(self.optim.grass)  # type: ignore[method-assign]
-            self.optim.grass.end_update = self._mark_then("end", self.optim.grass.end_update)  # type: ignore[method-assign]
+            self.optim.grass.choose = _first_rows(self.optim.grass)
+            self.optim.grass.register_refresh_pre_hook(partial(self._mark, "end"))
         engine.wrap(model)
         engine.finish_backward = self._then_mark(engine.finish_backward, "step")  # type: ignore[method-assign]
         self.update = Update(config, world, model, engine, self.optim)
@@ -145,7 +145,7 @@ class _Walker:
         if grass := self.optim.grass:
             for layer in grass.layers.values():
                 layer.probe = None
-            grass.offsets = offsets or dict.fromkeys(grass.layers, 0)
+            grass.schedule.offsets = offsets or dict.fromkeys(grass.layers, 0)
             grass.resume(number)
             self._label_probes(grass)
         sent = self.traffic.bytes
@@ -162,9 +162,9 @@ class _Walker:
         if grass := self.optim.grass:
             for probed in self.layout.turns():
                 others = {f"layers.{i}" for i in range(self.layout.blocks) if i not in probed}
-                for left in range(min(grass.probe_steps, 2), 0, -1):  # the others' windows begin in it
+                for left in range(min(grass.schedule.probe_steps, 2), 0, -1):  # the others' windows begin in it
                     offsets = {name: left if block_of(name) in others else 0 for name in grass.layers}
-                    self.step("refresh", grass.refresh_every - left, offsets)
+                    self.step("refresh", grass.schedule.refresh_every - left, offsets)
         else:
             for group in self.optim.optimizer.param_groups:
                 group |= {"update_proj_gap": 1} if "update_proj_gap" in group else {}
@@ -209,7 +209,7 @@ class _Walker:
         """Steps inside a backward belong to the stretches of that; a step on one block alone is called by it."""
         if self.optim.stepping_in_backward:
             return
-        if (grass := self.optim.grass) and grass.in_update:
+        if (grass := self.optim.grass) and grass.is_partial_step:
             (block,) = {block_of(name) for name in grass.stepping}
             self._mark(f"optimizer {self.names.get(block, block)}")
         else:

@@ -12,7 +12,7 @@ from models.attention import document_layout, resolve_backend
 from models.grass_linear import GrassLinear
 from models.llama import Llama, rope_tables
 from models.precision import DTYPES
-from models.recompute import save_recipes
+from models.recompute import set_lean
 from optim.selection import WITH_REPLACEMENT
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
@@ -86,7 +86,7 @@ def _block_of(config: Config, device: torch.device) -> nn.Module:
     for layer in _layers_of(block):
         layer.reset()
     checkpoint_blocks([block], config.train.checkpointing)
-    save_recipes([block], config.train.lean_activations)
+    set_lean([block], config.train.lean_activations)
     return block
 
 

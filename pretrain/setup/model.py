@@ -12,8 +12,8 @@ from models.convert import convert_linears
 from models.grass_linear import GrassLinear
 from models.llama import Llama, odd_sizes
 from models.precision import DTYPES, at_least_fp32
-from models.recompute import save_recipes
-from models.weights import fill
+from models.recompute import set_lean
+from models.weights import fill_weights
 from pretrain.config.schema import Config, GrassConfig, model_arguments
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,11 @@ def materialise(
     if weights is None:
         model.init_weights(config.train.seed)
     else:
-        fill(model, weights, f"train.init_from={config.train.init_from}")
+        fill_weights(model, weights, f"train.init_from={config.train.init_from}")
     for module in model.modules():
         if isinstance(module, GrassLinear):
             module.reset()
     checkpoint_blocks(model.layers, config.train.checkpointing)
-    save_recipes(model.layers, config.train.lean_activations)
+    set_lean(model.layers, config.train.lean_activations)
     model.loss_chunk_tokens = config.train.loss_chunk_tokens
     return model

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import attention as attention_module
 from models.activation_checkpointing import PRODUCTS, run
-from models.attention import attention, document_layout, say_kernel
+from models.attention import attention, document_layout, log_kernel
 from models.attention_kernels import FLASH, functions
 from models.llama import Block, Llama, rope_tables
 from tests.models.flash_attention import flash_attn_varlen_func, install, plain_attention
@@ -179,7 +179,7 @@ def tiny(**changes):
 
 
 def test_the_kernel_that_torch_chose_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr(attention_module, "_said", set())
+    monkeypatch.setattr(attention_module, "_logged", set())
     ids, begins = torch.zeros(2, 16, dtype=torch.int64), torch.tensor([0, 5, 16, 32], dtype=torch.int32)
     with caplog.at_level(logging.INFO, logger="models.attention"):
         for _ in range(3):
@@ -189,7 +189,7 @@ def test_the_kernel_that_torch_chose_is_said_once(caplog, monkeypatch):
             "attention: torch's SDPA, flash kernel",
             "attention within documents: torch's SDPA, flash kernel",
         ]
-        monkeypatch.setattr(attention_module, "_said", set())
+        monkeypatch.setattr(attention_module, "_logged", set())
         caplog.clear()
         with sdpa_kernel(SDPBackend.MATH):
             tiny()(ids)
@@ -197,11 +197,11 @@ def test_the_kernel_that_torch_chose_is_said_once(caplog, monkeypatch):
 
 
 def test_other_backends_are_said_by_name(caplog, monkeypatch):
-    monkeypatch.setattr(attention_module, "_said", set())
+    monkeypatch.setattr(attention_module, "_logged", set())
     x = torch.zeros(2, 16, 32)
     with caplog.at_level(logging.INFO, logger="models.attention"):
-        say_kernel("flash-attn 3", x, 8, 2, None)
-        say_kernel("varlen", x, 8, 2, torch.tensor([0, 16, 32]))
+        log_kernel("flash-attn 3", x, 8, 2, None)
+        log_kernel("varlen", x, 8, 2, torch.tensor([0, 16, 32]))
     assert caplog.messages == [
         "attention: flash-attn 3",
         "attention within documents: torch's varlen_attn, flash kernel",

@@ -5,9 +5,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import recompute as recipes
+from models import recompute
 from models.llama import rope_tables
-from models.recompute import save_recipes
+from models.recompute import set_lean
 from pretrain.config.compose import load
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
@@ -17,7 +17,7 @@ from tests.models.test_activation_checkpointing import IDS, LINEARS, SIZES, asse
 
 def lean(linears, dtype=torch.float32):
     model = build("none", linears, dtype)
-    save_recipes(model.layers, True)
+    set_lean(model.layers, True)
     return model
 
 
@@ -72,10 +72,10 @@ def test_saved_tensor_hooks_count_at_least_35_percent_less_than_of_the_plain_blo
                 storages[storage.data_ptr()] = storage.nbytes()
             return packed
 
-        def noting(pack, unpack):  # the hooks of recipes, which come before those around them
+        def noting(pack, unpack):  # the hooks of recompute, which come before those around them
             return saved_tensors_hooks(lambda tensor: note(pack(tensor)), unpack)
 
-        monkeypatch.setattr(recipes, "saved_tensors_hooks", noting)
+        monkeypatch.setattr(recompute, "saved_tensors_hooks", noting)
         with saved_tensors_hooks(note, lambda tensor: tensor):
             y = model.layers[0](x, *tables, "sdpa")
         return sum(storages.values()), y

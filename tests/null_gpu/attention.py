@@ -41,7 +41,7 @@ def step(made: Llama, documents: int) -> None:
 def case(dtype: torch.dtype, mode: str, compiled: bool, apart: bool) -> dict:
     torch._dynamo.reset()
     counters.clear()
-    attention._said.clear()
+    attention._logged.clear()
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

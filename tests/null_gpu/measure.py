@@ -166,7 +166,7 @@ def host_ms(times: Sequence[Step]) -> dict[str, float]:
 def has_refreshed(steps: Steps) -> bool:
     """Whether Grass has chosen rows for some layer in the step just made."""
     grass = steps.optim.grass
-    return grass is not None and any((grass.steps + turn) % grass.refresh_every == 0 for turn in grass.offsets.values())
+    return grass is not None and bool(grass.schedule.due(grass.steps))
 
 
 def kernels_of_a_step(steps: Steps) -> str:

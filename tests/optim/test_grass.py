@@ -194,7 +194,7 @@ def test_clipping_acts_on_the_norm_of_the_dense_gradient_s_rows_rho_and_repeats_
 
 def test_useless_scores_do_not_stop_a_run(caplog):
     _, layers, _, grass = grass_of(4, refresh_every=1)
-    grass.gathered = {name: torch.full((layer.selectable,), float("nan")) for name, layer in layers.items()}
+    grass.probes.gathered = {name: torch.full((layer.selectable,), float("nan")) for name, layer in layers.items()}
     grass._refresh(list(layers))
     assert "no usable row scores" in caplog.text
 
@@ -213,7 +213,7 @@ def test_a_model_without_grass_layers_is_refused():
         ({"stagger": "off"}, "optim.stagger=off is unknown; choose from True, False, auto"),
         ({"state_at_refresh": "keep"}, "optim.state_at_refresh=keep is unknown; choose from reset, carry"),
         ({"new_second_moment": "one"}, "optim.new_second_moment=one is unknown; choose from mean, score, zero"),
-        ({"probe_steps": 0}, "probe_steps must be at least 1"),
+        ({"probe_steps": 0}, "optim.probe_steps=0 must be at least 1"),
         ({"stagger": True, "refresh_warmup": 2}, "optim.refresh_warmup needs a common refresh"),
     ],
 )

@@ -9,6 +9,7 @@ from models.convert import convert_linears
 from models.counter_rng import key
 from models.grass_linear import GrassLinear
 from models.precision import round_stochastically
+from models.row_updates import positions
 from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.mixed_precision import MasterWeights
@@ -82,7 +83,7 @@ def layer_of(side, rows_dtype=BF16, rank=4, shape=(12, 16)):
 @pytest.mark.parametrize("side", SIDES)
 def test_positions_are_those_in_the_full_weight(side):
     layer = layer_of(side)
-    assert torch.equal(layer.weight.flatten()[layer.positions()], layer.rows)
+    assert torch.equal(layer.weight.flatten()[positions(layer, layer.index)], layer.rows)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -208,7 +209,7 @@ def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
         grass = Grass(model, optimizer, block_by_block=block_by_block, **options)
         held = [list(group["params"]) for group in optimizer.param_groups]
         stand_ins = []
-        optimizer.register_step_pre_hook(lambda *_: stand_ins.append(len(grass._stand_ins)))
+        optimizer.register_step_pre_hook(lambda *_: stand_ins.append(len(grass._float32_steps.stand_ins)))
 
         def backward(seed):
             model(values(8, 16, seed=seed).to(BF16)).float().square().mean().backward()

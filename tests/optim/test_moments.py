@@ -32,7 +32,7 @@ def refreshed(side, optimizer_class, state=None, **kwargs):
     grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=3, **kwargs)
     if state:
         optimizer.state[layer.rows] = {k: torch.tensor(7.0) if v is None else lay(v) for k, v in state.items()}
-    grass.gathered = {"layer": torch.tensor(SQUARED_NORMS)}
+    grass.probes.gathered = {"layer": torch.tensor(SQUARED_NORMS)}
     grass._refresh(["layer"])
     assert layer.index.tolist() == [1, 3]
     assert torch.equal(layer.rows.detach(), lay(WEIGHT[1::2]))
@@ -143,7 +143,7 @@ def test_state_that_cannot_be_carried_is_reset_and_said_once(name, caplog):
     with caplog.at_level(logging.WARNING):
         for step in range(1, 7):
             layer.rows.grad = torch.randn_like(layer.rows)
-            grass.gathered = {"layer": torch.rand(64)}
+            grass.probes.gathered = {"layer": torch.rand(64)}
             optimizer.step()
             assert (layer.rows in optimizer.state) == (step % 2 == 1)
     said = [record.message for record in caplog.records if "cannot be carried" in record.message]

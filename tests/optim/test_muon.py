@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from models import together
+from models import stacking
 from optim import muon
 from optim.muon import Muon, orthogonalize
 from tests.processes import in_processes
@@ -67,7 +67,7 @@ def test_it_takes_as_many_matrices_at_once_as_its_bound_says(monkeypatch):
     at_once = stepped()
     assert batches[:3] == [(2, 6, 16), (1, 16, 6), (1, 8, 8)]
     batches.clear()
-    monkeypatch.setattr(together, "ON_CPU", 1)
+    monkeypatch.setattr(stacking, "ON_CPU", 1)
     torch.testing.assert_close(stepped(), at_once)
     assert batches[:2] == [(1, 6, 16), (1, 6, 16)]
 

@@ -103,8 +103,8 @@ def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides
 
     def window(walker):
         grass = walker.optim.grass
-        offsets = turn_offsets(list(grass.layers), grass.refresh_every)
-        for step in range(2 * grass.refresh_every):  # the first sketches lie from one step to the next in the second
+        offsets = turn_offsets(list(grass.layers), grass.schedule.refresh_every)
+        for step in range(2 * grass.schedule.refresh_every):  # the first sketches lie from one step to the next in the second
             walker.step(f"window {step}", step, offsets)
 
     monkeypatch.setattr("pretrain.planner.simulate._Walker.refresh", window)

@@ -164,8 +164,8 @@ def test_the_products_of_forward_backward_and_refresh_in_exact_numbers():
         return counter.get_total_flops(), result
 
     (inputs, targets), layers = steps.batch[0], steps.optim.grass.layers.values()
-    gathered = steps.optim.grass._probing
-    assert not gathered
+    grass = steps.optim.grass
+    assert not grass.schedule.probing(grass.steps)
     forward, loss = products(lambda: steps.model(inputs, targets))
     assert forward == 2 * tokens * (linears + head + attention)
     backward, _ = products(loss.backward)

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.together import stack_size
+from models.stacking import stack_size
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
