@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 from pretrain.cli.console import log_to_terminal
 from pretrain.cli.errors import clear_errors
 from pretrain.cli.signals import EXIT_CODE
-from pretrain.config.command_line import MULTIRUN, run_hydra, split_arguments
+from pretrain.config.command_line import MULTIRUN, answer_flags, run_hydra, split_arguments
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.config.text import QUOTED, as_typed, quoted
@@ -156,20 +156,20 @@ def main() -> None:
     log_to_terminal(is_main=True)
     for noisy in ("hydra", "hydra_plugins"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logs = None
     with clear_errors():
         flags, overrides = split_arguments(sys.argv[1:])
         flags = [flag for flag in flags if flag not in MULTIRUN]
-        if not flags:
-            overrides, logs = begin(overrides)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, partial(_ask_to_stop, logs))
+        if flags:
+            answer_flags(flags, overrides)
+        overrides, logs = begin(overrides)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, partial(_ask_to_stop, logs))
     code: Any = 0
     try:
-        run_hydra([*(flags or ["--multirun"]), *as_typed(overrides, sweep=True)], run_job)
+        run_hydra(["--multirun", *as_typed(overrides, sweep=True)], run_job)
     except SystemExit as error:
         code = error.code
-    sys.exit(code if logs is None else report(results(logs)) or code)
+    sys.exit(report(results(logs)) or code)
 
 
 def begin(arguments: list[str]) -> tuple[list[str], Path]:

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.cli.signals import EXIT_CODE
 from pretrain.config.schema import ConfigError
-from pretrain.report import write_report
+from pretrain.runs.report_page import write_report
 from pretrain.runs.sweep_results import results
 from pretrain.sweep import begin, job_name, run_sweep
 

@@ -36,7 +36,7 @@ def test_what_takes_overrides_tells_groups_and_overrides_that_exist(command, wor
     for group in ("data", "experiment", "logger", "model", "optim"):
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         assert f"{group} {', '.join(options)}" in groups
-    overrides = re.findall(r"^  ([\w.]+=\S+)", text.split("The overrides people use")[1], re.M)
+    overrides = re.findall(r"^  ([\w.]+=\S+)", text.split("Settings used most")[1], re.M)
     assert len(overrides) >= 10
     load(overrides)
 
