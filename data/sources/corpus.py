@@ -105,9 +105,11 @@ class Corpus:
 
     def nothing(self, skipped: str) -> ValueError:
         """The error of a corpus without any document. `skipped` says why records were skipped."""
+        s = self._settings
         problem = f"none of {len(self.files)} files is readable text" if self.is_text else "no document was found"
+        key, name = ("data.dataset", f"{s.dataset}: ") if s.source == "datasets" else ("data.paths", "")
         column = "" if self.is_text else " and data.column"
-        return ValueError(f"data.paths: {problem}{f' ({skipped})' if skipped else ''}; check data.paths{column}")
+        return ValueError(f"{key}: {name}{problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
 
     def changed(self) -> list[str]:
         """The names of files whose size or time is no longer that of the listing."""

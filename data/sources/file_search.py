@@ -49,7 +49,7 @@ class Remarks:
         for remark, paths in self._paths.items():
             count = len(paths) + self._further.get(remark, 0)
             more = f" and {count - 8:,} more" if count > 8 else ""
-            lines.append(f"{remark}: {count:,} ({', '.join(list(paths)[:8])}{more})")
+            lines.append(f"{remark}: {count:,} ({', '.join(sorted(paths)[:8])}{more})")
         return "; ".join(lines)
 
 

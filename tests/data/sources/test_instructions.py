@@ -112,9 +112,9 @@ def test_the_loss_is_the_mean_over_responses_and_accumulation_changes_nothing(co
     _, accumulated = run(overrides(corpus, tmp_path, "run.name=parts", "train.micro_batch_size=2"))
     assert losses == pytest.approx(accumulated, abs=1e-10)
     fresh = Trainer(
-        load(overrides(corpus, tmp_path, "run.name=fresh")), whole.world, whole.data,
+        load(overrides(corpus, tmp_path, "run.name=fresh")), whole.world, whole.feed.data,
         RunFolder(load(overrides(corpus, tmp_path, "run.name=fresh"))), StopRequest(),
     )  # fmt: skip
-    ((inputs, targets),) = fresh.batches.micro_batches(0)
+    ((inputs, targets),) = fresh.feed.micro_batches(0)
     expected = F.cross_entropy(fresh.model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert losses[0] == pytest.approx(expected.item(), abs=1e-10)
