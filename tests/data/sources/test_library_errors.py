@@ -114,7 +114,9 @@ COUNTED = {
         {"b.jsonl": lines([{"text": {"a": "x"}}, {"text": 5}, {"text": None}, {"text": ["x"]}])},
         {"without a text": 4},
     ),
-    "a broken line": ({"b.jsonl": lines([b'{"text": "cut\n', b"\n", b"[1]\n", b"x" * 9])}, {"not JSON": 2, "without a text": 1}),
+    "a broken line": (
+        {"b.jsonl": lines([b'{"text": "cut\n', b"\n", b"[1]\n", b"x" * 9])}, {"not JSON": 2, "without a text": 1},
+    ),
     "a number of many digits": ({"b.jsonl": b'{"text": ' + b"9" * 5000 + b"}\n"}, {"not JSON": 1}),
     "nested very deep": ({"b.jsonl": b'{"text": ' + b"[" * 100_000 + b"\n"}, {"not JSON": 1}),
     "parquet with nulls": ({"b.parquet": parquet(["x", None, ""])}, {"without a text": 2}),
@@ -154,7 +156,7 @@ DATASETS = {
     "lines that are lists": ({"a.jsonl": lines([[1, 2]])}, "data."),
     "gz that breaks off": ({"b.jsonl.gz": gzip.compress(GOOD_LINES)[:-20]}, "b.jsonl.gz cannot be read after line"),
     "numbers": ({"a.jsonl": lines([{"text": 1}])}, "data.column: text of D is Value('int64'), which is no text"),
-    "nested": ({"a.jsonl": lines([{"text": {"a": "x"}}])}, "data.column: text of D is {'a': Value('string')}, which is"),
+    "nested": ({"a.jsonl": lines([{"text": {"a": "x"}}])}, "data.column: text of D is {'a': Value('string')}, which"),
     "another column": ({"a.jsonl": lines([{"content": "x"}])}, "data.column: D has no text, but content; name one of"),
     "parquet that breaks off": ({"a.parquet": GOOD_PARQUET[:-20]}, "data.dataset: D cannot be read"),
     "parquet of unlike columns": (
