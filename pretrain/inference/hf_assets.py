@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import sha256
-from data.tokenizer import find_tokenizer
+from data.tokenizer import FILES
 from pretrain.inference.hf_llama import CONFIG, read_config
 
 ASSETS_FOLDER = "hf_assets"  # of a run: the files that lay beside the weights it started from
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+    *FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates",
 )  # fmt: skip
 
@@ -67,5 +67,4 @@ def end_ids(folder: Path) -> list[int]:
 
 def has_tokenizer(folder: Path, tokenizer: Path) -> bool:
     """Whether the tokenizer in ``folder`` is the file ``tokenizer``, by content."""
-    found = find_tokenizer(folder)
-    return found is not None and sha256(found) == sha256(tokenizer)
+    return any(sha256(folder / name) == sha256(tokenizer) for name in FILES if (folder / name).exists())

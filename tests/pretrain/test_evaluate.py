@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 from pretrain import evaluate
+from pretrain.inference.scoring import tokenize_files
 
 TEXT = "def main():\n    return 'é' + name  # the end\n" * 30
 
@@ -34,36 +36,35 @@ def printed(folder, capsys, *arguments):
 
 
 @torch.no_grad()
-def test_the_command_prints_hugging_face_s_loss_of_every_token_and_what_peers_make_of_it(folder, capsys):
+def test_the_command_prints_hugging_face_s_loss_of_every_token(folder, capsys):
     score = json.loads(printed(folder, capsys, "--json"))
-    tokenizer = evaluate.Tokenizer(folder / "tokenizer.model")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
     ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(TEXT), tokenizer.eos_id])
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     windows = [(ids[i : i + 32], ids[i + 1 : i + 33]) for i in range(0, len(ids) - 1, 32)]
-    nats, means = [], []
+    nats = []
     for i in range(0, len(windows), 4):
         rows = [model(x[: len(y)][None]).logits[0].log_softmax(-1).gather(1, y[:, None]) for x, y in windows[i : i + 4]]
         nats += [-row.sum().item() for row in rows]
-        means.append(-torch.cat(rows).mean().item())
     assert score["tokens"] == len(ids) - 1 and score["bytes"] == len(TEXT.encode()) and score["seq_len"] == 32
     assert score["loss"] == pytest.approx(sum(nats) / (len(ids) - 1), abs=1e-5)
     assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
     assert score["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / len(TEXT.encode()), abs=1e-5)
-    peers = score["as_peers_print"]
-    assert peers["batches"] == len(means)
-    assert peers["loss"] == pytest.approx(sum(means) / (len(means) + 1), abs=1e-5)
-    text = printed(folder, capsys)
-    assert f"perplexity     {score['perplexity']:.3f}\n" in text
-    assert f"divided by {len(means) + 1} instead of {len(means)} batches: loss {peers['loss']:.4f}" in text
+    assert printed(folder, capsys).splitlines() == [
+        f"{score['tokens']:,} tokens of {score['bytes']:,} bytes, 32 at a time",
+        f"loss           {score['loss']:.4f} nats per token",
+        f"perplexity     {score['perplexity']:.3f}",
+        f"bits per byte  {score['bits_per_byte']:.4f}",
+    ]
 
 
 def test_windows_can_be_shorter_and_documents_are_framed_as_in_a_preparation(folder, capsys):
     assert json.loads(printed(folder, capsys, "--json", "--seq-len", "8"))["seq_len"] == 8
-    tokenizer = evaluate.Tokenizer(folder / "tokenizer.model")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
     (folder / "two").mkdir()
     for name in ("a.txt", "b.txt"):
         (folder / "two" / name).write_text("x = 1\n")
-    tokens = evaluate.read_text([str(folder / "two")], ["*.txt"], tokenizer)
+    tokens = tokenize_files([str(folder / "two")], ["*.txt"], tokenizer)
     assert np.array_equal(tokens, [tokenizer.bos_id, *tokenizer.encode("x = 1\n"), tokenizer.eos_id] * 2)
 
 

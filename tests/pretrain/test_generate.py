@@ -13,8 +13,10 @@ from werkzeug.serving import make_server
 from data.train_tokenizer import train_tokenizer
 from models.kv_cache import KVCache
 from models.llama import Llama
+from pretrain import generate as command
 from pretrain.inference.page import HOST, make_app
-from pretrain.inference.sampling import Sampling, Writer, generate, new_tokens
+from pretrain.inference.sampling import Sampling, generate, new_tokens
+from pretrain.inference.text_generator import TextGenerator
 
 SIZES = {
     "vocab_size": 400, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -41,8 +43,8 @@ def tokenizer(root, tmp_path_factory):
 
 
 @pytest.fixture
-def writer(model, tokenizer):
-    return Writer(model, tokenizer)
+def generator(model, tokenizer):
+    return TextGenerator(model, tokenizer)
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2])
@@ -63,7 +65,7 @@ def test_logits_from_a_cache_equal_the_full_forward_however_the_tokens_come(kv_h
     ids=["greedy", "top-k", "top-p"],
 )
 def test_tokens_from_a_cache_are_those_of_the_full_forward_also_beyond_the_positions(model, sampling):
-    cached, full = (list(islice(new_tokens(model, PROMPT, sampling, use), 36)) for use in (True, False))
+    cached, full = (list(islice(new_tokens(model, PROMPT, sampling, use_cache=use), 36)) for use in (True, False))
     assert cached == full
     assert len(set(full)) > 3  # not one token over and over
 
@@ -84,67 +86,72 @@ def test_probabilities_are_hugging_face_s(temperature, top_k, top_p):
     torch.testing.assert_close(torch.zeros(50).index_put((tokens,), p), theirs)
 
 
+def test_the_command_samples_as_the_library_does_unless_told_otherwise():
+    args = command.parser().parse_args(["model"])
+    assert Sampling(args.temperature, args.top_k, args.top_p, args.seed) == Sampling()
+
+
 def test_what_sampling_cannot_be_is_said_at_once():
     with pytest.raises(ValueError, match=r"temperature=-1 must be at least 0\ntop_k=-2 .*\ntop_p=0 must be above 0"):
         Sampling(-1, -2, 0)
 
 
-def test_the_pieces_of_a_stream_make_up_the_text_and_hold_no_half_characters(writer, tokenizer):
+def test_the_pieces_of_a_stream_make_up_the_text_and_hold_no_half_characters(generator, tokenizer):
     prompt = "def forward(é"
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    whole = generate(writer.model, ids, 60, temperature=1.5, top_k=0, seed=5, stop=tokenizer.eos_id)
-    pieces = list(writer.write(prompt, 60, Sampling(1.5, top_k=0, seed=5)))
+    whole = generate(generator.model, ids, 60, temperature=1.5, top_k=0, seed=5, ends=[tokenizer.eos_id])
+    pieces = list(generator.stream(prompt, 60, Sampling(1.5, top_k=0, seed=5)))
     assert prompt + "".join(pieces) == tokenizer.decode(whole)
     assert len(pieces) > 10 and any(len(text.encode()) > len(text) for text in pieces)
     assert all("\ufffd" not in text[-1:] for text in pieces[:-1])
-    assert writer.tokens == 60 and "60 tokens" in writer.speed
+    assert generator.tokens == 60 and "60 tokens" in generator.speed
 
 
-def test_a_stop_cuts_the_text_before_it_and_none_of_it_is_shown(writer):
+def test_a_stop_cuts_the_text_before_it_and_none_of_it_is_shown(generator):
     sampling = Sampling(seed=4)
-    text = "".join(writer.write("self", 60, sampling))
+    text = "".join(generator.stream("self", 60, sampling))
     stop = text[30:36]
-    pieces = list(writer.write("self", 60, sampling, ["never", stop]))
+    pieces = list(generator.stream("self", 60, sampling, ["never", stop]))
     assert "".join(pieces) == text[: text.index(stop)]
-    assert writer.tokens < 60
+    assert generator.tokens < 60
 
 
-def test_a_stop_is_held_back_also_while_one_of_its_characters_comes_in_bytes(writer, tokenizer, monkeypatch):
+def test_a_stop_is_held_back_also_while_one_of_its_characters_comes_in_bytes(generator, tokenizer, monkeypatch):
     ids = tokenizer.encode("1ş.")
     assert len(ids) > 3  # ş has no piece of its own
-    monkeypatch.setattr("pretrain.generate.new_tokens", lambda *_: iter(ids))
-    assert "".join(writer.write("self", len(ids), Sampling(), ["1ş."])) == ""
-    assert "".join(writer.write("self", len(ids), Sampling(), ["1ş!"])) == "1ş."
+    monkeypatch.setattr("pretrain.inference.text_generator.new_tokens", lambda *_: iter(ids))
+    assert "".join(generator.stream("self", len(ids), Sampling(), ["1ş."])) == ""
+    assert "".join(generator.stream("self", len(ids), Sampling(), ["1ş!"])) == "1ş."
 
 
 def test_the_end_token_ends_the_text(model):
     ids = list(islice(new_tokens(model, PROMPT, Sampling(seed=1)), 20))
-    ended = generate(model, PROMPT, 20, temperature=0.8, top_k=50, seed=1, stop=ids[7])
+    ended = generate(model, PROMPT, 20, temperature=0.8, top_k=50, seed=1, ends=[99999, ids[7]])
     assert ended == [*PROMPT, *ids[: ids.index(ids[7])]]
 
 
 @pytest.fixture
-def server(writer):
+def server(generator):
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    server = make_server(HOST, port, make_app(writer))
+    server = make_server(HOST, port, make_app(generator))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://{HOST}:{port}"
     server.shutdown()
 
 
-def test_the_page_streams_what_the_writer_writes(writer):
-    client = make_app(writer).test_client()
+def test_the_page_streams_what_the_generator_writes(generator):
+    client = make_app(generator).test_client()
     asked = {"prompt": "self", "tokens": 20, "temperature": 0.9, "seed": 5, "stops": ["\n\n"]}
     lines = [json.loads(line) for line in client.post("/write", json=asked).text.splitlines()]
-    expected = "".join(writer.write("self", 20, Sampling(0.9, seed=5), ["\n\n"]))
+    expected = "".join(generator.stream("self", 20, Sampling(0.9, seed=5), ["\n\n"]))
     assert "".join(line.get("text", "") for line in lines) == expected
-    assert "a second" in lines[-1]["speed"]
+    assert "tokens/s" in lines[-1]["speed"]
 
 
-def test_the_page_is_for_this_machine_and_refuses_what_is_wrong(writer):
-    client = make_app(writer).test_client()
+def test_the_page_is_for_this_machine_and_refuses_what_is_wrong(generator):
+    client = make_app(generator).test_client()
     assert HOST == "127.0.0.1"
     assert client.get("/", base_url="http://evil.example").status_code == 400
     assert client.post("/write", data='{"prompt": "x"}', content_type="text/plain").status_code == 415
@@ -152,7 +159,7 @@ def test_the_page_is_for_this_machine_and_refuses_what_is_wrong(writer):
     assert refused.status_code == 400 and "top_p=2.0 must be above 0" in refused.text
 
 
-def test_tokens_arrive_in_a_browser(server, writer, browser):
+def test_tokens_arrive_in_a_browser(server, generator, browser):
     from playwright.sync_api import TimeoutError
 
     page = browser.new_page(viewport={"width": 400, "height": 800})
@@ -168,8 +175,8 @@ def test_tokens_arrive_in_a_browser(server, writer, browser):
     page.wait_for_function("document.getElementById('text').textContent.length > 5")
     page.wait_for_selector("#write:enabled")
     assert page.text_content("#prompted") == "class A"
-    assert page.text_content("#text") == "".join(writer.write("class A", 60, Sampling(seed=7)))
-    assert "a second" in page.text_content("#speed")
+    assert page.text_content("#text") == "".join(generator.stream("class A", 60, Sampling(seed=7)))
+    assert "tokens/s" in page.text_content("#speed")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     page.fill("#tokens", "1000000")
 

@@ -13,10 +13,11 @@ from PIL import Image
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.distributed.world import World
-from pretrain.report import main, write_report
+from pretrain.report import main
 from pretrain.runs.figures import smooth
 from pretrain.runs.folder import RunFolder
-from pretrain.runs.records import by_seed, find_runs
+from pretrain.runs.records import find_runs, group_by_seed
+from pretrain.runs.report_page import write_report
 from pretrain.runs.sweep_results import JobResult
 from pretrain.setup.data import ready
 from pretrain.training.trainer import Trainer
@@ -95,9 +96,9 @@ def test_the_page_holds_every_picture_at_two_widths_and_needs_no_other_file(runs
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_curve(runs):
-    groups = by_seed(find_runs([runs]))
+    groups = group_by_seed(find_runs([runs]))
     assert {name: len(group) for name, group in groups.items()} == {"<adamw>": 1, "grass (2 seeds)": 2}
-    twice = by_seed(find_runs([runs / "grass_seed-0"]) * 2)
+    twice = group_by_seed(find_runs([runs / "grass_seed-0"]) * 2)
     assert [len(group) for group in twice.values()] == [1]
 
 
