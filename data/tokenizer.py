@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ class Tokenizer:
 
     `bos` and `eos` name the tokens that begin and end a text. The default is those of special_tokens.json or
     tokenizer_config.json beside the file, or else those of the model. A tokenizer without a bos token, such as T5's,
-    begins a text with its eos token, as GPT-2's does.
+    begins a text with its eos token, as GPT-2's does. Without `look_beside` the files beside it are not read.
 
     Raises ValueError if the file is no tokenizer, or lacks one of these tokens, or has no eos token.
 
@@ -31,7 +32,9 @@ class Tokenizer:
         special: The names of bos and eos that have to be given to open a copy of the file elsewhere.
     """
 
-    def __init__(self, path: str | Path, bos: str | None = None, eos: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, bos: str | None = None, eos: str | None = None, look_beside: bool = True
+    ) -> None:
         self.path = Path(path)
         try:
             content = self.path.read_bytes()
@@ -41,9 +44,9 @@ class Tokenizer:
         self._model: SentencePiece | HuggingFace
         self._model = HuggingFace(path, text) if text else SentencePiece(path, content)
         self.vocab_size: int = self._model.vocab_size
-        names = names_beside(self.path, is_json=bool(text))
+        names = names_beside(self.path, is_json=bool(text)) if look_beside else {}
         bos, eos = bos or names.get("bos"), eos or names.get("eos")
-        if eos is None and text and self.has(token := eos_beside(self.path)):
+        if eos is None and text and look_beside and self.has(token := eos_beside(self.path)):
             eos = self._model.piece_of(token)
         self.special: dict[str, str] = {key: name for key, name in (("bos", bos), ("eos", eos)) if name}
         found = self._model.eos_id if eos is None else self._named(eos, "data.eos")
@@ -112,6 +115,13 @@ class Tokenizer:
     def is_kept(self, text: str, *parts: np.ndarray) -> bool:
         """Whether the tokens of a text, in parts of (n,), decode to the text, byte for byte."""
         return self._model.is_exact or self.decode(np.concatenate(parts).tolist()) == text
+
+    @cached_property
+    def space_after(self) -> int | None:
+        """bos, if the tokenizer puts a space before a text, which counts in `token_bytes` but is not in the text."""
+        _, (letter,) = self.encode_pairs(["a"], ["a"])
+        added = self.token_bytes[self.encode("a")].sum() - self.token_bytes[letter].sum()
+        return self.bos_id if added == 1 else None
 
     @property
     def encoding(self) -> int:

@@ -58,7 +58,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     seq_len = args.seq_len or found.seq_len
     world = World(rank=0, size=1, device=model.embed_tokens.weight.device)
     token_bytes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64, device=world.device)
-    score = evaluate(model, validation_batches(tokens, seq_len, args.batch_size), token_bytes, world)
+    batches = validation_batches(tokens, seq_len, args.batch_size)
+    score = evaluate(model, batches, token_bytes, world, tokenizer.space_after)
     metrics = {name.removeprefix("val/"): value for name, value in score.metrics.items()}
     return {**metrics, "tokens": score.tokens, "bytes": score.text_bytes, "seq_len": seq_len}
 

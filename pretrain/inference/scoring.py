@@ -39,13 +39,20 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], token_bytes: Tensor, world: World) -> Score:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    token_bytes: Tensor,
+    world: World,
+    space_after: int | None = None,
+) -> Score:
     """The score of ``model``, which is left in train mode, summed over the batches of all processes.
 
     Args:
         batches: this process' arguments of the model: inputs (b, t) and targets (b, t), int64, -100 for no target, and
             ids of documents, if the model is to see only the own document of a token.
         token_bytes: int64 (vocab,), the number of UTF-8 bytes in each token.
+        space_after: the bos token, if the tokenizer puts a space before every text; that space is not counted.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     model.eval()
@@ -53,7 +60,11 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], token_byte
         input_ids, targets, *documents = (tensor.to(world.device) for tensor in batch)
         real, nats = targets[targets != -100], model(input_ids, targets, *documents).double()
         if real.numel():
-            parts = [nats, real.numel(), token_bytes[real].sum()]
+            text_bytes = token_bytes[real].sum()
+            if space_after is not None:
+                first = targets[(input_ids == space_after) & (targets != -100)]
+                text_bytes -= (token_bytes[first] > 0).sum()  # not eos, where eos and bos are the same token
+            parts = [nats, real.numel(), text_bytes]
             sums += torch.stack([torch.as_tensor(part, dtype=torch.float64, device=world.device) for part in parts])
     model.train()
     nats, tokens, text_bytes = world.sum(sums).tolist()

@@ -16,8 +16,9 @@ from data.tokenizer import Tokenizer
 
 TRAINING = ["the river runs  to the stone\n", "alpha beta gamma, delta.\n\tA:", "Q: 1 + 2 ="] * 40
 TEXTS = [
-    "", " ", "  ", "x", " x", "x ", "  two  spaces  ", "\n", "\n\nx\n", "\tx\r\n", "▁", "x▁y", "▁x", "x▁", "▁ x", "x ▁ y",
-    "▁▁", " ▁", "a\u2581\n\u2581b", "é 日 \U0001f600", "the river", "<s> </s> <0x41>", "\u00a0x\u3000", "\0", "ﬁ Å",
+    "", " ", "  ", "x", " x", "x ", "  two  spaces  ", "\n", "\n\nx\n", "\tx\r\n", "▁", "x▁y", "▁x", "x▁", "▁ x",
+    "x ▁ y", "▁▁", " ▁", "a\u2581\n\u2581b", "é 日 \U0001f600", "the river", "<s> </s> <0x41>",
+    "\u00a0x\u3000", "\0", "ﬁ Å",
 ]  # fmt: skip
 PAIRS = [
     ("Q: 1 + 1?\nA:", "2\nok"), ("A:", " 2"), ("A: ", "2"), ("A:  ", "  2"), ("x", "y"), ("", "the river"),
@@ -140,6 +141,16 @@ def test_pairs_are_the_two_texts_and_nothing_between_them(opened, name):
         assert tokenizer.decode([tokenizer.bos_id, *before, *after, tokenizer.eos_id]) == prompt + response
         if prompt:
             assert tokenizer.token_bytes[after].sum() == len(response.encode())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_bytes_of_a_text_are_its_own(opened, name):
+    tokenizer = opened(name)
+    for text in TEXTS:
+        if text and not text.startswith("▁"):
+            added = tokenizer.space_after is not None
+            assert tokenizer.token_bytes[tokenizer.encode(text)].sum() - added == len(text.encode()), text
+    assert tokenizer.space_after == (tokenizer.bos_id if name.startswith("llama") else None)
 
 
 @pytest.mark.parametrize("name", ["metaspace, first", "metaspace, always", "metaspace, old", "without extra spaces"])

@@ -38,6 +38,16 @@ def test_validation_weights_tokens_and_leaves_padding_out():
     assert score.metrics["val/bits_per_byte"] == pytest.approx(1.0, rel=1e-12)
 
 
+def test_a_space_that_the_tokenizer_puts_before_a_text_is_no_byte_of_it():
+    bos, eos = 4, 5
+    token_bytes = torch.tensor([1, 2, 3, 4, 0, 0])
+    rows = torch.tensor([[bos, 1, 2, eos, bos, 3, 0], [bos, 2, eos, bos, eos, bos, 1]])
+    targets = rows[:, 1:].clone()
+    targets[0, 0] = -100
+    score = evaluate(_FixedLogits(), [(rows[:, :-1], targets)], token_bytes, World(0, 1, torch.device("cpu")), bos)
+    assert score.text_bytes == 3 + (4 - 1) + 1 + (3 - 1) + (2 - 1)
+
+
 def test_a_huge_loss_has_a_perplexity():
     assert Score(nats=1e6, tokens=1, text_bytes=1).metrics["val/perplexity"] == math.exp(700)
 
