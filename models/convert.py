@@ -130,7 +130,8 @@ def _grass_layers(
             side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
             if not ranks_of_this:
                 raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
-            layers[name] = GrassLinear(linear.weight, ranks_of_this[-1], side_of_this, state_dtype, int8)
+            weight = linear.get_parameter("weight")
+            layers[name] = GrassLinear(weight, ranks_of_this[-1], side_of_this, state_dtype, int8)
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     return layers, problems

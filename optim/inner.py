@@ -1,4 +1,4 @@
-"""From names and numbers to an optimizer: the parameter groups and the inner optimizer."""
+"""Inner optimizers by name."""
 
 import inspect
 import logging
@@ -22,7 +22,7 @@ INNER_OPTIMIZERS = {
     "apollo": "apollo_torch.APOLLOAdamW",
     "fira": "pytorch_optimizer.Fira",
 }
-# Where a package that is not among the requirements of a run is pinned.
+# The requirements file of each package that is optional.
 REQUIREMENTS = {
     "torchao": "requirements-extra.txt",
     "galore_torch": "requirements-baselines.txt",
@@ -32,10 +32,10 @@ REQUIREMENTS = {
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class that ``name`` stands for: a key of INNER_OPTIMIZERS or a dotted path such as torch.optim.NAdam.
+    """The optimizer class for ``name``: a key of INNER_OPTIMIZERS, or a dotted path such as torch.optim.NAdam.
 
     Raises:
-        ValueError: an unknown name, or a path that leads to no torch.optim.Optimizer.
+        ValueError: an unknown name, or a path that cannot be imported or is not a torch.optim.Optimizer.
     """
     path = INNER_OPTIMIZERS.get(name, name)
     module_name, _, class_name = path.rpartition(".")
@@ -48,26 +48,31 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         cls = getattr(import_module(module_name), class_name, None)
     except ImportError as error:
         file = REQUIREMENTS.get(module_name.partition(".")[0])
-        mend = f"pip install -r {file}" if file else "check the path"
-        raise ValueError(f"optim.inner={name}: cannot import {module_name} ({error}); {mend}") from None
+        fix = f"pip install -r {file}" if file else "check the path"
+        raise ValueError(f"optim.inner={name}: cannot import {module_name} ({error}); {fix}") from None
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"optim.inner={name}: {path} is not a torch.optim.Optimizer; check the path")
     return cls
 
 
 def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """The optimizer ``name`` over ``groups``; an option it does not take is left out, and what it got is logged.
+    """The optimizer ``name`` over ``groups``. Options that it does not take are left out; the others are logged.
 
-    Adam and AdamW are fused. SGD is not: its fused step cannot start the momentum of reset rows beside running ones.
+    Adam and AdamW are fused. SGD is not: its fused step cannot start the momentum of reset rows while others have one.
+
+    Args:
+        name: see ``optimizer_class``.
+        groups: of ``optim.param_groups.parameter_groups``.
+        options: keyword arguments such as betas, eps and momentum.
 
     Raises:
-        ValueError: an unknown name, or weight decay for an optimizer that has none.
+        ValueError: an unknown name, or weight decay for an optimizer without any.
     """
     cls = optimizer_class(name)
     known = inspect.signature(cls).parameters
     if cls is not torch.optim.SGD:
         options = {"fused": True} | options
-    # Adafactor's eps is a pair of other meaning.
+    # Adafactor's eps is a pair, with another meaning.
     taken = {
         k: v for k, v in options.items() if k in known and isinstance(known[k].default, tuple) == isinstance(v, tuple)
     }
@@ -81,7 +86,7 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
 def optimizer_of_groups(
     inner: str, embedding_inner: str | None, groups: list[dict[str, Any]], **options: Any
 ) -> torch.optim.Optimizer:
-    """``inner`` over ``groups``, or, if ``embedding_inner`` is given, that one over the group "embeddings"."""
+    """The optimizer ``inner`` over ``groups``; ``embedding_inner``, if given, takes the group "embeddings"."""
     embeddings = [group for group in groups if group["name"] == "embeddings"]
     if embedding_inner is None or not embeddings:
         return inner_optimizer(inner, groups, **options)

@@ -1,16 +1,16 @@
 """The optimizer's state of a layer's rows when the rows change.
 
-``reset`` drops it: the inner optimizer starts again on the new rows, as in the paper.
+``reset`` drops it: the inner optimizer starts again on the new rows, as in the paper (arXiv 2406.17660).
 
-``carry`` keeps the state of the rows that stay. A new row starts with no first moment and, as second moment, one of
+``carry`` keeps the state of the rows that stay. A new row starts with first moment zero and as second moment
 
     mean    the mean over the rows selected before, element by element
-    score   what the score says its squared gradient is: g_i² / n in every element
-    zero
+    score   the estimate of its squared gradient by its score: g_i² / n in every element
+    zero    zero
 
-Adam counts its steps once for the whole matrix, so rows of different age share one bias correction. A second moment
-that starts at an estimate needs none; a first moment that starts at zero under a count that runs on makes a new row's
-first steps small, growing to full size over about 1 / (1 - β₁) updates: each new row warms up by itself.
+Adam counts steps for the matrix, so that rows of different ages share one bias correction. A second moment that starts
+at an estimate needs no correction. A first moment that starts at zero without one makes a new row's first steps small;
+they grow to full size over about 1 / (1 - β₁) updates, as a warm-up of each new row.
 
 Only known averages of gradients or of their squares, element by element, can be carried. All other state (factored or
 quantised moments, Rprop's step sizes) is reset, with a warning.
@@ -111,18 +111,18 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 
 @torch.no_grad()
 def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor) -> None:
-    """Make ``states`` those of the new rows, in place.
+    """Turn the states of the old rows into those of the new rows, in place.
 
-    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, and the mean
-    over the rows selected before is that of G itself.
+    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square. The mean over
+    the old rows is that of the moments of G.
 
     Args:
-        states: the inner optimizer's states of the rows of each layer of ``change``, which ``can_be_carried`` and hold
-            the same moments.
+        states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and
+            hold the same moments.
         new_second_moment: a name of NEW_SECOND_MOMENTS.
-        score: (layers, rank) estimated mean square of a gradient element of each new row, for "score".
+        score: (layers, rank) estimated mean square of the gradient elements of each new row, for "score".
     """
-    along = 2 - change.dim  # a number for each selected row, of a stack of layers
+    along = 2 - change.dim  # to broadcast one number per selected row, in a stack of layers
     position, stays = (t.unsqueeze(along) for t in positions_among(change.old_index, change.new_index))
     for name, moment in states[0].items():
         if not torch.is_tensor(moment) or moment.ndim == 0:

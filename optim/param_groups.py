@@ -1,4 +1,4 @@
-"""Parameter groups, their learning rates and decay."""
+"""Parameter groups, their learning rates and weight decay."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +21,19 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in one of three groups, with ``name`` and ``peak_lr`` for the schedule.
 
-    linears     rate ``linear_lr``: the rows of GrassLinear layers, and the weights of linears that match ``patterns``,
-                so that the same patterns name the same layers under Grass and in full-rank training
-    embeddings  rate ``lr``: embeddings, head and whatever else is a matrix
-    norms       rate ``lr``, never decayed: vectors
+    linears     rate ``linear_lr``: the rows of GrassLinear layers, and the weights of linears that match ``patterns``:
+                the same layers under Grass and in full-rank training
+    embeddings  rate ``lr``: embeddings, head and all other matrices
+    norms       rate ``lr``, without weight decay: vectors
+
+    Args:
+        model: its trainable parameters.
+        lr: and ``linear_lr``, peak learning rates.
+        weight_decay: factor, as the optimizer defines it.
+        patterns: globs of module names, see ``models.convert.matches``.
+
+    Returns:
+        Groups for a torch.optim.Optimizer, with named parameters; without those that would be empty.
     """
     linear_weights = {
         p
@@ -49,7 +58,7 @@ def parameter_groups(
 
 
 def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """What decoupled weight decay multiplies a parameter of ``group`` by in a step; 1 where decay is not decoupled."""
+    """The factor of decoupled weight decay on parameters of ``group`` in a step, 1 - lr · decay; 1 if not decoupled."""
     if isinstance(optimizer, CompositeOptimizer):
         return next(decay_factor(part, group) for part in optimizer.parts if any(g is group for g in part.param_groups))
     decoupled = (
@@ -61,10 +70,10 @@ def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> flo
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float, linears: float = 1.0) -> None:
-    """Give every group its peak rate times ``factor``, the linears' times ``linears`` as well."""
+    """Set the rate of every group to its peak rate times ``factor``, that of the group "linears" also ``linears``."""
     for group in optimizer.param_groups:
         lr = group["peak_lr"] * factor * (linears if group["name"] == "linears" else 1.0)
-        if torch.is_tensor(group["lr"]):  # torchao wants its own tensor filled
+        if torch.is_tensor(group["lr"]):  # torchao keeps rates in tensors of its own
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr

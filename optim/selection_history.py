@@ -1,6 +1,6 @@
-"""What the selections of a run were: how much of the gradient they caught, which rows came in, which ever had a turn.
+"""A record of the selections of a run: the share of the gradient they captured, new rows, rows ever selected.
 
-Kept on the CPU, where the rows are chosen, and part of a checkpoint.
+It is kept on the CPU, where rows are chosen, and is part of a checkpoint.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ NEVER, BEFORE, NOW = 0, 1, 2
 
 
 class SelectionHistory:
-    """The latest refresh of each layer, and which of its rows were ever selected.
+    """The latest refresh of each layer, and the rows that were ever selected.
 
-    rows    by layer (m,) uint8: whether a row was NEVER selected, BEFORE, or is NOW
-    latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm that the selection
-            catches, √(Σ selected g² / Σ g²) by the scores, NaN where they were of no use; the rows that it brought in
+    rows    by layer (m,) uint8: NEVER selected, selected BEFORE, or selected NOW
+    latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selection,
+            √(Σ selected g² / Σ g²) by the scores g, NaN where the scores were of no use; the number of new rows
 
     Args:
         selectable: the number of rows m of each layer.
@@ -28,20 +28,25 @@ class SelectionHistory:
         self.latest = {name: torch.full((3,), torch.nan, dtype=torch.float64) for name in selectable}
 
     def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
-        """A refresh of ``name`` after ``step`` updates chose ``index`` (r,), which may repeat, by ``scores`` (m,)."""
+        """Record a refresh of layer ``name`` after update ``step``.
+
+        Args:
+            index: the chosen rows (r,) int64 on the CPU; they may repeat.
+            scores: (m,) on the CPU, by which they were chosen.
+        """
         rows, chosen, squares = self.rows[name].numpy(), np.unique(index.numpy()), scores.double().numpy() ** 2
         changed = np.count_nonzero(rows[chosen] != NOW)
         rows[rows == NOW] = BEFORE
         rows[chosen] = NOW
-        with np.errstate(invalid="ignore"):  # scores that are of no use
+        with np.errstate(invalid="ignore"):  # scores may be of no use
             captured = np.sqrt(squares[chosen].sum() / squares.sum())
         self.latest[name].numpy()[:] = step, captured, changed
 
     def means(self) -> dict[str, float]:
-        """Means over the layers, for a metric line; what is not known is left out.
+        """Means over the layers for the metrics, grass/<name>; unknown ones are left out.
 
-        captured  share of the gradient's norm that the latest selection catches
-        changed   share of the selected rows that it brought in
+        captured  share of the gradient's norm in the latest selection
+        changed   share of new rows in the latest selection
         coverage  share of all rows that were ever selected
         """
         latest = torch.stack(list(self.latest.values()))
@@ -51,9 +56,10 @@ class SelectionHistory:
         return {f"grass/{name}": mean.item() for name, mean in means.items() if not mean.isnan()}
 
     def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
-        """What each layer's latest refresh was, of those after update ``since``: share and numbers of rows.
+        """The latest refresh of each layer that refreshed after update ``since``.
 
-        The first choice of a run, made before its first update, counts as after update 0.
+        The first choice of a run, before its first update, counts as after update 0. By layer: "captured", the share of
+        the gradient's norm (None if unknown), and "changed", "selected", "ever_selected" and "rows", numbers of rows.
         """
         found: dict[str, dict[str, float | int | None]] = {}
         for name, rows in self.rows.items():
@@ -69,6 +75,6 @@ class SelectionHistory:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, to be filled in place on resuming."""
+        """The tensors for a checkpoint by name, to be filled in place on resuming."""
         rows = {f"{name}.rows": tensor for name, tensor in self.rows.items()}
         return rows | {f"{name}.latest": tensor for name, tensor in self.latest.items()}

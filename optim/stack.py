@@ -141,7 +141,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, T
 
 
 def _parts(key: str, value: Any) -> dict[str, Tensor]:
-    """The tensor of one state by its key; of torchao's quantised ones the tensors inside, as key.codes and the like."""
+    """The tensor of a state under its key; of torchao's quantised states the tensors inside, as key.codes etc."""
     if not isinstance(value, Tensor):
         raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; only tensors go into a checkpoint")
     if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
@@ -156,7 +156,7 @@ def _make_room_in(optimizer: Any, stored: Mapping[str, Any]) -> None:
         for full in [k for k in stored if k.startswith(f"optim.{name}.")]:
             key, _, part = full.removeprefix(f"optim.{name}.").partition(".")
             if part:
-                if key not in state:  # torchao's own way to make one
+                if key not in state:  # torchao's own function creates all parts
                     state[key] = optimizer._new_buffer(parameter, key == "exp_avg")
                 continue
             size, dtype = stored[full].size, stored[full].properties.dtype

@@ -1,4 +1,4 @@
-"""The Grass layer against dense autograd: what its backward computes, what it never computes, and what it converts."""
+"""The Grass layer against dense autograd: the gradients that its backward computes, and those it never computes."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.convert import convert_linears
 from models.grass_linear import GrassLinear
 from tests.helpers import Allocations
 
@@ -178,66 +177,3 @@ def test_compiles_to_one_graph_that_serves_every_index():
         weight_grad, _ = dense_gradients(layer, x, grad_y)
         torch.testing.assert_close(layer.rows.grad, weight_grad[index])
     assert len(graphs) == 1
-
-
-class Tiny(nn.Module):
-    def __init__(self, bias=False):
-        super().__init__()
-        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=bias), "k_proj": nn.Linear(8, 4, bias=False)})
-        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(8, 16, bias=False)})
-        self.lm_head = nn.Linear(8, 32, bias=False)
-
-
-def test_conversion_shares_weights_takes_the_smaller_side_and_says_what_it_left(caplog):
-    model = nn.ModuleList([Tiny()])
-    weights = {name: p for name, p in model.named_parameters()}
-    with caplog.at_level("INFO"):
-        layers = convert_linears(model, rank=2)
-    assert {name: layer.side for name, layer in layers.items()} == {
-        "0.self_attn.q_proj": "rows",
-        "0.self_attn.k_proj": "rows",
-        "0.mlp.up_proj": "columns",
-    }
-    assert all(layer.weight is weights[f"{name}.weight"] for name, layer in layers.items())
-    assert "converted 3 of 4" in caplog.text and "0.lm_head" in caplog.text
-
-
-def test_the_side_can_be_given_for_each_pattern():
-    layers = convert_linears(nn.ModuleList([Tiny()]), rank=2, side={"*.self_attn.*": "columns", "k_proj": "rows"})
-    assert [layer.side for layer in layers.values()] == ["columns", "rows", "columns"]
-
-
-def test_the_rank_can_be_given_for_each_pattern():
-    layers = convert_linears(nn.ModuleList([Tiny()]), rank={"*": 4, "*.self_attn.*": 2, "k_proj": 3})
-    assert [layer.rank for layer in layers.values()] == [2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rank": {"*_proj": 2, "nothing": 1}}, "pattern 'nothing' matches no linear layer"),
-        ({"rank": {"up_proj": 2}}, "0.self_attn.q_proj and 1 more: optim.rank names no rank for it"),
-        ({"rank": "many"}, "optim.rank=many must be between 1 and 8"),
-        ({"rank": 2, "side": {"*.down_proj": "rows"}}, r"pattern '\*\.down_proj' matches no linear layer"),
-        ({"rank": 2, "patterns": ["*.nothing"]}, "matches no linear layer"),
-        ({"rank": 5}, "0.self_attn.k_proj: optim.rank=5 must be between 1 and 4"),
-        ({"rank": 0}, "optim.rank=0 must be between 1 and"),
-        ({"rank": 2, "side": "diagonal"}, "use auto, rows or columns"),
-    ],
-)
-def test_bad_conversions_are_refused_and_change_nothing(arguments, message):
-    model = nn.ModuleList([Tiny()])
-    with pytest.raises(ValueError, match=message):
-        convert_linears(model, **arguments)
-    assert not any(isinstance(m, GrassLinear) for m in model.modules())
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_biased_and_tied_linears_are_refused():
-    with pytest.raises(ValueError, match="bias"):
-        convert_linears(nn.ModuleList([Tiny(bias=True)]), rank=2)
-    model = Tiny()
-    model.embed = nn.Embedding(32, 8)
-    model.embed.weight = model.lm_head.weight
-    with pytest.raises(ValueError, match="tied"):
-        convert_linears(model, rank=2, patterns=["lm_head"])

@@ -29,7 +29,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.steps import Step, Steps
 from models.llama import Llama
-from optim import grass
+from optim import grass, selection
 from pretrain.config.compose import load
 from pretrain.config.schema import Config
 from pretrain.distributed.world import World
@@ -55,13 +55,13 @@ class FreeRunning(Steps):
 @contextmanager
 def scores_that_differ() -> Iterator[None]:
     """Let Grass choose rows by numbers like real scores: with the zeros of the null GPU it would go other ways."""
-    select = grass.select_together
+    select = selection.select_many
 
     def select_by_others(name: str, scores: Sequence[Tensor], *rest: Any) -> Any:
         return select(name, [some_scores(len(of_layer)) for of_layer in scores], *rest)
 
     # Processes would find that they do not agree, having read zeros of each other.
-    with patch.object(grass, "select_together", select_by_others), patch.object(grass, "_require_agreement"):
+    with patch.object(selection, "select_many", select_by_others), patch.object(grass, "require_agreement"):
         yield
 
 

@@ -28,16 +28,16 @@ def step_as_on_a_gpu(optimizer):
     with torch.no_grad():
         for group in optimizer.param_groups:
             for p in group["params"]:
-                optimizer._step_on(p, p.grad, group, waits=False)
+                optimizer._update(p, p.grad, group, norms_on_host=False)
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
 )
-@pytest.mark.parametrize("at_once", [2**24, 50])
-def test_the_step_for_a_gpu_is_torch_s(dtype, tolerance, at_once, monkeypatch):
+@pytest.mark.parametrize("chunk", [2**24, 50])
+def test_the_step_for_a_gpu_is_torch_s(dtype, tolerance, chunk, monkeypatch):
     """In bfloat16 to a spacing of the numbers."""
-    monkeypatch.setattr(adafactor, "AT_ONCE", at_once)
+    monkeypatch.setattr(adafactor, "CHUNK", chunk)
     theirs, ours = parameters(dtype), parameters(dtype)
     reference, optimizer = torch.optim.Adafactor(theirs, **OPTIONS), Adafactor(ours, **OPTIONS)
     for step in range(8):

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from optim.selection import SELECTIONS, select, select_together
+from optim.selection import SELECTIONS, select, select_many
 
 SCORES = torch.tensor([0.5, 3.0, 0.1, 2.0, 1.0, 0.0])
 
@@ -101,7 +101,7 @@ def test_many_layers_choose_what_a_stable_sort_puts_first(rank):
     scores += [torch.zeros(12, dtype=torch.float64), torch.rand(20, generator=generator, dtype=torch.float64)]
     seeds = list(range(len(scores)))
     for found, of_layer, seed in zip(
-        select_together("top_r", scores, [rank] * len(scores), seeds), scores, seeds, strict=True
+        select_many("top_r", scores, [rank] * len(scores), seeds), scores, seeds, strict=True
     ):
         alone = select("top_r", of_layer, rank, seed)
         assert torch.equal(found.chosen, alone.chosen) and found.usable == alone.usable
