@@ -1,4 +1,4 @@
-"""Draw docs/architecture.svg from the imports of the code.
+"""Draw docs/architecture.svg from the imports of the code, and write the tree in docs/architecture.md from its folders.
 
     .venv/bin/python scripts/draw_architecture.py
 
@@ -16,7 +16,8 @@ from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "docs" / "architecture.svg"
+PICTURE, PAGE = ROOT / "docs" / "architecture.svg", ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- tree: begin -->", "<!-- tree: end -->"
 COLOURS = {"benchmarks": "#f3e8ff", "pretrain": "#dbeafe", "optim": "#dcfce7", "models": "#dcfce7", "data": "#fef3c7"}
 COLUMNS = [("benchmarks", "pretrain"), ("optim", "models"), ("data",)]  # packages, left to right
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 196, 58, 20, 34, 24
@@ -171,5 +172,26 @@ def drawing() -> str:
     ])  # fmt: skip
 
 
+def tree() -> str:
+    """The folders of the packages, the first words of their docstrings, and their files."""
+    folders = sorted({(ROOT / file).parent for file in modules().values()})
+    lines = []
+    for folder in folders:
+        name = folder.relative_to(ROOT).as_posix()
+        files = " ".join(sorted(file.stem for file in folder.glob("*.py") if file.name != "__init__.py"))
+        lines += [
+            f"{name + '/':24}{subject(name)}",
+            *textwrap.wrap(files, 112, initial_indent="    ", subsequent_indent="    "),
+        ]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def page() -> str:
+    """docs/architecture.md with the tree of now."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    return f"{before}{BEGIN}\n{tree()}\n{END}{rest.partition(END)[2]}"
+
+
 if __name__ == "__main__":
-    OUT.write_text(drawing(), encoding="utf-8")
+    PICTURE.write_text(drawing(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
