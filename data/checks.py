@@ -4,6 +4,7 @@ import math
 import os
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -115,10 +116,13 @@ def folder_problems(settings: DataSettings) -> list[str]:
             f"shorten it by {size - longest} or more"
         )
     if not there.is_dir():
-        return [*found, f"data.root: {there} is a file or leads nowhere, and a folder is needed; choose another folder"]
+        kind = "a file, not a folder" if there.exists() else "a link to nothing"
+        return [*found, f"data.root: {there} is {kind}; choose another folder"]
     try:
         if too_long := next((part for part in root.parts if len(os.fsencode(part)) > longest), None):
             raise OSError(0, f"{too_long[:32]}… has more than {longest} bytes")
+        with suppress(FileNotFoundError):  # a path that cannot be is another error
+            os.lstat(root / "a")
         with tempfile.TemporaryDirectory(prefix=".write-test-", dir=there):
             pass
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ an interruption it resumes.
 
 import argparse
 import ast
+import errno
 import inspect
 import logging
 import os
@@ -54,9 +55,9 @@ def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset
             it has read stay even if something turns out to be wrong with the text.
 
     Raises:
-        ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, or the
-            preparation was damaged. The message names the key or file and the fix.
-        OSError: The disk is full or fails, or a process that tokenises was killed.
+        ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, the disk is
+            full, or the preparation was damaged. The message names the key or file and the fix.
+        OSError: The disk fails, or a process that tokenises was killed.
     """
     plan = PreparationPlan(settings)
     plan.require_no_problems()
@@ -93,7 +94,12 @@ def _prepare(plan: PreparationPlan, read_along: bool = False) -> PreparedDataset
         folder = plan.folder(corpus.sha256) if corpus.sha256 else None
         if folder is None or not folder.exists():
             plan.log_changes(corpus.sha256)
-            folder = _build(plan, corpus, read_along)
+            try:
+                folder = _build(plan, corpus, read_along)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ValueError(f"data.root: {plan.root} is full; make room, and the same command resumes") from None
         prepared = load(folder)
         mark(plan, folder)
     return prepared

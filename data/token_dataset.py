@@ -49,7 +49,8 @@ def load(folder: str | Path) -> PreparedDataset:
         shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
         lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
         names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
-        tokenizer_hash, fingerprint = manifest["tokenizer"]["sha256"], str(manifest["fingerprint"])
+        fingerprint, tokenizer_hash = str(manifest["fingerprint"]), manifest["tokenizer"]["sha256"]
+        special = {key: manifest["tokenizer"].get(key) for key in ("bos", "eos")}
         dtype = np.dtype(manifest["dtype"])
         if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
             raise ValueError("no shards, or of an unknown type")
@@ -68,7 +69,8 @@ def load(folder: str | Path) -> PreparedDataset:
         raise ValueError(f"{wrong}: is not the tokenizer these shards were made with; {fix}")
     try:
         train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
-        return PreparedDataset(folder, Tokenizer(model), train, val, fingerprint, manifest)
+        tokenizer = Tokenizer(model, **special, look_beside=False)
+        return PreparedDataset(folder, tokenizer, train, val, fingerprint, manifest)
     except Exception as error:  # numpy reads an array's header as Python code, and raises whatever that raises
         raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {fix}") from None
 

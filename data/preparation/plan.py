@@ -101,19 +101,20 @@ class PreparationPlan:
     def log_changes(self, corpus_sha256: str | None) -> None:
         """Log how this preparation differs from the newest one of the same name, if there is one."""
         found = self.root.glob(f"{self.settings.name}-{HEX12}/{MANIFEST}")
-        manifests = sorted(found, key=lambda path: path.stat().st_mtime)
+        manifests = [path for path in found if path.is_file()]
         if not manifests:
             return
+        newest = max(manifests, key=lambda path: path.stat().st_mtime)
         try:
-            manifest = json.loads(manifests[-1].read_text())
+            manifest = json.loads(newest.read_text())
             old = {**manifest["identity"], "corpus": manifest["corpus"]["sha256"][:12]}
         except (OSError, KeyError, TypeError, ValueError):
-            logger.warning("%s: cannot be read; it is left as it is", manifests[-1])
+            logger.warning("%s: cannot be read; it is left as it is", newest)
             return
         new = {**self.identity, **({"corpus": corpus_sha256[:12]} if corpus_sha256 else {})}
         changes = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
         difference = ", ".join(changes) or "its files are others"
-        logger.info("%s does not fit: %s; preparing again", manifests[-1].parent, difference)
+        logger.info("%s does not fit: %s; preparing again", newest.parent, difference)
 
 
 def hash_of(*parts: Any) -> str:
