@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
 from models.precision import DTYPES
 from models.weights import fill_weights
-from pretrain.checkpoint.directory import newest_to_read, read_state
+from pretrain.checkpoint.directory import latest, read_state
 from pretrain.checkpoint.tensors import read_weights as read_checkpoint_weights
 from pretrain.config.compose import read_config
 from pretrain.inference.hf_assets import ASSETS_FOLDER, end_ids
@@ -69,7 +69,7 @@ def find_pretrained(path: str | Path) -> PretrainedModel:
     """
     path = Path(path)
     if (path / "config.yaml").exists():
-        newest = newest_to_read(path / "checkpoints")
+        newest = latest(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} holds no checkpoint yet; wait for one (train.checkpoint_every)")
         return _from_checkpoint(newest)

@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from data.atomic import UNFINISHED, write_atomic
+from data.file_lock import LockHeld, file_lock
 from pretrain.checkpoint.directory import Damaged, latest, read_state, remove_unfinished
 from pretrain.config.compose import flat, read_config
 from pretrain.config.schema import Config, ConfigError, marked
 
 logger = logging.getLogger(__name__)
+
+OUR_FILES = (
+    "config*.yaml", "metrics*.jsonl", "selection*.jsonl", "bad_batches*.jsonl", "rollbacks.json", "summary.json",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -37,24 +41,10 @@ class RunFolder:
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
         self.profile = self.path / "profile"
-        self._lock = FileLock(self.path / ".lock")
 
     @property
     def latest_checkpoint(self) -> Path | None:
         return latest(self.checkpoints)
-
-    @property
-    def rollbacks(self) -> list[int]:
-        """The steps whose batches are passed over, because the loss jumped there."""
-        if not self.rollbacks_file.exists():
-            return []
-        try:
-            steps = json.loads(self.rollbacks_file.read_text())["steps"]
-            if all(isinstance(step, int) for step in steps):
-                return steps
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise ConfigError(f"{self.rollbacks_file} lists no steps to pass over; bring it back from a copy")
 
     def is_finished(self, steps: int) -> bool:
         """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
@@ -85,7 +75,7 @@ class RunFolder:
         Raises:
             ConfigError: the run exists and ``config`` may not go on with it.
         """
-        if not self.path.exists() or all(p.name == ".lock" or p.suffix == UNFINISHED for p in self.path.iterdir()):
+        if not self.path.exists() or all(p.name.endswith((".lock", UNFINISHED)) for p in self.path.iterdir()):
             return []
         if config.train.resume == "never":
             raise ConfigError(
@@ -117,22 +107,22 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with self._lock.acquire(timeout=0):
+            with file_lock(self.path / ".lock"):
                 yield
-        except Timeout:
+        except LockHeld:
             raise ConfigError(f"another run is at work in {self.path}; choose another run.name") from None
 
     def open(self, config: Config, step: int) -> None:
         """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.path)
+        remove_unfinished(self.path, *OUR_FILES)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         before = self.config_file.read_text() if self.config_file.exists() else text
         if before != text:
             write_atomic(_unused(self.path / "config.before.yaml"), before)
         write_atomic(self.config_file, text)  # at no moment is there a run without it
         self.checkpoints.mkdir(exist_ok=True)
-        remove_unfinished(self.checkpoints)
+        remove_unfinished(self.checkpoints, "step-*", "latest")
         for lines in (self.metrics_file, self.selection_file, self.bad_batches_file):
             self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
         for stale in (self.samples_file, self.summary_file):

@@ -37,7 +37,7 @@ from pretrain.distributed.world import World
 from pretrain.planner.plan import _epochs
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
-from pretrain.setup.data import on_the_fly
+from pretrain.setup.data import stream
 from pretrain.training.trainer import Trainer
 from tests.kills import losses, tensors
 from tests.parallel_runs import CPU, TINY, assert_same_losses
@@ -337,7 +337,7 @@ def _on_ranks(rank, overrides, pause, size):
     data.streaming.background.COMMAND = [sys.executable, "-c", SLOWLY, str(pause)]
     config, world = load(overrides), World(rank, size, CPU)
     try:
-        with on_the_fly(config, world) as opened:
+        with stream(config, world) as opened:
             assert not opened.train.complete
             Trainer(config, world, opened, RunFolder(config), StopRequest()).fit()
     except ValueError as error:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from data.sources.files import stdlib_files
 from data.tokenizer import Tokenizer
-from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.tensors import tensors_of
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
@@ -120,9 +120,8 @@ def test_a_hugging_face_model_comes_in_with_the_same_logits_and_goes_out_bit_for
     run = trainer(overrides(f"run.root={tmp_path}", "run.name=in", f"train.init_from={folder}", *changes,
                             f"data.tokenizer={folder / 'tokenizer.model'}"))  # fmt: skip
     assert (run.model(IDS) - model(IDS).logits).abs().max() < 1e-4
-    run.began = 0.0
-    run.save()
-    run.saver.finish()
+    run.checkpoints.save(0, tensors_of(run.model, run.optim), run.state_dict())
+    run.checkpoints.finish()
     export(tmp_path / "in", tmp_path / "out")
     before, after = tensors_in(folder), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -148,8 +147,8 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_what_it_started_
     first.fit()
     second = trainer([*more, "train.steps=4"])
     assert second.step == 3
-    for name, tensor in checkpoint.tensors_of(first.model, first.optim).items():
-        assert torch.equal(checkpoint.tensors_of(second.model, second.optim)[name], tensor), name
+    for name, tensor in tensors_of(first.model, first.optim).items():
+        assert torch.equal(tensors_of(second.model, second.optim)[name], tensor), name
 
 
 @pytest.mark.parametrize(
