@@ -1,6 +1,7 @@
 """Rows of a dataset that Hugging Face's library `datasets` loads, by name or from a folder, streamed or not."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,10 @@ def _unreadable(s: DataSettings, error: Exception, where: str = "") -> ValueErro
     """The error of a dataset whose files the library cannot read: the file and the line, if it is in JSON lines."""
     folder = Path(s.dataset or "")
     if found := first_odd_line(folder):
+        paths = f"data.paths=[{json.dumps(str(folder), ensure_ascii=False)}]"
         return ValueError(
             f"data.dataset: {s.dataset} cannot be read{where}: {found}; fix that file, or read the lines without this "
-            f"library: data=records data.paths=[{folder}] takes any lines that have data.column"
+            f"library, which takes any that have data.column: data=records {shlex.quote(paths)}"
         )
     below = error.__cause__ or error.__context__
     detail = _short(error) if below is None else f"{_short(error)} {_short(below)}"
