@@ -1,4 +1,4 @@
-"""Holds the settings of a run against each other and against the model they describe, before anything is built."""
+"""Checks of the settings of a run, against each other and against the model that they describe."""
 
 import logging
 import math
@@ -41,14 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
-    """Hold the settings against each other and against the model they describe, built without memory.
+    """Check all settings, without allocating the model.
 
-    Without ``needs_data`` the text to train on need not be there.
+    Args:
+        world_size: number of processes.
+        needs_data: whether the files of ``data.paths`` must exist.
 
     Raises:
-        ConfigError: lists every problem with its key and the mend.
+        ConfigError: lists every problem with its key and the fix.
     """
-    logging.disable(logging.INFO)  # what is looked at here is built again for the run, which says it then
+    logging.disable(logging.INFO)  # building the run will log the same again
     try:
         problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
         problems += _optim_problems(config.optim)
@@ -66,7 +68,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
         problems += _model_problems(config, world_size)
         if needs_data:
             of_data = data_problems(config.data)
-            # The check of train.init_from has said it, with the fix that fits the weights.
+            # The check of train.init_from reports this too, with the fix for these weights.
             problems += [p for p in of_data if not (config.train.init_from and p.startswith("data.vocab_size: is"))]
     finally:
         logging.disable(logging.NOTSET)

@@ -1,4 +1,4 @@
-"""torch.compile of the model's blocks, tried on one first: a machine without a working compiler trains without."""
+"""torch.compile of the model's blocks. Without a working compiler, training continues uncompiled."""
 
 import logging
 import time
@@ -22,15 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 def compile_seconds() -> float:
-    """What torch.compile has taken in this process so far, with looking up what an earlier one has left on the disk."""
+    """Seconds that torch.compile has taken in this process so far, including look-ups in its cache on disk."""
     return calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def compile_blocks(config: Config, model: Llama, world: World) -> bool:
-    """``torch.compile`` every block in place; without a working compiler say so and leave the model as it is.
+    """``torch.compile`` every block in place. Without a working compiler, log the reason and leave the model unchanged.
 
-    A block like the model's, without its values, makes a forward and a backward of a micro-batch's size first, with
-    probes of Grass and without: what is compiled for it serves the model's blocks too, unless they are sharded.
+    A separate block of the same shape is compiled first, in a forward and backward of a micro-batch, with probes of
+    Grass and without. The blocks of the model then reuse its code, unless they are sharded.
+
+    Returns:
+        Whether the blocks are compiled.
     """
     logger.info("compiling …")
     began = time.perf_counter()
@@ -45,12 +48,12 @@ def compile_blocks(config: Config, model: Llama, world: World) -> bool:
     for layer in model.layers:
         layer.compile()
     if any(getattr(module, "lean", False) for module in model.layers.modules()):
-        logger.info("train.lean_activations does nothing in compiled blocks: the compiler chooses what to make again")
+        logger.info("train.lean_activations has no effect in compiled blocks: the compiler decides what to recompute")
     return True
 
 
 def _try_block(config: Config, model: Llama, world: World) -> None:
-    """Compile a block of ``config``: its forward and backward, in each of the states that a run brings it into."""
+    """Compile forward and backward of one block of ``config``, in each state that occurs in a run."""
     train, optim, device = config.train, config.optim, world.device
     block = _block_of(config, device)
     sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
@@ -75,9 +78,9 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
 
 
 def _block_of(config: Config, device: torch.device) -> nn.Module:
-    """The first block of such a model on ``device``, by itself and with no values of any use."""
+    """A block like those of the model, on ``device``, with arbitrary values."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)  # the model's own outline has said what there is to say
+    logging.disable(logging.INFO)  # building the model has logged the same
     try:
         block = outline(config).layers[0]
     finally:
