@@ -6,7 +6,7 @@ the characters are written and is no part of the text.
 
 import codecs
 import io
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
@@ -62,7 +62,7 @@ class Utf8Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any) -> int:
         while not self._ready and not self._ended:
             block = self._stream.read(BLOCK_BYTES)
             self._ended = not block

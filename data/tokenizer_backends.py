@@ -200,8 +200,11 @@ def _without_prefix(step: Any) -> Any:
     kind = step.get("type")
     if kind == "Prepend":
         return None
-    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(kind, {})
+    changes: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
     kept = {key: _without_prefix(part) for key, part in step.items()}
     if kind == "Metaspace":
         kept.pop("add_prefix_space", None)  # in old files, in contradiction to the new key
-    return kept | changes
+    return kept | changes.get(str(kind), {})

@@ -33,7 +33,7 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
         raise ValueError(f"data.paths: {', '.join(changed[:8])} changed while it was being read; start again")
     skipped, documents = writer.describe_skipped(), writer.state.documents
     if not documents:
-        raise corpus.nothing(skipped)
+        raise corpus.no_documents_error(skipped)
     if skipped:
         logger.warning("skipped %s", skipped)
     if writer.state.changed:

@@ -65,8 +65,9 @@ def text_files(
         if not matches:
             problems.append(f"{key}: no file matches {readable(entry)}; check {key}")
         elif not files:
-            wanted = ", ".join(patterns) or "nothing (data.patterns is empty)"
-            problems.append(f"{key}: {readable(entry)} holds no {wanted} file; check {key} or data.patterns")
+            patterns_key = "--patterns" if key.startswith("--") else "data.patterns"
+            wanted = ", ".join(patterns) or f"nothing ({patterns_key} is empty)"
+            problems.append(f"{key}: {readable(entry)} holds no {wanted} file; check {key} or {patterns_key}")
         _take(files, _root(path, is_glob), found, remarks)
     _log_once(f"{key}: {remarks}" if str(remarks) else "")
     if problems:
