@@ -31,6 +31,8 @@ def one_of(*choices: str) -> dict[str, Any]:
 
 @dataclass
 class RunConfig:
+    """Where a run is kept: in the folder ``root/name``."""
+
     name: str
     root: str = field(metadata=MAY_CHANGE)
 
@@ -110,6 +112,8 @@ class BaselineConfig(OptimConfig):
 
 @dataclass(kw_only=True)
 class DataConfig(DataSettings):
+    """The settings of the preparation, and those of a run that reads the data."""
+
     root: str = field(default=DataSettings.root, metadata=MAY_CHANGE | PER_RANK)
     paths: list[str] = field(default_factory=list, metadata=PER_RANK)
     tokenizer: str | None = field(default=None, metadata=PER_RANK)
@@ -121,6 +125,8 @@ class DataConfig(DataSettings):
 
 @dataclass
 class TrainConfig:
+    """The training loop, its precision, its memory options and its processes."""
+
     steps: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
     tokens_per_step: int = field(metadata=AT_LEAST_1)
     micro_batch_size: int | None = field(metadata=MAY_CHANGE | AT_LEAST_1)
@@ -159,6 +165,8 @@ class TrainConfig:
 
 @dataclass
 class WandbConfig:
+    """Weights & Biases."""
+
     mode: str = field(metadata=one_of("auto", "online", "offline", "disabled"))
     project: str | None
     entity: str | None
@@ -168,6 +176,8 @@ class WandbConfig:
 
 @dataclass
 class LoggerConfig:
+    """Loggers beside ``metrics.jsonl``."""
+
     wandb: WandbConfig = field(metadata=MAY_CHANGE)
 
 
@@ -184,6 +194,8 @@ class EstimateConfig:
 
 @dataclass
 class Config:
+    """A complete configuration; conf/config.yaml has the default values."""
+
     run: RunConfig
     model: ModelConfig
     optim: Any  # OptimConfig, GrassConfig or BaselineConfig, as the group says
