@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.settings import DTYPES, SOURCES, DataSettings
 from data.sources.c4 import C4_HINT, c4_by_split, c4_problems
-from data.sources.files import SourceFile, stdlib_files, text_files
+from data.sources.files import SourceFile, stdlib_files, text_files, with_held_out
 from data.tokenizer import MOST_PADDING, Tokenizer
 
 PART_KEYS = {
@@ -136,17 +136,14 @@ def _files(s: DataSettings) -> list[SourceFile]:
         return stdlib_files(s.max_bytes)
     if s.source == "datasets":
         local = s.dataset and Path(s.dataset).exists()
-        return text_files([str(s.dataset)], ["*"], 2**63) if local else []
+        return text_files([str(s.dataset)], ["*"], 2**63, key="data.dataset") if local else []
     if s.source not in SOURCES:
         return []
     files = text_files(s.paths, s.patterns, s.max_bytes)
     if s.source == "c4":
         return c4_by_split(files)
     if s.validation_paths:
-        own = text_files(s.validation_paths, s.patterns, 2**63, key="data.validation_paths")
-        held_out = {file.path.resolve() for file in own}
-        files = [file for file in files if file.path.resolve() not in held_out]
-        files += [file._replace(held_out=True) for file in own]
+        return with_held_out(files, text_files(s.validation_paths, s.patterns, 2**63, key="data.validation_paths"))
     return files
 
 
