@@ -50,9 +50,7 @@ class PreparationPlan:
         self.problems += [f"{line} (in {plan.settings.name})" for plan, _ in self.parts for line in plan.problems]
 
     def require_no_problems(self) -> None:
-        """Raises:
-        ValueError: One line per problem.
-        """
+        """Raise ValueError with all problems, one line each, if there are any."""
         if self.problems:
             raise ValueError("\n".join(self.problems))
 
