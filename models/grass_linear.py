@@ -184,6 +184,7 @@ class GrassLinear(nn.Module):
 
     @property
     def rank(self) -> int:
+        """The number of selected rows (or columns)."""
         return self.index.numel()
 
     @property

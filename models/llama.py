@@ -110,6 +110,7 @@ class MLP(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, element by element."""
     return F.silu(gate) * up
 
 
@@ -178,17 +179,11 @@ class Llama(nn.Module):
         super().__init__()
         kv_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         problems = size_problems(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=rms_norm_eps,
-            rope_theta=rope_theta,
-            initializer_range=initializer_range,
-        )
+            vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
+            num_key_value_heads=kv_heads, max_position_embeddings=max_position_embeddings, rms_norm_eps=rms_norm_eps,
+            rope_theta=rope_theta, initializer_range=initializer_range,
+        )  # fmt: skip
         if attention not in BACKENDS:
             problems.append(f"model.attention={attention}: unknown; choose one of {', '.join(BACKENDS)}")
         if problems:

@@ -1,8 +1,8 @@
-"""Grass (arXiv 2406.17660) around a stock optimizer: a fold after every step, and new rows every so many steps.
+"""Grass (arXiv 2406.17660) around a stock optimizer: a fold after every step, and new rows every K steps.
 
 The inner optimizer steps on each layer's small ``rows`` parameter like on any other; Grass adds hooks, no subclass.
-After a step a hook folds the rows into the weights. Every ``refresh_every`` steps it also chooses the rows of the next
-window, which are in place before the forward that uses them. The scores for the choice come from probes in the
+After a step a hook folds the rows into the weights. Every ``refresh_every`` steps (K) it also chooses the rows of the
+next window, which are in place before the forward that uses them. The scores for the choice come from probes in the
 backwards of the steps just before it.
 
 bfloat16 rows are stepped on in float32 and rounded stochastically. float32 rows of a bfloat16 weight are its master
@@ -115,7 +115,7 @@ class Grass:
     def start(self, backward: Callable[[], object]) -> None:
         """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped.
 
-        Every layer is probed, and a probed layer that selects columns keeps its whole input: where memory is tight
+        Every layer is probed, and a probed layer that selects columns keeps its complete input: where memory is tight
         ``backward`` should keep little else, by activation checkpointing.
         """
         self.probes.start(dict.fromkeys(self.layers, 0))

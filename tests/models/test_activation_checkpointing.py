@@ -1,4 +1,4 @@
-"""Activation checkpointing: it changes no bit of a gradient, keeps less, and computes again what it says."""
+"""Activation checkpointing: gradients equal to the bit, less memory, and the recomputation that the mode names."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def loss_of(model):
 
 
 def gradients(model):
-    """Of every trainable parameter, and what the sketch of every GrassLinear gathers beside them."""
+    """The gradients of every trainable parameter, and the sketch of every GrassLinear."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GrassLinear)}
     for layer in layers.values():
         layer.start_probe(key=7, width=4)
@@ -126,7 +126,7 @@ def test_less_is_kept_for_the_backward(linears):
     assert kept["none"] > kept["selective"] > kept["every:2"] > kept["full"]
 
 
-def test_full_checkpointing_keeps_the_input_of_every_block_alone():
+def test_full_checkpointing_keeps_only_the_input_of_every_block():
     inputs = SIZES["num_hidden_layers"] * IDS[:, 1:].numel() * SIZES["hidden_size"] * 4
     deeper = SIZES | {"num_hidden_layers": 6}
     kept = []

@@ -20,7 +20,7 @@ class Tiny(nn.Module):
         self.lm_head = nn.Linear(8, 32, bias=False)
 
 
-def test_conversion_shares_weights_takes_the_smaller_side_and_says_what_it_left(caplog):
+def test_conversion_shares_weights_takes_the_smaller_side_and_logs_the_other_layers(caplog):
     model = nn.ModuleList([Tiny()])
     weights = {name: p for name, p in model.named_parameters()}
     with caplog.at_level("INFO"):

@@ -48,7 +48,7 @@ def assert_same(found, expected):
 
 
 def saved_bytes(model, then=None):
-    """What the graph of a forward holds, a storage counted once, parameters left out; ``then`` gets the loss."""
+    """The bytes in the graph of a forward, each storage once, without parameters; ``then`` gets the loss."""
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages = {}
 
@@ -86,7 +86,7 @@ def test_a_column_selection_saves_the_share_r_of_n_of_an_input_that_nothing_else
 
 @pytest.mark.parametrize("score", ["exact", "sketch"])
 def test_with_stagger_no_forward_of_a_run_keeps_the_whole_inputs_of_more_than_a_block(score):
-    """The first window's probes included. Its columns are those that one probe of all layers would choose."""
+    """Includes the first window's probes, which choose the columns that one probe of all layers would choose."""
     trained, indices = {}, {}
     for stagger in ("auto", False):
         model, layers = llama(False)
@@ -151,7 +151,7 @@ def test_a_compiled_block_is_one_graph_for_all_layers_and_every_index():
 
 
 @pytest.mark.parametrize("score", ["exact", "sketch"])
-def test_the_columns_are_chosen_by_the_norms_of_the_gradients_put_together(score):
+def test_the_columns_are_chosen_by_the_joint_norms_of_the_gradients(score):
     model, layers = llama(True)
     dense = plain_llama()
     dense.load_state_dict({name: p for name, p in model.state_dict().items() if name in dense.state_dict()})

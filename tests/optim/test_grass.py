@@ -1,4 +1,4 @@
-"""Grass as an optimizer: dense training with every row selected, AdamW on the rows alone with fewer."""
+"""Grass as an optimizer: dense training with every row selected, AdamW on only the selected rows with fewer."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_each_step_changes_only_the_selected_rows(side):
             assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows)
 
 
-def test_the_step_on_the_rows_is_adamw_on_those_rows_alone():
+def test_the_step_on_the_rows_is_that_of_adamw_on_the_rows_as_parameters():
     model, layers, optimizer, _ = grass_of(4)
     alone = {name: nn.Parameter(layer.rows.detach().clone()) for name, layer in layers.items()}
     adamw = torch.optim.AdamW(alone.values(), lr=2e-3, weight_decay=0.1)
@@ -122,7 +122,7 @@ def test_the_first_window_is_probed_without_an_update():
 
 
 def test_the_head_can_train_rows_of_the_vocabulary():
-    """The rows of the largest gradients: here of tokens that occur. Only they change, by AdamW on them alone."""
+    """The rows of the largest gradients: here of tokens that occur. Only they change, by AdamW on only them."""
     model = tiny_llama()
     dense = tiny_llama()
     layers = convert_linears(model, 4, ["lm_head", "*_proj"], side={"lm_head": "rows"})

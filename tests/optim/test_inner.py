@@ -1,4 +1,4 @@
-"""Every inner optimizer under Grass against the same optimizer on the selected rows alone, and on the dense model."""
+"""Every inner optimizer under Grass against the same optimizer on the selected rows, and on the dense model."""
 
 import sys
 
@@ -53,7 +53,7 @@ def backward(model, step):
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_the_step_on_the_rows_is_the_optimizer_s_on_those_rows_alone(name):
+def test_the_step_on_the_rows_is_that_of_the_optimizer_on_the_rows_as_parameters(name):
     """Weight decay and, for Adafactor, the scaling by the parameter's size included."""
     model, layers, optimizer = grass_of(name, rank=3)
     alone = [nn.Parameter(layer.rows.detach().clone()) for layer in layers.values()]
@@ -127,7 +127,7 @@ def test_decay_in_the_gradient_is_part_of_the_step_and_counts_rho_times():
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
-def test_8_bit_adamw_steps_on_the_rows_as_it_does_alone_and_has_quantised_moments():
+def test_8_bit_adamw_steps_on_the_rows_as_parameters_and_has_quantised_moments():
     weight = torch.randn(64, 256)
     layer = GrassLinear(nn.Parameter(weight.clone()), rank=32)
     model = nn.ModuleDict({"layer": layer})
@@ -148,7 +148,7 @@ def test_8_bit_adamw_steps_on_the_rows_as_it_does_alone_and_has_quantised_moment
     assert optimizer.state[layer.rows]["exp_avg"].codes.dtype == torch.uint8
 
 
-def test_8_bit_adamw_without_torchao_names_what_to_install(monkeypatch):
+def test_8_bit_adamw_without_torchao_names_the_requirements(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ValueError, match=r"optim\.inner=adamw8bit: .*torchao.*pip install -r requirements-extra\.txt"):
         optimizer_class("adamw8bit")
@@ -164,7 +164,7 @@ def test_8_bit_adamw_without_torchao_names_what_to_install(monkeypatch):
         ("torch.optim.adamw", r"torch\.optim\.adamw is not a torch\.optim\.Optimizer"),
     ],
 )
-def test_what_is_no_optimizer_is_refused(name, message):
+def test_a_name_of_no_optimizer_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         optimizer_class(name)
 
@@ -175,7 +175,7 @@ def test_weight_decay_for_an_optimizer_that_has_none_is_refused():
         inner_optimizer("torch.optim.Rprop", groups)
 
 
-def test_what_an_optimizer_was_given_is_logged(caplog):
+def test_the_options_of_an_optimizer_are_logged(caplog):
     groups = parameter_groups(model_of(), lr=LR, linear_lr=LR)
     with caplog.at_level("INFO"):
         inner_optimizer("sgd", groups, **OPTIONS)

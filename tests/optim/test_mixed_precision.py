@@ -59,14 +59,14 @@ def test_rounding_goes_to_a_neighbour_and_the_mean_is_the_number_itself():
     assert_mean_is(samples, x)
 
 
-def test_what_bf16_can_hold_or_is_not_finite_stays():
+def test_bfloat16_values_and_values_that_are_not_finite_stay():
     x = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, float("inf"), float("-inf")])
     for i in range(20):
         assert torch.equal(round_stochastically(x, BF16, key(0, i), torch.arange(6)).float(), x)
     assert round_stochastically(torch.tensor([float("nan")]), BF16, 1, torch.arange(1)).isnan().all()
 
 
-def test_the_rounding_of_an_element_depends_on_its_key_and_position_alone():
+def test_the_rounding_of_an_element_depends_only_on_its_key_and_position():
     x, position = values(8, 6), torch.arange(48).view(8, 6)
     whole = round_stochastically(x, BF16, 7, position)
     for shard in (slice(0, 3), slice(3, 6)):
@@ -81,7 +81,7 @@ def layer_of(side, rows_dtype=BF16, rank=4, shape=(12, 16)):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_positions_are_those_in_the_full_weight(side):
+def test_positions_count_in_the_full_weight(side):
     layer = layer_of(side)
     assert torch.equal(layer.weight.flatten()[positions(layer, layer.index)], layer.rows)
 
@@ -196,7 +196,7 @@ def test_master_weights_refuse_bf16_rows():
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon"])
 def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
-    """Weight decay and a repeated row included; what is full-rank is stepped on once."""
+    """Includes weight decay and a repeated row; full-rank parameters are stepped on once."""
 
     def trained(block_by_block):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What becomes of the optimizer's state at a refresh, against examples worked by hand."""
+"""The optimizer's state at a refresh, against examples worked by hand."""
 
 import logging
 
@@ -66,7 +66,7 @@ def test_the_momentum_of_muon_and_sgd_is_carried_as_a_first_moment(name, side):
     assert torch.equal(optimizer.state[layer.rows]["momentum_buffer"], lay([[3.0, 4.0], [0.0, 0.0]]))
 
 
-def test_what_other_optimizers_of_torch_keep_is_carried_by_what_it_is():
+def test_the_moments_of_other_torch_optimizers_are_carried_by_their_kind():
     names = {"exp_avg": FIRST, "exp_inf": FIRST, "grad_avg": FIRST, "square_avg": SECOND, "sum": SECOND}
     layer, optimizer, lay = refreshed("rows", torch.optim.AdamW, {"step": None, **names}, state_at_refresh="carry")
     new = {name: [0.0, 0.0] if before is FIRST else NEW_SECOND["mean"] for name, before in names.items()}
@@ -136,7 +136,7 @@ NOT_CARRIED = {
 
 
 @pytest.mark.parametrize("name", NOT_CARRIED)
-def test_state_that_cannot_be_carried_is_reset_and_said_once(name, caplog):
+def test_state_that_cannot_be_carried_is_reset_with_one_warning(name, caplog):
     layer = GrassLinear(nn.Parameter(torch.randn(64, 256)), rank=32)
     optimizer = optimizer_class(name)([layer.rows])
     grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=2, state_at_refresh="carry")
