@@ -46,7 +46,8 @@ class WandbLogger:
         self._modes = list[str]()  # still to be tried
         self._advice = ""
         if config.logger.wandb.mode != "disabled":
-            self._try("start", lambda: self._modes.extend(_modes(config.logger.wandb.mode)))
+            if not self._try("start", lambda: self._modes.extend(_modes(config.logger.wandb.mode))):
+                self._modes = ["offline"]
             self._start_next()
 
     def log(self, line: dict[str, Any]) -> None:
@@ -89,7 +90,7 @@ class WandbLogger:
         try:
             call()
         except Exception as error:  # whatever W&B raises must not end the training
-            logger.warning("W&B could not %s: %s%s", action, error, self._advice)
+            logger.warning("W&B could not %s: %s%s", action, error or type(error).__name__, self._advice)
             self._stop()
             return False
         return True
@@ -109,6 +110,8 @@ def _modes(configured: str) -> list[str]:
     """
     import wandb  # here and below: a broken installation must not end a run
 
+    for variable in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[variable]  # W&B takes an empty variable for a value, and refuses it
     mode = configured
     if configured == "auto":
         settings = wandb.setup(wandb.Settings(**_unless_set(SETTINGS))).settings
@@ -154,8 +157,8 @@ def _unless_set(values: list[tuple[str, str, Any]]) -> dict[str, Any]:
 def _sync_command(run: Any) -> str:
     """The shell command that uploads ``run`` with the runs of the same id and mode before it: each start made one."""
     program, folder = os.path.relpath(Path(sys.executable).with_name("wandb")), Path(run.settings.sync_dir)
-    kind = "offline-run" if run.offline else "run"
-    return f"{shlex.quote(program)} sync {shlex.quote(str(folder.parent))}/{kind}-*-{shlex.quote(run.id)}"
+    option, kind = ("", "offline-run") if run.offline else ("--include-online ", "run")
+    return f"{shlex.quote(program)} sync {option}{shlex.quote(str(folder.parent))}/{kind}-*-{shlex.quote(run.id)}"
 
 
 def _results(folder: Path, samples: list[tuple[str, str]]) -> dict[str, Any]:
