@@ -12,10 +12,12 @@ from itertools import chain
 from pretrain.cli.errors import clear_errors
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and breaks no line of the description, which holds a command."""
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m pretrain.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m pretrain.generate", description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     p.add_argument("--prompt", default="", help="the text to continue")
     p.add_argument("--tokens", type=int, default=200, help="the most tokens to generate")
@@ -30,11 +32,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
+        args = parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         speed = _generate(args)
-    print()
+        print()
     print(speed, file=sys.stderr)
 
 

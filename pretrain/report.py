@@ -12,15 +12,18 @@ from pretrain.cli.errors import clear_errors
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m pretrain.report", description=(__doc__ or "").replace("``", ""))
+    about = (__doc__ or "").replace("``", "")
+    p = argparse.ArgumentParser(
+        prog="python -m pretrain.report", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of sweeps")
     p.add_argument("--out", type=Path, help="the folder to write (default: report/ in the folder that holds all runs)")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
     with clear_errors():
+        arguments = parser().parse_args(argv)
         from pretrain.runs.report_page import write_report  # matplotlib takes a second to import: not for --help
 
         common = Path(os.path.commonpath([path.resolve() for path in arguments.runs]))
