@@ -21,7 +21,7 @@ ROLL_CALL = timedelta(seconds=20)  # the longest wait for the others' signatures
 
 
 @contextmanager
-def named(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterator[None]:
+def name_lost_ranks(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterator[None]:
     """Turn the failure of a collective inside the context into an error that names the missing ranks.
 
     Args:

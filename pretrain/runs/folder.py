@@ -1,7 +1,7 @@
-"""The folder a run leaves behind, and the rules that keep what is in it from being lost.
+"""The folder of a run, and the rules by which nothing in it is lost.
 
-A name that exists is resumed or refused. Whatever a resumed run no longer stands on (metric lines after the
-checkpoint, an older config.yaml) is moved aside under a name of its own, never dropped.
+A run whose folder exists is resumed or refused. What a resumed run replaces (metric lines after the checkpoint, an older
+config.yaml) is renamed and kept.
 """
 
 import json
@@ -26,7 +26,7 @@ OUR_FILES = (
 
 
 class RunFolder:
-    """``runs/<name>/``: config.yaml, tokenizer.model, metrics.jsonl, train.log, checkpoints/, samples, summary.json."""
+    """The paths in ``runs/<name>/``, and what may happen to the files there."""
 
     def __init__(self, config: Config):
         self.path = Path(config.run.root) / config.run.name
@@ -47,21 +47,22 @@ class RunFolder:
         return latest(self.checkpoints)
 
     def is_finished(self, steps: int) -> bool:
-        """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
+        """Whether a run of ``steps`` steps is finished: it has its summary, and its newest checkpoint is of that step."""
         newest = self.latest_checkpoint
         try:
             return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
         except Damaged:
-            return False  # the run goes on from the one before
+            return False  # the run resumes from the checkpoint before it
 
     def log_finished(self, steps: int) -> None:
+        """Log that nothing is left to do, and how to continue."""
         logger.info("%s is finished at step %d; raise train.steps or choose a new run.name", self.path, steps)
 
     def report_if_finished(self, config: Config) -> bool:
-        """Whether the run of ``config`` is finished here; says so.
+        """Whether the run of ``config`` is finished, which is then logged.
 
         Raises:
-            ConfigError: it was finished with other settings.
+            ConfigError: it is finished, with other settings.
         """
         if not self.is_finished(config.train.steps):
             return False
@@ -70,23 +71,23 @@ class RunFolder:
         return True
 
     def check(self, config: Config) -> list[str]:
-        """What the settings of an existing run differ in, a line each; [] for a new run.
+        """The settings in which ``config`` differs from the existing run, a line each; [] for a new run.
 
         Raises:
-            ConfigError: the run exists and ``config`` may not go on with it.
+            ConfigError: the run exists and cannot be resumed with ``config``.
         """
         if not self.path.exists() or all(p.name.endswith((".lock", UNFINISHED)) for p in self.path.iterdir()):
             return []
         if config.train.resume == "never":
             raise ConfigError(
-                f"{self.path} exists; choose another run.name, or train.resume=auto to go on with that run"
+                f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run"
             )
         if not self.config_file.exists():
             raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
         if self.latest_checkpoint is None:
             return []
         old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
-        # A key that only one of them has belongs to another version of this program, which is no change of settings.
+        # Only another version of this program has other keys: that is no change of settings.
         changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
         may_change = marked(config, "may_change")
         refused = [k for k in changed if k not in may_change]
@@ -100,10 +101,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder.
+        """Keep other runs out of the folder while the context is open.
 
         Raises:
-            ConfigError: a run is at work there.
+            ConfigError: another run is at work in the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -113,28 +114,29 @@ class RunFolder:
             raise ConfigError(f"another run is at work in {self.path}; choose another run.name") from None
 
     def open(self, config: Config, step: int) -> None:
-        """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
+        """Prepare the folder for a run that starts or resumes after ``step``; call on one process, after ``check``."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path, *OUR_FILES)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         before = self.config_file.read_text() if self.config_file.exists() else text
         if before != text:
             write_atomic(_unused(self.path / "config.before.yaml"), before)
-        write_atomic(self.config_file, text)  # at no moment is there a run without it
+        write_atomic(self.config_file, text)
         self.checkpoints.mkdir(exist_ok=True)
         remove_unfinished(self.checkpoints, "step-*", "latest")
         for lines in (self.metrics_file, self.selection_file, self.bad_batches_file):
-            self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
+            self._set_lines_aside(lines, step, last_step=config.train.steps)
         for stale in (self.samples_file, self.summary_file):
             if stale.exists():
                 stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
 
-    def _set_lines_after_aside(self, file: Path, step: int, ends_at: int) -> None:
+    def _set_lines_aside(self, file: Path, step: int, last_step: int) -> None:
+        """Move the lines after ``step`` to another file; they will be written again."""
         if not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
-        # The first and the last validation have no checkpoint behind them, and are made again.
-        again = [step in (0, ends_at) and _step_of(line) == step and '"val/loss"' in line for line in lines]
+        # The validations of step 0 and of the last step come after those steps' checkpoints, and are repeated.
+        again = [step in (0, last_step) and _step_of(line) == step and '"val/loss"' in line for line in lines]
         keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
         if len(keep) < len(lines):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
@@ -143,7 +145,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """The step of a metric line; a line cut short by a crash counts as later than any."""
+    """The step of a metric line; infinity for a line that a crash cut short."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

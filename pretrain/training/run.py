@@ -10,7 +10,7 @@ from pretrain.cli.machine import require_usable_gpus
 from pretrain.cli.ranks import world_size_from_env
 from pretrain.cli.signals import EXIT_CODE, StopRequest
 from pretrain.config.schema import Config
-from pretrain.distributed.lost_ranks import named
+from pretrain.distributed.lost_ranks import name_lost_ranks
 from pretrain.distributed.world import World, connect, disconnect
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.arithmetic import set_arithmetic
@@ -28,7 +28,7 @@ def train(config: Config) -> int:
         timeout = timedelta(minutes=config.train.timeout_minutes)
         world = connect(timeout)
         set_arithmetic(config, world.device)
-        with named(world, timeout, stop.__bool__), open_data(world) as data:
+        with name_lost_ranks(world, timeout, stop.__bool__), open_data(world) as data:
             finished = train_to_end(config, world, data, stop)
     # The trainer must be gone here: DDP would hold the interpreter's lock while it releases gloo's process group.
     disconnect()
