@@ -1,7 +1,7 @@
 """The folder of a run, and the rules by which nothing in it is lost.
 
-A run whose folder exists is resumed or refused. What a resumed run replaces (metric lines after the checkpoint, an older
-config.yaml) is renamed and kept.
+A run whose folder exists is resumed or refused. What a resumed run replaces (metric lines after the checkpoint, an
+older config.yaml) is renamed and kept.
 """
 
 import json
@@ -47,7 +47,7 @@ class RunFolder:
         return latest(self.checkpoints)
 
     def is_finished(self, steps: int) -> bool:
-        """Whether a run of ``steps`` steps is finished: it has its summary, and its newest checkpoint is of that step."""
+        """Whether a run of ``steps`` steps is finished: it has a summary, and its newest checkpoint is of that step."""
         newest = self.latest_checkpoint
         try:
             return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
