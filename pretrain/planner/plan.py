@@ -9,12 +9,14 @@ from dataclasses import replace
 from data.loading.batches import TrainBatches
 from data.prepare import find
 from models.flops import parameter_counts
+from pretrain.checkpoint.directory import Damaged, read_state
 from pretrain.config.schema import Config
 from pretrain.planner.memory import GIB, Estimate, estimate, needed_bytes, require_fit
 from pretrain.planner.simulate import micro_batch_size
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import data_settings
 from pretrain.setup.model import outline
+from pretrain.training.rates import describe_change
 
 
 def dry_run(config: Config, world_size: int) -> None:
@@ -32,6 +34,8 @@ def dry_run(config: Config, world_size: int) -> None:
         print(f"{name:<18}  {text}")
     for change in changes:
         print(f"changed since the run began: {change}")
+    for line in _rate_changes(config):
+        print(line)
     require_fit(config, found, refresh)
 
 
@@ -55,6 +59,16 @@ def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
         "communicated": f"{found.communicated_bytes_per_step / GIB:.3f} GiB per step",
         "would write to": f"{RunFolder(config).path}, {_place(config)}",
     }
+
+
+def _rate_changes(config: Config) -> list[str]:
+    """How the learning rates change if this run resumes here."""
+    newest = RunFolder(config).latest_checkpoint
+    try:
+        state = read_state(newest) if newest else None
+    except Damaged:  # the run resumes from an older one
+        return []
+    return describe_change(state.get("rates"), config, state["step"]) if state else []
 
 
 def _epochs(config: Config) -> str:

@@ -19,6 +19,7 @@ class TrainingState:
     data: dict[str, Any]
     skipped: int = 0  # steps without an update
     losses: list[float] = field(default_factory=list)  # the latest, in nats per target, to detect a spike
+    rates: dict[str, Any] = field(default_factory=dict)  # pretrain.training.rates.rate_settings
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

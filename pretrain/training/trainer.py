@@ -26,7 +26,7 @@ from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.first_rows import choose_first_rows
 from pretrain.training.guards import Guards, Verdict
 from pretrain.training.profiler import StepProfile
-from pretrain.training.rates import schedule_factor
+from pretrain.training.rates import describe_change, rate_settings, schedule_factor
 from pretrain.training.samples import make_samples
 from pretrain.training.state import TrainingState
 from pretrain.training.step_log import StepLog
@@ -62,10 +62,12 @@ class Trainer:
         self.feed = BatchFeed(config, world, data, stop)
         self.guards = Guards(train, world, self.feed, folder, self.checkpoints.rollbacks)
         self.watch, self.step = Stopwatch(), 0
+        warnings = list[str]()
         if state:
             self.load_state_dict(state)
+            warnings = describe_change(state.get("rates"), config, self.step)
         require_same_weights(tensors_of(self.model, self.optim), world)
-        self._open_folder(changes)  # only now: a run that is refused above leaves its folder unchanged
+        self._open_folder(changes, warnings)  # only now: a run that is refused above leaves its folder unchanged
         if train.compile:
             compile_blocks(config, self.model, world)
         self.update = TrainStep(config, world, self.model, engine, self.optim, train.non_finite == "skip")
@@ -176,7 +178,7 @@ class Trainer:
         """The JSON-able state of the run beside its tensors: see ``TrainingState``."""
         return TrainingState(
             self.step, self.log.tokens(self.step), self.watch.wall_seconds, self.watch.total_seconds, self.world.size,
-            self.feed.identity(self.step), self.guards.skipped, list(self.guards.losses),
+            self.feed.identity(self.step), self.guards.skipped, list(self.guards.losses), rate_settings(self.config),
         ).to_json()  # fmt: skip
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -189,18 +191,18 @@ class Trainer:
         self.guards.resume(state.skipped, state.losses)
         self.optim.resume(self.step)
 
-    def _open_folder(self, changes: list[str]) -> None:
+    def _open_folder(self, changes: list[str], warnings: list[str]) -> None:
         if self.world.is_main:
-            damaged = self.checkpoints.open()
+            warnings = self.checkpoints.open() + warnings
             self.folder.open(self.config, self.step)
             self.feed.data.tokenizer.copy_to(self.folder.path)
             if self.config.train.init_from and not self.step:
                 keep_assets(self.config.train.init_from, self.folder.path / ASSETS_FOLDER)
             log_to_file(self.folder.log_file)
-            for message in damaged:
-                logger.warning(message)
         for change in changes:
             logger.info("changed since the run began: %s", change)
+        for warning in warnings:
+            logger.warning("%s", warning)
         if self.step:
             logger.info("resuming from step %d", self.step)
 
