@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class WandbLogger:
         """Start in the next mode that works; returns whether there is one."""
         while self._run is None and self._modes:
             mode = self._modes.pop(0)
-            if not self._try(f"start {mode}", lambda mode=mode: self._start(mode)):
+            if not self._try(f"start {mode}", partial(self._start, mode)):
                 self._modes = [other for other in self._modes if other != mode]
         return self._run is not None
 
