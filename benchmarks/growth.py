@@ -93,7 +93,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             axis.minorticks_off()
             axis.set_xlabel(name)
         axes[0].set_ylabel("seconds")
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SECONDS) + 1)
         save(figure, file)
 
 
