@@ -40,9 +40,9 @@ def name_lost_ranks(world: World, timeout: timedelta, leave: Callable[[], bool])
         missing = _missing(world, place, min(timeout / 4, ROLL_CALL), leave)
         who = f"no answer from rank {', '.join(map(str, missing))}" if missing else "every rank answers"
         if leave():
-            raise LostPeer(f"rank {world.rank} was told to end while it waited in {place}") from error
+            raise LostPeer(f"rank {world.rank} was asked to end while it waited in {place}") from error
         raise LostPeer(
-            f"rank {world.rank} waited in vain in {place}: {who}; see what was said there last, or raise "
+            f"rank {world.rank} waited in vain in {place}: {who}; read the last messages there, or raise "
             f"train.timeout_minutes={timeout.total_seconds() / 60:g} if it was only slow ({_reason(error)})"
         ) from error
 

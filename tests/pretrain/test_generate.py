@@ -1,4 +1,4 @@
-"""Sampling is held to Hugging Face's, the cache to the full forward, the stream to its text; the page to a browser."""
+"""Sampling compared with Hugging Face's, the cache with the full forward, the stream with its text; the page in a browser."""
 
 import json
 import socket
@@ -86,12 +86,12 @@ def test_probabilities_are_hugging_face_s(temperature, top_k, top_p):
     torch.testing.assert_close(torch.zeros(50).index_put((tokens,), p), theirs)
 
 
-def test_the_command_samples_as_the_library_does_unless_told_otherwise():
+def test_the_command_s_defaults_are_the_library_s():
     args = command.parser().parse_args(["model"])
     assert Sampling(args.temperature, args.top_k, args.top_p, args.seed) == Sampling()
 
 
-def test_what_sampling_cannot_be_is_said_at_once():
+def test_values_out_of_range_are_refused_at_once():
     with pytest.raises(ValueError, match=r"temperature=-1 must be at least 0\ntop_k=-2 .*\ntop_p=0 must be above 0"):
         Sampling(-1, -2, 0)
 

@@ -1,4 +1,4 @@
-"""Reports: what a page shows of real runs, finished and going on, and that it needs nothing else to be looked at."""
+"""Reports of real runs, finished and unfinished; the page needs no other file."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def runs(root, tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """Collects the text of a page and what it refers to; fails on tags that are not closed in order."""
+    """Collects the text and the references of a page; fails on tags that are not closed in order."""
 
     def __init__(self, page: Path):
         super().__init__()
@@ -95,7 +95,7 @@ def test_the_page_holds_every_picture_at_two_widths_and_needs_no_other_file(runs
     assert "Samples of grass_seed-0" in page.text and "refresh_every: 2" in page.text
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_curve(runs):
+def test_runs_that_differ_only_in_their_seed_are_one_curve(runs):
     groups = group_by_seed(find_runs([runs]))
     assert {name: len(group) for name, group in groups.items()} == {"<adamw>": 1, "grass (2 seeds)": 2}
     twice = group_by_seed(find_runs([runs / "grass_seed-0"]) * 2)
@@ -116,7 +116,7 @@ def test_a_run_that_is_still_writing_is_shown_as_far_as_it_is(runs, tmp_path):
     assert steps.tolist() == [1, 2, 3, 4, 5] and np.isfinite(losses).all()
 
 
-def test_a_run_with_nothing_but_its_first_line_is_shown(runs, tmp_path):
+def test_a_run_with_only_its_first_line_is_shown(runs, tmp_path):
     shutil.copytree(runs / "grass_seed-0", tmp_path / "new")
     for file in ("summary.json", "selection.jsonl", "samples.md"):
         (tmp_path / "new" / file).unlink()
@@ -125,7 +125,7 @@ def test_a_run_with_nothing_but_its_first_line_is_shown(runs, tmp_path):
     assert "0 of 8" in Page(write_report([tmp_path / "new"], tmp_path / "report")).text
 
 
-def test_the_coverage_picture_shows_what_the_metrics_say(runs):
+def test_the_coverage_picture_agrees_with_the_metrics(runs):
     run = next(run for run in find_runs([runs]) if run.name == "grass_seed-1")
     layers, tokens, shares = run.coverage()
     metric_tokens, metric = run.series("grass/coverage")
@@ -140,7 +140,7 @@ def test_times_add_up_to_the_training_time_of_the_summary(runs):
         assert minutes[-1] * 60 == pytest.approx(run.summary["training_seconds"], rel=1e-6)
 
 
-def test_the_moving_average_is_the_weighted_mean_of_what_came_before():
+def test_the_moving_average_is_the_weighted_mean_of_earlier_values():
     values = np.random.default_rng(0).normal(size=50)
     keep = 2 / 3  # a memory of two points, a twenty-fifth of them
     for i, average in enumerate(smooth(values)):
@@ -167,7 +167,7 @@ def test_a_folder_without_runs_is_named(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_page_without_a_word_on_its_console(runs, tmp_path, width, browser):
+def test_a_browser_shows_the_page_without_messages_on_its_console(runs, tmp_path, width, browser):
     page = browser.new_page(viewport={"width": width, "height": 3000})
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))

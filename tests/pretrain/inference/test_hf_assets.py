@@ -197,7 +197,7 @@ def files_in(folder):
 
 @pytest.mark.parametrize("kind", BROUGHT, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("through_a_run", [False, True])
-def test_what_a_model_brings_along_comes_out_again(kind, through_a_run, tmp_path):
+def test_the_files_of_a_model_come_out_of_an_export_as_they_were(kind, through_a_run, tmp_path):
     (folder := tmp_path / "hf").mkdir()
     kind(folder)
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]

@@ -1,4 +1,4 @@
-"""Models go to Hugging Face and come from there: held to transformers' own reading and writing of them."""
+"""Exports and imports of Hugging Face models, compared with transformers' reading and writing of them."""
 
 import json
 import shutil
@@ -131,7 +131,7 @@ def test_a_hugging_face_model_comes_in_with_the_same_logits_and_goes_out_bit_for
     assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits == model(IDS).logits).all()
 
 
-def test_a_run_starts_where_what_it_starts_from_ended_without_its_optimizer_state(run, overrides, tmp_path):
+def test_a_run_starts_with_the_loss_of_its_initial_weights_and_no_optimizer_state(run, overrides, tmp_path):
     export(run, tmp_path / "out")
     ended = json.loads((run / "summary.json").read_text())["val/loss"]
     sources = {"run": run, "folder": tmp_path / "out", "file": tmp_path / "out" / "model.safetensors"}
@@ -141,7 +141,7 @@ def test_a_run_starts_where_what_it_starts_from_ended_without_its_optimizer_stat
         assert started.step == 0 and not started.optim.optimizer.state
 
 
-def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_what_it_started_from(run, overrides):
+def test_a_run_resumes_from_its_checkpoint_and_not_from_its_initial_weights(run, overrides):
     more = overrides("run.name=resumed", f"train.init_from={run}")
     first = trainer(more)
     first.fit()
@@ -164,7 +164,7 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_what_it_started_
         ({"rope_theta": 500.0}, r"another shape; set model\.rope_theta=500\.0"),
     ],
 )
-def test_what_the_model_here_does_not_do_is_refused_before_any_compute(change, message, run, overrides, tmp_path):
+def test_settings_that_the_model_does_not_implement_are_refused_before_any_compute(change, message, run, overrides, tmp_path):
     export(run, tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text()) | change

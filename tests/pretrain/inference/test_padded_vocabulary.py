@@ -1,6 +1,6 @@
-"""Models with more embedding rows than tokens: they train, write nothing but tokens, and go out as they came.
+"""Models with more embedding rows than tokens: they train, generate only tokens, and are exported with all rows.
 
-Those whose tokenizer has more tokens than the model has rows are refused in one message.
+A tokenizer with more tokens than the model has rows is refused in one message.
 """
 
 import json
@@ -46,7 +46,7 @@ def with_a_gap(folder):
 
 
 def with_an_end_of_its_own(folder):
-    """As chat models are made from LLaMA 2: an end token in a row behind those of the sentencepiece model."""
+    """As in chat models made from LLaMA 2: the row after those of the sentencepiece model is an end token."""
     sentencepiece(folder)
     write_json(folder / "added_tokens.json", **{"<|im_end|>": 300})
     return {"eos_token_id": [2, 300]}
@@ -64,7 +64,7 @@ MODELS = {
     "tied embeddings": (sentencepiece, 320, {"tie_word_embeddings": True}, range(300, 320)),
     "a tokenizer.json": (byte_level, 320, {}, range(304, 320)),
     "a gap in the vocabulary": (with_a_gap, 384, {}, [300, *range(305, 350), *range(351, 384)]),
-    "an end behind the tokenizer": (with_an_end_of_its_own, 320, {}, range(301, 320)),
+    "an end that the tokenizer lacks": (with_an_end_of_its_own, 320, {}, range(301, 320)),
     "special tokens beyond the rows": (lambda f: byte_level(f, 300, ["<|begin|>", "<|end|>", "<pad>"]), 302, {}, []),
 }
 

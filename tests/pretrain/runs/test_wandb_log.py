@@ -1,4 +1,4 @@
-"""W&B: what an offline run holds, that a resumed run is the same one, and that a failure ends nothing."""
+"""W&B: the content of an offline run; failures, which end nothing."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def config(tmp_path, monkeypatch):
 
 
 def records(file):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB behind a header of seven bytes."""
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB after a header of seven bytes."""
     data, place, pending = file.read_bytes(), 7, b""
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:  # a block's tail too short for a header
@@ -41,7 +41,7 @@ def records(file):
             return
         pending += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or the last part of one
             record = wandb_internal_pb2.Record()
             record.ParseFromString(pending)
             yield record
@@ -59,7 +59,7 @@ def complete(folder):
 
 
 def items(part):
-    """By name; of what W&B cuts into parts, such as a table, the last part."""
+    """The values by name; a table, which W&B cuts into parts, by its last part."""
     return {item.key or item.nested_key[0]: json.loads(item.value_json) for item in part}
 
 
@@ -92,7 +92,7 @@ def test_a_disabled_run_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_is_said_once_and_ends_nothing(config, tmp_path, caplog):
+def test_a_failure_is_logged_once_and_ends_nothing(config, tmp_path, caplog):
     run = WandbLogger(load(["logger.wandb.mode=disabled"]), tmp_path)
 
     class Broken:
@@ -112,7 +112,7 @@ def documented(root, section):
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
-def test_an_offline_run_holds_what_the_docs_list(root, tmp_path, monkeypatch):
+def test_an_offline_run_has_the_metrics_in_the_docs(root, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("pretrain.training.step_log.peak_flops", lambda *_: 1e12)  # a device whose peak is known

@@ -1,6 +1,6 @@
 """W&B without a network, a login or its own process, and under its own environment variables.
 
-A run keeps everything in any case: what it logs is in metrics.jsonl, and in an offline run that can be uploaded later.
+A run keeps everything in any case: its lines are in metrics.jsonl, and in an offline run that can be uploaded later.
 """
 
 import logging
@@ -131,7 +131,7 @@ def test_a_network_that_goes_away_leaves_what_the_named_command_uploads(folder, 
     assert [(line["tokens"], line["train/loss"]) for line in handler.lines] == [(100, 4.0), (200, 3.0)]
 
 
-def test_a_run_whose_w_and_b_process_is_killed_goes_on_in_an_offline_one(folder, caplog):
+def test_a_run_whose_w_and_b_process_is_killed_continues_in_an_offline_one(folder, caplog):
     run = WandbLogger(load([f"run.root={folder.parent}", "logger.wandb.mode=offline"]), folder)
     run.log({"step": 1, "tokens": 100, "train/loss": 4.0})
     listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
@@ -181,7 +181,7 @@ def test_wandb_s_variable_for_its_folder_is_obeyed(folder, tmp_path, monkeypatch
     assert f"sync '{tmp_path}/else where/wandb'/offline-run-*-" in caplog.text
 
 
-def test_what_is_configured_comes_before_the_variables(folder, monkeypatch):
+def test_the_configuration_comes_before_the_variables(folder, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
     logged(folder, "logger.wandb.project=ours", "logger.wandb.group=ours")
@@ -213,13 +213,13 @@ def test_the_mode_that_wandb_s_variable_names_is_taken(variable, mode, kept, fol
 
 
 @pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "sometimes"), ("WANDB_BASE_URL", "http://")])
-def test_a_value_that_wandb_refuses_is_said_and_ends_nothing(name, value, folder, monkeypatch, caplog):
+def test_a_value_that_wandb_refuses_is_logged_and_ends_nothing(name, value, folder, monkeypatch, caplog):
     monkeypatch.setenv(name, value)
     logged(folder)
     assert "W&B could not start offline: " in caplog.text and repr(value) in caplog.text
 
 
-def test_an_installation_that_is_broken_is_said_and_ends_nothing(folder, monkeypatch, caplog):
+def test_a_broken_installation_is_logged_and_ends_nothing(folder, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)
     logged(folder)
     assert [record.message.split(": ")[0] for record in caplog.records] == [
