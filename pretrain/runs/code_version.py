@@ -9,9 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def git_commit() -> str | None:
     """The commit that is checked out, with ``-dirty`` if files differ from it; None if git does not know."""
     try:
-        if (
-            Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT
-        ):  # a repository that merely contains this folder
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # a repository that contains this folder
             return None
         return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
