@@ -1,4 +1,4 @@
-"""Sampling compared with Hugging Face's, the cache with the full forward, the stream with its text; the page in a browser."""
+"""Sampling against Hugging Face's, the cache against the full forward, a stream against its text; the page in a browser."""
 
 import json
 import socket

@@ -164,7 +164,9 @@ def test_a_run_resumes_from_its_checkpoint_and_not_from_its_initial_weights(run,
         ({"rope_theta": 500.0}, r"another shape; set model\.rope_theta=500\.0"),
     ],
 )
-def test_settings_that_the_model_does_not_implement_are_refused_before_any_compute(change, message, run, overrides, tmp_path):
+def test_settings_that_the_model_does_not_implement_are_refused_before_any_compute(
+    change, message, run, overrides, tmp_path
+):
     export(run, tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text()) | change
