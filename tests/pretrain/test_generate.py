@@ -1,4 +1,4 @@
-"""Sampling against Hugging Face's, the cache against the full forward, a stream against its text; the page in a browser."""
+"""Sampling against Hugging Face's, the cache against the full forward, a stream against its text; the page."""
 
 import json
 import socket

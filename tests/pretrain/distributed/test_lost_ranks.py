@@ -14,7 +14,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from optim.scores import _require_agreement
+from optim.scores import require_agreement
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
@@ -69,7 +69,7 @@ def choice_of_rank_1(chosen, rank, size):
     """The message when rank 1 has selected the rows ``chosen`` of the second layer, and rank 0 the rows 0 and 2."""
     indices = [torch.tensor([1, 3]), torch.tensor(chosen if rank == 1 else [0, 2])]
     try:
-        _require_agreement(indices, CPU)
+        require_agreement(indices, CPU)
     except RuntimeError as error:
         return str(error)
     return None
