@@ -29,7 +29,8 @@ class Corpus:
 
     With `survey`, a small corpus is read once at the beginning: `sha256` is then the hash of all names and texts, and
     both splits get a document. Else `sha256` is None.
-    Raises ValueError for a small corpus without any text, or with too little for two splits.
+    Raises ValueError for a small corpus without any text, or with too little for two splits, and for instructions in
+    Parquet.
     """
 
     def __init__(self, files: list[SourceFile], settings: DataSettings, survey: bool = True) -> None:
@@ -38,6 +39,8 @@ class Corpus:
         self.total_bytes = sum(file.size for file in files)
         self.text_bytes = sum(map(_text_bytes, files))
         self.own_validation = any(file.held_out for file in files)
+        if self.parse.pairs and (tables := [str(file.path) for file in files if file.name.endswith(PARQUET)]):
+            raise ValueError(f"data.paths: instructions are read from JSON lines, and not from {shorten(tables)}")
         self._key = "data.dataset" if settings.source == "datasets" else "data.paths"
         self.sha256: str | None = None
         self._threshold = settings.validation_share
