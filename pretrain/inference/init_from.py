@@ -41,7 +41,10 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer:
             return problems
         if problems := _setting_problems(path, found.arguments, arguments):
             return problems
-        return _shape_problems(path, read_shapes(found.path), model) if (found.path / CONFIG).exists() else []
+        if not (found.path / CONFIG).exists():
+            return []
+        fix = f"{found.path / CONFIG} describes other weights: correct it, or copy both again"
+        return _shape_problems(path, read_shapes(found.path), model, fix)
     except ValueError as error:
         return [f"train.init_from: {line}" for line in str(error).splitlines()]
 
@@ -74,7 +77,9 @@ def _setting_problems(path: str, stored: dict[str, Any], wanted: dict[str, Any])
     return [f"train.init_from={path} is a model of another shape; set {changes}"] if unlike else []
 
 
-def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama) -> list[str]:
+def _shape_problems(
+    path: str, stored: dict[str, tuple[int, ...]], model: Llama, fix: str = "change model.*"
+) -> list[str]:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.tie_word_embeddings and "lm_head.weight" not in stored:
         del wanted["lm_head.weight"]
@@ -83,11 +88,13 @@ def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama)
         for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)
     ]  # fmt: skip
     more = f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
-    return [f"train.init_from={path}: {unlike[0]}{more}; change model.*"] if unlike else []
+    return [f"train.init_from={path}: {unlike[0]}{more}; {fix}"] if unlike else []
 
 
-def require_same_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
     """Compare the run's ``tokenizer`` with the one that lies beside the weights at ``path``, if there is one.
+
+    None stands for a tokenizer that has yet to be trained, which differs from any other.
 
     Raises:
         ValueError: they differ.
@@ -97,9 +104,9 @@ def require_same_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         files = sorted(beside.glob("tokenizer.*"))
     except ValueError:
         files = []
-    if not files:
+    if not files and tokenizer is not None:
         logger.warning("there is no tokenizer beside train.init_from=%s to compare the run's with", path)
-    elif all(sha256(file) != tokenizer.sha256 for file in files):
+    elif files and (tokenizer is None or all(sha256(file) != tokenizer.sha256 for file in files)):
         raise ValueError(f"train.init_from={path} has another tokenizer than the run; set data.tokenizer={files[-1]}")
 
 
