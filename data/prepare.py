@@ -12,26 +12,27 @@ import argparse
 import ast
 import errno
 import inspect
+import json
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import get_args
 
 from data.file_lock import file_lock
 from data.preparation.corpus_writer import CorpusWriter
 from data.preparation.finish import check, mark, put_in_place, remove, write_manifest
-from data.preparation.plan import PreparationPlan, hash_of
+from data.preparation.plan import HEX12, PreparationPlan, hash_of
 from data.preparation.recovery import ResumableError, confirm_tokenizer, make_work_folder, resumable
 from data.settings import DataSettings
 from data.shards.reader import Tokens
 from data.sources.corpus import Corpus
-from data.token_dataset import MANIFEST, PreparedDataset, describe, load
+from data.token_dataset import MANIFEST, PreparedDataset, content_of, describe, load
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 
@@ -74,6 +75,35 @@ def find(settings: DataSettings) -> PreparedDataset | None:
     return None if plan.problems else _find(plan)
 
 
+def find_by_fingerprint(settings: DataSettings, fingerprint: str) -> PreparedDataset | None:
+    """The complete preparation with this fingerprint in `settings.root`, if there is one.
+
+    No file of the corpus and no tokenizer is needed: a run that has trained on the preparation can resume without them.
+
+    Raises:
+        ValueError: The preparation was damaged.
+    """
+    if settings.source == "mixture":
+        return _find_mixture(PreparationPlan(settings), fingerprint)
+    folder = next((folder for folder, found in _fingerprints(settings.root) if found == fingerprint), None)
+    return load(folder) if folder else None
+
+
+def _find_mixture(plan: PreparationPlan, fingerprint: str) -> PreparedDataset | None:
+    weights = [weight for _, weight in plan.parts]
+    for chosen in product(_fingerprints(plan.settings.root), repeat=len(weights)):
+        if hash_of([[found, weight] for (_, found), weight in zip(chosen, weights, strict=True)]) == fingerprint:
+            return _mix(plan, [(load(folder), weight) for (folder, _), weight in zip(chosen, weights, strict=True)])
+    return None
+
+
+def _fingerprints(root: str) -> Iterator[tuple[Path, str]]:
+    """Folder and fingerprint of every complete preparation in `root`."""
+    for file in sorted(Path(root).glob(f"*-{HEX12}/{MANIFEST}")):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            yield file.parent, json.loads(file.read_text())["fingerprint"]
+
+
 def _find(plan: PreparationPlan) -> PreparedDataset | None:
     if plan.parts:
         corpora = [(found, weight) for part, weight in plan.parts if (found := _find(part))]
@@ -110,7 +140,9 @@ def _mix(plan: PreparationPlan, corpora: list[tuple[PreparedDataset, float]]) ->
     (first, _), own = corpora[0], [[prepared.fingerprint, weight] for prepared, weight in corpora]
     train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
     val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
-    return PreparedDataset(plan.root, first.tokenizer, train, val, hash_of(own), {"mixture": own})
+    content = hash_of([[content_of(prepared.manifest), weight] for prepared, weight in corpora])
+    manifest = {"mixture": own, "content": content}
+    return PreparedDataset(plan.root, first.tokenizer, train, val, hash_of(own), manifest)
 
 
 def _build(plan: PreparationPlan, corpus: Corpus, read_along: bool) -> Path:

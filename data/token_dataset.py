@@ -1,5 +1,6 @@
 """A prepared dataset: open it, and describe it."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class PreparedDataset:
 
     Attributes:
         folder: Where it lies; for a mixture, the folder of its corpora's folders.
-        fingerprint: 64 hex digits that depend on the tokenizer and all tokens, and on nothing else.
+        fingerprint: 64 hex digits that depend on the tokenizer, all tokens, and the names of the documents.
         manifest: The content of its manifest.json.
     """
 
@@ -77,6 +78,20 @@ def load(folder: str | Path) -> PreparedDataset:
 
 class _OtherFormat(Exception):
     """A manifest of a format that this version does not read."""
+
+
+def content_of(manifest: dict[str, Any]) -> str | None:
+    """64 hex digits that depend on the tokenizer and all tokens, and not on the names and places of their files.
+
+    None for a dataset that is still being prepared.
+    """
+    if "splits" not in manifest:
+        return manifest.get("content")
+    shards = [shard["files"] for split in ("train", "val") for shard in manifest["splits"][split]["shards"]]
+    tokens = [
+        file["sha256"] for files in shards for name, file in files.items() if name.endswith((".bin", ".given.npy"))
+    ]
+    return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], tokens]).encode()).hexdigest()
 
 
 def describe(manifest: dict[str, Any], folder: Path) -> str:

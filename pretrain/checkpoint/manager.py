@@ -1,6 +1,7 @@
 """The checkpoints of one run: when to save, which one to resume from, and going back to one after a spike."""
 
 import json
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensors import load
 from pretrain.config.schema import ConfigError, TrainConfig
 from pretrain.distributed.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -62,20 +65,17 @@ class CheckpointManager:
         assert self.resume_from is not None
         load(self.resume_from, model, optim)
 
-    def open(self) -> list[str]:
+    def open(self) -> None:
         """Make the folder that of a run resumed from ``resume_from``; call on the main process only.
 
         Damaged checkpoints are renamed; what ``keep_last`` and ``keep_every`` leave out is deleted. Nothing on disk
         changes before this.
-
-        Returns:
-            Messages on damaged checkpoints, a line each.
         """
-        renamed = [(error, set_aside(error)) for error in self._damaged]
+        for error in self._damaged:
+            logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, set_aside(error).name)
         if self.resume_from:
             point_at(self.resume_from)  # its process may have been killed before it could
             prune(self.folder, self.train.keep_last, self.train.keep_every)
-        return [f"{error.path} is damaged ({error.what}); it is now {aside.name}" for error, aside in renamed]
 
     def due(self, step: int) -> bool:
         """Whether ``train.checkpoint_every`` asks for a checkpoint of ``step``; the end of a run is no such step."""

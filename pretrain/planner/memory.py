@@ -8,6 +8,7 @@ from pretrain.config.schema import Config, ConfigError
 from pretrain.planner.extrapolate import simulate_all_blocks
 from pretrain.planner.simulate import COMPONENTS, MODEL, Peaks, micro_batch_size
 from pretrain.setup.checks import check
+from pretrain.setup.resume import state_to_resume
 
 GIB, MIB = 2**30, 2**20
 NO_LIMIT = 2**16  # sequences: more than any device holds
@@ -56,7 +57,7 @@ def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
     Raises:
         ConfigError: the configuration cannot run.
     """
-    check(config, config.estimate.devices, needs_data=False)
+    check(config, config.estimate.devices, needs_data=False, resumes=state_to_resume(config) is not None)
     peaks = simulate_all_blocks(config)
     regular, refresh = highest(peaks, "regular"), highest(peaks, "refresh")
     found = Estimate(

@@ -14,8 +14,8 @@ from pretrain.config.schema import Config
 from pretrain.planner.memory import GIB, Estimate, estimate, needed_bytes, require_fit
 from pretrain.planner.simulate import micro_batch_size
 from pretrain.runs.folder import RunFolder
-from pretrain.setup.data import data_settings
 from pretrain.setup.model import outline
+from pretrain.setup.resume import data_settings
 from pretrain.training.rates import describe_change
 
 

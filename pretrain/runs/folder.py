@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -76,19 +77,15 @@ class RunFolder:
         Raises:
             ConfigError: the run exists and cannot be resumed with ``config``.
         """
-        if not self.path.exists() or all(p.name.endswith((".lock", UNFINISHED)) for p in self.path.iterdir()):
+        if not self.path.exists() or all(_no_part_of_a_run(p) for p in self.path.iterdir()):
             return []
         if config.train.resume == "never":
-            raise ConfigError(
-                f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run"
-            )
+            raise ConfigError(f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run")
         if not self.config_file.exists():
             raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
         if self.latest_checkpoint is None:
             return []
-        old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
-        # Only another version of this program has other keys: that is no change of settings.
-        changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+        changed = self.changes(config)
         may_change = marked(config, "may_change")
         refused = [k for k in changed if k not in may_change]
         if refused:
@@ -98,6 +95,12 @@ class RunFolder:
                 + "\n".join(lines)
             )
         return [f"{k}: {was} → {now}" for k, (was, now) in changed.items()]
+
+    def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """The old and the new value of each setting in which ``config`` differs from the run in this folder."""
+        old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
+        # Only another version of this program has other keys: that is no change of settings.
+        return {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -142,6 +145,11 @@ class RunFolder:
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
             write_atomic(aside, "".join(line for line in lines if line not in keep))
             write_atomic(file, "".join(keep))
+
+
+def _no_part_of_a_run(path: Path) -> bool:
+    """Whether a file says nothing of a run: hidden files, among them our lock, and half-written ones."""
+    return path.name.startswith(".") or path.name.endswith(UNFINISHED)
 
 
 def _step_of(line: str) -> float:

@@ -40,12 +40,13 @@ from pretrain.inference.init_from import init_problems
 logger = logging.getLogger(__name__)
 
 
-def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
+def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes: bool = False) -> None:
     """Check all settings, without allocating the model.
 
     Args:
         world_size: number of processes.
         needs_data: whether the files of ``data.paths`` must exist.
+        resumes: whether the run has a checkpoint, so that ``train.init_from`` is not needed any more.
 
     Raises:
         ConfigError: lists every problem with its key and the fix.
@@ -65,7 +66,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
                 f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
                 "lower it"
             )
-        problems += _model_problems(config, world_size)
+        problems += _model_problems(config, world_size, resumes)
         if needs_data:
             of_data = data_problems(config.data)
             # The check of train.init_from reports this too, with the fix for these weights.
@@ -229,13 +230,13 @@ def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int)
     return problems
 
 
-def _model_problems(config: Config, world_size: int) -> list[str]:
+def _model_problems(config: Config, world_size: int, resumes: bool) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
     try:
         with torch.device("meta"):
             model = Llama(**model_arguments(config))
-        if config.train.init_from:
+        if config.train.init_from and not resumes:
             problems += init_problems(config.train.init_from, model, model_arguments(config), config.data.tokenizer)
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
@@ -253,7 +254,7 @@ def _model_problems(config: Config, world_size: int) -> list[str]:
         resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32), head_dim)
     except ValueError as error:
         problems.append(str(error))
-    return problems + _vocabulary_problems(config)
+    return problems if resumes else problems + _vocabulary_problems(config)
 
 
 def _vocabulary_problems(config: Config) -> list[str]:

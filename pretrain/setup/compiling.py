@@ -1,6 +1,7 @@
 """torch.compile of the model's blocks. Without a working compiler, training continues uncompiled."""
 
 import logging
+import re
 import time
 
 import torch
@@ -10,7 +11,7 @@ from torch._dynamo.utils import calculate_time_spent
 from models.activation_checkpointing import checkpoint_blocks
 from models.attention import document_layout, resolve_backend
 from models.grass_linear import GrassLinear
-from models.llama import Llama, rope_tables
+from models.llama import Llama
 from models.precision import DTYPES
 from models.recompute import set_lean
 from optim.selection import WITH_REPLACEMENT
@@ -40,8 +41,7 @@ def compile_blocks(config: Config, model: Llama, world: World) -> bool:
     try:
         _try_block(config, model, world)
     except Exception as error:  # no C++ compiler, no Triton, no writable cache: the toolchain fails in many ways
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason is given")
-        logger.warning("torch.compile does not work here, training without it: %s: %s", type(error).__name__, reason)
+        logger.warning("torch.compile does not work here, training without it: %s", failure(error))
         torch.compiler.reset()
         return False
     logger.info("compiled in %.0f s", time.perf_counter() - began)
@@ -52,13 +52,20 @@ def compile_blocks(config: Config, model: Llama, world: World) -> bool:
     return True
 
 
+def failure(error: Exception) -> str:
+    """The reason for ``error`` in one line, without the line in which torch names the backend that raised it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not re.fullmatch(r"backend=.* raised:", line)]
+    return f"{type(error).__name__}: {reasons[0] if reasons else 'no reason is given'}"
+
+
 def _try_block(config: Config, model: Llama, world: World) -> None:
     """Compile forward and backward of one block of ``config``, in each state that occurs in a run."""
     train, optim, device = config.train, config.optim, world.device
     block = _block_of(config, device)
     sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
     x = torch.zeros(sequences, train.seq_len, config.model.hidden_size, device=device, dtype=DTYPES[train.dtype])
-    cos, sin = rope_tables(train.seq_len, model.head_dim, model.rope_theta, like=x)
+    cos, sin = model.rope_tables(train.seq_len, like=x)
     backend = resolve_backend(model.attention, device, x.dtype, model.head_dim, train.document_masks)
     layout = None
     if train.document_masks:

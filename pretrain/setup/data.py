@@ -4,13 +4,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
 from functools import partial
 
 import torch
 
 from data.prepare import prepare
-from data.settings import DataSettings
 from data.streaming.background import BackgroundPreparation, StreamedDataset
 from data.token_dataset import PreparedDataset
 from data.tokenizer import Tokenizer
@@ -20,7 +18,9 @@ from pretrain.distributed.world import World
 from pretrain.inference.init_from import require_same_tokenizer
 from pretrain.inference.pretrained import require_embeddings
 from pretrain.runs.folder import RunFolder
+from pretrain.runs.writable import require_writable
 from pretrain.setup.checks import check
+from pretrain.setup.resume import data_settings, find_trained_data, state_to_resume
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,7 @@ def ready(config: Config, world_size: int) -> PreparedDataset:
     Raises:
         ValueError, OSError: with the key or file at fault, and the fix.
     """
-    check_run(config, world_size)
-    prepared = prepare(data_settings(config))
+    prepared = check_run(config, world_size) or prepare(data_settings(config))
     check_tokenizer(config, prepared.tokenizer)
     return prepared
 
@@ -136,20 +135,22 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     require_embeddings(tokenizer, config.model.vocab_size)
     if unused := config.model.vocab_size - tokenizer.vocab_size:
         logger.info("%d of %d embedding rows stand for no token of the tokenizer", unused, config.model.vocab_size)
-    if config.train.init_from:
+    if config.train.init_from and state_to_resume(config) is None:
         require_same_tokenizer(config.train.init_from, tokenizer)
 
 
-def check_run(config: Config, world_size: int) -> None:
+def check_run(config: Config, world_size: int) -> PreparedDataset | None:
     """Check the settings and the run folder, before any data is prepared.
+
+    Returns:
+        The data of a resumed run when its corpus is gone, see ``find_trained_data``.
 
     Raises:
         ValueError, OSError: with the key or file at fault, and the fix.
     """
-    check(config, world_size)
+    state = state_to_resume(config)
+    trained = find_trained_data(config, state) if state else None
+    check(config, world_size, needs_data=trained is None, resumes=state is not None)
     RunFolder(config).check(config)
-
-
-def data_settings(config: Config) -> DataSettings:
-    """The settings of the preparation."""
-    return DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)})
+    require_writable(config.run.root, config.run.name)
+    return trained

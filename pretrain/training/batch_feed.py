@@ -10,9 +10,9 @@ from torch import Tensor
 from data.loading.batches import TrainBatches, validation_batches
 from data.loading.prefetch import MicroBatches, Prefetch
 from data.streaming.background import StreamedDataset
-from data.token_dataset import PreparedDataset
+from data.token_dataset import PreparedDataset, content_of
 from pretrain.cli.signals import StopRequest
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, ConfigError
 from pretrain.distributed.world import World
 from pretrain.setup.data import DataWait
 
@@ -72,21 +72,32 @@ class BatchFeed:
 
     def identity(self, steps: int) -> dict[str, Any]:
         """What identifies the data of the first ``steps`` steps, for a checkpoint: JSON-able."""
+        content = content_of(self.data.manifest)
         identity = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
+        identity |= {"content": content} if content else {}
         return identity | ({"read": self._batches.digest(steps)} if self._wait else {})
 
-    def require_same(self, identity: dict[str, Any], steps: int, trained: Path | None) -> None:
+    def require_same(
+        self, identity: dict[str, Any], steps: int, trained: Path | None, changes: dict[str, tuple[Any, Any]]
+    ) -> None:
         """Compare the data of the first ``steps`` steps with the ``identity`` in a checkpoint, ``trained``.
 
+        Args:
+            changes: settings that differ from those of the run, old and new value.
+
         Raises:
-            ValueError: they differ.
+            ConfigError: the data differ.
         """
         if steps:
             self.wait(steps - 1)
-        if identity != self.identity(steps):
-            raise ValueError(
+        ours = self.identity(steps)
+        # The fingerprint also depends on the names of documents, and so on the name of the folder that they are in.
+        free = "fingerprint" if "content" in identity else "content"
+        if any(identity.get(key) != ours.get(key) for key in {*identity, *ours} - {free}):
+            other = [f"{key} was {old}, is now {new}" for key, (old, new) in changes.items() if key.startswith("data.")]
+            raise ConfigError(
                 f"{trained} was trained on another corpus or tokenizer than {self.data.folder}; bring that one back, "
-                "or choose another run.name"
+                + "\n".join(["or choose another run.name", *other])
             )
 
     def validation(self) -> Iterator[tuple[Tensor, ...]]:

@@ -42,7 +42,7 @@ def describe_change(before: dict[str, Any] | None, config: Config, step: int) ->
             planned = f" (planned: {_rate(before, name, n):.3g})" if n < before["steps"] else ""
             points.append(f"{_rate(now, name, n):.3g} at step {n + 1}{planned}")
         lines.append(
-            f"the learning rate of {parameters} changes from {_rate(before, name, step - 1):.3g} to {', '.join(points)}"
+            f"the learning rate of {parameters}: {_rate(before, name, step - 1):.3g} so far, {', '.join(points)}"
         )
     jump = _factor(now, step) / max(_factor(before, step), 1e-12)
     same_peaks = all(before.get(name) == now.get(name) for name in ("lr", "linear_lr", "alpha"))

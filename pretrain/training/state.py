@@ -20,6 +20,7 @@ class TrainingState:
     skipped: int = 0  # steps without an update
     losses: list[float] = field(default_factory=list)  # the latest, in nats per target, to detect a spike
     rates: dict[str, Any] = field(default_factory=dict)  # pretrain.training.rates.rate_settings
+    init_from: dict[str, str] | None = None  # pretrain.inference.init_from.InitialWeights.identity
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,7 +15,7 @@ from pretrain.config.schema import Config
 from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.inference.hf_assets import ASSETS_FOLDER
-from pretrain.inference.init_from import keep_assets, read_weights_at
+from pretrain.inference.init_from import InitialWeights, keep_assets, require_same_start
 from pretrain.inference.scoring import evaluate
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.compiling import compile_blocks
@@ -54,20 +54,20 @@ class Trainer:
         changes = world.on_main(lambda: folder.check(config))
         self.checkpoints = CheckpointManager(folder.checkpoints, folder.rollbacks_file, train, world)
         state = self.checkpoints.state()
-        start = read_weights_at(train.init_from) if train.init_from and state is None else None
+        start = InitialWeights(train.init_from) if train.init_from and not state else None
         engine = build_engine(train, world)
         self.model = build_model(config, world.device, start, engine.shard)
         engine.wrap(self.model)
+        self.init_from = start.identity() if start else None
         self.optim = build_optimizer(config, self.model)
         self.feed = BatchFeed(config, world, data, stop)
         self.guards = Guards(train, world, self.feed, folder, self.checkpoints.rollbacks)
         self.watch, self.step = Stopwatch(), 0
-        warnings = list[str]()
         if state:
             self.load_state_dict(state)
-            warnings = describe_change(state.get("rates"), config, self.step)
+            changes += describe_change(state.get("rates"), config, self.step)
         require_same_weights(tensors_of(self.model, self.optim), world)
-        self._open_folder(changes, warnings)  # only now: a run that is refused above leaves its folder unchanged
+        self._open_folder(changes)  # only now: a run that is refused above leaves its folder unchanged
         if train.compile:
             compile_blocks(config, self.model, world)
         self.update = TrainStep(config, world, self.model, engine, self.optim, train.non_finite == "skip")
@@ -77,8 +77,7 @@ class Trainer:
         """Train to the last step.
 
         Returns:
-            FINISHED; STOPPED after a signal, with the run saved; ROLLED_BACK when the loss jumped and a new Trainer has
-            to continue from the newest checkpoint.
+            FINISHED; STOPPED after a signal; ROLLED_BACK when a new Trainer has to continue from the newest checkpoint.
 
         Raises:
             FloatingPointError, OSError, ValueError: a loss is not finite, or the disk or the data failed.
@@ -179,30 +178,31 @@ class Trainer:
         return TrainingState(
             self.step, self.log.tokens(self.step), self.watch.wall_seconds, self.watch.total_seconds, self.world.size,
             self.feed.identity(self.step), self.guards.skipped, list(self.guards.losses), rate_settings(self.config),
+            self.init_from,
         ).to_json()  # fmt: skip
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` and the tensors of a checkpoint. Raises ValueError for other data."""
-        state = TrainingState.from_json(content)
-        self.feed.require_same(state.data, state.step, self.checkpoints.resume_from)
+        state, changes = TrainingState.from_json(content), self.folder.changes(self.config)
+        if "train.init_from" in changes:
+            require_same_start(self.config.train.init_from, state.init_from)
+        self.feed.require_same(state.data, state.step, self.checkpoints.resume_from, changes)
         self.checkpoints.load(self.model, self.optim)
-        self.step = state.step
+        self.step, self.init_from = state.step, state.init_from
         self.watch.resume(state.seconds, state.training_seconds)
         self.guards.resume(state.skipped, state.losses)
         self.optim.resume(self.step)
 
-    def _open_folder(self, changes: list[str], warnings: list[str]) -> None:
+    def _open_folder(self, changes: list[str]) -> None:
         if self.world.is_main:
-            warnings = self.checkpoints.open() + warnings
             self.folder.open(self.config, self.step)
+            log_to_file(self.folder.log_file)
+            self.checkpoints.open()
             self.feed.data.tokenizer.copy_to(self.folder.path)
             if self.config.train.init_from and not self.step:
                 keep_assets(self.config.train.init_from, self.folder.path / ASSETS_FOLDER)
-            log_to_file(self.folder.log_file)
         for change in changes:
-            logger.info("changed since the run began: %s", change)
-        for warning in warnings:
-            logger.warning("%s", warning)
+            logger.warning("changed since the run began: %s", change)
         if self.step:
             logger.info("resuming from step %d", self.step)
 

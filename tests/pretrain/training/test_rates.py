@@ -19,15 +19,20 @@ def settings(*given):
 
 # settings before, settings now, steps made → words of the lines, in order; none where the course stays the same
 CHANGES = {
-    "finished cosine": ([], ["train.steps=40"], 20, ["from 0.0002 to 0.001", "from 0.002 to 0.01", "times"]),
+    "finished cosine": ([], ["train.steps=40"], 20, ["0.0002 so far, 0.001", "0.002 so far, 0.01", "times"]),
     "unfinished cosine": ([], ["train.steps=40"], 10, ["(planned: 0.00138)", "(planned: 0.0138)", "times"]),
-    "finished wsd": (WSD, [*WSD, "train.steps=40"], 20, ["from 0.0002 to 0.002 at step 21", "to 0.02", "times"]),
+    "finished wsd": (WSD, [*WSD, "train.steps=40"], 20, ["0.0002 so far, 0.002 at step 21", "far, 0.02", "times"]),
     "wsd before its decay": (WSD, [*WSD, "train.steps=40"], 8, ["0.002 at step 9 (planned: 0.002)", "0.02"]),
-    "another peak": ([], ["optim.lr=0.04"], 10, ["of the other parameters changes from 0.0155 to 0.0276"]),
-    "the rate of the linears": ([], ["optim.linear_lr=0.001"], 10, ["of the linears changes from 0.00155 to 0.000689"]),
-    "alpha": ([], ["optim.alpha=2"], 10, ["of the linears changes from 0.00155 to 0.00276"]),
-    "another schedule": ([], ["optim.schedule=constant"], 10, ["to 0.002 at step 11 (planned:", "to 0.02", "times"]),
-    "another end": ([], ["optim.final_lr=0"], 19, ["to 0 at step 20 (planned: 0.0002)", "to 0 at step 20"]),
+    "another peak": ([], ["optim.lr=0.04"], 10, ["of the other parameters: 0.0155 so far, 0.0276"]),
+    "the rate of the linears": ([], ["optim.linear_lr=0.001"], 10, ["of the linears: 0.00155 so far, 0.000689"]),
+    "alpha": ([], ["optim.alpha=2"], 10, ["of the linears: 0.00155 so far, 0.00276"]),
+    "another schedule": (
+        [],
+        ["optim.schedule=constant"],
+        10,
+        ["far, 0.002 at step 11 (planned:", "far, 0.02", "times"],
+    ),
+    "another end": ([], ["optim.final_lr=0"], 19, ["far, 0 at step 20 (planned: 0.0002)", "far, 0 at step 20"]),
     "a shorter run": ([], ["train.steps=12"], 10, ["0.0002 at step 12 (planned:", "0.002 at step 12"]),
     "a warm-up that is longer": ([], ["optim.warmup_steps=8"], 2, ["0.00075 at step 3 (planned: 0.0015)", "0.0075"]),
     "shorter than it is": ([], ["train.steps=12"], 15, ["at step 15, and train.steps=12: no step is left"]),
@@ -61,5 +66,5 @@ def test_the_numbers_are_those_of_the_steps(overrides, caplog):  # noqa: F811
     logged = {line["step"]: line["train/lr_linears"] for line in lines if "train/lr" in line}
     last, first = logged[8], logged[9]
     assert first == 0.002 * schedule_factor(load(overrides(*rates, "train.steps=12")), 8)
-    assert f"the learning rate of the linears changes from {last:.3g} to {first:.3g} at step 9" in caplog.text
+    assert f"the learning rate of the linears: {last:.3g} so far, {first:.3g} at step 9" in caplog.text
     assert "optim.schedule=wsd" in caplog.text and "optim.schedule=wsd" in folder.log_file.read_text()
