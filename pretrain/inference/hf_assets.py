@@ -5,7 +5,7 @@ A run that starts from such a model keeps copies of them in its folder, and an e
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ TOKENIZER_FILES = (
     *FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates",
 )  # fmt: skip
+
+FREE = ("attention_dropout", "use_cache")  # settings in config.json that models.llama does not have
+REPLACED = ("dtype", "rope_parameters")  # newer names of settings that an export writes by their older names
 
 
 def find_assets(path: Path) -> list[Path]:
@@ -39,9 +42,14 @@ def copy_assets(assets: Iterable[Path], folder: Path) -> None:
             shutil.copyfile(asset, folder / asset.name)
 
 
-def token_ids(folder: Path) -> dict[str, Any]:
-    """The ids of special tokens in ``folder``/config.json, such as ``eos_token_id``, as they stand there."""
-    return {key: value for key, value in read_config(folder).items() if key.endswith("_token_id")}
+def other_settings(folder: Path, ours: Container[str]) -> dict[str, Any]:
+    """The settings in ``folder``/config.json that an export leaves as they are, such as ``eos_token_id``.
+
+    Args:
+        ours: the settings that the export writes from its own model and weights.
+    """
+    config = {key: value for key, value in read_config(folder).items() if value is not None}
+    return {key: value for key, value in config.items() if key in FREE or not (key in ours or key in REPLACED)}
 
 
 def end_ids(folder: Path) -> list[int]:

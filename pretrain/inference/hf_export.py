@@ -20,7 +20,7 @@ from pretrain.inference.hf_assets import (
     copy_assets,
     find_assets,
     has_tokenizer,
-    token_ids,
+    other_settings,
 )
 from pretrain.inference.hf_llama import CONFIG, INDEX, WEIGHTS, hf_name, model_config
 from pretrain.inference.hf_tokenizer import conversion_problem, tokenizer_config, tokenizer_json
@@ -104,14 +104,14 @@ def _write_settings(folder: Path, found: PretrainedModel, dtype: torch.dtype) ->
     path = found.tokenizer()
     assets = {asset.name: asset for asset in find_assets(found.assets)} if found.assets else {}
     tokenizer = Tokenizer(path)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if found.assets:
-        special |= {key: value for key, value in token_ids(found.assets).items() if value is not None}
-    _write_json(folder / CONFIG, {**model_config(found.arguments, dtype), **special})
+    settings = model_config(found.arguments, dtype)
+    brought = other_settings(found.assets, settings) if found.assets else {}
+    settings |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} | brought
+    _write_json(folder / CONFIG, settings)
     if GENERATION in assets:
         copy_assets([assets[GENERATION]], folder)
     else:
-        _write_json(folder / GENERATION, {key: special[key] for key in ("bos_token_id", "eos_token_id")})
+        _write_json(folder / GENERATION, {key: settings[key] for key in ("bos_token_id", "eos_token_id")})
     if found.assets and has_tokenizer(found.assets, path):
         copy_assets([assets[name] for name in TOKENIZER_FILES if name in assets], folder)
     if not (folder / TOKENIZER_CONFIG).exists():
