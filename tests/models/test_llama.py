@@ -10,7 +10,8 @@ import yaml
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.llama import Llama, RMSNorm, rope_tables, rotate
+from models.llama import Llama, RMSNorm
+from models.rope import rope_tables, rotate
 
 SMALL = {
     "vocab_size": 97,

@@ -6,8 +6,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import recompute
-from models.llama import rope_tables
 from models.recompute import set_lean
+from models.rope import rope_tables
 from pretrain.config.compose import load
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks

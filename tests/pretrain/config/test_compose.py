@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from data.train_tokenizer import train_tokenizer
 from optim.inner import INNER_OPTIMIZERS, REQUIREMENTS
-from pretrain.config.compose import CONF, load
+from pretrain.config.compose import CONF, flat, load
 from pretrain.config.schema import Config, ConfigError, GrassConfig, OptimConfig
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
@@ -197,3 +198,13 @@ def test_a_tied_head_under_grass_is_refused_with_its_mend():
     check(load(head))
     with pytest.raises(ConfigError, match=r"lm_head: has a tied weight .*set model\.tie_word_embeddings=false"):
         check(load([*head, "model.tie_word_embeddings=true"]))
+
+
+def test_a_setting_that_is_a_mapping_is_compared_as_one_value():
+    before = flat(OmegaConf.structured(load([])))
+    after = flat(OmegaConf.structured(load(["model.rope_scaling={rope_type:linear,factor:2.0}", "optim.rank={*:9}"])))
+    assert before.keys() == after.keys()
+    assert {key: after[key] for key in after if after[key] != before[key]} == {
+        "model.rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "optim.rank": {"*": 9},
+    }

@@ -27,8 +27,19 @@ SHAPES = {
     "llama-2": {},
     "grouped": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "tied": {"tie_word_embeddings": True},
+    "llama-3.2": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "linear": {},
 }
-THETAS = {"llama-2": 10000.0, "grouped": 500000.0, "tied": 10000.0}
+ROPE = {
+    "llama-2": {"rope_type": "default", "rope_theta": 10000.0},
+    "grouped": {"rope_type": "default", "rope_theta": 500000.0},
+    "tied": {"rope_type": "default", "rope_theta": 10000.0},
+    "llama-3.2": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+}  # fmt: skip
 TINY = [
     "data=text", "model.vocab_size=500", "model.hidden_size=48", "model.intermediate_size=80",
     "model.num_hidden_layers=2", "model.num_attention_heads=6", "optim.rank=8", "optim.warmup_steps=1",
@@ -68,9 +79,9 @@ def theirs(request, run, tmp_path):
         "vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
         "num_attention_heads": 6, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, **shape,
     }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": THETAS[request.param]}
+    rope = ROPE[request.param]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, initializer_range=0.2)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={**rope}, initializer_range=0.2)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data.uniform_(0.5, 1.5)
@@ -78,7 +89,9 @@ def theirs(request, run, tmp_path):
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     shutil.copy(run / "tokenizer.model", folder)
-    changes = [f"model.{key}={value}" for key, value in {**shape, "rope_theta": THETAS[request.param]}.items()]
+    scaling = ",".join(f"{key}:{value}" for key, value in rope.items() if key != "rope_theta")
+    changes = [f"model.{key}={value}" for key, value in {**shape, "rope_theta": rope["rope_theta"]}.items()]
+    changes += [f"model.rope_scaling={{{scaling}}}"] if "factor" in rope else []
     return model, folder, changes
 
 
@@ -128,7 +141,9 @@ def test_a_hugging_face_model_comes_in_with_the_same_logits_and_goes_out_bit_for
     assert all(
         torch.equal(before[name], tensor) and before[name].dtype == tensor.dtype for name, tensor in after.items()
     )
-    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits == model(IDS).logits).all()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (again(IDS).logits == model(IDS).logits).all()
+    assert again.config.rope_parameters == model.config.rope_parameters
 
 
 def test_a_run_starts_with_the_loss_of_its_initial_weights_and_no_optimizer_state(run, overrides, tmp_path):
@@ -154,7 +169,10 @@ def test_a_run_resumes_from_its_checkpoint_and_not_from_its_initial_weights(run,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type llama3: not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            r"set 'model\.rope_scaling=\{rope_type:linear,factor:8\.0\}'$",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling of type yarn: not supported"),
         ({"attention_bias": True}, "attention_bias=True: only False is supported"),
         ({"head_dim": 16}, "head_dim=16: only 8 is supported"),
