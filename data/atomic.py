@@ -4,6 +4,7 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(temporary)
     temporary.replace(path)
+
+
+def use_umask(path: Path) -> None:
+    """Give the file `path` the permissions of a new file; some libraries make theirs readable by the owner only."""
+    probe = path.with_name(path.name + UNFINISHED)
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
 
 
 def fsync(file: Path | int) -> None:

@@ -36,10 +36,11 @@ def copy_assets(assets: Iterable[Path], folder: Path) -> None:
     """Copy files and folders of assets into ``folder``, which is made if need be."""
     for asset in assets:
         folder.mkdir(parents=True, exist_ok=True)
-        if asset.is_dir():
-            shutil.copytree(asset, folder / asset.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(asset, folder / asset.name)
+        # Contents only: permissions are those of new files, whatever the model's files have.
+        for file in [path for path in asset.rglob("*") if path.is_file()] if asset.is_dir() else [asset]:
+            copy = folder / file.relative_to(asset.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def other_settings(folder: Path, ours: Container[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.atomic import UNFINISHED
+from data.atomic import UNFINISHED, use_umask
 from data.tokenizer import Tokenizer
 from pretrain.inference.hf_assets import (
     GENERATION,
@@ -81,6 +81,7 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
         names = [WEIGHTS]
     for file, shard in zip(names, shards, strict=True):
         save_file({name: tensors[name].contiguous() for name in shard}, folder / file, metadata={"format": "pt"})
+        use_umask(folder / file)  # safetensors makes it readable by its owner only
     if len(shards) > 1:
         file_of = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
