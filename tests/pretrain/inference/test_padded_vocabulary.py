@@ -92,7 +92,7 @@ def overrides(tmp_path, folder, *more):
     tokenizer = next(path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.exists())
     return [
         "data=text", f"data.paths=[{tmp_path / 'corpus'}]", f"data.root={tmp_path / 'prepared'}",
-        f"run.root={tmp_path}", *OVERRIDES, "model.max_position_embeddings=128", "model.rms_norm_eps=1e-6",
+        f"run.root={tmp_path}", *OVERRIDES, "model.max_position_embeddings=128", "model.initializer_range=0.2",
         "optim.rank=8", "optim.warmup_steps=1", "train.seq_len=32", "train.tokens_per_step=128", "train.steps=2",
         "train.eval_every=0", "train.eval_sequences=2", "train.log_every=1", "train.sample_tokens=8",
         "train.compile=false", "logger.wandb.mode=disabled", "run.name=run", f"train.init_from={folder}",
