@@ -92,4 +92,4 @@ def test_compiled_blocks_log_once_that_they_decide_themselves(wanted, caplog, mo
     config = load([*sizes, "optim.rank=8", "train.seq_len=8", "train.tokens_per_step=8"])
     with caplog.at_level("INFO"):
         compile_blocks(config, model, World(0, 1, torch.device("cpu")))
-    assert caplog.text.count("train.lean_activations does nothing in compiled blocks") == wanted
+    assert caplog.text.count("train.lean_activations has no effect in compiled blocks") == wanted
