@@ -157,9 +157,10 @@ def _unless_set(values: list[tuple[str, str, Any]]) -> dict[str, Any]:
 
 def _sync_command(run: Any) -> str:
     """The shell command that uploads ``run`` with the runs of the same id and mode before it: each start made one."""
-    program, folder = os.path.relpath(Path(sys.executable).with_name("wandb")), Path(run.settings.sync_dir)
+    script, folder = Path(sys.executable).with_name("wandb"), Path(run.settings.sync_dir)
+    program = shlex.join([os.path.relpath(script)] if script.exists() else [sys.executable, "-m", "wandb"])
     option, kind = ("", "offline-run") if run.offline else ("--include-online ", "run")
-    return f"{shlex.quote(program)} sync {option}{shlex.quote(str(folder.parent))}/{kind}-*-{shlex.quote(run.id)}"
+    return f"{program} sync {option}{shlex.quote(str(folder.parent))}/{kind}-*-{shlex.quote(run.id)}"
 
 
 def _results(folder: Path, samples: list[tuple[str, str]]) -> dict[str, Any]:
