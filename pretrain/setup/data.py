@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from data.prepare import prepare
+from data.prepare import find, prepare
 from data.streaming.background import BackgroundPreparation, StreamedDataset
 from data.token_dataset import PreparedDataset
 from data.tokenizer import Tokenizer
@@ -153,4 +153,7 @@ def check_run(config: Config, world_size: int) -> PreparedDataset | None:
     check(config, world_size, needs_data=trained is None, resumes=state is not None)
     RunFolder(config).check(config)
     require_writable(config.run.root, config.run.name)
+    if state is None and config.train.init_from and config.data.tokenizer is None:
+        if find(data_settings(config)) is None:  # prepared data are compared with the weights once they are open
+            require_same_tokenizer(config.train.init_from, None)
     return trained
