@@ -10,7 +10,7 @@ from models.convert import convert_linears
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from optim.grass import Grass
-from tests.helpers import allocations
+from tests.helpers import PAPER, allocations
 
 SIZES = {
     "vocab_size": 61,
@@ -87,7 +87,11 @@ def test_training_through_refreshes_ends_in_the_same_rows_and_weights(mode, scor
     for each in ("none", mode):
         model = build(each, "rows")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        grass = Grass(model, optimizer, refresh_every=3, probe_steps=2, score=score, state_at_refresh="carry")
+        grass = Grass(
+            model,
+            optimizer,
+            **PAPER | {"refresh_every": 3, "probe_steps": 2, "score": score, "state_at_refresh": "carry"},
+        )
         grass.start(lambda model=model: loss_of(model).backward())
         for _ in range(7):
             loss_of(model).backward()

@@ -10,6 +10,7 @@ from models.llama import Llama
 from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.param_groups import parameter_groups
+from tests.helpers import PAPER
 
 RANK, TOKENS = 4, 18
 SIDES = ("rows", "columns")
@@ -92,7 +93,7 @@ def test_with_stagger_no_forward_of_a_run_keeps_the_whole_inputs_of_more_than_a_
         model, layers = llama(False)
         regular = saved_bytes(model)
         optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
-        grass = Grass(model, optimizer, refresh_every=2, score=score, stagger=stagger)
+        grass = Grass(model, optimizer, **PAPER | {"refresh_every": 2, "score": score, "stagger": stagger})
         saved = []
         with all_checkpointed(model.layers):  # as a run does
             grass.start(lambda model=model, saved=saved: saved.append(saved_bytes(model, lambda loss: loss.backward())))
@@ -157,7 +158,7 @@ def test_the_columns_are_chosen_by_the_joint_norms_of_the_gradients(score):
     dense.load_state_dict({name: p for name, p in model.state_dict().items() if name in dense.state_dict()})
     expected = gradients(dense)
     optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
-    grass = Grass(model, optimizer, refresh_every=2, score=score, state_at_refresh="carry")
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 2, "score": score, "state_at_refresh": "carry"})
     grass.start(lambda: model(ids(), ids()).backward())
     for block in range(2):
         for module, *children in (("self_attn", "q_proj", "k_proj", "v_proj"), ("mlp", "gate_proj", "up_proj")):

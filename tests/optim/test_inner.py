@@ -12,6 +12,7 @@ from optim import muon
 from optim.grass import Grass
 from optim.inner import inner_optimizer, optimizer_class, optimizer_of_groups
 from optim.param_groups import parameter_groups, set_rates
+from tests.helpers import PAPER
 
 # The optimizer by name, and its class as anyone would call it with lr, weight_decay and what is given here.
 INNER = {
@@ -40,7 +41,7 @@ def grass_of(name, rank, **kwargs):
     layers = convert_linears(model, rank, patterns=["*"])
     groups = parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY)
     optimizer = inner_optimizer(name, groups, **OPTIONS)
-    grass = Grass(model, optimizer, **{"refresh_every": 1000} | kwargs)
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 1000} | kwargs)
     grass.start(lambda: backward(model, 0))
     return model, layers, optimizer
 
@@ -104,7 +105,7 @@ def test_decoupled_decay_is_taken_once_whatever_rho_is(name):
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=3)
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer(name, parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY))
-    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement")
+    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement", **PAPER)
     layer.select(torch.tensor([1, 1, 3]), torch.tensor([3.0, 3.0, 0.5]))
     expected = layer.weight.detach().clone()
     expected[[1, 3]] *= 1 - LR * DECAY
@@ -117,7 +118,7 @@ def test_decay_in_the_gradient_is_part_of_the_step_and_counts_rho_times():
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=2)
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer("sgd", parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY))
-    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement")
+    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement", **PAPER)
     layer.select(torch.tensor([1, 3]), torch.tensor([3.0, 0.5]))
     expected = layer.weight.detach().clone()
     expected[1] *= 1 - 3.0 * LR * DECAY
@@ -133,7 +134,7 @@ def test_8_bit_adamw_steps_on_the_rows_as_parameters_and_has_quantised_moments()
     model = nn.ModuleDict({"layer": layer})
     groups = parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY)
     optimizer = inner_optimizer("adamw8bit", groups, betas=(0.9, 0.99))
-    Grass(model, optimizer, refresh_every=1000)
+    Grass(model, optimizer, refresh_every=1000, **PAPER)
     layer.select(torch.arange(0, 64, 2))
     alone = nn.Parameter(weight[::2].clone())
     reference = optimizer_class("adamw8bit")([alone], lr=LR, betas=(0.9, 0.99), weight_decay=DECAY)

@@ -11,6 +11,7 @@ from models.row_updates import Change
 from optim.grass import Grass
 from optim.inner import optimizer_class
 from optim.moments import carry
+from tests.helpers import PAPER
 
 # A (4, 2) weight, rows 0 and 1 selected; its gradient's squared row norms make the next selection rows 1 and 3.
 WEIGHT = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
@@ -29,7 +30,7 @@ def refreshed(side, optimizer_class, state=None, **kwargs):
 
     layer = GrassLinear(nn.Parameter(lay(WEIGHT)), rank=2, side=side)
     optimizer = optimizer_class([layer.rows], lr=0.1)
-    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=3, **kwargs)
+    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, **PAPER | {"refresh_every": 3} | kwargs)
     if state:
         optimizer.state[layer.rows] = {k: torch.tensor(7.0) if v is None else lay(v) for k, v in state.items()}
     grass.probes.gathered = {"layer": torch.tensor(SQUARED_NORMS)}
@@ -139,7 +140,9 @@ NOT_CARRIED = {
 def test_state_that_cannot_be_carried_is_reset_with_one_warning(name, caplog):
     layer = GrassLinear(nn.Parameter(torch.randn(64, 256)), rank=32)
     optimizer = optimizer_class(name)([layer.rows])
-    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=2, state_at_refresh="carry")
+    grass = Grass(
+        nn.ModuleDict({"layer": layer}), optimizer, **PAPER | {"refresh_every": 2, "state_at_refresh": "carry"}
+    )
     with caplog.at_level(logging.WARNING):
         for step in range(1, 7):
             layer.rows.grad = torch.randn_like(layer.rows)

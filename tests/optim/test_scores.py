@@ -13,7 +13,7 @@ from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.param_groups import parameter_groups
 from optim.selection import SELECTIONS
-from tests.helpers import Allocations, allocations
+from tests.helpers import PAPER, Allocations, allocations
 from tests.processes import in_processes
 
 
@@ -65,9 +65,8 @@ def chosen_rows(selection, score, world_size, rank, micro_batches):
     layers = convert_linears(model, rank=6, patterns=["*"])
     assert {layer.side for layer in layers.values()} == {"rows", "columns"}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    grass = Grass(
-        model, optimizer, refresh_every=3, selection=selection, score=score, probe_steps=2, state_at_refresh="carry"
-    )
+    options = {"selection": selection, "score": score, "probe_steps": 2, "state_at_refresh": "carry"}
+    grass = Grass(model, optimizer, refresh_every=3, **PAPER | options)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
 
     def backward(step):
@@ -183,7 +182,11 @@ def test_neither_start_nor_refresh_with_sketch_makes_a_tensor_of_a_full_gradient
         model.init_weights(seed=0)
         layers = convert_linears(model, rank=4, side=side)
         optimizer = inner_optimizer(inner, parameter_groups(model, lr=1e-3, linear_lr=1e-3, weight_decay=0.1))
-        grass = Grass(model, optimizer, refresh_every=2, score=score, sketch_width=3, state_at_refresh="carry")
+        grass = Grass(
+            model,
+            optimizer,
+            **PAPER | {"refresh_every": 2, "score": score, "sketch_width": 3, "state_at_refresh": "carry"},
+        )
         ids = torch.zeros(3, 7, dtype=torch.int64)
         with Allocations() as allocations:
             grass.start(lambda: model(ids, ids).backward())

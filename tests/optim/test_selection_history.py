@@ -9,6 +9,7 @@ from torch import nn
 from models.grass_linear import GrassLinear
 from optim.grass import Grass
 from optim.selection_history import SelectionHistory
+from tests.helpers import PAPER
 
 SCORES = torch.tensor([3.0, 0.0, 4.0, 12.0])  # of norm 13
 
@@ -63,7 +64,7 @@ def test_with_exact_scores_the_share_caught_is_that_of_the_gradient_s_norm(side)
     weight = layer.weight.detach().clone().requires_grad_()
     model = nn.ModuleDict({"layer": layer})
     x = torch.randn(5, 10, dtype=torch.float64)
-    grass = Grass(model, torch.optim.SGD([layer.rows]), refresh_every=10, score="exact")
+    grass = Grass(model, torch.optim.SGD([layer.rows]), **PAPER | {"refresh_every": 10, "score": "exact"})
     grass.start(lambda: layer(x).square().sum().backward())
     (x @ weight.T).square().sum().backward()
     expected = weight.grad.index_select(layer.dim, layer.index).norm() / weight.grad.norm()
