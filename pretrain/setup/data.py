@@ -133,7 +133,7 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         ValueError: they do not go together.
     """
     require_embeddings(tokenizer, config.model.vocab_size)
-    if unused := config.model.vocab_size - tokenizer.vocab_size:
+    if (unused := config.model.vocab_size - tokenizer.vocab_size) > 0:
         logger.info("%d of %d embedding rows stand for no token of the tokenizer", unused, config.model.vocab_size)
     if config.train.init_from and state_to_resume(config) is None:
         require_same_tokenizer(config.train.init_from, tokenizer)
@@ -153,7 +153,7 @@ def check_run(config: Config, world_size: int) -> PreparedDataset | None:
     check(config, world_size, needs_data=trained is None, resumes=state is not None)
     RunFolder(config).check(config)
     require_writable(config.run.root, config.run.name)
-    if state is None and config.train.init_from and config.data.tokenizer is None:
-        if find(data_settings(config)) is None:  # prepared data are compared with the weights once they are open
-            require_same_tokenizer(config.train.init_from, None)
+    starts = state is None and config.train.init_from
+    if starts and config.data.tokenizer is None and find(data_settings(config)) is None:
+        require_same_tokenizer(starts, None)  # before the data are prepared with a new tokenizer
     return trained
