@@ -22,7 +22,7 @@ from pretrain.inference.sampling import Sampling, new_tokens, rows_without_token
 from pretrain.inference.text_generator import TextGenerator
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
-from pretrain.setup.data import ready
+from pretrain.setup.data import prepare_data, ready
 from pretrain.training.trainer import Trainer
 from tests.pretrain.inference.hf_models import (
     OVERRIDES,
@@ -211,3 +211,15 @@ def test_weights_of_other_rows_than_the_config_says_are_refused_before_anything_
     change_json(folder / "config.json", vocab_size=300)
     with pytest.raises(ConfigError, match=r"embed_tokens\.weight is \(320, 32\) there and \(300, 32\) in the model"):
         check(load(overrides(tmp_path, folder, "model.vocab_size=300")))
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_a_new_tokenizer_for_a_model_that_has_one_is_refused_before_the_data_are_prepared(on_the_fly, tmp_path):
+    (folder := tmp_path / "hf").mkdir()
+    sentencepiece(folder)
+    llama(folder, 320)
+    unnamed = overrides(tmp_path, folder, "model.vocab_size=320", f"data.on_the_fly={on_the_fly}")
+    unnamed = [override for override in unnamed if not override.startswith("data.tokenizer")]
+    with pytest.raises(ValueError, match=r"another tokenizer than the run; set data\.tokenizer=.*tokenizer\.model"):
+        prepare_data(load(unnamed), 1)
+    assert not (tmp_path / "prepared").exists()
