@@ -1,9 +1,11 @@
 """The command line of the commands that take settings: overrides ``key=value``, and flags such as --help."""
 
+import io
 import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 import hydra
@@ -75,7 +77,10 @@ def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
     else:
         if {"-c", "--cfg"} & {flag.partition("=")[0] for flag in flags}:
             compose(overrides)
-        run_hydra([*flags, *as_typed(overrides)], lambda _: None)
+        answer = io.StringIO()  # Hydra would report a closed pipe with a traceback
+        with redirect_stdout(answer):
+            run_hydra([*flags, *as_typed(overrides)], lambda _: None)
+        print(answer.getvalue(), end="")
     sys.exit()
 
 

@@ -88,10 +88,14 @@ def _one_of(key: str, value: str, known: Iterable[str]) -> list[str]:
 
 def _run_problems(config: Config) -> list[str]:
     name, parts = config.run.name, Path(config.run.name).parts
-    forbidden = set('\\:*?"<>|') & set(name)
-    if not name.strip() or forbidden or name.startswith("/") or not parts or ".." in parts:
-        return [f"run.name={name!r} cannot be a folder below run.root; use letters, digits, - and _"]
-    return []
+    forbidden, problems = '\\:*?"<>|', list[str]()
+    if not name.strip() or set(forbidden) & set(name) or name.startswith("/") or not parts or ".." in parts:
+        advice = f"use none of {' '.join(forbidden)}, and no .. or / at its start"
+        problems.append(f"run.name={name!r} cannot be a folder below run.root; {advice}")
+    for prompt in config.data.prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that Python could not decode
+            problems.append(f"data.prompts: {prompt!r} is not UTF-8")
+    return problems
 
 
 def _train_problems(config: Config, world_size: int) -> list[str]:

@@ -92,6 +92,7 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("train.loss_chunk_tokens=0", r"train\.loss_chunk_tokens=0 must be at least 1"),
         ("data.vocab_size=500", r"data\.vocab_size=500 is not model\.vocab_size=4096"),
         ("data.validation_share=2", r"data\.validation_share"),
+        ("data.prompts=[caf\udce9]", r"data\.prompts: 'caf\\udce9' is not UTF-8"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named_with_its_mend(override, message):
