@@ -123,6 +123,7 @@ class DataConfig(DataSettings):
     dataset: str | None = field(default=None, metadata=SAME_CONTENT)
     mixture: list[Any] = field(default_factory=list, metadata=SAME_CONTENT)
     tokenizer: str | None = field(default=None, metadata=SAME_CONTENT | PER_RANK)
+    vocab_size: int = field(default=DataSettings.vocab_size, metadata=SAME_CONTENT)
     workers: int | None = field(default=None, metadata=MAY_CHANGE)
     prompts: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
     on_the_fly: bool = False
