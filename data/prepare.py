@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from itertools import pairwise, product
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from data.file_lock import file_lock
 from data.preparation.corpus_writer import CorpusWriter
@@ -85,23 +85,26 @@ def find_by_fingerprint(settings: DataSettings, fingerprint: str) -> PreparedDat
     """
     if settings.source == "mixture":
         return _find_mixture(PreparationPlan(settings), fingerprint)
-    folder = next((folder for folder, found in _fingerprints(settings.root) if found == fingerprint), None)
-    return load(folder) if folder else None
+    found = (folder for folder, manifest in manifests(settings.root) if manifest["fingerprint"] == fingerprint)
+    return next(map(load, found), None)
 
 
 def _find_mixture(plan: PreparationPlan, fingerprint: str) -> PreparedDataset | None:
     weights = [weight for _, weight in plan.parts]
-    for chosen in product(_fingerprints(plan.settings.root), repeat=len(weights)):
+    fingerprints = [(folder, manifest["fingerprint"]) for folder, manifest in manifests(plan.settings.root)]
+    for chosen in product(fingerprints, repeat=len(weights)):
         if hash_of([[found, weight] for (_, found), weight in zip(chosen, weights, strict=True)]) == fingerprint:
             return _mix(plan, [(load(folder), weight) for (folder, _), weight in zip(chosen, weights, strict=True)])
     return None
 
 
-def _fingerprints(root: str) -> Iterator[tuple[Path, str]]:
-    """Folder and fingerprint of every complete preparation in `root`."""
+def manifests(root: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and manifest of every complete preparation in `root`."""
     for file in sorted(Path(root).glob(f"*-{HEX12}/{MANIFEST}")):
-        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            yield file.parent, json.loads(file.read_text())["fingerprint"]
+        with suppress(OSError, ValueError, RecursionError):
+            manifest = json.loads(file.read_text())
+            if isinstance(manifest, dict) and {"fingerprint", "identity", "tokenizer"} <= manifest.keys():
+                yield file.parent, manifest
 
 
 def _find(plan: PreparationPlan) -> PreparedDataset | None:

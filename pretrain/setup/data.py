@@ -20,7 +20,7 @@ from pretrain.inference.pretrained import require_embeddings
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.writable import require_writable
 from pretrain.setup.checks import check
-from pretrain.setup.resume import data_settings, find_trained_data, state_to_resume
+from pretrain.setup.resume import data_settings, find_trained_data, state_to_resume, validation_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,11 @@ def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractC
         ValueError, OSError: with the key or file at fault, and the fix.
     """
     if config.data.on_the_fly:
-        check_run(config, world_size)
-        return partial(stream, config)
-    prepared = ready(config, world_size)
+        prepared = check_run(config, world_size)
+        if prepared is None:
+            return partial(stream, config)
+    else:
+        prepared = ready(config, world_size)
     return lambda world: nullcontext(prepared)
 
 
@@ -102,10 +104,10 @@ def stream(config: Config, world: World) -> Iterator[StreamedDataset]:
     Raises:
         ValueError: on every process: the text has a fault, or the tokenizer is not for this run.
     """
-    validation_tokens, found = config.train.eval_sequences * config.train.seq_len + 1, list[StreamedDataset]()
+    found = list[StreamedDataset]()
 
     def opened() -> bool:
-        if not found and (data := preparation.dataset(validation_tokens)):
+        if not found and (data := preparation.dataset(validation_tokens(config))):
             found.append(data)
         return bool(found)
 

@@ -8,6 +8,7 @@ from typing import Any
 from data.prepare import find_by_fingerprint
 from data.prepare import problems as data_problems
 from data.settings import DataSettings
+from data.streaming.background import find_by_fingerprint as find_streamed
 from data.token_dataset import PreparedDataset
 from pretrain.checkpoint.directory import read_state
 from pretrain.config.schema import Config
@@ -33,15 +34,23 @@ def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset 
     """The tokens that the run with this ``state`` was trained on, when the files they were made from are gone.
 
     None when those files are there, so that they are compared with the checkpoint; or when ``data.root`` does not hold
-    the tokens. Training with ``data.on_the_fly`` always needs its files.
+    all of the tokens.
     """
     settings, fingerprint = data_settings(config), state.get("data", {}).get("fingerprint")
-    if config.data.on_the_fly or fingerprint is None or not (problems := data_problems(settings)):
+    if fingerprint is None or not (problems := data_problems(settings)):
         return None
-    found = find_by_fingerprint(settings, fingerprint)
+    if config.data.on_the_fly:
+        found = find_streamed(settings, fingerprint, validation_tokens(config))
+    else:
+        found = find_by_fingerprint(settings, fingerprint)
     if found:
         logger.warning("%s; resuming with the tokens in %s, which the run was trained on", problems[0], found.folder)
     return found
+
+
+def validation_tokens(config: Config) -> int:
+    """The most tokens that a validation reads of a streamed dataset."""
+    return config.train.eval_sequences * config.train.seq_len + 1
 
 
 def data_settings(config: Config) -> DataSettings:

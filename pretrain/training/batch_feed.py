@@ -36,6 +36,7 @@ class BatchFeed:
             train.seed, world.rank, world.size, train.document_masks,
             config.data.shuffle_block if config.data.on_the_fly else None,
         )  # fmt: skip
+        self._streams = config.data.on_the_fly
         self._wait: DataWait | None = None
         if isinstance(data, StreamedDataset):
             self._wait = DataWait(world, data.preparation, stop, lambda: data.train.complete)
@@ -75,7 +76,7 @@ class BatchFeed:
         content = content_of(self.data.manifest)
         identity = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
         identity |= {"content": content} if content else {}
-        return identity | ({"read": self._batches.digest(steps)} if self._wait else {})
+        return identity | ({"read": self._batches.digest(steps)} if self._streams else {})
 
     def require_same(
         self, identity: dict[str, Any], steps: int, trained: Path | None, changes: dict[str, tuple[Any, Any]]

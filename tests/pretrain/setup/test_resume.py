@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from data.prepare import prepare
 from data.train_tokenizer import train_tokenizer
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import load
 from pretrain.inference.hf_export import export
-from tests.pretrain.training.test_trainer import logging_of_a_run, losses, train  # noqa: F401
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import prepare_data
+from pretrain.setup.resume import data_settings
+from pretrain.training.trainer import Trainer
+from tests.pretrain.training.test_trainer import ALONE, logging_of_a_run, losses, train  # noqa: F401
 
 TINY = [
     "data=text", "model.vocab_size=400", "model.hidden_size=32", "model.intermediate_size=48",
@@ -149,3 +156,24 @@ def test_a_mixture_resumes_without_its_texts(here):
     gone("text", "other", "tok.model")
     folder, _ = train([*mixture, "train.steps=4"])
     assert len(losses(folder)) == 4 and json.loads(folder.summary_file.read_text())["steps"] == 4
+
+
+def test_a_run_that_streamed_its_data_resumes_without_the_text_once_all_is_prepared(here):
+    stream = [*TINY, "data.tokenizer=tok.model", "data.on_the_fly=true", "data.shuffle_block=8", "train.eval_every=2"]
+    for name in ("whole", "halves"):
+        train_streaming([*stream, f"run.name={name}", "train.steps=4"])
+    prepare(data_settings(load(stream)))
+    whole = train_streaming([*stream, "run.name=whole", "train.steps=8"])
+    gone("text", "tok.model")
+    halves = train_streaming([*stream, "run.name=halves", "train.steps=8"])
+    lines = [map(json.loads, folder.metrics_file.read_text().splitlines()) for folder in (whole, halves)]
+    ours, theirs = ([(x.get("train/loss"), x.get("val/loss")) for x in of_run] for of_run in lines)
+    assert ours == theirs and len(ours) == 8 + 5
+
+
+def train_streaming(overrides):
+    config = load(overrides)
+    folder = RunFolder(config)
+    with folder.locked(), prepare_data(config, 1)(ALONE) as data:
+        Trainer(config, ALONE, data, folder, StopRequest()).fit()
+    return folder
