@@ -81,7 +81,7 @@ class WandbLogger:
 
     def _start(self, mode: str) -> None:
         self._run = _init(self._config, self._folder, mode)
-        self._advice = f"; upload it with: {_sync_command(self._run)}"
+        self._advice = f"; the run goes online with: {_sync_command(self._run)}"
         logger.info("W&B is %s%s", mode, self._advice if self._run.offline else "")
 
     def _try(self, action: str, call: Callable[[], object]) -> bool:

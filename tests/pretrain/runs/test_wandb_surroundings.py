@@ -85,7 +85,7 @@ def test_without_a_network_or_a_login_the_run_is_offline_and_complete(surroundin
     with caplog.at_level(logging.INFO):
         logged(folder, f"logger.wandb.mode={mode}")
     assert offline_lines(folder) == LINES
-    assert "W&B is offline; upload it with: " in caplog.text
+    assert "W&B is offline; the run goes online with: " in caplog.text
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
@@ -122,7 +122,7 @@ def test_a_network_that_goes_away_leaves_what_the_named_command_uploads(folder, 
     began = time.monotonic()
     run.finish({"val/loss": 2.0})
     assert time.monotonic() - began < 30
-    command = caplog.text.split("upload it with: ")[1].splitlines()[0]
+    command = caplog.text.split("goes online with: ")[1].splitlines()[0]
     handler.failure = None
     handler.lines.clear()
     assert Path(shlex.split(command)[0]).resolve() == Path(sys.executable).with_name("wandb")
