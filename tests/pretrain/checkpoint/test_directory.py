@@ -1,13 +1,11 @@
 """Checkpoints on disk: damage is found, the checkpoint before is used, and nothing else is removed."""
 
-import gc
 import json
 import logging
 import pickle
 import random
 import shutil
 import threading
-import weakref
 
 import pytest
 import torch
@@ -213,84 +211,3 @@ def test_pruning_keeps_the_newest_and_multiples(tmp_path):
 def test_a_fault_is_the_same_after_a_trip_to_another_process(tmp_path):
     error = pickle.loads(pickle.dumps(Damaged(tmp_path, "state.json is missing")))
     assert (error.path, error.what) == (tmp_path, "state.json is missing") and str(tmp_path) in str(error)
-
-
-class OnAGpu(World):
-    """A process of a device that is not there; notes the threads that take it."""
-
-    def use_device(self):
-        self.__dict__.setdefault("threads", []).append(threading.current_thread())
-
-
-class CopyingStager:
-    """Torch's stager on a CPU: with ``once`` it can be used once, as in torch 2.11."""
-
-    made, once = [], False
-
-    def __init__(self, options):
-        self.pinned, self.uses, self.closed = options.use_pinned_memory, 0, False
-        self.made.append(self)
-
-    def stage(self, tensors):
-        if self.uses and self.once:
-            raise KeyError(type)
-        self.uses += 1
-        return {name: tensor.clone() for name, tensor in tensors.items()}
-
-    def close(self):
-        self.closed = True
-
-
-@pytest.fixture
-def stagers(monkeypatch):
-    monkeypatch.setattr("pretrain.checkpoint.saver.DefaultStager", CopyingStager)
-    monkeypatch.setattr(CopyingStager, "made", [])
-    return CopyingStager
-
-
-@pytest.mark.parametrize("once", [True, False])
-def test_pinned_memory_is_used_again_where_torch_s_stager_can_be(tmp_path, stagers, monkeypatch, once):
-    monkeypatch.setattr(stagers, "once", once)
-    saver = Saver(tmp_path, OnAGpu(0, 1, torch.device("cuda", 1)))
-    for step in (1, 2, 3):
-        saver.save(step, {"model.x": torch.full((4,), step)}, {})
-        saver.finish()
-        assert load_file(next(path_of(tmp_path, step).glob("*.safetensors")))["model.x"].tolist() == [step] * 4
-    used = [(stager.uses, stager.closed) for stager in stagers.made if stager.pinned]
-    assert used == ([(1, True)] * 3 if once else [(3, False)])
-
-
-def test_the_thread_that_saves_takes_its_device_before_anything_else(tmp_path, stagers, monkeypatch):
-    world, threads = OnAGpu(0, 1, torch.device("cuda", 1)), []
-    monkeypatch.setattr("pretrain.checkpoint.saver._require_finite", lambda *_: threads.append(list(world.threads)))
-    saver = Saver(tmp_path, world)
-    saver.save(1, {"model.x": torch.ones(4)}, {})
-    thread = saver._thread
-    saver.finish()
-    assert threads == [[thread]]
-
-
-def test_a_process_takes_its_own_device_and_a_cpu_needs_none(monkeypatch):
-    taken = []
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    ALONE.use_device()
-    World(1, 2, torch.device("cuda", 1)).use_device()
-    assert taken == [torch.device("cuda", 1)]
-
-
-def test_the_copies_of_a_cpu_go_with_their_save(tmp_path, monkeypatch):
-    copies, write = [], Saver._write
-
-    def note(saver, path, tensors, *rest):
-        copies.append(weakref.ref(tensors["model.x"].untyped_storage()))
-        write(saver, path, tensors, *rest)
-
-    monkeypatch.setattr(Saver, "_write", note)
-    saver = Saver(tmp_path, ALONE)
-    gc.disable()
-    try:
-        saver.save(1, {"model.x": torch.ones(4)}, {})
-        saver.finish()
-        assert [copy() for copy in copies] == [None]
-    finally:
-        gc.enable()

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import subprocess
-import threading
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from pretrain.checkpoint import saver
-from pretrain.checkpoint.directory import newest_good, path_of
+from pretrain.checkpoint.directory import newest_good
 from pretrain.checkpoint.manager import read_rollbacks
 from pretrain.checkpoint.saver import NotSaved, Saver
 from pretrain.cli.signals import StopRequest
@@ -277,32 +275,6 @@ def test_processes_skip_and_save_together(overrides, tmp_path):
     assert len(list((folder / "step-00000002").glob("*.safetensors"))) == 2
 
 
-def test_a_step_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
-    waits, may_write, put = threading.Event(), threading.Event(), Saver._put_in_place
-    monkeypatch.setattr(Saver, "_put_in_place", lambda *given: (waits.set(), may_write.wait(30), put(*given)))
-    saving, weight = Saver(tmp_path, ALONE), torch.ones(8)
-    saving.save(1, {"model.weight": weight}, {"step": 1})
-    weight.fill_(2.0)  # the run goes on
-    assert waits.wait(30) and [p.name for p in tmp_path.iterdir()] == ["step-00000001.tmp"]
-    may_write.set()
-    saving.save(2, {"model.weight": weight}, {"step": 2})  # waits for the first
-    assert newest_good(tmp_path)[0].name >= "step-00000001"
-    saving.finish()
-    from safetensors.torch import load_file
-
-    for step, value in ((1, 1.0), (2, 2.0)):
-        (file,) = path_of(tmp_path, step).glob("*.safetensors")
-        assert load_file(file)["model.weight"].tolist() == [value] * 8
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    saving = Saver(tmp_path, ALONE)
-    saving.save(1, {"model.weight": torch.tensor([1.0, float("inf")])}, {"step": 1})
-    with pytest.raises(FloatingPointError, match=r"step-00000001 is not saved: model.weight is not finite"):
-        saving.finish()
-    assert newest_good(tmp_path) == (None, [])
-
-
 def test_lines_that_the_disk_does_not_take_are_kept_and_written_later(tmp_path, caplog):
     lines = JsonLinesFile(tmp_path / "gone" / "metrics.jsonl")
     for step in (1, 2):
@@ -352,11 +324,3 @@ def test_a_shard_that_cannot_be_read_ends_the_run_with_its_name_and_loses_nothin
     folder, tensors = train(where)
     assert losses(folder) == losses(whole)
     assert_equal(tensors, expected)
-
-
-def test_what_fails_otherwise_in_a_save_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(saver, "seal", lambda *given: 1 / 0)
-    saving = Saver(tmp_path, ALONE)
-    saving.save(1, {"model.weight": torch.ones(8)}, {"step": 1})
-    with pytest.raises(ZeroDivisionError):
-        saving.finish()
