@@ -40,7 +40,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError(f"the method lora: {error}; pip install -r requirements-baselines.txt") from None
+        raise ValueError(f"the method lora: {error}; .venv/bin/pip install -r requirements-baselines.txt") from None
     full = [p for name, p in model.named_parameters() if "_proj" not in name]
     inject_adapter_in_model(LoraConfig(r=rank, target_modules=r".*\.(self_attn|mlp)\..*_proj"), model)
     for p in full:

@@ -53,10 +53,12 @@ def compile_blocks(config: Config, model: Llama, world: World) -> bool:
 
 
 def failure(error: Exception) -> str:
-    """The reason for ``error`` in one line, without the line in which torch names the backend that raised it."""
+    """The reason for ``error`` in one line: torch's, and the first error in the output of the compiler that it ran."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not re.fullmatch(r"backend=.* raised:", line)]
-    return f"{type(error).__name__}: {reasons[0] if reasons else 'no reason is given'}"
+    reason = f"{type(error).__name__}: {reasons[0] if reasons else 'no reason is given'}"
+    found = next((line for line in reasons[1:] if re.search(r"\berror: |No space left|Read-only|denied", line)), "")
+    return f"{reason} ({found})" if found else reason
 
 
 def _try_block(config: Config, model: Llama, world: World) -> None:
