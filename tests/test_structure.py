@@ -1,4 +1,4 @@
-"""The sizes that keep the code readable: files of one idea, functions that fit a screen, few files at a package's top."""
+"""The sizes that keep the code readable: files of one idea, functions that fit a screen, few commands in a package."""
 
 import ast
 import subprocess

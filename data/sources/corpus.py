@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from data.settings import LINES, DataSettings
-from data.sources.documents import NO_RESPONSE, Batch, Document, Parser, Record, digest
+from data.sources.documents import NO_RESPONSE, Batch, Document, Record, digest
 from data.sources.file_search import shorten
 from data.sources.files import SourceFile
 from data.sources.huggingface import Rows
 from data.sources.open_text import COMPRESSED
+from data.sources.parser import Parser
 from data.sources.records import PARQUET, PART_CHARS, Records
 from data.sources.token_files import TokenRecords
 from data.tokenizer import Tokenizer

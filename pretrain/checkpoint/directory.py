@@ -95,7 +95,7 @@ def remove_unfinished(folder: Path, *patterns: str) -> None:
         patterns: globs of their names without the ending ``.tmp``; other files stay.
     """
     for path in (path for pattern in patterns for path in folder.glob(pattern + UNFINISHED)):
-        _remove(path)
+        remove(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -201,23 +201,7 @@ def point_at(path: Path) -> None:
         logger.warning("%s could not be pointed at %s: %s", path.parent / LATEST, path.name, error)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints that are no longer needed: those outside ``keep_last`` and ``keep_every``.
-
-    Damaged checkpoints that were set aside stay.
-
-    Args:
-        keep_last: number of newest checkpoints to keep; 0 keeps all.
-        keep_every: keep checkpoints at multiples of this step too; 0 for none.
-    """
-    if not keep_last:
-        return
-    for path in checkpoints_in(folder)[keep_last:]:
-        if keep_every == 0 or step_of(path) % keep_every:
-            _remove(path.rename(path.with_suffix(UNFINISHED)))
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a file or folder; if that fails, for example for a file that NFS keeps open, warn and leave the rest."""
     try:
         if path.is_dir() and not path.is_symlink():

@@ -16,10 +16,10 @@ from pretrain.checkpoint.directory import (
     newest_good,
     path_of,
     point_at,
-    prune,
     read_state,
     set_aside,
 )
+from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensors import load
 from pretrain.config.schema import ConfigError, TrainConfig

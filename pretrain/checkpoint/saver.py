@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from data.atomic import UNFINISHED, fsync
 from models.dtensor import local
-from pretrain.checkpoint.directory import checksum, path_of, point_at, prune, seal
+from pretrain.checkpoint.directory import checksum, path_of, point_at, seal
+from pretrain.checkpoint.retention import prune
 from pretrain.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class Saver:
 
     Args:
         background: let ``save`` return once the tensors are copied, not once all is on disk.
-        keep_last: see ``directory.prune``.
-        keep_every: see ``directory.prune``.
+        keep_last: see ``retention.prune``.
+        keep_every: see ``retention.prune``.
         timeout: longest wait of a process for the others in a save.
     """
 

@@ -8,7 +8,7 @@ from pretrain.config.schema import Config, ConfigError
 from pretrain.planner.extrapolate import simulate_all_blocks
 from pretrain.planner.simulate import COMPONENTS, MODEL, Peaks, micro_batch_size
 from pretrain.setup.checks import check
-from pretrain.setup.resume import state_to_resume
+from pretrain.setup.trained_data import state_to_resume
 
 GIB, MIB = 2**30, 2**20
 NO_LIMIT = 2**16  # sequences: more than any device holds

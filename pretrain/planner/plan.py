@@ -15,7 +15,7 @@ from pretrain.planner.memory import GIB, Estimate, estimate, needed_bytes, requi
 from pretrain.planner.simulate import micro_batch_size
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.model import outline
-from pretrain.setup.resume import data_settings
+from pretrain.setup.trained_data import data_settings
 from pretrain.training.rates import describe_change
 
 

@@ -20,7 +20,7 @@ from pretrain.inference.pretrained import require_embeddings
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.writable import require_writable
 from pretrain.setup.checks import check
-from pretrain.setup.resume import data_settings, find_trained_data, state_to_resume, validation_tokens
+from pretrain.setup.trained_data import data_settings, find_trained_data, state_to_resume, validation_tokens
 
 logger = logging.getLogger(__name__)
 

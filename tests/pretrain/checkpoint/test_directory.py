@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint.directory import MANIFEST, Damaged, newest_good, path_of, prune
+from pretrain.checkpoint.directory import MANIFEST, Damaged, newest_good, path_of
+from pretrain.checkpoint.retention import prune
 from pretrain.checkpoint.saver import Saver
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load

@@ -14,7 +14,7 @@ from pretrain.config.compose import load
 from pretrain.inference.hf_export import export
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import prepare_data
-from pretrain.setup.resume import data_settings
+from pretrain.setup.trained_data import data_settings
 from pretrain.training.trainer import Trainer
 from tests.pretrain.training.test_trainer import ALONE, logging_of_a_run, losses, train  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""What a resumed run needs: its checkpoint and the tokens it trains on, not the files that its start needed."""
+"""The tokens that a resumed run was trained on, found without the files that they were made from."""
 
 import logging
 from contextlib import suppress
