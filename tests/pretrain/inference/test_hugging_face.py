@@ -1,12 +1,14 @@
 """Exports and imports of Hugging Face models, compared with transformers' reading and writing of them."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data.sources.files import stdlib_files
 from data.tokenizer import Tokenizer
@@ -231,3 +233,38 @@ def test_transformers_writes_the_same_greedy_tokens(exported, run):
     written = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0].tolist()
     ids = prompt["input_ids"][0].tolist()
     assert written == generate(load_pretrained(run)[0], ids, 20, temperature=0, top_k=0, seed=0)
+
+
+def test_an_exported_run_has_a_card_and_a_length_that_it_was_trained_on(exported, run, root):
+    tokenizer = json.loads((exported / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == AutoTokenizer.from_pretrained(exported).model_max_length == 32
+    generation = GenerationConfig.from_pretrained(exported)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    header, card = (exported / "README.md").read_text().split("---\n")[1:]
+    assert yaml.safe_load(header)["library_name"] == "transformers"
+    assert card.startswith("\n# out\n")
+    facts = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE))
+    assert facts["corpus"] == "text: models, optim" and facts["tokens trained on"] == "384"
+    assert facts["rows trained"].startswith("8 of each linear layer") and facts["optimizer"] == "muon"
+    assert facts["initial weights"] == "random" and facts["sequence length"] == "32"
+    assert str(root) not in card and str(run.parent) not in card  # a card is published
+    ended = json.loads((run / "summary.json").read_text())
+    assert f"| 3 | 384 | {ended['val/loss']:.4f} | {ended['val/bits_per_byte']:.4f} |" in card
+    assert "\n| 0 | 0 | " in card and "Last training loss: " in card
+    assert f"{ended['parameters'] / 1e6:.1f}M parameters, trained for 3 steps of 128 tokens" in card
+
+
+def test_the_card_of_an_earlier_checkpoint_has_no_later_losses(run, overrides, tmp_path):
+    more = trainer(overrides("run.name=early", "train.checkpoint_every=2", f"train.init_from={run}"))
+    more.fit()
+    export(more.folder.path / "checkpoints" / "step-00000002", tmp_path / "early")
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "| 2 | 256 | " in card and "| 3 | 384 | " not in card and "at step 2." in card
+    assert f"| initial weights | {run.name} (SHA-256 `" in card and str(run.parent) not in card
+
+
+def test_a_model_of_hugging_face_keeps_its_own_card(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("# Theirs\n")
+    export(tmp_path / "theirs", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == "# Theirs\n"
