@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_COMMANDS = 350, 50, 10
-PACKAGES = ("models", "optim", "data", "pretrain", "benchmarks", "scripts")
+PACKAGES = ("models", "optim", "data", "pretrain", "benchmarks", "scripts", "examples")
 
 
 @pytest.fixture(scope="module")
