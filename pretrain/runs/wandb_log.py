@@ -181,10 +181,10 @@ def _coverage_picture(data: RunRecords) -> Any:
 
     from pretrain.runs.figures import plot_coverage  # matplotlib takes a second to import, at the end of a run only
 
-    if (figure := plot_coverage(data, "wide")) is None:
+    if (figure := plot_coverage(data)) is None:
         return None
     file = io.BytesIO()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=200)
     return Image.open(file)
 
 
