@@ -89,6 +89,16 @@ def test_the_picture_and_the_tree_of_the_architecture_are_those_of_the_code(root
     assert script["page"]() == script["PAGE"].read_text(), advice
 
 
+def test_the_architecture_page_names_what_is_in_its_files(root):
+    text = (root / "docs/architecture.md").read_text()
+    named = re.findall(r"`([\w.]+)`\s+(?:in\s+|\()`([\w/]+\.py)`", text)
+    assert len(named) > 20
+    for names, file in named:
+        code = (root / file).read_text()
+        for name in names.split("."):
+            assert re.search(rf"^\s*(def|class) {name}\b", code, re.M), f"{names} is not in {file}"
+
+
 def test_the_imports_of_the_picture_are_those_that_grimp_finds(root):
     """Grimp is import-linter's own reader of imports."""
     grimp = pytest.importorskip("grimp")
