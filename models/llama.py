@@ -245,9 +245,9 @@ class Llama(nn.Module):
     def init_weights(self, seed: int) -> None:
         """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
 
-        A weight's draw depends only on (seed, its name), and is made in float32 on the CPU: it is the same on every
-        device, for any sharding and any other contents of the model, and in every dtype up to rounding. Parameters
-        whose names do not end in "weight" do not belong to the architecture and are left unchanged.
+        Each weight depends only on (seed, name) and is drawn in float32 on the CPU. So it does not depend on device,
+        sharding or other layers, and models in other dtypes get the rounded value. Parameters whose names do not end in
+        "weight" do not belong to the architecture and are left unchanged.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):

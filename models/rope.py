@@ -44,11 +44,11 @@ def scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
     linear  all are divided by ``factor`` (Chen et al., arXiv 2306.15595)
     llama3  as in Llama 3.1. With L = ``original_max_position_embeddings``, a frequency that turns fewer than
-            ``low_freq_factor`` times in L positions is divided by ``factor``; one that turns more than
-            ``high_freq_factor`` times stays; those in between are mixed linearly in their number of turns.
+            ``low_freq_factor`` times in L positions is divided by ``factor``; a frequency that turns more than
+            ``high_freq_factor`` times stays. Frequencies in between are mixed linearly in their number of turns.
 
     Args:
-        scaling: Hugging Face's ``rope_scaling`` without `scaling_problems`.
+        scaling: Hugging Face's ``rope_scaling``, in which `scaling_problems` finds no problem.
     """
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]

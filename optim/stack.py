@@ -47,7 +47,7 @@ class OptimizerStack:
     def set_rates(self, factor: float) -> None:
         """Set the rate of every group for the coming update: its peak rate times ``factor``.
 
-        The rate of the linears is also multiplied by the warm-up after a refresh.
+        The rate of the linear layers is also multiplied by the warm-up after a refresh.
         """
         set_rates(self.optimizer, factor, self.grass.rate_factor() if self.grass else 1.0)
 

@@ -56,7 +56,7 @@ class PreparationPlan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything except the text that decides which tokens come out."""
+        """All inputs that determine the tokens, except the text itself."""
         default, s = DataSettings(), self.settings
         return {
             "format": FORMAT,

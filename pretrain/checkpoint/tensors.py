@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from models.int8_weight import full_weight
+from models.weights import listed
 from optim.refresh_schedule import block_of
 from optim.stack import OptimizerStack
 from pretrain.checkpoint.directory import Damaged, read_manifest, verify
@@ -42,7 +43,10 @@ def load(path: Path, model: nn.Module, optim: OptimizerStack) -> None:
     optim.make_room(stored)
     tensors = tensors_of(model, optim)
     if unlike := sorted(tensors.keys() ^ stored.keys()):
-        raise ValueError(f"{path} is not of this model and optimizer: {', '.join(unlike[:4])} …")
+        raise ValueError(
+            f"{path} and this model and optimizer differ in {listed(unlike)}; use the settings of the saved run "
+            "(model.*, optim.*)"
+        )
     for name, tensor in tensors.items():
         if (dtype := stored[name].properties.dtype) != tensor.dtype:
             fix = f"set optim.state_dtype={str(dtype).removeprefix('torch.')}" if name.endswith(".rows") else ""
@@ -58,12 +62,12 @@ def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[t
     Weights stored in 8 bits are dequantised to ``dtype``; others keep the dtype they are stored in.
 
     Raises:
-        ValueError: a damaged checkpoint, or one that lacks a name.
+        ValueError: a damaged checkpoint, or a checkpoint without a weight of ``names``.
     """
     verify(path)
     reader, stored = _open(path)
     if absent := [name for name in names if f"model.{name}" not in stored]:
-        raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
+        raise ValueError(f"{path} lacks {listed(absent)}; use a checkpoint of this model")
     for _, block in groupby(names, block_of):
         yield from _read_block(path, reader, stored, list(block), dtype).items()
 

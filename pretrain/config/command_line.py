@@ -37,9 +37,9 @@ Settings used most (key=value):
   train.micro_batch_size=4       sequences that a process takes at once
   train.seq_len=512              tokens in a sequence
   train.dtype=bfloat16           of weights, activations and gradients
-  optim.rank=128                 rows (or columns) trained in each linear
+  optim.rank=128                 rows (or columns) trained in each linear layer
   optim.lr=1e-3                  peak learning rate of embeddings and head
-  optim.linear_lr=1e-3           peak learning rate of the linears
+  optim.linear_lr=1e-3           peak learning rate of the linear layers
   data.paths=[notes]             with data=text: files, folders and globs
   logger.wandb.mode=disabled     or online, offline; auto chooses
 For python -m pretrain.estimate only:

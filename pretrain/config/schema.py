@@ -104,7 +104,7 @@ class GrassConfig(OptimConfig):
 
 @dataclass
 class BaselineConfig(OptimConfig):
-    """Full-rank training with an optimizer that projects the gradients of the linears: a name of PROJECTED."""
+    """Full-rank training with an optimizer that projects the gradients of the linear layers: a name of PROJECTED."""
 
     rank: int
     update_gap: int = field(metadata=AT_LEAST_1)

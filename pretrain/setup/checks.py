@@ -221,7 +221,7 @@ def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int)
     if optim.clip:
         problems.append(
             f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
-            "optim.norm_growth=1.01, which limits each linear by itself"
+            "optim.norm_growth=1.01, which limits each linear layer by itself"
         )
     if skips:
         problems.append(f"{key}: steps are made before all gradients are seen; set train.non_finite=stop")

@@ -60,7 +60,7 @@ def outline(config: Config) -> Llama:
 def materialise(
     config: Config, model: Llama, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> Llama:
-    """Allocate a model of ``outline`` on ``device``, in place, and set its weights and the first rows of Grass.
+    """Allocate ``model`` (from ``outline``) on ``device`` and fill its weights. Grass layers select rows 0 to r-1.
 
     Args:
         weights: as in ``build_model``.

@@ -15,7 +15,7 @@ from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
     """The optimizer over all trainable parameters of ``model``, with everything that ``config`` attaches to it.
 
-    Under Grass the linears are converted before, and their rows chosen or loaded after.
+    Under Grass the linear layers are converted before, and their rows chosen or loaded after.
 
     Raises:
         ValueError: settings that the optimizer or Grass refuses, or a package that is not installed.

@@ -7,7 +7,7 @@ from optim.schedule import rate_factor
 from pretrain.config.schema import Config
 
 # Names of the peak rates, and the parameters that have them.
-RATES = {"optim.linear_lr": "the linears", "optim.lr": "the other parameters"}
+RATES = {"optim.linear_lr": "the linear layers", "optim.lr": "the other parameters"}
 JUMP = 1.05  # above this multiple of the planned rate, a rate is a jump
 
 

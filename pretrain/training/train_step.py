@@ -124,11 +124,11 @@ class TrainStep:
         """Run forward and backward of every micro-batch. Gradients are those of the mean loss over all targets.
 
         Args:
-            targets: number of the step's targets on all processes; by default every token is one.
+            targets: number of the step's targets on all processes; by default every token counts as a target.
             step: let the last backward make the optimizer's steps, when ``train.step_in_backward`` is set.
 
         Returns:
-            Loss summed over this process' targets, in nats, float64 () on the device.
+            Loss summed over this process' targets, in nats, as a float64 scalar tensor on the device.
         """
         nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
         # The engine averages over processes; the mean over tokens needs their sum.

@@ -318,6 +318,6 @@ def test_a_file_that_changes_during_preparation_is_noticed(settings, tmp_path, m
 
     train = data.prepare.train_tokenizer
     monkeypatch.setattr(data.prepare, "train_tokenizer", append)
-    with pytest.raises(ValueError, match=r"corpus/59\.py changed while it was being read"):
+    with pytest.raises(ValueError, match=r"corpus/59\.py changed during preparation"):
         prepare(settings)
     assert folders(settings) == []

@@ -24,8 +24,8 @@ CHANGES = {
     "finished wsd": (WSD, [*WSD, "train.steps=40"], 20, ["0.0002 so far, 0.002 at step 21", "far, 0.02", "times"]),
     "wsd before its decay": (WSD, [*WSD, "train.steps=40"], 8, ["0.002 at step 9 (planned: 0.002)", "0.02"]),
     "another peak": ([], ["optim.lr=0.04"], 10, ["of the other parameters: 0.0155 so far, 0.0276"]),
-    "the rate of the linears": ([], ["optim.linear_lr=0.001"], 10, ["of the linears: 0.00155 so far, 0.000689"]),
-    "alpha": ([], ["optim.alpha=2"], 10, ["of the linears: 0.00155 so far, 0.00276"]),
+    "the rate of the linear layers": ([], ["optim.linear_lr=0.001"], 10, ["of the linear layers: 0.00155 so far, 0.000689"]),
+    "alpha": ([], ["optim.alpha=2"], 10, ["of the linear layers: 0.00155 so far, 0.00276"]),
     "another schedule": (
         [],
         ["optim.schedule=constant"],
@@ -66,5 +66,5 @@ def test_the_numbers_are_those_of_the_steps(overrides, caplog):  # noqa: F811
     logged = {line["step"]: line["train/lr_linears"] for line in lines if "train/lr" in line}
     last, first = logged[8], logged[9]
     assert first == 0.002 * schedule_factor(load(overrides(*rates, "train.steps=12")), 8)
-    assert f"the learning rate of the linears: {last:.3g} so far, {first:.3g} at step 9" in caplog.text
+    assert f"the learning rate of the linear layers: {last:.3g} so far, {first:.3g} at step 9" in caplog.text
     assert "optim.schedule=wsd" in caplog.text and "optim.schedule=wsd" in folder.log_file.read_text()
