@@ -3,10 +3,13 @@
 import errno
 import os
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from pretrain.config.schema import ConfigError
+
+PATIENCE = 5.0  # seconds in which other processes that make the same check are done with it
 
 
 def require_writable(root: str, name: str) -> None:
@@ -17,17 +20,19 @@ def require_writable(root: str, name: str) -> None:
     Raises:
         ConfigError: the folder cannot be made or written; names the key, ``run.root`` or ``run.name``, and the reason.
     """
-    path, made = Path(root, name), list[Path]()
-    folder = path
+    folder = path = Path(root, name)
+    made = list[Path]()
+    deadline = time.monotonic() + PATIENCE
     try:
-        for folder in [*reversed(path.parents), path]:
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-            elif not folder.is_dir():
-                raise FileExistsError(errno.EEXIST, "it is a file")
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        while True:
+            try:
+                for folder in [*reversed(path.parents), path]:
+                    _make(folder, made)
+                with tempfile.TemporaryFile(dir=path):
+                    break
+            except FileNotFoundError:  # another process of this run, or of a sweep, removes the folder that it made
+                if time.monotonic() > deadline:
+                    raise
     except OSError as error:
         in_root = folder in (Path(root), *Path(root).parents)
         key, value = ("run.root", root) if in_root else ("run.name", name)
@@ -37,6 +42,15 @@ def require_writable(root: str, name: str) -> None:
         for made_here in reversed(made):
             with suppress(OSError):  # another process of the run has put something there
                 made_here.rmdir()
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Make ``folder`` unless it is there, and note it in ``made``."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, "it is a file")
+    with suppress(FileExistsError):  # made by another process just now
+        folder.mkdir()
+        made.append(folder)
 
 
 def _reason(error: OSError, folder: Path, key: str) -> str:
