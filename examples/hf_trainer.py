@@ -5,8 +5,8 @@
     python examples/hf_trainer.py --out runs/hf_trainer --resume    # from the newest checkpoint
 
 trains the model of plain_loop.py on the same text, and needs no download. `GrassCallback` is all that Grass adds: it
-chooses the first rows, and keeps the state of Grass in each checkpoint of the Trainer. A resumed training is exact. At
-the end out/model holds a plain model for `from_pretrained`.
+chooses the initial rows, and keeps the state of Grass in each checkpoint of the Trainer. A resumed training is exact.
+At the end out/model holds a plain model for `from_pretrained`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class GrassCallback(TrainerCallback):
 
     Args:
         grass: attached to the optimizer that the Trainer is given.
-        first_backward: computes the gradient of one batch; it chooses the first rows and makes no update.
+        first_backward: computes the gradient of one batch; it chooses the initial rows and makes no update.
     """
 
     def __init__(self, grass: Grass, first_backward: Callable[[], object]):
@@ -40,10 +40,12 @@ class GrassCallback(TrainerCallback):
         if state.global_step == 0:
             self.grass.start(self.first_backward)
         else:  # the Trainer has loaded model and optimizer
-            self.grass.load_state_dict(state_dict=torch.load(self._file(args, state), weights_only=True))
+            saved = torch.load(self._file(args, state), map_location="cpu", weights_only=True)
+            self.grass.load_state_dict(state_dict=saved)
 
     def on_save(self, args, state, control, **kwargs):
-        torch.save(self.grass.state_dict(), self._file(args, state))
+        if state.is_world_process_zero:  # it is the same on all processes
+            torch.save(self.grass.state_dict(), self._file(args, state))
 
     def _file(self, args, state) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "grass.pt"

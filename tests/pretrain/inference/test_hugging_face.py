@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -146,6 +147,19 @@ def test_a_hugging_face_model_comes_in_with_the_same_logits_and_goes_out_bit_for
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (again(IDS).logits == model(IDS).logits).all()
     assert again.config.rope_parameters == model.config.rope_parameters
+
+
+@pytest.mark.parametrize("theirs", ["llama-3.2", "linear"], indirect=True)
+@torch.no_grad()
+def test_scaled_positions_generate_and_evaluate_as_transformers_does(theirs):
+    model, folder, _ = theirs
+    ours, _ = load_pretrained(folder)
+    prompt = IDS[:1]  # longer than original_max_position_embeddings
+    expected = model.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None)[0].tolist()
+    assert generate(ours, prompt[0].tolist(), 30, temperature=0, top_k=0, seed=0) == expected
+    ids = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(1))
+    loss = F.cross_entropy(ours(ids[:, :-1]).flatten(0, 1), ids[0, 1:])
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss, rtol=0, atol=1e-5)
 
 
 def test_a_run_starts_with_the_loss_of_its_initial_weights_and_no_optimizer_state(run, overrides, tmp_path):

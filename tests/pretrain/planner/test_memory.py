@@ -166,6 +166,12 @@ def test_gradients_and_state_of_grass_are_those_of_the_rows():
     assert grass.components["sketch"] == 0 < refresh["sketch"]
 
 
+def test_scaled_rotary_positions_are_planned_and_hold_no_memory():
+    scaling = "factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,original_max_position_embeddings:8"
+    found, _ = estimate(tiny("model.num_hidden_layers=2", f"model.rope_scaling={{rope_type:llama3,{scaling}}}"))
+    assert found == estimate(tiny("model.num_hidden_layers=2"))[0]
+
+
 def test_json_is_one_object_with_the_named_keys(capsys):
     run(tiny("estimate.format=json"))
     found = json.loads(capsys.readouterr().out)
