@@ -48,9 +48,14 @@ def _make(folder: Path, made: list[Path]) -> None:
     """Make ``folder`` unless it is there, and note it in ``made``."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(errno.EEXIST, "it is a file")
-    with suppress(FileExistsError):  # made by another process just now
+    if folder.exists():
+        return
+    try:
         folder.mkdir()
         made.append(folder)
+    except FileExistsError:
+        if os.path.lexists(folder) and not folder.is_dir():  # a link to nothing; a folder was made by another process
+            raise
 
 
 def _reason(error: OSError, folder: Path, key: str) -> str:
