@@ -121,7 +121,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path, *OUR_FILES)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
-        before = self.config_file.read_text() if self.config_file.exists() else text
+        before = self.config_file.read_text(encoding="utf-8") if self.config_file.exists() else text
         if before != text:
             write_atomic(_unused(self.path / "config.before.yaml"), before)
         write_atomic(self.config_file, text)
