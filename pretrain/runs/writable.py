@@ -54,7 +54,7 @@ def _make(folder: Path, made: list[Path]) -> None:
         folder.mkdir()
         made.append(folder)
     except FileExistsError:
-        if os.path.lexists(folder) and not folder.is_dir():  # a link to nothing; a folder was made by another process
+        if folder.is_symlink():  # a link to nothing; a folder was made by another process just now
             raise
 
 
