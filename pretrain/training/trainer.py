@@ -41,8 +41,7 @@ Outcome = Enum("Outcome", ["FINISHED", "STOPPED", "ROLLED_BACK"])
 class Trainer:
     """One process of a run: its model, optimizer, batches, and ``step``, the number of steps made.
 
-    Construction builds everything and resumes from the newest checkpoint; ``fit`` trains. Call every method on all
-    processes. Once ``stop`` is set, ``fit`` ends after the running step.
+    Construction resumes from the newest checkpoint; ``fit`` trains. Call every method on all processes.
 
     Raises:
         ValueError: the run cannot be resumed with this configuration or data.
@@ -176,17 +175,11 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The JSON-able state of the run beside its tensors: see ``TrainingState``."""
         return TrainingState(
-            step=self.step,
-            tokens=self.log.tokens(self.step),
-            seconds=self.watch.wall_seconds,
-            training_seconds=self.watch.total_seconds,
-            world_size=self.world.size,
-            data=self.feed.identity(self.step),
-            skipped=self.guards.skipped,
-            losses=list(self.guards.losses),
-            rates=rate_settings(self.config),
-            init_from=self.init_from,
-        ).to_json()
+            step=self.step, tokens=self.log.tokens(self.step), seconds=self.watch.wall_seconds,
+            training_seconds=self.watch.total_seconds, world_size=self.world.size,
+            data=self.feed.identity(self.step), skipped=self.guards.skipped, losses=list(self.guards.losses),
+            rates=rate_settings(self.config), init_from=self.init_from,
+        ).to_json()  # fmt: skip
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` and the tensors of a checkpoint. Raises ValueError for other data."""
