@@ -129,7 +129,10 @@ class Grass:
         self._start_probes()
 
     def resume(self, steps: int) -> None:
-        """Continue after ``steps`` updates, with layers, moments and ``tensors()`` loaded from a checkpoint."""
+        """Continue after ``steps`` updates, once layers, moments and ``tensors()`` are loaded. For ``OptimizerStack``.
+
+        In your own training loop, use ``load_state_dict``.
+        """
         self.steps = steps
         self._start_probes()
 
@@ -193,7 +196,7 @@ class Grass:
         self._refresh_hooks[1].append(hook)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state for a checkpoint, to be filled in place on resuming: grass.<layer>, history.<layer>.<name>."""
+        """The tensors of the state, which a resume fills in place: grass.<layer>, history.<layer>.<name>."""
         tensors = {f"grass.{name}": gathered for name, gathered in self.probes.gathered.items()}
         return tensors | {f"history.{name}": tensor for name, tensor in self.history.tensors().items()}
 
