@@ -73,7 +73,7 @@ class DDPEngine(Engine):
         self.wire = wire
 
     def wrap(self, model: Llama) -> None:
-        # Nothing is broadcast: pretrain.setup.consistency checks that the weights are the same everywhere.
+        # Nothing is broadcast: pretrain.setup.rank_agreement checks that the weights are the same everywhere.
         options: dict[str, Any] = {"init_sync": False, FORWARD_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
         self.module = DistributedDataParallel(model, **options)
         if self.wire:
