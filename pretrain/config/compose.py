@@ -78,7 +78,7 @@ def _compose(overrides: list[str]) -> DictConfig:
         try:
             return hydra.compose("config", overrides=as_typed(overrides))
         except (ValueError, AssertionError) as error:  # a list without brackets, or an override without a key
-            raise HydraException(str(error) or "an override is key=value, of a key that has a name") from None
+            raise HydraException(str(error) or "overrides have the form key=value") from None
 
 
 def to_config(cfg: DictConfig) -> Config:

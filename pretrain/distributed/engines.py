@@ -40,7 +40,7 @@ class Engine:
     sharded = False  # whether a forward needs every process
 
     def shard(self, model: Llama) -> None:
-        """Shard ``model`` in place; it is on the meta device, and its linears are converted to Grass layers."""
+        """Shard ``model`` in place; it is on the meta device, and its linear layers are converted to Grass layers."""
 
     def wrap(self, model: Llama) -> None:
         """Use ``model``. Call before weights are loaded from a checkpoint, and before blocks are compiled."""
