@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.atomic import write_atomic
 from data.special_tokens import SPECIAL, eos_beside, names_beside
 from data.text_encoding import decode
 from data.tokenizer_backends import HuggingFace, SentencePiece
@@ -135,9 +136,9 @@ class Tokenizer:
     def copy_to(self, folder: Path) -> Path:
         """Write the tokenizer into `folder` under its usual name, and special_tokens.json if it needs that."""
         path = folder / FILES[isinstance(self._model, HuggingFace)]
-        path.write_bytes(self._content)
+        write_atomic(path, self._content)
         if self.special:
-            (folder / SPECIAL).write_text(json.dumps(self.special) + "\n")
+            write_atomic(folder / SPECIAL, json.dumps(self.special) + "\n")
         return path
 
 

@@ -99,6 +99,8 @@ def _save_as_array(raw: Path, dtype: np.dtype) -> None:
     with open(raw, "rb") as read, open(f"{raw}.npy", "wb") as written:
         np.lib.format.write_array_header_1_0(written, header)
         shutil.copyfileobj(read, written)
+        written.flush()
+        fsync(written.fileno())
 
 
 class SplitWriter:

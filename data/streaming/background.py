@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -66,7 +67,7 @@ class BackgroundPreparation:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         process = subprocess.Popen(COMMAND, text=True, env=environment(), start_new_session=True, **pipes)
         assert process.stdin
-        with process.stdin:
+        with suppress(BrokenPipeError), process.stdin:  # `problem` says why a process has ended
             json.dump({"parent": os.getpid(), "settings": asdict(self.plan.settings)}, process.stdin)
         Thread(target=_log_output, args=(process,), daemon=True).start()
         return process

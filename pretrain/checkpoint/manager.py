@@ -14,12 +14,10 @@ from pretrain.checkpoint.directory import (
     Damaged,
     latest,
     newest_good,
-    path_of,
-    point_at,
     read_state,
     set_aside,
 )
-from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.retention import tidy
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensors import load
 from pretrain.config.schema import ConfigError, TrainConfig
@@ -74,17 +72,13 @@ class CheckpointManager:
         for error in self._damaged:
             logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, set_aside(error).name)
         if self.resume_from:
-            point_at(self.resume_from)  # its process may have been killed before it could
-            prune(self.folder, self.train.keep_last, self.train.keep_every)
+            # The process that saved it may have been killed before it could do this.
+            tidy(self.resume_from, self.train.keep_last, self.train.keep_every)
 
     def due(self, step: int) -> bool:
         """Whether ``train.checkpoint_every`` asks for a checkpoint of ``step``; the end of a run is no such step."""
         every = self.train.checkpoint_every
         return every > 0 and step % every == 0 and step < self.train.steps
-
-    def has(self, step: int) -> bool:
-        """Whether ``step`` is saved already."""
-        return path_of(self.folder, step).exists()
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Wait for the running save, then save ``step`` unless it is saved; see ``Saver.save``."""

@@ -1,8 +1,20 @@
 """Which checkpoints are deleted."""
 
+import logging
 from pathlib import Path
 
-from pretrain.checkpoint.directory import UNFINISHED, checkpoints_in, remove, step_of
+from pretrain.checkpoint.directory import UNFINISHED, checkpoints_in, point_at, remove, step_of
+
+logger = logging.getLogger(__name__)
+
+
+def tidy(newest: Path, keep_last: int, keep_every: int) -> None:
+    """Point ``latest`` at the checkpoint ``newest``, and ``prune`` its folder; an error of the disk is only logged."""
+    try:
+        point_at(newest)
+        prune(newest.parent, keep_last, keep_every)
+    except OSError as error:
+        logger.warning("%s is complete, but older checkpoints could not all be removed: %s", newest, error)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

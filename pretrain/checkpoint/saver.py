@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from data.atomic import UNFINISHED, fsync
 from models.dtensor import local
-from pretrain.checkpoint.directory import checksum, path_of, point_at, seal
-from pretrain.checkpoint.retention import prune
+from pretrain.checkpoint.directory import checksum, path_of, seal
+from pretrain.checkpoint.retention import tidy
 from pretrain.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class Saver:
         self.wait()
         self._lost = None
         path = path_of(self.folder, step)
-        if path.exists():
+        # One answer for all processes: a network's file system may show the folder to some of them later.
+        if self.world.broadcast_object(path.exists()):
             return
         began = time.perf_counter()
         total = sum(t.numel() * t.element_size() for t in tensors.values())  # of a sharded one all shards
@@ -183,11 +184,13 @@ class Saver:
     def _put_in_place(
         self, temporary: Path, path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]]
     ) -> None:
+        unlike = sorted({file.name for file in temporary.glob("*.safetensors")} ^ checksums.keys())
+        if unlike:  # a process may see an old listing of the folder
+            raise OSError(f"not all processes see the same files in {temporary}: {', '.join(unlike)}")
         seal(temporary, state, checksums)
         temporary.rename(path)
         fsync(path.parent)
-        point_at(path)
-        prune(path.parent, *self.keep)
+        tidy(path, *self.keep)
 
     def _explained(self, error: BaseException, path: Path, temporary: Path, total: int) -> BaseException:
         """An error of the disk as NotSaved, after removing what was written; any other error unchanged."""

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,14 @@ class RunFolder:
         """Move the lines after ``step`` to another file; they will be written again."""
         if not file.exists():
             return
-        lines = file.read_text().splitlines(keepends=True)
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         # The validations of step 0 and of the last step come after those steps' checkpoints, and are repeated.
         again = [step in (0, last_step) and _step_of(line) == step and '"val/loss"' in line for line in lines]
-        keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
-        if len(keep) < len(lines):
+        kept = [_step_of(line) <= step and not repeated for line, repeated in zip(lines, again, strict=True)]
+        if not all(kept):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
-            write_atomic(aside, "".join(line for line in lines if line not in keep))
-            write_atomic(file, "".join(keep))
+            write_atomic(aside, "".join(line for line, keep in zip(lines, kept, strict=True) if not keep))
+            write_atomic(file, "".join(compress(lines, kept)))
 
 
 def _no_part_of_a_run(path: Path) -> bool:

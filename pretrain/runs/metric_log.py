@@ -54,8 +54,12 @@ class MetricLog:
         """Show the results of a finished run on W&B: validations, samples (prompts and continuations), coverage."""
         self._wandb.log_results(samples)
 
-    def close(self, summary: dict[str, Any]) -> None:
-        """End the log; ``summary`` is shown on W&B, and is empty unless the run is finished."""
+    def stop_bar(self) -> None:
+        """Remove the progress bar from the terminal, if there is one."""
         if self._bar:
             self._bar.stop()
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """End the log; ``summary`` is shown on W&B, and is empty unless the run is finished."""
+        self.stop_bar()
         self._wandb.finish(summary)

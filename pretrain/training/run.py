@@ -51,4 +51,7 @@ def train_to_end(config: Config, world: World, data: PreparedDataset, stop: Stop
 def _train_once(config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest) -> Outcome:
     trainer = Trainer(config, world, data, folder, stop)
     stop.listen()
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    finally:
+        trainer.log.stop_bar()  # after an error too, or the terminal is left without a cursor

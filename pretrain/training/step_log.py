@@ -133,6 +133,11 @@ class StepLog:
         logger.info("finished: validation loss %.4f%s; see %s", score["val/loss"], diverged, self.folder.path)
         log_next_commands(self.config, self.folder.path)
 
+    def stop_bar(self) -> None:
+        """Remove the progress bar from the terminal, if there is one."""
+        if self._metrics:
+            self._metrics.stop_bar()
+
     def close(self, summary: dict[str, Any]) -> None:
         """End the log of this process, with a W&B summary."""
         if self._metrics:

@@ -35,7 +35,6 @@ from pretrain.training.throughput import Stopwatch
 from pretrain.training.train_step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
-
 Outcome = Enum("Outcome", ["FINISHED", "STOPPED", "ROLLED_BACK"])
 
 
@@ -68,8 +67,7 @@ class Trainer:
             changes += describe_change(state.get("rates"), config, self.step)
         require_same_weights(tensors_of(self.model, self.optim), world)
         self._open_folder(changes)  # only now: a run that is refused above leaves its folder unchanged
-        if world.is_main:
-            log_opening(config, world, self.model, data)
+        log_opening(config, world, self.model, data)
         if train.compile:
             compile_blocks(config, self.model, world)
         self.update = TrainStep(config, world, self.model, engine, self.optim, train.non_finite == "skip")
@@ -158,8 +156,7 @@ class Trainer:
 
     def stop(self) -> Outcome:
         """Save and close a run that is not finished. Raises NotSaved when the disk refuses."""
-        if self.step:
-            self._save()
+        self._save()
         self.checkpoints.finish()
         logger.info("stopped by a signal at step %d; the same command resumes the run from here", self.step)
         self.log.close({"stopped_at": self.step})
@@ -170,11 +167,8 @@ class Trainer:
         self.stop_request.step = None
         self._save()
         score = self.validate()
-        samples = (
-            make_samples(self.model, self.feed.data.tokenizer, self.config)
-            if self.world.is_main or self.update.engine.sharded
-            else []
-        )
+        generates = self.world.is_main or self.update.engine.sharded
+        samples = make_samples(self.model, self.feed.data.tokenizer, self.config) if generates else []
         self.checkpoints.finish()
         self.log.summary(self.step, score, samples)
         return Outcome.FINISHED
@@ -217,10 +211,9 @@ class Trainer:
         try:
             return self.feed.wait(self.step)
         except ValueError:  # the preparation failed; what is trained so far is kept
-            if self.step:
-                self._save()
+            self._save()
             raise
 
     def _save(self) -> None:
-        if not self.checkpoints.has(self.step):
+        if self.step:
             self.checkpoints.save(self.step, tensors_of(self.model, self.optim), self.state_dict())

@@ -3,15 +3,17 @@
 import gc
 import threading
 import weakref
+from datetime import timedelta
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import saver
+from pretrain.checkpoint import retention, saver
 from pretrain.checkpoint.directory import newest_good, path_of
 from pretrain.checkpoint.saver import Saver
 from pretrain.distributed.world import World
+from tests.processes import in_processes
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -127,3 +129,42 @@ def test_the_copies_of_a_cpu_go_with_their_save(tmp_path, monkeypatch):
         assert [copy() for copy in copies] == [None]
     finally:
         gc.enable()
+
+
+def save_twice(rank, folder):
+    """Save a step, and save it again when rank 1's view of the folder is old, as on a network's file system."""
+    world, exists = World(rank, 2, torch.device("cpu")), type(folder).exists
+    saving = Saver(folder / "checkpoints", world, timeout=timedelta(seconds=60))
+    for stale in (False, rank == 1):
+        type(folder).exists = lambda path, stale=stale: not stale and exists(path)
+        saving.save(1, {"model.a": torch.ones(8), "model.b": torch.ones(8)}, {"step": 1})
+        saving.wait()
+    type(folder).exists = exists
+    saving.finish()
+    return exists(path_of(folder / "checkpoints", 1))
+
+
+def test_all_processes_save_or_none(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert in_processes(2, tmp_path, save_twice, tmp_path) == [True, True]
+
+
+def test_files_that_a_process_did_not_see_are_no_checkpoint(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(Saver, "_checksums", lambda *_: {})
+    saving = Saver(tmp_path, ALONE)
+    saving.save(1, {"model.weight": torch.ones(8)}, {"step": 1})
+    with pytest.raises(saver.NotSaved, match="not all processes see the same files"):
+        saving.finish()
+    assert newest_good(tmp_path) == (None, [])
+
+
+def test_an_old_checkpoint_that_stays_does_not_fail_the_new_one(tmp_path, monkeypatch, caplog):
+    saving = Saver(tmp_path, ALONE, keep_last=1)
+    saving.save(1, {"model.weight": torch.ones(8)}, {"step": 1})
+    saving.wait()
+    monkeypatch.setattr(retention, "prune", lambda *_: (_ for _ in ()).throw(OSError("busy")))
+    saving.save(2, {"model.weight": torch.ones(8)}, {"step": 2})
+    saving.finish()
+    assert (
+        newest_good(tmp_path)[0] == path_of(tmp_path, 2) and "older checkpoints could not all be removed" in caplog.text
+    )
