@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The main job: pretrains a LLaMA with Grass. Sets up .venv when that is missing or out of date, checks the
-# configuration, prepares the data, and trains with one process per GPU, or with one on a CPU.
+# Pretrain a LLaMA with Grass: set up .venv when it is missing or out of date, check the settings, prepare the data,
+# and train with one process per GPU, or with one process on a CPU.
 #
-#   ./launch.sh [hydra overrides]        (paths in overrides are relative to this folder)
+#   ./launch.sh [key=value ...]          paths are relative to this folder
 #   ./launch.sh -m optim.rank=64,128     a sweep: one run after the other for each combination
 #   NPROC=2 ./launch.sh                  two processes
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500 ./launch.sh        on each of two nodes, or
 #   NNODES=2 RDZV_ENDPOINT=host:29500 RDZV_ID=job MAX_RESTARTS=3 ./launch.sh   with torchrun's rendezvous
 #
-# Ctrl-C, SIGTERM and SIGUSR1 let the run finish its step and save, within GRASS_GRACE_SECONDS (300).
-# PYTHON names the interpreter for a new .venv. GRASS_TORCH takes another torch than the one in requirements.txt:
-# GRASS_TORCH=2.11.0 installs that version, GRASS_TORCH=installed uses what PYTHON has (docs/setup.md).
+# On Ctrl-C, SIGTERM and SIGUSR1 the run finishes its step and saves, within GRASS_GRACE_SECONDS (300).
+# PYTHON is the interpreter for a new .venv. GRASS_TORCH chooses a torch other than that of requirements.txt:
+# GRASS_TORCH=2.11.0 installs that version, GRASS_TORCH=installed uses the one that PYTHON has (docs/setup.md).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/setup_env.sh
@@ -18,7 +18,7 @@ source scripts/setup_env.sh
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' launch.sh
     if [[ -x $python ]]; then echo && exec "$python" -m pretrain.train --help; fi
-    echo "The overrides are told by ./launch.sh --help once there is a $venv, and by README.md."
+    echo "Once there is a $venv, ./launch.sh --help lists the settings; README.md explains them."
     exit
 fi
 
@@ -63,7 +63,14 @@ for argument; do
         PET_NPROC_PER_NODE=$processes exec "$python" -m pretrain.sweep "$@"
     fi
 done
-WORLD_SIZE=$((${nodes##*:} * processes)) LOCAL_WORLD_SIZE=$processes attend "$python" -m pretrain.preflight "$@"
+for argument; do # --cfg job and the like print something, and train nothing
+    if [[ $argument == -* ]]; then exec "$python" -m pretrain.train "$@"; fi
+done
+status=0
+WORLD_SIZE=$((${nodes##*:} * processes)) LOCAL_WORLD_SIZE=$processes attend "$python" -m pretrain.preflight "$@" ||
+    status=$?
+if ((status == 86)); then exit 0; fi # the run is finished already
+if ((status != 0)); then exit "$status"; fi
 
 if ((gpus == 0)); then # as many threads as there are cores, over all processes
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import yaml
+from matplotlib.axes import Axes
 
-from pretrain.sweep import JobResult, combinations, parse, run_sweep
+from pretrain.runs.figures import GREY, new_figure, save
+from pretrain.runs.sweep_results import JobResult
+from pretrain.sweep import combinations, parse, run_sweep
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
@@ -150,7 +152,7 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
         lines += [
             f"### {topic}",
             "",
-            f"| setting | seeds | loss | {f'from `{against.setting}`' if against else ''} | tokens/s |",
+            f"| setting | seeds | loss | {f'relative to `{against.setting}`' if against else ''} | tokens/s |",
             "|---|---|---|---|---|",
         ]
         for t in sorted(trials, key=lambda t: t.loss):
@@ -171,26 +173,28 @@ def plus_minus(error: float) -> str:
 def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
     """A dot for each trial, a panel for each stage, topics apart by colour; the best dense and GaLore runs as lines."""
     heights = [sum(map(len, topics.values())) for topics in stages.values()]
-    figure, axes = plt.subplots(
-        len(stages), 1, figsize=(9, 1.2 * len(stages) + 0.21 * sum(heights)), height_ratios=heights, squeeze=False
-    )
-    for axis, (name, topics) in zip(axes[:, 0], stages.items(), strict=True):
-        labels: list[str] = []
-        for colour, trials in enumerate(topics.values()):
-            for t in sorted(trials, key=lambda t: t.loss):
-                axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
-                labels.append(t.setting.removeprefix("optim=grass ").replace("optim.", ""))
-        for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
-            losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
-            if losses:
-                axis.axvline(min(losses), ls=style, c="0.5", label=f"best of {method}")
-                axis.legend(fontsize=7)
-        axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-        axis.invert_yaxis()
-        axis.set(title=name, xlabel="validation loss, nats a token")
-        axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110, bbox_inches="tight")
+    with new_figure(height=1.2 * len(stages) + 0.21 * sum(heights), grid="x") as figure:
+        axes = figure.subplots(len(stages), 1, height_ratios=heights, squeeze=False)
+        for axis, (name, topics) in zip(axes[:, 0], stages.items(), strict=True):
+            plot_stage(axis, topics)
+            axis.set(title=name, xlabel="validation loss, nats per token")
+        save(figure, file)
+
+
+def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
+    """The panel of one stage."""
+    labels: list[str] = []
+    for colour, trials in enumerate(topics.values()):
+        for t in sorted(trials, key=lambda t: t.loss):
+            axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
+            labels.append(t.setting.removeprefix("optim=grass ").replace("optim.", ""))
+    for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
+        losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
+        if losses:
+            axis.axvline(min(losses), ls=style, c=GREY, label=f"best of {method}")
+            axis.legend()
+    axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+    axis.invert_yaxis()
 
 
 def write(study: dict[str, Any], records: list[Record], page: str = "ablation") -> None:
@@ -199,17 +203,18 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
     stages = {name: topics for name, topics in every.items() if topics}
     dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
     lines = [
-        f"# {study.get('title', 'The ablation')}",
+        f"# {study['title']}",
         "",
-        f"Written by `python -m benchmarks.{page}` from the runs it made, which `{page}.jsonl` beside this page "
-        f"has: {', '.join(dates)}; {', '.join(machines)}, CPU. Losses are of the validation split after the last "
-        f"step, in nats a token; ± is the standard error over seeds, of a difference that of the differences seed by "
-        f"seed. Shared by all runs: `{' '.join(study['common'])}`. Speeds were taken while other work was running and "
-        "are no measurement.",
+        f"{study['about'].strip()} Losses are of the validation split after the last step, in nats per token. ± is the "
+        "standard error over seeds; for a difference, that of the differences paired by seed. Speeds were taken while "
+        "other programs were running and are no measurement.",
         "",
-        f"![every trial's final loss]({page}.png)",
+        f"![Final loss of every trial]({page}.png)",
         "",
-        "The picture has a colour for each table below; settings without `optim=` are of `optim=grass`.",
+        "The picture has a colour for each table below. Settings without `optim=` are those of `optim=grass`.",
+        "",
+        f"`python -m benchmarks.{page}` wrote this page from its runs, which are recorded in `docs/{page}.jsonl`: "
+        f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{' '.join(study['common'])}`.",
         "",
     ]
     for name, topics in stages.items():
@@ -218,7 +223,7 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
         common = " ".join(study["stages"][name].get("common", []))
         commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
         lines += [
-            f"## {name}",
+            f"## Stage: {name}",
             "",
             study["stages"][name]["about"],
             "",

@@ -18,15 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.steps import Steps, configuration
-from pretrain.distributed import World
-from pretrain.layout import layout_of
-from pretrain.walk import MODEL, walk
+from pretrain.distributed.world import World
+from pretrain.planner.block_layout import layout_of
+from pretrain.planner.simulate import MODEL, walk
+from pretrain.runs.figures import GREY, new_figure, save
 
 VALUES = {
     "rank": (32, 64, 128, 256), "width": (256, 512, 1024), "layers": (2, 4, 8), "sequence": (128, 256, 512),
@@ -80,21 +80,21 @@ def measure_all(pairs: int) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Seconds against each number, on log-log axes; a dotted line grows in proportion to it."""
-    figure, axes = plt.subplots(1, len(VALUES), figsize=(11, 3.2), sharey=True)
-    for axis, name in zip(axes, VALUES, strict=True):
-        of_this = [row for row in rows if row["varied"] == name]
-        values = [row[name] for row in of_this]
-        for what in SECONDS:
-            axis.loglog(values, [row[what] for row in of_this], marker="o", markersize=3, label=what[:-2])
-        least = min(of_this[0][what] for what in SECONDS)
-        axis.loglog(values, [least * value / values[0] for value in values], ":", color="gray", label="in proportion")
-        axis.set_xticks(values, map(str, values))
-        axis.minorticks_off()
-        axis.set_xlabel(name)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    with new_figure(height=3.2) as figure:
+        axes = figure.subplots(1, len(VALUES), sharey=True)
+        for axis, name in zip(axes, VALUES, strict=True):
+            of_this = [row for row in rows if row["varied"] == name]
+            values = [row[name] for row in of_this]
+            for what in SECONDS:
+                axis.loglog(values, [row[what] for row in of_this], marker="o", markersize=3, label=what[:-2])
+            least = min(of_this[0][what] for what in SECONDS)
+            axis.loglog(values, [least * value / values[0] for value in values], ":", color=GREY, label="in proportion")
+            axis.set_xticks(values, map(str, values))
+            axis.minorticks_off()
+            axis.set_xlabel(name)
+        axes[0].set_ylabel("seconds")
+        axes[0].legend(fontsize=7)
+        save(figure, file)
 
 
 def spent(work: Callable[[], Any]) -> float:

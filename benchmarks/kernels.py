@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step_time import WARM_UP, shape_of
 from benchmarks.steps import METHODS, Steps, configuration
-from pretrain.distributed import World
+from pretrain.distributed.world import World
 
 # The first kind with a name that a kernel's begins with; the rest is "other".
 KINDS = {

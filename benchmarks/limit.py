@@ -10,14 +10,14 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.steps import configuration
+from models.flops import flops_per_token
 from models.grass_linear import GrassLinear
-from pretrain.build import outline
-from pretrain.flops import flops_per_token
+from pretrain.runs.figures import new_figure, save
+from pretrain.setup.model import outline
 
 PARTS = ("forward", "input gradient", "weight gradient", "head", "attention")
 
@@ -39,16 +39,16 @@ def plot(found: dict[tuple[str, str], dict[str, float]], file: Path) -> None:
     """The parts of every size and method, each as a share of the full-rank step's FLOPs."""
     labels, left = ["  ".join(names) for names in found], [0.0] * len(found)
     dense = [sum(found[size, "adamw"].values()) for size, _ in found]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.27 * len(found)))
-    for part in PARTS:
-        shares = [parts[part] / whole for parts, whole in zip(found.values(), dense, strict=True)]
-        axis.barh(labels, shares, left=left, label=part)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    axis.invert_yaxis()
-    axis.set_xlabel("FLOPs, as a share of the full-rank step's")
-    axis.legend(fontsize=7, ncols=len(PARTS), loc="lower center", bbox_to_anchor=(0.4, 1))
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    with new_figure(8, 1 + 0.27 * len(found), grid="x") as figure:
+        axis = figure.add_subplot()
+        for part in PARTS:
+            shares = [parts[part] / whole for parts, whole in zip(found.values(), dense, strict=True)]
+            axis.barh(labels, shares, left=left, label=part)
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        axis.invert_yaxis()
+        axis.set_xlabel("FLOPs, as a share of the full-rank step's")
+        figure.legend(ncols=len(PARTS), loc="outside upper center")
+        save(figure, file)
 
 
 def main() -> None:

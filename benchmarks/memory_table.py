@@ -14,11 +14,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pretrain.blocks import walk_all
-from pretrain.config import load
-from pretrain.estimate import GIB, highest
-from pretrain.pictures import COLOURS, DPI
-from pretrain.walk import COMPONENTS
+from pretrain.config.compose import load
+from pretrain.planner.extrapolate import walk_all
+from pretrain.planner.memory import GIB, highest
+from pretrain.planner.simulate import COMPONENTS
+from pretrain.runs.figures import COLOURS, GREY, new_figure, save
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs"
 SETTINGS = [
@@ -71,26 +71,24 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
 def picture(rows: dict[tuple[str, str], Row]) -> Figure:
     """A panel a size, a bar a method, a colour a component; the paper's beside the 13B."""
     sizes = [size for size in SIZES if any(of == size for of, _ in rows)]
-    figure = Figure(figsize=(10.4, 4.6), layout="constrained")
-    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        bars = {method: row for (of, method), row in rows.items() if of == size}
-        if size == "13b":
-            bars = {"Adam, the paper's": {name: held * GIB for name, held in PAPER.items()}} | bars
-        bottom = [0.0] * len(bars)
-        for name, colour in zip(COMPONENTS, [*COLOURS, "#999999"], strict=False):
-            heights = [row.get(name, 0) / GIB for row in bars.values()]
-            if max(heights) > 0.02:
-                axes.bar(list(bars), heights, bottom=bottom, color=colour, width=0.7, label=name.replace("_", " "))
-            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        axes.set_title(f"LLaMA {size.upper()}")
-        axes.tick_params(axis="x", rotation=90)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylabel("GiB")
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
-    return figure
+    with new_figure(height=4.6, grid="y") as figure:
+        for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+            bars = {method: row for (of, method), row in rows.items() if of == size}
+            if size == "13b":
+                bars = {"Adam, the paper's": {name: held * GIB for name, held in PAPER.items()}} | bars
+            bottom = [0.0] * len(bars)
+            for name, colour in zip(COMPONENTS, [*COLOURS, GREY], strict=False):
+                heights = [row.get(name, 0) / GIB for row in bars.values()]
+                if max(heights) > 0.02:
+                    axes.bar(list(bars), heights, bottom=bottom, color=colour, width=0.7, label=name.replace("_", " "))
+                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+            axes.set_title(f"LLaMA {size.upper()}")
+            axes.tick_params(axis="x", rotation=90)
+            axes.set_ylabel("GiB")
+        named = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+        handles = {label: handle for pairs in named for handle, label in pairs}
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+        return figure
 
 
 def main() -> None:
@@ -106,7 +104,7 @@ def main() -> None:
                 file.write(json.dumps(rows[key]) + "\n")
     ordered = {(size, m): rows[size, m] for size in SIZES for m in METHODS if (size, m) in rows}
     print(table(ordered))
-    picture(ordered).savefig(FOLDER / "memory.png", dpi=DPI)
+    save(picture(ordered), FOLDER / "memory.png")
 
 
 if __name__ == "__main__":

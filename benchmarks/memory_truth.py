@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.real_steps import measure
-from pretrain.config import load
-from pretrain.estimate import estimate
+from pretrain.config.compose import load
+from pretrain.planner.memory import estimate
 
 SIZES = {
     "nano": ["model=llama_nano", "train.tokens_per_step=4096"],

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.prepare import Prepared
-from pretrain.build import build_model, build_optimization
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
-from pretrain.trainer import Trainer
+from data.token_dataset import PreparedDataset
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import ready
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.trainer import Trainer
 
 AS_TIMED = [
     "train.steps=200", "train.checkpoint_every=100", "train.eval_every=0", "train.compile=false",
@@ -39,7 +41,7 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
     """
     train = config.train
     model = build_model(config, device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     trained = [p for p in model.parameters() if p.requires_grad]
     sequences = train.tokens_per_step // train.seq_len
     ids = torch.randint(config.model.vocab_size, (8, sequences, train.seq_len + 1), device=device)
@@ -65,7 +67,7 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
 class Timed(Trainer):
     """A trainer that lets a bare loop make a step before each of its own, and stops the clock after its last one."""
 
-    def __init__(self, config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest):
+    def __init__(self, config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest):
         super().__init__(config, world, data, folder, stop)
         self.bare, self.bare_s, self.all_s = bare_loop(config, world.device), 0.0, 0.0
         next(self.bare)  # the building of either is not timed

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.real_steps import KINDS, measure
-from pretrain.check import check
-from pretrain.config import load
+from pretrain.config.compose import load
+from pretrain.setup.checks import check
 
 OPTIONS = [
     "optim.side=columns", "optim.share_index=true", "optim.stagger=auto", "train.lean_activations=true",

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.records import read_documents
 from data.settings import DataSettings
-from data.sources import stdlib_files
-from data.tokenizer import train_tokenizer
+from data.sources.files import stdlib_files
+from data.sources.records import read_documents
+from data.train_tokenizer import train_tokenizer
 
 VOCAB_SIZE = 4096
 CHARS = 2200  # of a document, about as in C4

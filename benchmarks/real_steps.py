@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pretrain.build import build_model, build_optimization
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.parallel import engine_of
-from pretrain.update import Update
+from pretrain.config.compose import load
+from pretrain.distributed.engines import build_engine
+from pretrain.distributed.world import World
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.train_step import TrainStep
 
 KINDS = ("regular", "regular", "refresh")
 TINY = [
@@ -51,10 +52,10 @@ def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -
     config = load([*overrides, *grass])
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, world.device)
-    optim = build_optimization(config, model)
-    engine = engine_of(config.train, world)
+    optim = build_optimizer(config, model)
+    engine = build_engine(config.train, world)
     engine.wrap(model)
-    update = Update(config, world, model, engine, optim)
+    update = TrainStep(config, world, model, engine, optim)
     sequences = config.train.tokens_per_step // config.train.seq_len
     tokens = torch.randint(config.model.vocab_size, (sequences, config.train.seq_len + 1))
     size = config.train.micro_batch_size or sequences

@@ -13,11 +13,12 @@ from statistics import median
 
 import torch
 
-from pretrain.build import build_model, build_optimization
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.parallel import engine_of
-from pretrain.update import Update
+from pretrain.config.compose import load
+from pretrain.distributed.engines import build_engine
+from pretrain.distributed.world import World
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.train_step import TrainStep
 
 SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
 # Every other step gathers the scores of all layers and refreshes them, at their dearest; the others do nothing of it.
@@ -50,11 +51,11 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
     config = load([*SHAPE, *overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config, device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     world = World(rank=0, size=1, device=device)
-    engine = engine_of(config.train, world)
+    engine = build_engine(config.train, world)
     engine.wrap(model)
-    update = Update(config, world, model, engine, optim)
+    update = TrainStep(config, world, model, engine, optim)
     train = config.train
     sequences = train.tokens_per_step // train.seq_len
     ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1))

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.steps import METHODS, configuration
+from models.flops import flops_per_token
 from models.grass_linear import GrassLinear
-from pretrain.build import outline
-from pretrain.config import BaselineConfig
-from pretrain.flops import flops_per_token
+from pretrain.config.schema import BaselineConfig
+from pretrain.runs.figures import new_figure, save
+from pretrain.setup.model import outline
 
 EFFICIENCY = 0.5  # of the peak, in matrix products: what well-tuned LLaMA training reaches on these GPUs
 ADAM_PASSES = 7  # reads of the gradient, weight and two moments, writes of all but the gradient
@@ -165,20 +165,19 @@ def plot(measured: list[dict[str, Any]], file: Path) -> None:
 
     Beyond it the model would take for computing what may still be waiting for the link.
     """
-    figure, axis = plt.subplots(figsize=(7, 4))
-    tokens, slowest = 256 * measured[0]["ranks"], min(run["mbit"] for run in measured)
-    for method, curve in curves(measured).items():
-        grid = [slowest / 2 * (2 * curve.fastest / slowest) ** (i / 200) for i in range(201)]
-        (line,) = axis.plot(grid, [tokens / curve.model(mbit) for mbit in grid], linewidth=1)
-        found = sorted(curve.measured.items())
-        axis.plot([m for m, _ in found], [tokens / s for _, s in found], "o", color=line.get_color(), label=method)
-    axis.set_xscale("log")
-    axis.set_xlabel("Mbit/s of each process")
-    axis.set_ylabel("tokens/s of regular steps\n(points measured, lines modelled)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    with new_figure(7, 4) as figure:
+        axis = figure.add_subplot()
+        tokens, slowest = 256 * measured[0]["ranks"], min(run["mbit"] for run in measured)
+        for method, curve in curves(measured).items():
+            grid = [slowest / 2 * (2 * curve.fastest / slowest) ** (i / 200) for i in range(201)]
+            (line,) = axis.plot(grid, [tokens / curve.model(mbit) for mbit in grid], linewidth=1)
+            found = sorted(curve.measured.items())
+            axis.plot([m for m, _ in found], [tokens / s for _, s in found], "o", color=line.get_color(), label=method)
+        axis.set_xscale("log")
+        axis.set_xlabel("Mbit/s of each process")
+        axis.set_ylabel("tokens/s of regular steps\n(points measured, lines modelled)")
+        axis.legend()
+        save(figure, file)
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:

@@ -13,13 +13,15 @@ from statistics import median
 
 import torch
 
-from pretrain import checkpoint
-from pretrain.build import build_model, build_optimization
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.parallel import Engine
-from pretrain.saver import Saver
-from pretrain.update import Update
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.saver import Saver
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.engines import Engine
+from pretrain.distributed.world import World
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.train_step import TrainStep
 
 SAVES = 7
 
@@ -28,11 +30,11 @@ def measure(config: Config) -> dict[str, float]:
     """Of a run with ``config`` on this process' CPU."""
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, world.device)
-    optim = build_optimization(config, model)
+    optim = build_optimizer(config, model)
     engine = Engine()
     engine.wrap(model)
     ids = torch.randint(config.model.vocab_size, (1, config.train.seq_len + 1))
-    Update(config, world, model, engine, optim)([(ids[:, :-1], ids[:, 1:])])
+    TrainStep(config, world, model, engine, optim)([(ids[:, :-1], ids[:, 1:])])
     tensors = checkpoint.tensors_of(model, optim)
     told: dict[str, float] = {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())}
     for way in ("background", "waiting"):

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.network import Host, hosts, limit, loopback, sent_bytes
 from benchmarks.steps import METHODS, Step, Steps, configuration
-from pretrain.distributed import connect, disconnect
+from pretrain.distributed.world import connect, disconnect
 
 SEQ_LEN = 256
 LOOPBACK = "lo"

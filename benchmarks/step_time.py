@@ -27,16 +27,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.steps import METHODS, PERIOD, Steps, configuration, summarise
-from pretrain.distributed import World
-from pretrain.flops import flops_per_token
-from pretrain.host_memory import KEEP, keep_freed_memory
+from models.flops import flops_per_token
+from pretrain.cli.malloc import KEEP, keep_freed_memory
+from pretrain.distributed.world import World
+from pretrain.runs.figures import new_figure, save
 
 COLUMNS = {
     "method": "", "tokens_per_s": ",.0f", "of_the_first": ".3f", "limit_ratio": ".3f", "step_s": ".3f", "spread": ".1%",
@@ -150,22 +150,22 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Where a step's time goes: a panel for each run of a size, and in it a stack for each method."""
     runs = list(by_run(rows))
     heights = [len(of_one) + 1 for _, of_one in runs]
-    figure, axes = plt.subplots(len(runs), figsize=(8, 0.8 + 0.3 * sum(heights)), squeeze=False, height_ratios=heights)
-    for axis, (title, of_one) in zip(axes[:, 0], runs, strict=True):
-        labels, left = [row["method"] for row in of_one], [0.0] * len(of_one)
-        for part, label in PARTS.items():
-            share = [row[part] / (row["refresh_every"] if part == "refresh_s" else 1) for row in of_one]
-            axis.barh(labels, share, left=left, label=label)
-            left = [a + b for a, b in zip(left, share, strict=True)]
-        for row, end in zip(of_one, left, strict=True):
-            axis.text(end, row["method"], f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=8)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xlim(0, 1.25 * max(left))
-        axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("seconds a step")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=len(PARTS), loc="upper center")
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
-    figure.savefig(file, dpi=110)
+    with new_figure(8, 0.8 + 0.3 * sum(heights), grid="x") as figure:
+        axes = figure.subplots(len(runs), squeeze=False, height_ratios=heights)
+        for axis, (title, of_one) in zip(axes[:, 0], runs, strict=True):
+            labels, left = [row["method"] for row in of_one], [0.0] * len(of_one)
+            for part, label in PARTS.items():
+                share = [row[part] / (row["refresh_every"] if part == "refresh_s" else 1) for row in of_one]
+                axis.barh(labels, share, left=left, label=label)
+                left = [a + b for a, b in zip(left, share, strict=True)]
+            for row, end in zip(of_one, left, strict=True):
+                axis.text(end, row["method"], f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=8)
+            axis.set_title(title)
+            axis.set_xlim(0, 1.25 * max(left))
+            axis.invert_yaxis()
+        axes[-1, 0].set_xlabel("seconds per step")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(PARTS), loc="outside upper center")
+        save(figure, file)
 
 
 def written(file: Path) -> list[dict[str, Any]]:

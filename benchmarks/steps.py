@@ -8,12 +8,14 @@ from statistics import median, quantiles
 import torch
 from torch import nn
 
-from pretrain.build import build_model, build_optimization
-from pretrain.compiling import compile_blocks
-from pretrain.config import BaselineConfig, Config, GrassConfig, load
-from pretrain.distributed import World
-from pretrain.parallel import engine_of
-from pretrain.update import Update
+from pretrain.config.compose import load
+from pretrain.config.schema import BaselineConfig, Config, GrassConfig
+from pretrain.distributed.engines import build_engine
+from pretrain.distributed.world import World
+from pretrain.setup.compiling import compile_blocks
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.train_step import Update
 
 PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
@@ -92,11 +94,11 @@ class Steps:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.config, self.world, self.clock = config, world, clock
-        train, engine = config.train, engine_of(config.train, world)
+        train, engine = config.train, build_engine(config.train, world)
         self.model = build_model(config, world.device, shard=engine.shard)
         if lora_rank is not None:
             add_lora(self.model, lora_rank)
-        self.optim = build_optimization(config, self.model)
+        self.optim = build_optimizer(config, self.model)
         if train.compile:
             compile_blocks(config, self.model, world)
         engine.wrap(self.model)
@@ -127,14 +129,8 @@ class Steps:
         self.optim.optimizer.register_step_pre_hook(lambda *_: begin("optimizer"))
         self.optim.optimizer.register_step_post_hook(lambda *_: end("optimizer"))
         if grass := self.optim.grass:
-            end_update = grass.end_update
-
-            def timed() -> None:
-                begin("choosing")
-                end_update()
-                end("choosing")
-
-            grass.end_update = timed  # type: ignore[method-assign]
+            grass.register_refresh_pre_hook(lambda: begin("choosing"))
+            grass.register_refresh_post_hook(lambda: end("choosing"))
 
     def __iter__(self) -> Iterator[Step]:
         optim, step = self.config.optim, 0

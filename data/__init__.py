@@ -1,1 +1,1 @@
-"""Text in, batches of tokens out: sources, tokenizer, preparation into token shards, loader."""
+"""From text to batches of tokens: sources, tokenizer, preparation into token shards, loading."""

@@ -1,9 +1,10 @@
-"""What a preparation holds: its counts, its shards held to their checksums, and documents decoded.
+"""Show a prepared dataset: its counts, its documents decoded, and whether its files are intact.
 
 python -m data.inspect prepared/stdlib-83b67effc85a --document 0 1 17
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,30 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from data.prepare import Prepared, describe, load
-from data.shards import Tokens, sha256
+from data.atomic import sha256
+from data.shards.reader import Tokens
+from data.sources.file_search import shorten
+from data.token_dataset import MANIFEST, PreparedDataset, describe, load
 
 BLOCK = 2**24
 
 
-def damages(prepared: Prepared) -> Iterator[str]:
-    """What is wrong in the files, a line each: another checksum, or tokens and index that do not fit each other."""
+def damages(prepared: PreparedDataset) -> Iterator[str]:
+    """The damage in the files, a line each: checksums that differ, and tokens that do not fit the index."""
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
             for name, file in shard["files"].items():
                 if sha256(prepared.folder / name) != file["sha256"]:
                     yield f"{prepared.folder / name}: has another checksum than the manifest"
-        yield from (f"{split}: {problem}" for problem in _unfit(prepared, getattr(prepared, split), entry))
+        yield from (f"{split}: {problem}" for problem in _index_problems(prepared, getattr(prepared, split), entry))
 
 
-def _unfit(prepared: Prepared, tokens: Tokens, entry: dict[str, Any]) -> Iterator[str]:
+def _index_problems(prepared: PreparedDataset, tokens: Tokens, entry: dict[str, Any]) -> Iterator[str]:
     counts = {"documents": tokens.document_count, "tokens": len(tokens), "bytes": tokens.text_bytes}
     for key, count in counts.items():
         if entry[key] != count:
             yield f"holds {count} {key} instead of {entry[key]}"
     lengths = tokens.document_lengths
     if lengths.min() < 2:
-        yield f"the index is not in order at document {int(lengths.argmin())}"
+        yield f"the index is out of order at document {int(lengths.argmin())}"
         return
     for start in range(0, len(tokens), BLOCK):
         if (largest := int(tokens[start : start + BLOCK].max())) >= prepared.tokenizer.vocab_size:
@@ -45,7 +48,7 @@ def _unfit(prepared: Prepared, tokens: Tokens, entry: dict[str, Any]) -> Iterato
             yield f"document {number} does not lie between bos and eos"
 
 
-def show(prepared: Prepared, split: str, number: int, chars: int) -> str:
+def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
     """A document's name, size and text, for people."""
     tokens: Tokens = getattr(prepared, split)
     start, stop = tokens.document_bounds(number)
@@ -55,34 +58,50 @@ def show(prepared: Prepared, split: str, number: int, chars: int) -> str:
     return f"--- {split} document {number}, {name}: {stop - start:,} tokens\n{text[:chars]}{cut}"
 
 
+def _open(folder: Path, split: str, numbers: list[int] | None) -> tuple[PreparedDataset, list[int]]:
+    """The dataset, and the numbers of the documents to show. Raises ValueError where either is not there."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}; name the folder of a prepared dataset, such as prepared/NAME-HASH"
+        )
+    if not (folder / MANIFEST).exists():
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))
+        hint = f"name one of {shorten(below)}" if below else "name the folder of a prepared dataset"
+        raise ValueError(f"{folder}: is no prepared dataset, because it has no {MANIFEST}; {hint}")
+    prepared = load(folder)
+    count = getattr(prepared, split).document_count
+    if wrong := [number for number in numbers or [] if not 0 <= number < count]:
+        raise ValueError(f"--document: {split} has documents 0 to {count - 1}, not {wrong[0]}")
+    return prepared, list(range(min(2, count))) if numbers is None else numbers
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__.partition("\n")[0])
-    p.add_argument("folder", type=Path, help="of a preparation (prepared/…)")
+    p.add_argument("folder", type=Path, help="a prepared dataset (prepared/…)")
     p.add_argument("--split", default="train", choices=("train", "val"), help="default: train")
-    p.add_argument(
-        "--document", type=int, nargs="*", default=[0, 1], metavar="N", help="documents to show (default: 0 1)"
-    )
-    p.add_argument("--chars", type=int, default=500, help="of each document, at the most (default: 500)")
-    p.add_argument("--no-checksums", action="store_true", help="do not read the whole shards")
+    p.add_argument("--document", type=int, nargs="*", metavar="N", help="documents to show (default: the first two)")
+    p.add_argument("--chars", type=int, default=500, help="characters of each document at most (default: 500)")
+    p.add_argument("--no-checksums", action="store_true", help="do not read the shards to the end")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Exits with 1 for a damaged dataset, and with 2 and a message for arguments that name none."""
     args = parser().parse_args(arguments)
     try:
-        prepared = load(args.folder)
-        count = getattr(prepared, args.split).document_count
-        if wrong := [n for n in args.document if not 0 <= n < count]:
-            raise ValueError(f"--document: {args.split} has documents 0 to {count - 1}, not {wrong[0]}")
-    except ValueError as error:
-        sys.exit(str(error))
+        prepared, numbers = _open(args.folder, args.split, args.document)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     print(describe(prepared.manifest, prepared.folder))
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
             print(f"{split}  {shard['name']}: {shard['tokens']:,} tokens of {shard['documents']:,} documents")
     for reason, skipped in prepared.manifest["corpus"].get("skipped_counts", {}).items():
         print(f"skipped {skipped:,} {reason}")
-    for number in args.document:
+    if changed := prepared.manifest["corpus"].get("changed", 0):
+        print(f"{changed:,} documents are changed by the tokenizer: their tokens decode to another text")
+    for number in numbers:
         print(show(prepared, args.split, number, args.chars))
     if not args.no_checksums:
         found = list(damages(prepared))
@@ -91,4 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may close the pipe: end without a traceback
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     main()

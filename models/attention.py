@@ -1,7 +1,7 @@
-"""Causal self-attention behind one call: flash-attn where it is installed, torch's own kernels elsewhere.
+"""Causal self-attention: flash-attn where it is installed, torch's own kernels elsewhere.
 
-Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` turns what was asked for into what
-will run, before any compute; `attention` takes only its answer: "sdpa", "varlen" or a version of flash-attn.
+Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` decides from the setting which
+kernels will run: "sdpa", "varlen" or a version of flash-attn. `attention` takes its answer.
 """
 
 import logging
@@ -24,11 +24,17 @@ log = logging.getLogger(__name__)
 def resolve_backend(
     requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool = False
 ) -> str:
-    """The backend that will run for tensors of `dtype` on `device`; with `documents`, for packed ones kept apart.
+    """The backend for tensors of `dtype` on `device`.
 
-    "auto" takes the first version of flash-attn that is installed and can run; else, for packed documents, torch's
-    varlen kernel where that can; else SDPA. "sdpa" is SDPA always.
-    Raises ValueError for an unknown name, and for "flash" where no version can run.
+    "auto" is the first version of flash-attn that is installed and can run; else, for packed documents, torch's varlen
+    kernel if that can run; else SDPA. "sdpa" is always SDPA.
+
+    Args:
+        requested: a name of BACKENDS.
+        documents: attention stays within packed documents.
+
+    Raises:
+        ValueError: an unknown name, or "flash" where no version of flash-attn can run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"model.attention={requested}: unknown; choose one of {', '.join(BACKENDS)}")
@@ -38,11 +44,11 @@ def resolve_backend(
     if version:
         return version
     if requested == "flash":
-        raise ValueError(f"model.attention=flash: {reason}; mend that, or set model.attention=auto or sdpa")
+        raise ValueError(f"model.attention=flash: {reason}; fix that, or set model.attention=auto or sdpa")
     return "varlen" if documents and varlen_runs(device, dtype, head_dim) else "sdpa"
 
 
-_said: set[Any] = set()
+_logged: set[Any] = set()
 KERNELS = {
     SDPBackend.MATH: "math",
     SDPBackend.FLASH_ATTENTION: "flash",
@@ -51,14 +57,14 @@ KERNELS = {
 }
 
 
-def say_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Tensor | None) -> None:
-    """Log which kernel attention will run in blocks on x (b, t, hidden), once for each kind of call.
+def log_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Tensor | None) -> None:
+    """Log the kernel that attention will run in blocks on x (b, t, hidden), once for each kind of call.
 
-    SDPA's is the one that torch itself chooses for such tensors, out of those that are enabled.
+    For SDPA it is torch's choice for such tensors among the enabled kernels.
     """
     call = (backend, x.device, x.dtype, head_dim, kv_heads, layout is None, torch.is_grad_enabled())
-    # Tensors of other types are fake ones, which no kernel runs on.
-    if call in _said or type(x) is not Tensor or not log.isEnabledFor(logging.INFO):
+    # Fake tensors are of another type, and no kernel runs on them.
+    if call in _logged or type(x) is not Tensor or not log.isEnabledFor(logging.INFO):
         return
     name = {"varlen": "torch's varlen_attn, flash kernel"}.get(backend, backend)
     if backend == "sdpa":
@@ -67,42 +73,50 @@ def say_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Te
         kernel = SDPBackend(torch._fused_sdp_choice(**_sdpa_arguments(q, k, k, layout)))
         name = f"torch's SDPA, {KERNELS.get(kernel, kernel.name)} kernel"
     line = f"{'attention' if layout is None else 'attention within documents'}: {name}"
-    if line not in _said:
+    if line not in _logged:
         log.info(line)
-    _said.update((call, line))
+    _logged.update((call, line))
 
 
 def document_layout(documents: Tensor, backend: str, rows: int, tokens: int) -> Tensor:
-    """What `attention` takes to keep documents apart, from where they begin, int32 (documents + 1,).
+    """The `layout` argument of `attention` that keeps documents apart. Does not wait for the device.
 
-    The places count the tokens of all rows, row after row. Every row begins a document; the last entry is
-    rows · tokens. For SDPA a mask, bool (rows, 1, tokens, tokens); for others `documents` as it is.
-    Nothing here waits for the device.
+    For SDPA it is a mask, bool (rows, 1, tokens, tokens); for others `documents` unchanged.
+
+    Args:
+        documents: int32 (documents + 1,), the first token of each document, counted over all rows in order; every row
+            begins a document, and the last entry is rows · tokens.
     """
     if backend == "sdpa":
         places = torch.arange(rows * tokens, dtype=torch.int32, device=documents.device)
         numbers = torch.bucketize(places, documents, out_int32=True, right=True).view(rows, tokens)
         return (numbers[:, :, None] == numbers[:, None, :]).tril().unsqueeze(1)
-    # Every batch has another number of documents: a compiled block is to take them all.
+    # The number of documents differs from batch to batch: one compiled block must serve all of them.
     torch._dynamo.maybe_mark_dynamic(documents, 0)
     return documents
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √head_dim) v under a causal mask, on a backend that `resolve_backend` returned.
+    """softmax(q kᵀ / √head_dim) v under a causal mask (Vaswani et al., arXiv 1706.03762).
 
-    q (b, t, heads, head_dim), k and v (b, s, kv_heads, head_dim) with heads a multiple of kv_heads: consecutive query
-    heads share a key-value head. The queries are of the last t of s tokens. Returns (b, t, heads, head_dim) in q's
-    dtype. With the `layout` of `document_layout`, a token sees only those of its own document.
+    Args:
+        q: (b, t, heads, head_dim), the queries of the last t of s tokens.
+        k: and `v` (b, s, kv_heads, head_dim), where heads is a multiple of kv_heads: consecutive query heads share a
+            key-value head.
+        backend: an answer of `resolve_backend`.
+        layout: of `document_layout`: a token sees only tokens of its own document.
+
+    Returns:
+        (b, t, heads, head_dim) in the dtype of q.
     """
     if backend == "sdpa":
         return _sdpa(q, k, v, layout)
     rows, documents = functions[backend]
-    # flash-attn's backward adds up with atomics, in another order every run, unless asked not to.
+    # flash-attn's backward sums with atomics, in an order that differs from run to run, unless told not to.
     options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     if layout is None:
         return _output(rows(q, k, v, **options))
-    t = q.shape[1]  # the longest that a document can be
+    t = q.shape[1]  # the longest possible document
     lengths = {"cu_seqlens_q": layout, "cu_seqlens_k": layout, "max_seqlen_q": t, "max_seqlen_k": t}
     return _output(documents(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options)).unflatten(0, (-1, t))
 
@@ -121,15 +135,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> Tensor:
 
 
 def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> dict[str, Any]:
-    """SDPA's arguments for those of `attention`."""
+    """The arguments of torch's SDPA for those of `attention`."""
     t, s, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     mask, causal = layout, layout is None
     if t != s:
-        # SDPA's causal mask would stand the queries at the first tokens; a single new one sees every token.
+        # SDPA's causal mask takes the queries for those of the first tokens; a single new token sees all.
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t) if t > 1 else None
         causal = False
     if groups > 1 and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
-        # The kernels for these know no groups of heads, and the math path would make all t × s scores.
+        # The kernels for these take no groups of heads, and the math path would store all t × s scores.
         k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
     arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": groups > 1}
     return arguments | {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2)}
@@ -137,7 +151,7 @@ def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> d
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """cuDNN makes a plan for every pair of lengths: with a cache, for every token."""
+    """cuDNN compiles a plan for every pair of lengths: with a key-value cache, for every token."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -1,7 +1,7 @@
-"""Random numbers as a function of (key, position): the same on every device, rank and resumed run.
+"""Random numbers as a function of (key, position): the same on every device, on every rank and in a resumed run.
 
-A key names what is drawn ("seed 0, sketch, step 200, layers.3.mlp.up_proj"); a position is an element's place in the
-full tensor. Nothing is drawn in sequence, so nothing depends on what was drawn before.
+A key names a draw ("seed 0, sketch, step 200, layers.3.mlp.up_proj"); a position is an element's place in the complete
+tensor. There is no sequence, so that no draw depends on earlier draws.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def key(seed: int, *purpose: str | int) -> int:
-    """A key in [0, 2**63) for what ``purpose`` names, under the run's ``seed``."""
+    """A key in [0, 2**63) for the draw that ``purpose`` names, under the run's ``seed``."""
     text = "\0".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -26,8 +26,8 @@ def _as_int64(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's ``>>`` repeats the sign bit)."""
+def logical_shift_right(x: Tensor, bits: int) -> Tensor:
+    """Right shift of int64 that fills with zeros (torch's ``>>`` repeats the sign bit)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -35,38 +35,25 @@ def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
     """64 random bits for every position (int64, any shape), as int64 of the same shape.
 
     Splitmix64 (Steele, Lea, Flood 2014) at counter ``position`` of the stream that starts at ``key``: it mixes
-    (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. In the second form a compiler that knows
-    ``position`` as an index finds no index times γ: Inductor would compute that in 32 bits for a GPU, which Triton
-    refuses, and wrongly in some vectorised loops for a CPU. In compiled code the key must be a tensor for that.
+    (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. The second form keeps a compiler that
+    knows ``position`` as an index from multiplying the index by γ: Inductor would do so in 32 bits for a GPU, which
+    Triton refuses, and with wrong results in some vectorised loops for a CPU. In compiled code the key must be a tensor
+    for that.
     """
     start = key * _INVERSE + 1
     z = (position + (start if isinstance(start, Tensor) else _as_int64(start))) * _GAMMA
-    z = (z ^ _shift_right(z, 30)) * _MIX_1
-    z = (z ^ _shift_right(z, 27)) * _MIX_2
-    return z ^ _shift_right(z, 31)
+    z = (z ^ logical_shift_right(z, 30)) * _MIX_1
+    z = (z ^ logical_shift_right(z, 27)) * _MIX_2
+    return z ^ logical_shift_right(z, 31)
 
 
 def random_unit(key: Tensor | int, position: Tensor) -> Tensor:
-    """A number in [0, 1), float32, for every position (int64, any shape)."""
-    return _shift_right(random_bits(key, position), 40).float() * 2.0**-24
+    """A number in [0, 1) for every position (int64, any shape), as float32 of the same shape."""
+    return logical_shift_right(random_bits(key, position), 40).float() * 2.0**-24
 
 
 def random_signs(key: Tensor | int, rows: int, columns: int, like: Tensor) -> Tensor:
     """A (rows, columns) matrix of ±1 with the dtype and device of ``like``."""
     position = torch.arange(rows * columns, device=like.device)
-    sign_bit = _shift_right(random_bits(key, position), 63)
+    sign_bit = logical_shift_right(random_bits(key, position), 63)
     return (1 - 2 * sign_bit).to(like.dtype).view(rows, columns)
-
-
-def round_stochastically(x: Tensor, dtype: torch.dtype, key: Tensor | int, position: Tensor) -> Tensor:
-    """``x`` as ``dtype``; to bfloat16 up or down at random, nearer neighbours likelier, so that the mean is x.
-
-    Adds 16 random bits, drawn at ``position`` (int64, the shape of x), below the 16 that bfloat16 keeps of a float32.
-    Other dtypes round to nearest. Values that are not finite stay so.
-    """
-    if dtype != torch.bfloat16 or x.dtype == dtype:
-        return x.to(dtype)
-    x = x.float()
-    noise = _shift_right(random_bits(key, position), 48).to(torch.int32)
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(dtype)

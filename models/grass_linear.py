@@ -1,30 +1,25 @@
-"""A linear layer that trains a selection of its rows (or columns) and computes the gradient of nothing else.
+"""A linear layer that trains a selection of its rows (or columns), and computes no other gradient of its weight.
 
-``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight`` and hands autograd an ordinary small parameter, ``rows``:
+``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight`` and gives autograd an ordinary small parameter, ``rows``:
 the trainable copy of the selected slice of the weight. Its backward forms ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660,
 section 3), never the (out, in) gradient. Optimizers, clipping, accumulation, DDP and FSDP see only ``rows``.
 
-Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass`` keeps that true.
+Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass`` keeps it so.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.counter_rng import random_signs
-from models.int8_weight import quantise, whole
-from models.row_updates import fold_rows, positions, select_rows, selected
-from models.sharded import local
+from models.dtensor import local
+from models.int8_weight import full_weight, quantise
+from models.row_updates import fold_rows, select_rows, selected
 
 logger = logging.getLogger(__name__)
-
-ATTENTION_AND_MLP = ("*.self_attn.*_proj", "*.mlp.*_proj")
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one module
 
 
 class _SelectedLinear(torch.autograd.Function):
@@ -39,14 +34,14 @@ class _SelectedLinear(torch.autograd.Function):
             x_slice if ctx.x_is_sliced else x, weight, weight_step, kept_rows, index, scale, probe_key
         )
         if weight_step is not None:
-            weight = whole(weight, weight_step, rows, index, int(columns), x.dtype)
+            weight = full_weight(weight, weight_step, rows, index, int(columns), x.dtype)
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad_y):
         saved, weight, weight_step, rows, index, scale, probe_key = ctx.saved_tensors
         if weight_step is not None:
-            weight = whole(weight, weight_step, rows, index, int(ctx.columns), grad_y.dtype)
+            weight = full_weight(weight, weight_step, rows, index, int(ctx.columns), grad_y.dtype)
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
         del weight
         dy, x = grad_y.flatten(0, -2), saved.flatten(0, -2)
@@ -65,10 +60,16 @@ class _SelectedLinear(torch.autograd.Function):
 
 
 def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: Tensor) -> Tensor:
-    """What a backward adds to the probe, from the (tokens, m) and (tokens, n) factors of the gradient G (m, n).
+    """The contribution of a backward to the probe, float32, from the factors of the gradient G (m, n).
 
-    No width: the squared norms of the rows of G (m,), by forming G. Width k: the sketch GΩ (m, k), Ω of random signs
-    (n, k), at k (1/m + 1/n) of the cost and linear in G, so that it can be summed over batches and processes.
+    Without a width: the squared norms of the rows of G (m,), by forming G. With width k: the sketch GΩ (m, k), where Ω
+    (n, k) has random signs, at k (1/m + 1/n) of the cost; it is linear in G and can be summed over batches and
+    processes.
+
+    Args:
+        selected: (tokens, m) and ``other`` (tokens, n), the factors: G = selectedᵀ @ other.
+        width: () or (k,).
+        key: int64 scalar, of the random signs.
     """
     if not width:
         wide = torch.promote_types(other.dtype, torch.float32)
@@ -78,7 +79,7 @@ def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: 
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` in ``dtype``; on a GPU bfloat16 factors give float32 as it was summed, with no rounding on the way."""
+    """``a @ b`` in ``dtype``; a float32 result of bfloat16 factors on a GPU is not rounded to bfloat16 in between."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -87,7 +88,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class SharedSlice:
     """One slice ``x[..., index]`` for the linears that read the same ``x`` and select the same columns of it.
 
-    The first of its ``members`` to be called makes the slice and the last lets it go: only their graphs hold it then.
+    The first of its ``members`` to be called makes the slice and the last releases it: then only their graphs hold it.
     """
 
     def __init__(self, members: int):
@@ -96,7 +97,7 @@ class SharedSlice:
         self.slice: Tensor | None = None
 
     def of(self, x: Tensor, index: Tensor) -> Tensor:
-        """The (…, rank) slice of ``x`` (…, in), made anew for an ``x`` that is not that of the call before."""
+        """The (…, rank) slice of ``x`` (…, in); made when ``x`` is not the tensor of the previous call."""
         if self.x is not x or self.slice is None:
             self.x, self.slice, self.left = x, x.detach().index_select(-1, index), self.members
         found = self.slice
@@ -109,18 +110,18 @@ class SharedSlice:
 class GrassLinear(nn.Module):
     """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
 
-    weight  Parameter (out, in), frozen: what the forward uses; with ``int8`` codes of what is not selected
+    weight  Parameter (out, in), frozen, used by the forward; with ``int8`` the codes of all that is not selected
     rows    Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
-    index   buffer (rank,) int64: which rows or columns, in ascending order; entries may repeat
-    scale   buffer (rank,) float32: ρ of each; used where ``scaled`` is set, which weighted samples need
+    index   buffer (rank,) int64: the selected rows or columns, ascending; entries may repeat
+    scale   buffer (rank,) float32: ρ of each; used if ``scaled`` is set, which weighted samples need
     weight_step  with ``int8`` a buffer of the selected dimension, float32: see models.int8_weight
 
     Args:
         weight: the (out, in) weight; shared, not copied, and frozen.
-        rank: how many rows or columns are trained, 1 ≤ rank ≤ the selected dimension.
+        rank: the number of trained rows or columns, 1 ≤ rank ≤ the selected dimension.
         side: "rows", "columns" or "auto" (rows where out ≤ in: the smaller side, as in the paper).
         state_dtype: dtype of ``rows`` and so of its gradient and moments; the weight's own when None.
-        int8: keep the weight in 8 bits, rounded to nearest; a forward and a backward make it whole for themselves.
+        int8: keep the weight in 8 bits, rounded to nearest; a forward and a backward dequantise it for themselves.
 
     Raises:
         ValueError: an unknown side or an impossible rank.
@@ -160,12 +161,12 @@ class GrassLinear(nn.Module):
         self.register_buffer("scale", torch.ones(rank, device=weight.device))
         self.rows = nn.Parameter(selected(self, self.index, state_dtype or weight.dtype))
         self.scaled = False
-        self.shared: SharedSlice | None = None  # with the layers whose index is always this one's
+        self.shared: SharedSlice | None = None  # with layers that always have the same index
         self.probe: Tensor | None = None  # a leaf outside parameters(): DDP, FSDP and the optimizer never see it
         self.probe_key: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out) in the weight's dtype."""
+        """(…, in) → (…, out), in the dtype of ``x``, which is the weight's unless that is ``int8``."""
         scale = self.scale if self.scaled else None
         return _SelectedLinear.apply(
             x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe,
@@ -173,7 +174,7 @@ class GrassLinear(nn.Module):
         )  # fmt: skip
 
     def _slice_of(self, x: Tensor) -> Tensor | None:
-        """What the backward needs of ``x`` where that is a slice: not while the whole gradient is being probed."""
+        """The slice of ``x`` that the backward needs; None if it needs ``x``, for rows or while being probed."""
         if self.dim == 0 or self.probe is not None or not torch.is_grad_enabled():
             return None
         return self.shared.of(x, self.index) if self.shared else x.detach().index_select(-1, self.index)
@@ -187,20 +188,16 @@ class GrassLinear(nn.Module):
 
     @property
     def selectable(self) -> int:
-        """The size of the selected dimension: how many rows (or columns) there are to choose from."""
+        """The size of the selected dimension: the number of rows (or columns) to choose from."""
         return self.weight.shape[self.dim]
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Select the first rows and load them: what a layer that was built on the meta device needs."""
+        """Select the first rows and load them. For layers that were built on the meta device."""
         self.index.copy_(torch.arange(self.rank, device=self.index.device))
         self.scale.fill_(1)
         rows = local(self.rows)
         rows.copy_(selected(self, self.index, rows.dtype))
-
-    def positions(self) -> Tensor:
-        """Where the elements of ``rows`` (of a sharded layer: those here) stand in the flattened weight, int64."""
-        return positions(self, self.index)
 
     @torch.no_grad()
     def fold(
@@ -210,14 +207,17 @@ class GrassLinear(nn.Module):
         stepped: Tensor | None = None,
         rounding_key: int = 0,
     ) -> None:
-        """Write a step on ``rows`` back: weight[index] = rows, rounded to the weight's dtype (not into one of 8 bits).
+        """Write a step on ``rows`` into the weight: weight[index] = rows, rounded to nearest (not into 8 bits).
 
-        A step made on a float32 copy of bfloat16 rows comes as ``stepped`` and is rounded stochastically by
-        ``rounding_key``, so that no update is too small. float32 rows of a bfloat16 weight are master copies: they keep
-        what the weight, rounded to nearest, cannot hold.
+        float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot hold. With
+        weighted rows (``scaled``) the step Δ of every draw counts ρ times, and a row that was drawn twice takes both
+        steps: w ← decay·w + Σ ρΔ.
 
-        With weighted rows (``scaled``) the step Δ of every draw counts ρ times and a row drawn twice takes both steps:
-        w ← decay·w + Σ ρΔ, where ``before`` is ``rows`` as it was and ``decay`` what the step multiplied it by.
+        Args:
+            before: ``rows`` before the step, needed for weighted rows.
+            decay: the factor of decoupled weight decay in the step, for weighted rows.
+            stepped: the new rows, if the step was made on a float32 copy; rounded into ``rows`` stochastically.
+            rounding_key: of the random numbers for that.
         """
         if self.scaled:
             assert before is not None
@@ -226,24 +226,29 @@ class GrassLinear(nn.Module):
 
     @torch.no_grad()
     def stepped_draws(self, before: Tensor, decay: float, after: Tensor) -> Tensor:
-        """The new ``rows`` of a step on weighted ones, from what the optimizer made of each draw; see ``fold``."""
+        """The new values of weighted ``rows``, w ← decay·w + Σ ρΔ, in float32 or wider; see ``fold``.
+
+        Args:
+            before: the rows before the step, and ``after`` the optimizer's step on each draw, both of their shape.
+            decay: the factor of decoupled weight decay in the step.
+        """
         before, after, scale = local(before), local(after), self.scale.unsqueeze(1 - self.dim)
         kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
         steps = (after - kept) * scale
-        first = torch.searchsorted(self.index, self.index)  # where each draw's row first stands in the sorted index
+        first = torch.searchsorted(self.index, self.index)  # the first draw of each draw's row
         summed = torch.zeros_like(steps).index_add_(self.dim, first, steps)
         return kept + summed.index_select(self.dim, first)
 
     def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
-        """Train the sorted ``index`` (rank,) from here on, with ρ = ``scale`` (rank,) or 1; see ``select_rows``."""
+        """Select the rows ``index`` (rank,) int64, ascending, with ρ = ``scale`` (rank,) or 1; see ``select_rows``."""
         for _ in select_rows([self], [index], [scale], [rounding_key]):
             pass
 
     def start_probe(self, key: Tensor | int, width: int | None) -> None:
-        """From the next forward on, backward also adds to ``probe.grad`` what the scores need (see optim.selection).
+        """From the next forward on, each backward also adds to ``probe.grad``: scores for the choice of rows.
 
         Args:
-            key: names the random matrix of the sketch; a tensor is an int64 scalar on the weight's device.
+            key: of the random matrix of the sketch; a tensor is an int64 scalar on the weight's device.
             width: columns k of the sketch; None for exact squared norms.
         """
         shape = (self.selectable,) if width is None else (self.selectable, width)
@@ -251,106 +256,8 @@ class GrassLinear(nn.Module):
         self.probe_key = key if isinstance(key, Tensor) else torch.full((), key, device=self.weight.device)
 
     def stop_probe(self) -> Tensor:
-        """End the probe and return what it gathered: (m,) squared norms or the (m, k) sketch, float32."""
+        """End the probe and return its sum: (m,) squared norms or the (m, k) sketch, float32."""
         assert self.probe is not None
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
         self.probe = self.probe_key = None
         return gathered.detach()
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a glob names this module, by its full name or by the last part of it."""
-    return fnmatch(name, pattern) or fnmatch(name.rpartition(".")[2], pattern)
-
-
-def convert_linears(
-    model: nn.Module,
-    rank: int | Mapping[str, int],
-    patterns: Sequence[str] = ATTENTION_AND_MLP,
-    side: str | Mapping[str, str] = "auto",
-    state_dtype: torch.dtype | None = None,
-    share_index: bool = False,
-    int8: bool = False,
-) -> dict[str, GrassLinear]:
-    """Swap in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` for GrassLinear.
-
-    Weights are shared, not copied, unless they become ``int8``. What was converted and what was left is logged.
-    ``side`` and ``rank`` are one for all, or one for each glob of names that they map, the last match winning; ``side``
-    is "auto" without any. With ``share_index`` those of SAME_INPUT of one rank that select columns share one index, and
-    one slice of their input.
-
-    Returns:
-        The new layers by module name, in model order.
-
-    Raises:
-        ValueError: a pattern that matches no linear layer, a matched layer with a bias or a tied weight, or an
-            impossible rank or side, or ``share_index`` where nothing can share; all problems at once, and the model is
-            left as it was.
-    """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    problems: dict[str, list[str]] = {}  # message → names of the layers it is about
-    if not isinstance(side, (str, Mapping)):
-        raise ValueError(f"optim.side={side} is neither auto, rows or columns nor one of these for each name")
-    sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
-    ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
-    for p in [*patterns, *sides, *ranks]:
-        if not any(matches(name, p) for name in linears):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
-            problems[f"pattern {p!r} matches no linear layer of the model, which has {known}"] = []
-    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    layers: dict[str, GrassLinear] = {}
-    for name, linear in linears.items():
-        if not any(matches(name, p) for p in patterns):
-            continue
-        try:
-            if linear.bias is not None:
-                raise ValueError("has a bias and cannot be converted; narrow optim.patterns")
-            if holders[id(linear.weight)] > 1:
-                raise ValueError(
-                    "has a tied weight and cannot be converted; leave it out of optim.patterns or, for the head, set "
-                    "model.tie_word_embeddings=false"
-                )
-            side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
-            ranks_of_this = [r for p, r in ranks.items() if matches(name, p)]
-            if not ranks_of_this:
-                raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
-            layers[name] = GrassLinear(linear.weight, ranks_of_this[-1], side_of_this, state_dtype, int8)
-        except ValueError as error:
-            problems.setdefault(str(error), []).append(name)
-    if share_index and not _share_slices(layers) and not problems:
-        pairs = " or ".join(", ".join(names) for names in SAME_INPUT)
-        problems[f"optim.share_index=true: no {pairs} of one module select columns; set optim.side=columns"] = []
-    if problems:
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        raise ValueError("\n".join(_about(names) + message for message, names in problems.items()))
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    left = [name for name in linears if name not in layers]
-    logger.info(
-        "converted %d of %d linear layers to Grass (rank %s); left full-rank: %s",
-        *(len(layers), len(linears), rank, ", ".join(left) or "none"),
-    )
-    return layers
-
-
-def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
-    """Let the layers of one module that read the same input and select columns share a slice; how many slices."""
-    siblings: dict[tuple[str, int, int], list[GrassLinear]] = {}
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        for input_of, readers in enumerate(SAME_INPUT):
-            if child in readers and layer.side == "columns":
-                siblings.setdefault((parent, input_of, layer.rank), []).append(layer)
-    together = [members for members in siblings.values() if len(members) > 1]
-    for members in together:
-        shared = SharedSlice(len(members))
-        for layer in members:
-            layer.shared = shared
-    return len(together)
-
-
-def _about(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}: " if names else ""

@@ -1,18 +1,15 @@
-"""A frozen weight in eight bits: an int8 code for each element, and a step for each row (or column) of the weight.
+"""A frozen weight in 8 bits: an int8 code for each element, and a step for each row (or column).
 
-An element is its code times the step of the row (dim 0) or column (dim 1) it is in: of what is selected and written
-back as a whole, so that every write chooses its steps anew and nothing is clipped. Steps are powers of two. So codes
-become bfloat16 without an error, and a row that comes back a little changed mostly meets the grid that it left: its
-rounding is as small as its change.
+An element is its code times the step of its row (dim 0) or column (dim 1). Rows are selected and written back as units,
+so that every write chooses a new step and clips nothing. Steps are powers of two: codes convert to bfloat16 without
+error, and a row that comes back little changed mostly meets the grid that it left, so that its rounding error is as
+small as its change.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.counter_rng import random_unit
-from models.sharded import fill_part
 
 LARGEST = 127
 
@@ -20,11 +17,16 @@ LARGEST = 127
 def quantise(
     x: Tensor, dim: int, key: Tensor | int | None = None, position: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes, int8 of the shape of ``x`` (…, m, n), and steps, float32 (…, m) for dim 0 and (…, n) for dim 1.
+    """Quantise ``x`` (…, m, n), rounding to the nearest code or stochastically.
 
-    With a ``key`` an element goes to the code below or above at random, drawn at its ``position`` (int64, the shape of
-    x), the nearer one likelier, so that the mean is x; without one it goes to the nearest. Of a row with an element
-    that is not finite, no element stays so.
+    Args:
+        dim: 0 for a step per row, 1 for a step per column.
+        key: of the random numbers of stochastic rounding, whose mean is x; rounds to nearest when None.
+        position: int64, the shape of ``x``, with a ``key``: each element's place in the stream of random numbers.
+
+    Returns:
+        Codes, int8 (…, m, n), and steps, float32 (…, m) for dim 0 and (…, n) for dim 1. The step of a row with an
+        element that is not finite is NaN.
     """
     x = x.float()
     other = -1 if dim == 0 else -2
@@ -41,23 +43,10 @@ def quantise(
 
 
 def dequantise(codes: Tensor, step: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The weight (m, n) in ``dtype``: exact in bfloat16 and wider."""
+    """The weight (m, n) in ``dtype``, exact in bfloat16 and wider, from codes (m, n) and steps (m,) or (n,)."""
     return codes.to(dtype).mul_(step.to(dtype).unsqueeze(1 - dim))
 
 
-def whole(codes: Tensor, step: Tensor, rows: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The weight (m, n) in ``dtype`` with ``rows``, (r, n) or for dim 1 (m, r), where ``index`` says."""
+def full_weight(codes: Tensor, step: Tensor, rows: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The weight (m, n) in ``dtype`` with ``rows`` at ``index`` (r,): (r, n) for dim 0, (m, r) for dim 1."""
     return dequantise(codes, step, dim, dtype).index_copy_(dim, index, rows.to(dtype))
-
-
-@torch.no_grad()
-def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
-    """Give the weight ``name`` of ``model`` the values of ``full`` (of its full shape, on any device)."""
-    weight = model.get_parameter(name)
-    if weight.dtype != torch.int8:
-        fill_part(weight, full)
-        return
-    layer: Any = model.get_submodule(name.rpartition(".")[0])
-    codes, step = quantise(full, layer.dim)
-    weight.copy_(codes)
-    layer.weight_step.copy_(step)

@@ -1,11 +1,18 @@
-"""The keys and values of the tokens that one attention layer has seen, so that a next token needs only its own."""
+"""Keys and values of earlier tokens, so that attention computes only those of new tokens."""
 
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Room for the keys and values of `positions` tokens, taken when the first come; `tokens` counts those it holds."""
+    """The cache of one attention layer.
+
+    Args:
+        positions: the largest number of tokens; memory for all of them is allocated with the first.
+
+    Attributes:
+        tokens: the number of tokens held.
+    """
 
     def __init__(self, positions: int):
         self.positions, self.tokens = positions, 0

@@ -1,7 +1,7 @@
 """LLaMA: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
 Keyword arguments and parameter names are those of Hugging Face's `LlamaForCausalLM` (without its leading
-"model."), and the same weights give the same logits. There are no buffers: the state is the parameters.
+"model."), and the same weights give the same logits. There are no buffers: the parameters are the complete state.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import BACKENDS, attention, document_layout, resolve_backend, say_kernel
-from models.checkpointing import run
+from models.activation_checkpointing import run
+from models.attention import BACKENDS, attention, document_layout, log_kernel, resolve_backend
 from models.counter_rng import key
-from models.int8_weight import fill_weight
 from models.kv_cache import KVCache
 from models.loss import chunked_cross_entropy, cross_entropy
 from models.precision import at_least_fp32
-from models.recipes import as_recipe, remakeable
+from models.recompute import recomputable, save_as_recipe
+from models.weights import fill_weight
 
 
 class RMSNorm(nn.Module):
-    """x / RMS(x) · weight over the last dimension, computed in fp32 (fp64 for fp64), returned in x's dtype.
+    """x / RMS(x) · weight over the last dimension, computed in float32 (float64 for float64), in the dtype of x.
 
-    Zhang & Sennrich, arXiv 1910.07467.
+    Zhang & Sennrich, arXiv 1910.07467. `lean`: recompute the norm in the backward instead of saving it.
     """
 
     def __init__(self, size: int, eps: float):
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         self.lean = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return remakeable(self._norm, x, self.weight) if self.lean else self._norm(x, self.weight)
+        return recomputable(self._norm, x, self.weight) if self.lean else self._norm(x, self.weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
@@ -41,12 +41,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(-2i / head_dim), each (tokens, 1, head_dim), on `like`'s device.
+    """cos and sin of position · theta^(-2i / head_dim) for `tokens` positions from `start` on.
 
-    For the positions from `start` on.
-
-    In fp32 or wider, whatever `like` is: bf16 has one number for positions 256 and 257.
-    Su et al., arXiv 2104.09864.
+    Su et al., arXiv 2104.09864. Both (tokens, 1, head_dim), on the device of `like`, in float32 or wider whatever its
+    dtype: in bfloat16 positions 256 and 257 are the same number.
     """
     dtype, device = at_least_fp32(like.dtype), like.device
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
@@ -56,13 +54,19 @@ def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor, start: i
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (b, t, heads, head_dim): feature i is paired with i + head_dim / 2."""
+    """Rotary embedding of x (b, t, heads, head_dim) with the tables of `rope_tables`, in the dtype of x.
+
+    Feature i is paired with i + head_dim / 2.
+    """
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with rotary positions; `kv_heads` < `heads` is grouped-query attention."""
+    """Causal attention with rotary positions, x (b, t, hidden) → (b, t, hidden).
+
+    `kv_heads` < `heads` is grouped-query attention (Ainslie et al., arXiv 2305.13245).
+    """
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int):
         super().__init__()
@@ -75,7 +79,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, backend: str, cache: KVCache | None, layout: Tensor | None
     ) -> Tensor:
-        with as_recipe(x):
+        with save_as_recipe(x):
             q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -85,7 +89,10 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)). Shazeer, arXiv 2002.05202."""
+    """SwiGLU: down(silu(gate(x)) · up(x)), x (b, t, hidden) → (b, t, hidden). Shazeer, arXiv 2002.05202.
+
+    `lean`: recompute silu(gate) · up in the backward instead of saving it.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -95,21 +102,21 @@ class MLP(nn.Module):
         self.lean = False
 
     def forward(self, x: Tensor) -> Tensor:
-        with as_recipe(x):
+        with save_as_recipe(x):
             gate, up = self.gate_proj(x), self.up_proj(x)
-        y = remakeable(gated, gate, up) if self.lean else gated(gate, up)
-        with as_recipe(y):
+        y = recomputable(swiglu, gate, up) if self.lean else swiglu(gate, up)
+        with save_as_recipe(y):
             return self.down_proj(y)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
 class Block(nn.Module):
     """One layer, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share.
 
-    `checkpointing` is set by `models.checkpointing.checkpoint_blocks`.
+    `checkpointing` is set by `models.activation_checkpointing.checkpoint_blocks`.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, heads: int, kv_heads: int, eps: float):
@@ -141,9 +148,15 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A LLaMA language model. Construction leaves torch's default weights: call `init_weights` next.
 
-    `loss_chunk_tokens`, when set, is how many tokens the loss takes at a time, so that the logits are never all held.
-    `num_key_value_heads` None means one per attention head. `attention` is auto, sdpa or flash, see
-    `models.attention`. Raises ValueError, naming every key at fault, for sizes that cannot be.
+    Args:
+        num_key_value_heads: one per attention head when None.
+        attention: auto, sdpa or flash, see `models.attention`.
+
+    Attributes:
+        loss_chunk_tokens: if set, the loss takes this many tokens at a time, and all logits never exist at once.
+
+    Raises:
+        ValueError: impossible sizes; names every key at fault.
     """
 
     def __init__(
@@ -206,15 +219,22 @@ class Llama(nn.Module):
         documents: Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
-        """Logits (b, t, vocab) of the next token for input_ids (b, t) int64.
+        """Logits (b, t, vocab) of the next token, or with `targets` the loss.
 
-        With targets (b, t) int64, -100 where none: the cross-entropies in nats, summed over the targets, as
-        a scalar in fp32 (fp64 for an fp64 model).
-        With documents, int32 (documents + 1,), the places among the b · t tokens where one begins, as every row does,
-        and b · t: a token sees those of its own document only. Rotary positions go on from one to the next, which
-        changes nothing: only their differences count.
-        With caches, one a layer, input_ids go on from the tokens these hold, and are added to them.
-        Raises ValueError for more tokens than the model has positions.
+        Args:
+            input_ids: (b, t) int64.
+            targets: (b, t) int64, -100 where there is none.
+            documents: int32 (documents + 1,): the first token of each document, counted over all rows, and b · t last;
+                every row begins a document. A token sees only tokens of its own document. Rotary positions continue
+                from document to document, which changes nothing: only differences of positions count.
+            caches: one per layer; input_ids continue the tokens that they hold, and are added to them.
+
+        Returns:
+            Logits in the model's dtype; with targets the cross-entropies in nats summed over the targets, a scalar in
+            float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: more tokens than the model has positions.
         """
         start = caches[0].tokens if caches else 0
         tokens = start + input_ids.shape[1]
@@ -228,13 +248,13 @@ class Llama(nn.Module):
         backend = resolve_backend(self.attention, x.device, x.dtype, self.head_dim, documents is not None)
         layout = None if documents is None else document_layout(documents, backend, *input_ids.shape)
         if caches is None:
-            say_kernel(backend, x, self.head_dim, self.kv_heads, layout)
+            log_kernel(backend, x, self.head_dim, self.kv_heads, layout)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, backend, caches[i] if caches else None, layout)
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x)
-        # The loss is made here and not by the caller so that a sharded model's hooks span it.
+        # The loss is computed here and not by the caller so that a sharded model's hooks span it.
         if self.loss_chunk_tokens:
             return chunked_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.loss_chunk_tokens)
         return cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
@@ -243,9 +263,9 @@ class Llama(nn.Module):
     def init_weights(self, seed: int) -> None:
         """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
 
-        A weight's draw depends on (seed, its name) alone, and is made in fp32 on the CPU: it is the same on
-        every device, in every dtype up to rounding, whatever else the model holds, and for any sharding.
-        Parameters whose names do not end in "weight" were added by others and are left alone.
+        A weight's draw depends only on (seed, its name), and is made in float32 on the CPU: it is the same on every
+        device, for any sharding and any other contents of the model, and in every dtype up to rounding. Parameters
+        whose names do not end in "weight" do not belong to the architecture and are left unchanged.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -256,7 +276,7 @@ class Llama(nn.Module):
                 fill_weight(self, name, draw.mul_(self.initializer_range))
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
-        """Cast the parameters in place, norm weights to no less than fp32: near 1, bf16 steps by 2⁻⁸."""
+        """Cast the parameters in place, norm weights to float32 at least: near 1, bfloat16 has steps of 2⁻⁸."""
         for module in self.modules():
             kept = at_least_fp32(dtype) if isinstance(module, RMSNorm) else dtype
             for parameter in module.parameters(recurse=False):
@@ -272,7 +292,7 @@ class Llama(nn.Module):
 
 
 def size_problems(**sizes: float) -> list[str]:
-    """What is impossible in a model of these sizes, one message a problem, each with its mend."""
+    """A message for each impossible size, with the fix, from the keyword arguments of `Llama`."""
     problems = [f"model.{name}={value}: must be above 0" for name, value in sizes.items() if not value > 0]
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = sizes["num_key_value_heads"]
@@ -290,7 +310,7 @@ def size_problems(**sizes: float) -> list[str]:
 
 
 def odd_sizes(**sizes: int) -> list[str]:
-    """What makes products in bfloat16 slow on a GPU, whose rows are to be multiples of 16 bytes: a message for each."""
+    """A message for each size that makes bfloat16 products slow on a GPU: rows should be multiples of 16 bytes."""
     return [
         f"model.{name}={value} is not a multiple of 8, which makes its products in bfloat16 slow on a GPU; "
         f"{value + -value % 8} is, and {value + -value % 128} is a multiple of 128, which is better still"

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, summed in nats, from logits or without ever holding all of them."""
+"""Cross-entropy of the next token, summed in nats, with all logits at once or in chunks."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,10 @@ TORCH_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Scalar in fp32 (fp64 for fp64) from logits (n, vocab) and targets (n,) int64, -100 where none."""
+    """The summed cross-entropy in nats of logits (n, vocab) and targets (n,) int64, -100 where there is none.
+
+    A scalar in float32 (float64 for float64).
+    """
     logits = logits.to(at_least_fp32(logits.dtype))
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
@@ -19,19 +22,19 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """`cross_entropy(head(x), targets)` for x (n, hidden), with the logits of `chunk` tokens at a time.
 
-    An ordinary head in fp32 or fp64 takes torch's own chunked loss where torch has one (from 2.13 on), which makes the
-    gradients in the forward. Elsewhere the chunks go through the module, which may be a GrassLinear or sharded, and are
-    computed again in the backward: one more product with the head. In bf16 torch's would return the loss itself,
-    thousands of nats, in bf16.
+    A plain `nn.Linear` head in float32 or float64 takes torch's chunked loss where torch has it (2.13), which computes
+    gradients in the forward. All other heads (a GrassLinear, a sharded one) are called chunk by chunk, and again in the
+    backward: one more product with the head. In bfloat16 torch's would also return the loss, thousands of nats, in
+    bfloat16.
     """
     if TORCH_CHUNKS and type(head) is nn.Linear and x.dtype == at_least_fp32(x.dtype):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
         return F.linear_cross_entropy(x, head.weight, targets, ignore_index=-100, reduction="sum", options=options)
     nats = torch.zeros((), dtype=at_least_fp32(x.dtype), device=x.device)
-    for some, wanted in zip(x.split(chunk), targets.split(chunk), strict=True):
-        nats = nats + checkpoint(_through_head, head, some, wanted, use_reentrant=False, preserve_rng_state=False)
+    for x_chunk, target_chunk in zip(x.split(chunk), targets.split(chunk), strict=True):
+        nats = nats + checkpoint(_loss_of, head, x_chunk, target_chunk, use_reentrant=False, preserve_rng_state=False)
     return nats
 
 
-def _through_head(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
+def _loss_of(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(head(x), targets)

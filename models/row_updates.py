@@ -1,8 +1,8 @@
-"""What changes the rows of many GrassLinear layers at once: the fold after a step, and a change of selection.
+"""Updates of the rows of many GrassLinear layers: the fold after a step, and a change of selection.
 
-Layers of one shape are stacked and worked on together. On a GPU that is a few kernels for all of them, where each layer
-by itself would launch as many: hundreds of layers of small rows are bound by launches, not by arithmetic. What is
-computed for a layer is the same to the bit as by itself.
+Layers of one shape are stacked. On a GPU that takes a few kernels for all of them instead of a few per layer: with
+hundreds of layers of small rows, launches cost more than arithmetic. The results of a layer are the same to the bit as
+without stacking.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from models.counter_rng import round_stochastically
+from models.dtensor import local, place
 from models.int8_weight import dequantise, quantise
-from models.sharded import local, place
-from models.together import stack_size
+from models.precision import round_stochastically
+from models.stacking import stack_size
 from models.transfer import upload
 
 if TYPE_CHECKING:
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 
 class Change(NamedTuple):
-    """A change of the rows of layers of one shape: index (layers, rank) and ρ (layers, rank) before and after.
+    """A change of the selected rows of layers of one shape.
 
-    Sorted by index; ρ is None where it is 1; ``dim`` is the selected dimension.
+    old_index, new_index  (layers, rank) int64, ascending
+    old_scale, new_scale  ρ of each, (layers, rank) float32; None where it is 1
+    dim                   the selected dimension: 0 for rows, 1 for columns
     """
 
     old_index: Tensor
@@ -35,19 +37,19 @@ class Change(NamedTuple):
     dim: int
 
     def of(self, numbers: Sequence[int]) -> "Change":
-        """That of some of the layers."""
+        """The change of the layers with these numbers."""
 
-        def some(stacked: Tensor | None) -> Tensor | None:
+        def part(stacked: Tensor | None) -> Tensor | None:
             return None if stacked is None else torch.stack([stacked[n] for n in numbers])
 
         return Change(
             torch.stack([self.old_index[n] for n in numbers]), torch.stack([self.new_index[n] for n in numbers]),
-            some(self.old_scale), some(self.new_scale), self.dim,
+            part(self.old_scale), part(self.new_scale), self.dim,
         )  # fmt: skip
 
 
-def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
-    """The numbers of ``layers`` in groups that are stacked: alike in all but values, as many as go together."""
+def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
+    """The numbers of ``layers`` in groups for stacking: of one shape, dtype and placement, at most ``stack_size``."""
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
         rows, weight = layer.rows, layer.weight
@@ -62,21 +64,21 @@ def alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
 
 
 def positions(layer: "GrassLinear", index: Tensor) -> Tensor:
-    """Where the elements of rows at ``index`` (…, rank) stand in the flattened weight of ``layer``, int64.
+    """The positions in the flattened weight of ``layer`` of the elements of rows at ``index`` (…, rank), int64.
 
-    (…, rank, in) for rows, (…, out, rank) for columns; of a sharded layer those of the part that is here.
+    (…, rank, in) for rows, (…, out, rank) for columns; of a sharded layer for the local part.
     """
-    here = place(layer.rows)[1 - layer.dim]
-    other = torch.arange(here.start, here.stop, device=index.device)
+    part = place(layer.rows)[1 - layer.dim]
+    other = torch.arange(part.start, part.stop, device=index.device)
     if layer.dim == 0:
         return index.unsqueeze(-1) * layer.in_features + other
     return other.unsqueeze(-1) * layer.in_features + index.unsqueeze(-2)
 
 
 def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of ``new`` (…, n) where it first stands in the sorted ``old`` (…, m), and whether it does.
+    """For each of ``new`` (…, n): its first position in the sorted ``old`` (…, m), and whether it is there at all.
 
-    Where it does not, the place is void.
+    Both (…, n), int64 and bool. The position of an element that is not there has no meaning.
     """
     position = torch.searchsorted(old, new).clamp_max(old.shape[-1] - 1)
     return position, old.gather(-1, position) == new
@@ -87,12 +89,12 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
     """Write ``rows`` back to the weights: weight[index] = rows, rounded to nearest (not into a weight of 8 bits).
 
     Args:
-        stepped: new values of the rows of each layer, in at least their precision, where they are not in ``rows``
-            already; they are rounded into ``rows`` stochastically, so that no update is too small.
-        keys: of each layer's rounding.
+        stepped: for each layer the new values of its rows, in their precision or a higher one, or None if ``rows`` has
+            them already. They are rounded into ``rows`` stochastically, so that no update is too small to count.
+        keys: of the random numbers for the rounding of each layer.
     """
     given = [number for number, value in enumerate(stepped) if value is not None]
-    for group in alike([layers[number] for number in given]):
+    for group in group_alike([layers[number] for number in given]):
         numbers = [given[i] for i in group]
         members, values = [layers[n] for n in numbers], [local(v) for n in numbers if (v := stepped[n]) is not None]
         _write_rows(members, _rounded(members, values, local(members[0].rows).dtype, [keys[n] for n in numbers]))
@@ -103,9 +105,9 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
 def round_values(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> list[Tensor]:
-    """``values`` of the shapes of the layers' rows as ``dtype``, rounded stochastically by ``keys``."""
+    """``values``, of the shapes of the layers' rows, in ``dtype``, rounded stochastically by the layers' ``keys``."""
     rounded = [torch.empty_like(value, dtype=dtype) for value in values]
-    for numbers in alike(layers):
+    for numbers in group_alike(layers):
         members, wide = [layers[n] for n in numbers], [local(values[n]) for n in numbers]
         found = _rounded(members, wide, dtype, [keys[n] for n in numbers])
         torch._foreach_copy_([local(rounded[n]) for n in numbers], list(found))
@@ -118,7 +120,7 @@ def _write_rows(layers: Sequence["GrassLinear"], values: Sequence[Tensor]) -> No
 
 def _write_weights(layers: Sequence["GrassLinear"]) -> None:
     """weight[index] = rows, rounded to nearest."""
-    for group in alike(layers):
+    for group in group_alike(layers):
         members = [layers[number] for number in group]
         values, dtype = [local(layer.rows) for layer in members], members[0].weight.dtype
         if values[0].dtype != dtype:
@@ -132,7 +134,7 @@ def _write_weights(layers: Sequence["GrassLinear"]) -> None:
 def _rounded(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> Sequence[Tensor]:
-    """``values`` of the present rows of layers that are alike, as ``dtype``, rounded stochastically."""
+    """``values`` of the current rows of layers of one shape, in ``dtype``, rounded stochastically."""
     if dtype != torch.bfloat16 or values[0].dtype == dtype:
         return [value.to(dtype) for value in values]
     index = torch.stack([layer.index for layer in layers])
@@ -151,15 +153,20 @@ def _keys_of(layers: Sequence["GrassLinear"], keys: Sequence[int]) -> Tensor:
 def select_rows(
     layers: Sequence["GrassLinear"], index: Sequence[Tensor], scale: Sequence[Tensor | None], keys: Sequence[int]
 ) -> Iterator[tuple[list[int], Change]]:
-    """Train the sorted ``index`` (rank,) of each layer from here on, with ρ = ``scale`` (rank,) or 1; loads ``rows``.
+    """Select other rows, and load their values from the weights. Layers change as the iterator is consumed.
 
-    What the weight cannot hold of rows that leave is rounded stochastically, by ``keys``; rows that stay keep it.
-    Layers change as the iterator is consumed.
+    Rows of a higher precision than the weight's are rounded stochastically into it when they leave the selection, and
+    keep their precision when they stay.
+
+    Args:
+        index: for each layer the ascending selection (rank,) int64.
+        scale: for each layer ρ (rank,) float32, or None where it is 1.
+        keys: of the random numbers for the rounding of each layer.
 
     Yields:
-        The numbers of some layers that are alike, and their change, when it is made.
+        The numbers of some layers of one shape, and the change they have made.
     """
-    for numbers in alike(layers):
+    for numbers in group_alike(layers):
         members = [layers[n] for n in numbers]
         device = members[0].index.device
         old_index = torch.stack([layer.index for layer in members])
@@ -195,11 +202,11 @@ def _change(layers: list["GrassLinear"], change: Change, keys: Sequence[int]) ->
     kept = masters.take_along_dim(position, 1 + dim)
     _write_rows(layers, torch.where(stays, kept, loaded).unbind())
     if masters.dtype != first.weight.dtype and first.weight_step is None:
-        _write_weights(layers)  # rows that stay are master copies: what left them rounded is not what they hold
+        _write_weights(layers)  # rows that stay were also rounded stochastically above: the weight holds the nearest
 
 
 def selected(layer: "GrassLinear", index: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of the slice of the weight at ``index``, of a sharded layer the part that is here."""
+    """A copy in ``dtype`` of the slice of the weight at ``index`` (rank,); of a sharded layer the local part."""
     part = local(layer.weight.detach()).index_select(layer.dim, index)
     if layer.weight_step is None:
         return part.to(dtype)

@@ -1,11 +1,11 @@
-"""From the host's memory to a device, without waiting for what the device is doing."""
+"""Copies from the host's memory to a device that do not wait for the device's work."""
 
 import torch
 from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``: to a GPU through pinned memory, for a copy from ordinary memory would wait."""
+    """``tensor`` on ``device``; to a GPU through pinned memory, because a copy from pageable memory waits."""
     if tensor.device == device:
         return tensor
     if device.type != "cuda":

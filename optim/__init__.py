@@ -1,1 +1,1 @@
-"""What turns gradients into steps: row selection, the Grass fold and refresh, schedules. Tensors in, tensors out."""
+"""Optimizers, row selection, the fold and refresh of Grass, and schedules, for models and tensors only."""

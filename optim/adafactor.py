@@ -1,4 +1,4 @@
-"""Adafactor as an inner optimizer: torch's, with a step that does not wait for a GPU."""
+"""Adafactor as an inner optimizer: torch's, with steps that do not wait for a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from models.precision import at_least_fp32
 
-AT_ONCE = 2**24  # elements of a parameter that are scaled in float32 at once
+CHUNK = 2**24  # elements of a parameter that are scaled in float32 at a time
 
 
 class Adafactor(torch.optim.Adafactor):
-    """torch.optim.Adafactor (Shazeer & Stern, arXiv 1804.04235), the same state and the same step.
+    """torch.optim.Adafactor (Shazeer & Stern, arXiv 1804.04235), with the same state and the same step.
 
-    Torch asks the device for two norms of every parameter as Python numbers. Here they stay on a GPU, as float32
-    scalars. On a CPU, where nothing waits, the step is torch's to the bit.
+    For every parameter torch copies two norms from the device to Python numbers. Here they stay on a GPU as float32
+    scalars. On a CPU, where copies do not wait, the step is torch's to the bit.
     """
 
     @torch.no_grad()
@@ -27,17 +27,21 @@ class Adafactor(torch.optim.Adafactor):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step_on(p, p.grad, group, waits=p.device.type == "cpu")
+                    self._update(p, p.grad, group, norms_on_host=p.device.type == "cpu")
         return loss
 
-    def _step_on(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], waits: bool) -> None:
-        """Step on one parameter as torch does; unless it ``waits``, the two norms stay on the device."""
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any], norms_on_host: bool) -> None:
+        """The step on one parameter.
+
+        Args:
+            norms_on_host: compute with the norms as Python numbers, like torch; else they stay on the device.
+        """
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(parameter.dtype).eps if eps1 is None else eps1
         gradient = -gradient if group["maximize"] else gradient
         state = self.state[parameter]
         if not state:
-            state |= {"step": torch.tensor(0.0), **_no_variance(gradient)}
+            state |= {"step": torch.tensor(0.0), **_new_variance(gradient)}
         state["step"] += 1
         step, size = state["step"].item(), parameter.numel() ** 0.5  # torch keeps the count on the host
         lr = float(group["lr"])
@@ -47,21 +51,21 @@ class Adafactor(torch.optim.Adafactor):
         update = _variance(state, gradient, step ** group["beta2_decay"], eps1).clamp_(min=eps1**2).rsqrt_()
         update.mul_(gradient)
         change_size, rate = update.norm(2), min(lr, 1 / step**0.5)
-        if waits:
+        if norms_on_host:
             alpha = max(eps2, own_size.item() / size) * rate
             parameter.add_(update, alpha=-alpha / max(1.0, change_size.item() / (size * group["d"])))
             return
         wide = at_least_fp32(parameter.dtype)
         alpha = (own_size.to(wide) / size).clamp(min=eps2) * rate
         factor = -alpha / (change_size.to(wide) / (size * group["d"])).clamp(min=1.0)
-        whole, changes = torch.atleast_1d(parameter, update)
-        rows = max(1, AT_ONCE // max(1, whole[:1].numel()))
-        for here, change in zip(whole.split(rows), changes.split(rows), strict=True):
-            here.add_(change.to(wide).mul_(factor))  # in the parameter's own dtype the factor would be rounded to it
+        parameter, update = torch.atleast_1d(parameter, update)
+        rows = max(1, CHUNK // max(1, parameter[:1].numel()))
+        for part, change in zip(parameter.split(rows), update.split(rows), strict=True):
+            part.add_(change.to(wide).mul_(factor))  # the parameter's own dtype would round the factor
 
 
-def _no_variance(gradient: Tensor) -> dict[str, Tensor]:
-    """Torch's names: ``variance`` of a vector, and for a matrix the means along its two last dimensions."""
+def _new_variance(gradient: Tensor) -> dict[str, Tensor]:
+    """Zeros under torch's names: the variance of a vector, or of a matrix its means along the last two dimensions."""
     if gradient.ndim < 2:
         return {"variance": torch.zeros_like(gradient)}
     *others, rows, columns = gradient.shape
@@ -69,7 +73,7 @@ def _no_variance(gradient: Tensor) -> dict[str, Tensor]:
 
 
 def _variance(state: dict[str, Tensor], gradient: Tensor, weight: float, eps1: float) -> Tensor:
-    """Move the averages of squares by ``weight`` towards ``gradient``'s; returns what they say of each element."""
+    """Update the averages of squared gradients with ``weight``; returns the variance of each gradient element."""
     if gradient.ndim < 2:
         return state["variance"].lerp_(gradient * gradient, weight).clone()
     row_var, col_var = state["row_var"], state["col_var"]

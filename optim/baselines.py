@@ -1,7 +1,7 @@
-"""What Grass is compared with: GaLore, APOLLO and Fira from packages of their own.
+"""The baselines of Grass: GaLore, APOLLO and Fira, from their own packages.
 
-Each gets what every optimizer here gets: the same parameter groups, rates, schedule, clipping and checkpoints. This
-file makes them fit; the methods themselves are the packages'.
+They run with the same parameter groups, rates, schedule, clipping and checkpoints as every other optimizer here. This
+file adapts them; the methods are the packages'.
 """
 
 import sys
@@ -9,31 +9,34 @@ from typing import Any
 
 import torch
 
-from optim.build import inner_optimizer
+from optim.inner import inner_optimizer
 
-# By the name of the optimizer: what else its package wants of a group that is projected.
+# By name of the optimizer: further settings that its package wants in a group that is projected.
 PROJECTED: dict[str, dict[str, Any]] = {
     "galore": {"proj_type": "std"},
     "apollo": {"proj_type": "std", "proj": "random"},
     "fira": {"projection_type": "std"},
 }
 SCALE_TYPES = ("channel", "tensor")
-CHANGING = ("ortho_matrix", "seed", "last_svd_step")  # attributes of projectors; the others are settings of the group
+CHANGING = ("ortho_matrix", "seed", "last_svd_step")  # state of projectors; their other attributes are settings
 
 
 def projected_optimizer(
     name: str, groups: list[dict[str, Any]], *, rank: int, update_gap: int, scale: float, scale_type: str | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """The optimizer ``name`` of PROJECTED, which projects the gradients of the group "linears" and of no other.
+    """The optimizer ``name`` of PROJECTED, which projects the gradients of the group "linears" only.
 
     Args:
-        groups: of ``optim.build.parameter_groups``.
+        groups: of ``optim.param_groups.parameter_groups``.
         rank: of the projected gradients.
-        update_gap: steps between two projections.
-        scale: multiplies the projected update; as its square root in APOLLO.
-        scale_type: of APOLLO: "channel", or "tensor" for APOLLO-Mini.
-        options: of the optimizer itself, such as betas.
+        update_gap: steps between two computations of the projection.
+        scale: factor on the projected update; its square root in APOLLO.
+        scale_type: for APOLLO: "channel", or "tensor" for APOLLO-Mini.
+        options: of the optimizer, such as betas.
+
+    Raises:
+        ValueError: the package is not installed, or does not take a weight decay that a group has.
     """
     projection = {"rank": rank, "update_proj_gap": update_gap, "scale": scale, **PROJECTED[name]}
     if scale_type is not None:
@@ -45,11 +48,11 @@ def projected_optimizer(
 
 
 class StateInTensors:
-    """Between steps the state of ``optimizer`` is tensors only, so that checkpoints hold it; attached by step hooks.
+    """Keeps the state of ``optimizer`` in tensors between steps, as checkpoints need; attached by step hooks.
 
-    The packages keep numbers and a projector object in a parameter's state, and Fira its step count in the group. After
-    a step each of these becomes tensors, by the names ``projector_…`` and ``group_step``; before the next one the
-    projector is built again around them.
+    The packages keep numbers and a projector object in a parameter's state, and Fira keeps its step count in the group.
+    After a step they become tensors, named ``projector_…`` and ``group_step``; before the next step the projector is
+    built again from them.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -78,7 +81,7 @@ class StateInTensors:
                 state |= {name: int(value) for name, value in state.items() if not value.is_floating_point()}
                 if "group_step" in state:
                     group["step"] = state.pop("group_step")
-                if "proj" in group:  # APOLLO's own numbering, given to master weights as well
+                if "proj" in group:  # APOLLO's own numbering, also for master weights
                     state.setdefault("seed", place)
                 changed = {name: state.pop(f"projector_{name}") for name in CHANGING if f"projector_{name}" in state}
                 if changed:
@@ -86,7 +89,7 @@ class StateInTensors:
                     vars(state["projector"]).update(changed)
 
     def _projector(self, group: dict[str, Any], state: dict[str, Any]) -> Any:
-        """A projector as the package makes it at its first step."""
+        """A projector as the package builds it in the first step."""
         if hasattr(self.optimizer, "_initialize_projector"):  # APOLLO
             return self.optimizer._initialize_projector(group, state)
         settings = ("rank", "update_proj_gap", "scale", "proj_type", "projection_type")

@@ -1,21 +1,22 @@
-"""What becomes of a layer's optimizer state when its rows change.
+"""The optimizer's state of a layer's rows when the rows change.
 
-``reset`` drops it: the inner optimizer starts afresh on the new rows, as in the paper.
+``reset`` drops it: the inner optimizer starts again on the new rows, as in the paper (arXiv 2406.17660).
 
-``carry`` keeps the state of the rows that stay. A new row starts with no first moment and, as second moment, one of
+``carry`` keeps the state of the rows that stay. A new row starts with first moment zero and as second moment
 
     mean    the mean over the rows selected before, element by element
-    score   what the score says its squared gradient is: g_i² / n in every element
-    zero
+    score   the estimate of its squared gradient by its score: g_i² / n in every element
+    zero    zero
 
-Adam counts its steps once for the whole matrix, so rows of different age share one bias correction. A second moment
-that starts at an estimate needs none; a first moment that starts at zero under a count that runs on makes a new row's
-first steps small, growing to full size over about 1 / (1 - β₁) updates: each new row warms up by itself.
+Adam counts steps for the matrix, so that rows of different ages share one bias correction. A second moment that starts
+at an estimate needs no correction. A first moment that starts at zero without one makes a new row's first steps small;
+they grow to full size over about 1 / (1 - β₁) updates, as a warm-up of each new row.
 
-Only what is known to be an average of gradients or of their squares, element by element, can be carried. All else
-(factored or quantised moments, Rprop's step sizes) is reset, and ``optim.grass`` says so.
+Only known averages of gradients or of their squares, element by element, can be carried. All other state (factored or
+quantised moments, Rprop's step sizes) is reset, with a warning.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,17 +24,84 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from models.dtensor import local
+from models.grass_linear import GrassLinear
 from models.row_updates import Change, positions_among
+
+logger = logging.getLogger(__name__)
 
 POLICIES = ("reset", "carry")
 NEW_SECOND_MOMENTS = ("mean", "score", "zero")
-# What torch.optim calls averages (Adamax: a maximum) of gradients, and averages (Adagrad: the sum) of their squares.
+# Names in torch.optim of averages (Adamax: a maximum) of gradients, and averages (Adagrad: the sum) of their squares.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "exp_inf")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
+class StateAtRefresh:
+    """Resets or carries the optimizer's state of rows that change.
+
+    Args:
+        optimizer: holds the rows and their state.
+        policy: a name of POLICIES.
+        new_second_moment: a name of NEW_SECOND_MOMENTS, for "carry".
+        probe_steps: the number of gradients summed in a score.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, policy: str, new_second_moment: str, probe_steps: int):
+        for option, value, known in (
+            ("state_at_refresh", policy, POLICIES),
+            ("new_second_moment", new_second_moment, NEW_SECOND_MOMENTS),
+        ):
+            if value not in known:
+                raise ValueError(f"optim.{option}={value} is unknown; choose from {', '.join(known)}")
+        self.optimizer, self.policy, self.new_second_moment = optimizer, policy, new_second_moment
+        self.probe_steps, self._warned = probe_steps, False
+
+    def update(self, layers: Sequence[GrassLinear], change: Change, norms: Tensor) -> None:
+        """Carry or drop the state of ``layers``, whose rows have made ``change``.
+
+        Args:
+            layers: of one shape and dtype.
+            norms: (layers, m) estimated norms of the gradients of all their rows, or sums over ``probe_steps`` steps.
+        """
+        # A shard of the rows, and of their state, holds the complete selected dimension: each shard is carried locally.
+        held = [self.optimizer.state.get(layer.rows, {}) for layer in layers]
+        states = [{k: local(t) if torch.is_tensor(t) else t for k, t in state.items()} for state in held]
+        having = [number for number, state in enumerate(states) if state]
+        if not having:
+            return
+        shape = local(layers[0].rows).shape
+        carried = self.policy == "carry"
+        if carried and not all(can_be_carried(states[n], shape) for n in having):
+            self._warn_once(states[having[0]])
+            carried = False
+        if not carried:
+            for n in having:
+                del self.optimizer.state[layers[n].rows]
+            return
+        # The square of a sum over probe_steps gradients grows like their number: most of a gradient is noise.
+        elements = self.probe_steps * layers[0].weight.numel() // layers[0].selectable
+        mean_square = norms.gather(1, change.new_index).square() / elements
+        same_names = len({tuple(states[n]) for n in having}) == 1
+        for numbers in [having] if same_names else [[n] for n in having]:
+            part = change if len(numbers) == len(layers) else change.of(numbers)
+            score = mean_square if part is change else torch.stack([mean_square[n] for n in numbers])
+            carry([states[n] for n in numbers], part, self.new_second_moment, score)
+
+    def _warn_once(self, state: dict[str, Any]) -> None:
+        if not self._warned:
+            logger.warning(
+                "the state of %s (%s) is not all moments of single rows and cannot be carried: every refresh resets it",
+                *(type(self.optimizer).__name__, ", ".join(state)),
+            )
+        self._warned = True
+
+
 def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
-    """Whether every tensor of ``state`` but counts is a known moment of the rows, element by element."""
+    """Whether every tensor of ``state`` except counts is a known moment of the rows, element by element."""
     return all(
         name in (*FIRST_MOMENTS, *SECOND_MOMENTS) and not is_traceable_wrapper_subclass(t) and t.shape == shape
         for name, t in state.items()
@@ -43,18 +111,18 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 
 @torch.no_grad()
 def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor) -> None:
-    """Make ``states`` those of the new rows, in place.
+    """Turn the states of the old rows into those of the new rows, in place.
 
-    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, and the mean
-    over the rows selected before is that of G itself.
+    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square. The mean over
+    the old rows is that of the moments of G.
 
     Args:
-        states: the inner optimizer's states of the rows of each layer of ``change``, which ``can_be_carried`` and hold
-            the same moments.
+        states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and
+            hold the same moments.
         new_second_moment: a name of NEW_SECOND_MOMENTS.
-        score: (layers, rank) estimated mean square of a gradient element of each new row, for "score".
+        score: (layers, rank) estimated mean square of the gradient elements of each new row, for "score".
     """
-    along = 2 - change.dim  # a number for each selected row, of a stack of layers
+    along = 2 - change.dim  # to broadcast one number per selected row, in a stack of layers
     position, stays = (t.unsqueeze(along) for t in positions_among(change.old_index, change.new_index))
     for name, moment in states[0].items():
         if not torch.is_tensor(moment) or moment.ndim == 0:

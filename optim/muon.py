@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from models.sharded import local, sum_parts
-from models.together import stack_size
-from optim.parts import Parts
+from models.dtensor import local, sum_parts
+from models.stacking import stack_size
+from optim.composite import CompositeOptimizer
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon and of Jordan's
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the same as in torch.optim.Muon
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon, with the Newton-Schulz iteration batched and in a precision that suits the device.
+    """torch.optim.Muon with a Newton-Schulz iteration that is batched, in a precision that suits the device.
 
-    Its own iteration takes one matrix at a time, always in bfloat16: hundreds of small kernels on a GPU, some twenty
-    times slower than float32 on a CPU without bfloat16 units, and as unlike from one way of sharding to another as
-    bfloat16 rounds. Here matrices of one shape go together, in bfloat16 on a GPU and otherwise in their own precision
-    (float32 at least). Matrices sharded along their longer side stay so: only the small square products are sent.
+    Torch's iteration takes one matrix at a time, always in bfloat16: hundreds of small kernels on a GPU, some twenty
+    times slower than float32 on a CPU without bfloat16 units, and different for every way of sharding by bfloat16
+    rounding errors. Here matrices of one shape are stacked, in bfloat16 on a GPU and elsewhere in their own precision
+    (float32 at least). Matrices sharded along their longer side stay sharded: only small square products are sent.
 
-    The step is scaled to the size of AdamW's, 0.2 √max(rows, columns) (Liu et al., arXiv 2502.16982), so that rates and
-    decay mean what they mean there.
+    The step is scaled by 0.2 √max(rows, columns) to the size of AdamW's (Liu et al., arXiv 2502.16982), so that rates
+    and decay have the same meaning as there. Decay is decoupled.
     """
 
     @torch.no_grad()
@@ -36,10 +36,10 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             stepping = [p for p in group["params"] if p.grad is not None]
             for parameters in _batches(stepping):
-                self._step_together(parameters, group)
+                self._step_stacked(parameters, group)
         return loss
 
-    def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_stacked(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Step on ``parameters``, all of one shape."""
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
@@ -49,23 +49,29 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
         orthogonal = _orthogonal(list(directions), like=parameters[0])
-        here = [local(p) for p in parameters]
-        torch._foreach_mul_(here, 1 - group["lr"] * group["weight_decay"])
+        parts = [local(p) for p in parameters]
+        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        torch._foreach_add_(here, list(orthogonal.to(here[0].dtype).unbind()), alpha=-rate)
+        torch._foreach_add_(parts, list(orthogonal.to(parts[0].dtype).unbind()), alpha=-rate)
 
 
 def orthogonalize(
     matrices: Tensor, steps: int = 5, *, tall: bool | None = None, total: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """``matrices`` (b, m, n) with their singular values brought near 1, by Newton-Schulz iterations (Jordan's).
+    """Bring the singular values of ``matrices`` near 1 by Newton-Schulz iterations.
 
-    An iteration multiplies X by a polynomial of X Xᵀ; all together are one polynomial of the first X Xᵀ. In float32 or
-    wider they are made on that small square alone, and X is multiplied once: fewer products where X is twice as long as
-    wide, and a single sum over parts. bfloat16 is too coarse for that, so a GPU iterates on X itself.
+    The quintic iteration of Jordan et al., https://kellerjordan.github.io/posts/muon. It multiplies X by a polynomial
+    of X Xᵀ, so that all iterations are one polynomial of the first X Xᵀ. In float32 or wider that polynomial is
+    computed on the small square matrix, and X is multiplied once: fewer products where X is twice as long as wide, and
+    a single sum over shards. bfloat16 is too coarse for that, so a GPU iterates on X.
 
-    They may be parts of matrices that are divided along their longer side, which ``tall`` says is the first; ``total``
-    then adds up sums over the parts.
+    Args:
+        matrices: (b, m, n), or shards of matrices that are divided along their longer side.
+        tall: whether m > n, for shards.
+        total: sums a tensor over the shards.
+
+    Returns:
+        (b, m, n), in bfloat16 on a GPU, else in the dtype of ``matrices`` (float32 at least).
     """
     a, b, c = COEFFICIENTS
     wide = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32))
@@ -86,14 +92,15 @@ def orthogonalize(
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
             factors.append(factor)
             gram = factor @ gram @ factor
-        wide = reduce(torch.matmul, factors) @ wide  # all of them commute
+        wide = reduce(torch.matmul, factors) @ wide  # the factors commute
     return wide.mT if tall else wide
 
 
 def _orthogonal(directions: list[Tensor], like: Tensor) -> Tensor:
-    """The orthogonalised directions, all of one shape, stacked: the parts of them that this process holds.
+    """The local parts of the orthogonalised directions, stacked.
 
-    ``directions`` are the parts that are here of tensors that are sharded as ``like`` is.
+    Args:
+        directions: local parts, of one shape, of tensors that are sharded like ``like``.
     """
     tall = like.shape[0] > like.shape[1]
     stacked = torch.stack(directions)
@@ -102,7 +109,7 @@ def _orthogonal(directions: list[Tensor], like: Tensor) -> Tensor:
     longer = int(not tall)
     if all(p.is_replicate() or p.is_shard(longer) for p in like.placements):
         return orthogonalize(stacked, tall=tall, total=lambda sums: sum_parts(sums, like))
-    # In what is sharded otherwise, torch decides what to send.
+    # For other placements torch decides what to communicate.
     placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
     size = torch.Size((len(directions), *like.shape))
     sharded = DTensor.from_local(
@@ -113,26 +120,26 @@ def _orthogonal(directions: list[Tensor], like: Tensor) -> Tensor:
         shape=size,
         stride=torch.empty(size, device="meta").stride(),
     )
-    whole = cast(DTensor, orthogonalize(sharded))
-    return local(whole.redistribute(placements=placements))
+    orthogonal = cast(DTensor, orthogonalize(sharded))
+    return local(orthogonal.redistribute(placements=placements))
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``parameters`` that are alike in shape, dtype and placement, as many as are stacked at once."""
-    alike: dict[Any, list[Tensor]] = {}
+    """``parameters`` in groups of one shape, dtype and placement, at most ``stack_size`` in each."""
+    kinds: dict[Any, list[Tensor]] = {}
     for p in parameters:
-        alike.setdefault((p.shape, p.dtype, p.placements if isinstance(p, DTensor) else None), []).append(p)
-    for together in alike.values():
-        first = together[0]
-        # Not of the part that is here: processes whose parts differ in size must make the same batches.
+        kinds.setdefault((p.shape, p.dtype, p.placements if isinstance(p, DTensor) else None), []).append(p)
+    for group in kinds.values():
+        first = group[0]
+        # Not the size of the local part: processes with parts of different sizes must make the same batches.
         parts = first.device_mesh.size() if isinstance(first, DTensor) else 1
-        size = stack_size(len(together), first.numel() // parts, first.device)
-        for start in range(0, len(together), size):
-            yield together[start : start + size]
+        size = stack_size(len(group), first.numel() // parts, first.device)
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
-class MuonAndAdamW(Parts):
-    """Muon for the group named "linears" and AdamW for the others: Muon takes hidden matrices only."""
+class MuonAndAdamW(CompositeOptimizer):
+    """Muon for the group named "linears" and AdamW for the others: Muon is for hidden matrices only."""
 
     def __init__(
         self,

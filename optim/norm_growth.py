@@ -1,7 +1,7 @@
 """A limit on how fast the norm of a gradient may grow, for use in place of clipping.
 
-Fira's norm-growth limiter (arXiv 2410.01623): a gradient whose norm exceeds γ times that of the step before is scaled
-down to it. One scalar a matrix.
+Fira's norm-growth limiter (arXiv 2410.01623, section 4.2): a gradient whose norm exceeds γ times its norm in the step
+before is scaled down to that. It keeps one scalar per matrix.
 """
 
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from models.sharded import local, sum_parts
+from models.dtensor import local, sum_parts
 
 
 class NormGrowthLimiter:
-    """Limits the norm of each parameter's gradient to ``limit`` times what it was after the call before.
+    """Limits the norm of each parameter's gradient to ``limit`` times its norm after the previous call.
 
     Args:
-        parameters: whose gradients are limited, each by itself.
+        parameters: at least one; each gradient is limited by itself.
         limit: γ > 1; 1.01 in Fira and APOLLO.
     """
 
@@ -27,7 +27,7 @@ class NormGrowthLimiter:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Scale the gradients in place; waits for no device. Every parameter must have one."""
+        """Scale the gradients in place, without waiting for a device. Every parameter must have a gradient."""
         gradients: list[Tensor] = [local(p.grad) for p in self.parameters if p.grad is not None]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
         norms = sum_parts(norms.square(), self.parameters[0]).sqrt()
@@ -35,3 +35,10 @@ class NormGrowthLimiter:
         torch._foreach_mul_(gradients, [factor.to(g.dtype) for factor, g in zip(factors, gradients, strict=True)])
         limited = norms * factors
         self.norms.copy_(torch.where(limited > 0, limited, torch.inf))  # nothing can grow from zero
+
+    def one_for_each(self) -> dict[nn.Parameter, "NormGrowthLimiter"]:
+        """A limiter for each parameter by itself; they keep their norms in this one's ``norms``."""
+        singles = {p: NormGrowthLimiter([p], self.limit) for p in self.parameters}
+        for i, single in enumerate(singles.values()):
+            single.norms = self.norms[i : i + 1]
+        return singles

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a pure function from the step to a factor of the peak rate."""
+"""Learning-rate schedules: a pure function from the step to a factor on the peak rate."""
 
 import math
 
@@ -12,9 +12,18 @@ def rate_factor(
 
     Linear warm-up from 1/warmup to 1 over ``warmup`` updates, then
 
-    cosine    half a cosine from 1 to ``final`` at the last update
-    wsd       1, then linear to ``final`` over the last ``decay_share`` of all updates (warm-up, stable, decay)
+    cosine    half a cosine from 1 to ``final`` at the last update (Loshchilov & Hutter, arXiv 1608.03983)
+    wsd       1, then linear to ``final`` over the last ``decay_share`` of all updates (warm-up, stable, decay: Hu et
+              al., arXiv 2404.06395)
     constant  1
+
+    Args:
+        step: updates made so far.
+        total: updates of the run.
+        schedule: a name of SCHEDULES.
+        warmup: updates.
+        final: the factor in the last update, 0 … 1.
+        decay_share: 0 … 1, for "wsd".
 
     Raises:
         ValueError: an unknown schedule.

@@ -1,15 +1,21 @@
-"""Which rows to train: the selections of the paper, by name, from the scores of the rows.
+"""The selections of rows from their scores, by name, as in the paper (Grass, arXiv 2406.17660, section 3.2).
 
-A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the largest; the others sample row i with
-probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With replacement the rows
-carry ρ = 1/√(r q_i), which makes E[PPᵀG] = G (Grass, arXiv 2406.17660, section 3.2).
+A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the rows of the largest scores. The others sample
+row i with probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With
+replacement the rows carry ρ = 1/√(r q_i), so that E[PPᵀG] = G. ``frozen`` is a ``top_r`` that is made once.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from models.counter_rng import key
+from models.grass_linear import GrassLinear
+
+logger = logging.getLogger(__name__)
 
 POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 WITH_REPLACEMENT = "_with_replacement"
@@ -18,7 +24,12 @@ SELECTIONS = (*TOP, *POWERS, *(name + WITH_REPLACEMENT for name in POWERS))
 
 
 class Selected(NamedTuple):
-    """Row numbers (r,) int64, ascending; ρ (r,) float32, or None where it is 1; whether the scores could be used."""
+    """A choice of rows.
+
+    chosen  row numbers (r,) int64, ascending; they may repeat
+    scale   ρ (r,) float32; None where it is 1
+    usable  False: the scores were of no use, and the rows were drawn uniformly
+    """
 
     chosen: Tensor
     scale: Tensor | None
@@ -26,10 +37,15 @@ class Selected(NamedTuple):
 
 
 def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
-    """Choose ``rank`` of the rows that ``scores`` (m,) rate, on the CPU and in float64.
+    """Choose ``rank`` of m rows by their ``scores`` (m,), on the CPU and in float64.
 
-    The choice depends on the arguments alone: equal scores and seed give equal rows on every process and device.
-    Scores that are not all finite, or all zero, say nothing: rows are then drawn uniformly without replacement.
+    The choice depends only on the arguments: equal scores and seeds give equal rows on every process and device. Scores
+    that are not all finite, or all zero, are of no use: rows are then drawn uniformly without replacement.
+
+    Args:
+        name: a name of SELECTIONS.
+        scores: at least 0, on any device.
+        seed: of the random numbers, 0 ≤ seed < 2**63.
 
     Raises:
         ValueError: an unknown name.
@@ -50,25 +66,47 @@ def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
     return Selected(index, (rank * q[index]).rsqrt().float(), usable=True)
 
 
-def select_together(name: str, scores: Sequence[Tensor], ranks: Sequence[int], seeds: Sequence[int]) -> list[Selected]:
-    """``select`` for many layers; the largest scores of layers of one size are found in one go."""
+def select_many(name: str, scores: Sequence[Tensor], ranks: Sequence[int], seeds: Sequence[int]) -> list[Selected]:
+    """``select`` for many layers; the largest scores of layers of one size are found in one operation."""
     found: dict[int, Selected] = {}
     sizes: dict[tuple[int, int], list[int]] = {}
-    for number, (of_layer, rank) in enumerate(zip(scores, ranks, strict=True)):
-        sizes.setdefault((len(of_layer), rank), []).append(number)
+    for number, (layer_scores, rank) in enumerate(zip(scores, ranks, strict=True)):
+        sizes.setdefault((len(layer_scores), rank), []).append(number)
     for (_, rank), numbers in sizes.items() if name in TOP else ():
         stacked = torch.stack([scores[n] for n in numbers]).to("cpu", torch.float64)
         usable = (stacked.isfinite().all(1) & (stacked.amax(1) > 0)).tolist()
         if all(usable):
             found |= {n: Selected(index, None, True) for n, index in zip(numbers, _largest(stacked, rank), strict=True)}
-    of_one = range(len(scores))
-    return [found[n] if n in found else select(name, scores[n], ranks[n], seeds[n]) for n in of_one]
+    return [found.get(n) or select(name, scores[n], ranks[n], seeds[n]) for n in range(len(scores))]
+
+
+def select_layers(
+    name: str, layers: Mapping[str, GrassLinear], scores: Mapping[str, Tensor], seed: int, step: int
+) -> dict[str, Selected]:
+    """The rows of ``layers`` after update ``step``, by the ``scores`` (m,) of each, float64 on the CPU.
+
+    Layers that share an index are chosen for once, by the norms of their gradients put together. Layers whose scores
+    are of no use are logged.
+    """
+    sharing: dict[Any, list[str]] = {}
+    for n in layers:
+        sharing.setdefault(layers[n].shared or n, []).append(n)
+    groups = list(sharing.values())
+    joint = [scores[g[0]] if len(g) == 1 else torch.stack([scores[n] for n in g]).norm(dim=0) for g in groups]
+    ranks = [layers[group[0]].rank for group in groups]
+    seeds = [key(seed, "select", step, group[0]) for group in groups]
+    selected: dict[str, Selected] = {}
+    for group, found in zip(groups, select_many(name, joint, ranks, seeds), strict=True):
+        if not found.usable:
+            logger.warning("step %d: %s has no usable row scores; drew rows uniformly", step, group[0])
+        selected |= dict.fromkeys(group, found)
+    return selected
 
 
 def _largest(scores: Tensor, rank: int) -> Tensor:
-    """Where the ``rank`` largest of each row of ``scores`` (layers, m) are, ascending (layers, rank).
+    """The positions of the ``rank`` largest in each row of ``scores`` (layers, m), ascending (layers, rank).
 
-    Of equal ones the first, as by a stable sort: ties fall the same way everywhere.
+    Of equal scores the first count, as in a stable sort, so that ties have the same result everywhere.
     """
     least = scores.topk(rank).values[:, -1:]
     above, ties = scores > least, scores == least
@@ -77,11 +115,11 @@ def _largest(scores: Tensor, rank: int) -> Tensor:
 
 
 def _sample_distinct(weights: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """``rank`` distinct indices, drawn one after another in proportion to ``weights``.
+    """``rank`` distinct indices, drawn without replacement in proportion to ``weights``; ascending (rank,).
 
     By exponential keys (Efraimidis and Spirakis 2006). Rows of weight zero come last, in uniform order.
     """
-    waits = torch.empty_like(weights).exponential_(generator=generator)
-    by_wait = (waits / torch.where(weights > 0, weights, 1.0)).argsort()
-    drawn_first = by_wait[(weights[by_wait] == 0).to(torch.int8).argsort(stable=True)]
-    return drawn_first[:rank].sort().values
+    keys = torch.empty_like(weights).exponential_(generator=generator)
+    by_key = (keys / torch.where(weights > 0, weights, 1.0)).argsort()
+    zeros_last = by_key[(weights[by_key] == 0).to(torch.int8).argsort(stable=True)]
+    return zeros_last[:rank].sort().values

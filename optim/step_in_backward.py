@@ -1,8 +1,8 @@
-"""The optimizer's step on each parameter as soon as its gradient is whole, which is then freed.
+"""The optimizer's step on each parameter as soon as its gradient is complete; the gradient is then freed.
 
-So the gradients of a model, and the float32 stand-ins of low-precision rows, never exist all at once (but between the
-micro-batches of an update they must). What a step does to a parameter must depend on that parameter alone: clipping by
-the global norm cannot be had.
+So the gradients of a model, and the float32 stand-ins of low-precision rows, never exist all at once, except between
+the micro-batches of an update. The step on a parameter must depend on that parameter alone: clipping by the global norm
+is impossible.
 """
 
 import weakref
@@ -13,26 +13,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from optim.grass import Grass
+from optim.composite import restricted_to
 from optim.norm_growth import NormGrowthLimiter
-from optim.partly import only
 
 
 class StepInBackward:
     """Makes the steps of ``optimizer`` in the backwards that run inside ``steps()``: the last of each update.
 
     Args:
-        optimizer: what it and its hooks do to a parameter must not depend on the others.
-        grass: attached to the optimizer, if any; its refresh waits for the end of the update.
-        limiter: scales the gradients before their steps, each by itself.
+        optimizer: its step on a parameter, hooks included, must not depend on other parameters.
+        limiter: scales each gradient before its step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, grass: Grass | None, limiter: NormGrowthLimiter | None):
-        self.optimizer, self.grass = optimizer, grass
-        self.limiters = _one_for_each(limiter) if limiter else {}
+    def __init__(self, optimizer: torch.optim.Optimizer, limiter: NormGrowthLimiter | None):
+        self.optimizer = optimizer
+        self.limiters = limiter.one_for_each() if limiter else {}
         self.norms: list[Tensor] = []
         self.stepping = False
-        # Hooks that held this object, which holds the parameters, would keep a model alive that nobody has any more.
+        # The hooks hold this object weakly: it holds the parameters, and would keep a model alive that is out of use.
         step = weakref.WeakMethod(self._step)
 
         def hook(parameter: Tensor) -> None:
@@ -45,20 +43,15 @@ class StepInBackward:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Inside, a gradient that is whole becomes a step; at the end ``grass`` finishes the update."""
+        """A context in which every complete gradient becomes a step."""
         self.stepping, self.norms = True, []
-        if self.grass:
-            self.grass.in_update = True
         try:
             yield
         finally:
             self.stepping = False
-            if self.grass:
-                self.grass.in_update = False
-        self.optimizer.step()  # of no gradient that is left; its hooks end the update
 
     def grad_norm(self) -> Tensor:
-        """The norm of all gradients of the latest update, before any limit, on their device."""
+        """The norm of all gradients of the latest update before any limit, a float32 scalar on their device."""
         return torch.stack(self.norms).norm()
 
     def _step(self, parameter: nn.Parameter) -> None:
@@ -68,14 +61,6 @@ class StepInBackward:
         self.norms.append(parameter.grad.norm().float())
         if parameter in self.limiters:
             self.limiters[parameter]()
-        with only(self.optimizer, {parameter}):
+        with restricted_to(self.optimizer, {parameter}):
             self.optimizer.step()
         parameter.grad = None
-
-
-def _one_for_each(limiter: NormGrowthLimiter) -> dict[nn.Parameter, NormGrowthLimiter]:
-    """Limiters of one parameter each that keep their norms where ``limiter`` does."""
-    singles = {p: NormGrowthLimiter([p], limiter.limit) for p in limiter.parameters}
-    for i, single in enumerate(singles.values()):
-        single.norms = limiter.norms[i : i + 1]
-    return singles

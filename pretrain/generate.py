@@ -1,152 +1,30 @@
-"""Text from a trained model: sampled one token at a time, each from the keys and values that are kept of those before.
+"""Generate text with a trained model, token by token, with a cache of keys and values.
 
-python -m pretrain.generate runs/x --prompt "…" writes it to the terminal as it comes; --page serves a page instead.
+python -m pretrain.generate runs/x --prompt "…" writes it to the terminal as it comes; --page serves a web page instead.
 """
 
 import argparse
 import logging
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import chain
 
-import torch
-from torch import Tensor
-
-from data.tokenizer import Tokenizer
-from models.kv_cache import KVCache
-from models.llama import Llama
-from pretrain.preflight import clear_errors
-from pretrain.trained import load_trained
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn; the draws are a function of ``seed`` alone.
-
-    temperature divides the logits, 0 takes the likeliest token; top_k keeps that many of the likeliest tokens, 0 all;
-    top_p keeps the likeliest ones that together reach this probability (Holtzman et al., arXiv 1904.09751).
-    """
-
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        checks = [
-            (self.temperature >= 0, f"temperature={self.temperature} must be at least 0"),
-            (self.top_k >= 0, f"top_k={self.top_k} must be at least 0"),
-            (0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1"),
-        ]
-        if problems := [message for holds, message in checks if not holds]:
-            raise ValueError("\n".join(problems))
-
-    def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) probabilities of the tokens that may be drawn, and those tokens, from logits (vocab,)."""
-        best, tokens = logits.topk(min(self.top_k or logits.numel(), logits.numel()))
-        p = (best / self.temperature).softmax(-1)
-        p = p * (p.cumsum(-1) - p < self.top_p)
-        return p / p.sum(), tokens
-
-    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        if self.temperature == 0:
-            return int(logits.argmax())
-        p, tokens = self.probabilities(logits)
-        return int(tokens[torch.multinomial(p, 1, generator=generator)])
-
-
-def new_tokens(model: Llama, prompt: Sequence[int], sampling: Sampling, use_cache: bool = True) -> Iterator[int]:
-    """The tokens that follow ``prompt``, without end.
-
-    When the model's positions are used up, all but the latest half of them is forgotten.
-    """
-    generator = torch.Generator().manual_seed(sampling.seed)
-    device, positions = model.embed_tokens.weight.device, model.max_position_embeddings
-    ids, start, caches = list(prompt), 0, None
-    while True:
-        if len(ids) - start > positions:
-            start, caches = len(ids) - max(1, positions // 2), None
-        if caches is None and use_cache:
-            caches = [KVCache(positions) for _ in model.layers]
-        seen = caches[0].tokens if caches else 0
-        with torch.no_grad():  # not around the yield: it would hold for whoever asks for the tokens
-            logits = model(torch.tensor([ids[start + seen :]], device=device), caches=caches)[0, -1]
-        ids.append(sampling.draw(logits.float().cpu(), generator))
-        yield ids[-1]
-
-
-def generate(
-    model: Llama, prompt: Sequence[int], tokens: int, *, temperature: float, top_k: int, seed: int,
-    top_p: float = 1.0, stop: int | None = None, use_cache: bool = True,
-) -> list[int]:  # fmt: skip
-    """``prompt`` and up to ``tokens`` more, ending before ``stop``: a function of its arguments."""
-    ids = list(prompt)
-    following = new_tokens(model, prompt, Sampling(temperature, top_k, top_p, seed), use_cache)
-    for _, token in zip(range(tokens), following, strict=False):
-        if token == stop:
-            break
-        ids.append(token)
-    return ids
-
-
-class Writer:
-    """Continues texts, in pieces as they come; ``tokens`` and ``seconds`` tell of the latest one."""
-
-    def __init__(self, model: Llama, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.tokens, self.seconds = 0, 0.0
-
-    def write(self, prompt: str, tokens: int, sampling: Sampling, stops: Sequence[str] = ()) -> Iterator[str]:
-        """Up to ``tokens`` more, ending before the first of ``stops`` or where the model ends the text.
-
-        What may yet turn out as the beginning of a stop, or as part of a character, is held back until it is known.
-        """
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        before, shown = len(self.tokenizer.decode(ids)), 0
-        self.tokens, began, text = 0, time.perf_counter(), ""
-        for _, token in zip(range(tokens), new_tokens(self.model, ids, sampling), strict=False):
-            self.tokens, self.seconds = self.tokens + 1, time.perf_counter() - began
-            if token == self.tokenizer.eos_id:
-                break
-            ids.append(token)
-            text = self.tokenizer.decode(ids)[before:]
-            if found := [text.find(stop) for stop in stops if stop in text]:
-                text = text[: min(found)]
-                break
-            if known := text[shown : len(text) - _unsure(text, stops)]:
-                yield known
-                shown += len(known)
-        yield text[shown:]
-
-    @property
-    def speed(self) -> str:
-        return f"{self.tokens} tokens, {self.tokens / self.seconds:.1f} a second" if self.tokens else "no tokens"
-
-
-def _unsure(text: str, stops: Sequence[str]) -> int:
-    """How many of the last characters may change, or begin a stop."""
-    whole = text.rstrip("\ufffd")
-    begun = [n for stop in stops for n in range(1, len(stop)) if whole.endswith(stop[:n])]
-    return len(text) - len(whole) + max(begun, default=0)
+from pretrain.cli.errors import clear_errors
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m pretrain.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    p.add_argument("model", help="a run's folder, one of its checkpoints, or an exported or Hugging Face LLaMA folder")
-    p.add_argument("--prompt", default="", help="what to continue")
-    p.add_argument("--tokens", type=int, default=200, help="how many to write at the most")
-    p.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 takes the likeliest token")
-    p.add_argument("--top-k", type=int, default=Sampling.top_k, help="draw from that many of the likeliest, 0: all")
-    p.add_argument("--top-p", type=float, default=Sampling.top_p, help="draw from the likeliest of this probability")
+    p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
+    p.add_argument("--prompt", default="", help="the text to continue")
+    p.add_argument("--tokens", type=int, default=200, help="the most tokens to generate")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    p.add_argument("--top-k", type=int, default=50, help="draw from this many of the likeliest tokens; 0: from all")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    p.add_argument("--seed", type=int, default=Sampling.seed, help="of the draws")
-    p.add_argument("--page", action="store_true", help="serve a page to type into, on this machine alone")
+    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    p.add_argument("--page", action="store_true", help="serve a page to type prompts into, to this machine only")
     p.add_argument("--port", type=int, default=8000, help="of the page")
     return p
 
@@ -155,19 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
-        writer = Writer(*load_trained(args.model))
-        if args.page:
-            from pretrain.page import serve
-
-            serve(writer, args.port)
-            return
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        pieces = writer.write(args.prompt, args.tokens, sampling, args.stop)
-        first = next(pieces, "")  # before the prompt is shown: what the model has to say of itself comes ahead of both
-        for piece in chain([args.prompt, first], pieces):
-            print(piece, end="", flush=True)
+        speed = _generate(args)
     print()
-    print(writer.speed, file=sys.stderr)
+    print(speed, file=sys.stderr)
+
+
+def _generate(args: argparse.Namespace) -> str:
+    """Print the text, or serve the page; returns the length and speed of the text."""
+    from pretrain.inference.pretrained import find_pretrained  # torch takes seconds to import: not for --help
+    from pretrain.inference.sampling import Sampling
+    from pretrain.inference.text_generator import TextGenerator
+
+    sampling, found = Sampling(args.temperature, args.top_k, args.top_p, args.seed), find_pretrained(args.model)
+    generator = TextGenerator(*found.load(), found.end_ids())
+    if args.page:
+        from pretrain.inference.page import serve
+
+        serve(generator, args.port)
+    pieces = generator.stream(args.prompt, args.tokens, sampling, args.stop)
+    first = next(pieces, "")  # before the prompt is printed, so that warnings of the model come ahead of both
+    for piece in chain([args.prompt, first], pieces):
+        print(piece, end="", flush=True)
+    return generator.speed
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A run for each combination of settings: ``./launch.sh -m optim.rank=64,128 optim.lr=1e-3,3e-3``.
+"""Train a run for each combination of settings: ``./launch.sh -m optim.rank=64,128 optim.lr=1e-3,3e-3``.
 
-Hydra's sweepers make the combinations and its launchers run them; each is a launch of its own, in the folder
-``<run.root>/<run.name or "sweep">/<name made of its overrides>``. The same sweep again resumes what is unfinished.
-Exit codes: 0 all finished, 1 some failed, 2 something to mend before the first, 85 stopped by a signal.
+Hydra's sweepers make the combinations and its launchers run them. Each job is a launch of its own, in the folder
+``<run.root>/<run.name or "sweep">/<name made of its overrides>``. The same command again resumes unfinished jobs.
+Exit codes: 0 all finished, 1 some failed, 2 a setting to fix before the first job, 85 stopped by a signal.
 """
 
 import hashlib
@@ -16,13 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,65 +28,35 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from pretrain.config import CONF, ConfigError, load
-from pretrain.interrupt import EXIT_CODE
-from pretrain.metrics import log_to_terminal
-from pretrain.preflight import clear_errors
+from pretrain.cli.console import log_to_terminal
+from pretrain.cli.errors import clear_errors
+from pretrain.cli.signals import EXIT_CODE
+from pretrain.config.command_line import MULTIRUN, answer_flags, run_hydra, split_arguments
+from pretrain.config.compose import load
+from pretrain.config.schema import ConfigError
+from pretrain.config.text import QUOTED, as_typed, quoted
+from pretrain.runs.sweep_results import LOGS, JobResult, results
 
 logger = logging.getLogger(__name__)
-
-LOGS = "_sweeps"  # in the sweep's folder: what its jobs printed, and how they ended
-FIXED = "fixed.json"  # in a sweep's folder of logs: the overrides that all its jobs share
-STOP = "stop"  # there too, once it is asked to stop: save, and begin no other job
-MULTIRUN = ("-m", "--multirun")
+FIXED = "fixed.json"  # in the sweep's folder of logs: the overrides that all jobs share
+STOP = "stop"  # a file there asks every job to save and stop, and none to start
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
     "optuna": "hydra_optuna_sweeper",
     "slurm": "hydra_submitit_launcher",
     "submitit": "hydra_submitit_launcher",
-}  # by the first word of a choice
-STATUSES = {0: "finished", EXIT_CODE: "stopped"}
-
-
-@dataclass
-class JobResult:
-    """How one job of a sweep ended.
-
-    status  finished | failed | stopped (by a signal, after saving) | not started (the sweep was stopped before)
-    """
-
-    name: str  # the run's folder below the sweep's
-    overrides: list[str]
-    folder: str
-    log: str  # what the job printed
-    exit_code: int | None = None  # None: not started
-
-    @property
-    def status(self) -> str:
-        return "not started" if self.exit_code is None else STATUSES.get(self.exit_code, "failed")
-
-    @property
-    def summary(self) -> dict[str, Any] | None:
-        """The run's summary.json; None for a run that did not finish."""
-        file = Path(self.folder) / "summary.json"
-        return json.loads(file.read_text()) if self.status == "finished" and file.exists() else None
-
-    @property
-    def reason(self) -> str:
-        """The last line that a failed job printed."""
-        lines = [line for line in Path(self.log).read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
+}  # by the first word of the launcher's or sweeper's name
 
 
 def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1, processes: int = 1) -> list[JobResult]:
     """Run every combination of ``overrides``, with commas between alternatives, in folders below ``root``.
 
     Args:
-        jobs: how many to run at a time.
-        processes: of each job.
+        jobs: the number of jobs that run at a time.
+        processes: the number of processes of each job.
 
     Raises:
-        ConfigError: the sweep could not begin; standard error says why.
+        ConfigError: the sweep could not start; standard error says why.
     """
     folder, logs = Path(root), _new_logs(Path(root))
     arguments = [*overrides, f"run.root={quoted(folder.parent)}", f"run.name={quoted(folder.name)}"]
@@ -97,21 +65,16 @@ def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1,
     command = [sys.executable, "-m", "pretrain.sweep", *arguments, f"hydra.sweep.dir={quoted(logs)}"]
     code = subprocess.run(command, env={**os.environ, "PET_NPROC_PER_NODE": str(processes)}).returncode
     if code == 2:
-        raise ConfigError(f"the sweep in {root} could not begin: see above")
+        raise ConfigError(f"the sweep in {root} could not start: see above")
     return results(logs)
 
 
-def results(logs: Path) -> list[JobResult]:
-    """What the jobs of one sweep left in its folder of logs, in their order."""
-    files = sorted(logs.glob("[0-9]*.json"), key=lambda file: int(file.stem))
-    return [JobResult(**json.loads(file.read_text())) for file in files]
-
-
 def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:
-    """A folder's name of a job's ``key=value`` overrides, the same in any order: ``lr-0.001_rank-64``.
+    """The folder name of a job from its ``key=value`` overrides, the same in any order: ``lr-0.001_rank-64``.
 
-    ``fixed`` are those that all jobs share: a few are spelt out behind the others, many become a hash, as does what a
-    file system may not like. Where a run leads and what is shown of it do not count.
+    ``fixed`` are the overrides that all jobs share. A few of them follow the others in the name; many are replaced by
+    a hash, as are characters that a file system may refuse. Overrides of ``run.``, ``logger.`` and ``data.root``, which
+    change no result, are left out.
     """
     keys = [key for key, _ in _settings([*swept, *fixed])]
     texts = []
@@ -126,20 +89,17 @@ def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:
 
 
 def _settings(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and values, without quotes around a value."""
     counted = (o.lstrip("+~") for o in overrides if not o.startswith(("run.", "logger.", "data.root=")))
-    return sorted((key, value) for key, _, value in (o.partition("=") for o in counted))
+    pairs = (o.partition("=")[::2] for o in counted)
+    return sorted((key, value[1:-1] if QUOTED.fullmatch(value) else value) for key, value in pairs)
 
 
-def quoted(value: object) -> str:
-    """``value`` as Hydra's grammar reads any string."""
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-# One job, in whatever process the launcher gives it.
+# One job, in the process that Hydra's launcher gives it.
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Launch the training that Hydra composed ``cfg`` for; its final validation loss, or None when there is none."""
+    """Launch the training of ``cfg``; returns its final validation loss, or None when there is none."""
     log_to_terminal(is_main=True)  # a launcher's own process may have no log yet
     settings = HydraConfig.get()
     logs, number = Path(settings.runtime.output_dir), settings.job.num
@@ -148,7 +108,7 @@ def run_job(cfg: DictConfig) -> float | None:
     name = job_name([o for o in overrides if o not in fixed], [o for o in overrides if o in fixed])
     result = JobResult(name, overrides, str(Path(cfg.run.root) / cfg.run.name / name), str(logs / f"{name}.log"))
     if not (logs / STOP).exists():
-        logger.info("sweep: %s begins; it prints to %s", name, result.log)
+        logger.info("sweep: %s starts; its output is in %s", name, result.log)
         place = [f"run.root={quoted(cfg.run.root)}", f"run.name={quoted(f'{cfg.run.name}/{name}')}"]
         command = [sys.executable, "-m", "pretrain.launch", "-m", "pretrain.train", *overrides, *place]
         with Path(result.log).open("a") as log:
@@ -159,7 +119,9 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def _environment(settings: Any) -> dict[str, str]:
-    """As launch.sh does: on a CPU, threads for the cores there are, over all jobs and processes at work."""
+    """The job's environment: on a CPU, the cores are divided among all jobs and processes at work, as in launch.sh."""
+    import torch  # here, because it takes seconds and --help does not need it
+
     environment, cores = dict(os.environ), len(os.sched_getaffinity(0))
     jobs = int(settings.launcher.get("n_jobs", 1))
     at_work = int(environment.get("PET_NPROC_PER_NODE", "1")) * (jobs if jobs > 0 else cores)
@@ -170,8 +132,8 @@ def _environment(settings: Any) -> dict[str, str]:
 
 
 def _attend(command: list[str], log: Any, environment: dict[str, str], stop: Path) -> int:
-    """Run ``command`` to its end and return its exit code; ask it to stop, once, when the file ``stop`` appears."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a launcher's process: the sweep takes Ctrl-C
+    """Run ``command`` to its end and return its exit code; send it SIGTERM once when the file ``stop`` appears."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in a launcher's process; the sweep handles it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A session of its own: a terminal's Ctrl-C would reach it twice.
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -183,7 +145,7 @@ def _attend(command: list[str], log: Any, environment: dict[str, str], stop: Pat
             if not asked and stop.exists():
                 process.terminate()
                 asked = True
-        else:  # ended by the signal itself, it had nothing to save yet
+        else:  # a job that the signal itself ended had nothing to save yet
             return EXIT_CODE if asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM) else code
 
 
@@ -191,27 +153,27 @@ def _attend(command: list[str], log: Any, environment: dict[str, str], stop: Pat
 
 
 def main() -> None:
-    arguments = [a for a in sys.argv[1:] if a not in MULTIRUN]
     log_to_terminal(is_main=True)
     for noisy in ("hydra", "hydra_plugins"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logs = None
-    if not any(a.startswith("-") for a in arguments):
-        with clear_errors():
-            arguments, logs = begin(arguments)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, partial(_ask_to_stop, logs))
-    sys.argv = [sys.argv[0], "--multirun", *arguments]
+    with clear_errors():
+        flags, overrides = split_arguments(sys.argv[1:])
+        flags = [flag for flag in flags if flag not in MULTIRUN]
+        if flags:
+            answer_flags(flags, overrides)
+        overrides, logs = begin(overrides)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, partial(_ask_to_stop, logs))
     code: Any = 0
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(run_job)()
+        run_hydra(["--multirun", *as_typed(overrides, sweep=True)], run_job)
     except SystemExit as error:
         code = error.code
-    sys.exit(code if logs is None else report(results(logs)) or code)
+    sys.exit(report(results(logs)) or code)
 
 
 def begin(arguments: list[str]) -> tuple[list[str], Path]:
-    """Check every combination's overrides; returns what Hydra is to be told, and the folder of logs.
+    """Check the overrides of every combination; returns the overrides for Hydra, and the folder of logs.
 
     Raises:
         ConfigError: lists every override that is wrong.
@@ -219,7 +181,7 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
     parsed = parse(arguments)
     settings = [o for o in parsed if not o.get_key_element().startswith("hydra")]
     if swept := [o.input_line for o in settings if o.get_key_element().startswith("run.") and o.is_sweep_override()]:
-        raise ConfigError(f"{', '.join(map(str, swept))}: every job has a name of its own; give the sweep one")
+        raise ConfigError(f"{', '.join(map(str, swept))}: every job has a name of its own; give the sweep one name")
     problems: dict[str, None] = {}
     for job in combinations(settings):
         try:
@@ -240,18 +202,21 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
 
 
 def parse(arguments: list[str]) -> list[Override]:
-    """Hydra's reading of overrides; ConfigError where its grammar has none."""
+    """Hydra's reading of overrides.
+
+    Raises:
+        ConfigError: its grammar does not allow one of them.
+    """
     try:
-        return OverridesParser.create().parse_overrides(arguments)
+        return OverridesParser.create().parse_overrides(as_typed(arguments, sweep=True))
     except HydraException as error:
         raise ConfigError(str(error)) from None
 
 
 def combinations(settings: list[Override]) -> list[list[str]]:
-    """The overrides of each job; where a sweeper is to choose numbers, those that it does not choose."""
-    return BasicSweeper.split_arguments(
-        [o for o in settings if not o.is_sweep_override() or o.is_discrete_sweep()], None
-    )[0]
+    """The overrides of each job. Where a sweeper chooses numbers, the override it chooses for is left out."""
+    discrete = [o for o in settings if not o.is_sweep_override() or o.is_discrete_sweep()]
+    return BasicSweeper.split_arguments(discrete, None)[0]
 
 
 def _check_plugins(choices: Iterable[str]) -> None:
@@ -262,7 +227,7 @@ def _check_plugins(choices: Iterable[str]) -> None:
 
 
 def _new_logs(folder: Path) -> Path:
-    """A folder of logs that no sweep has used."""
+    """A new folder for the logs of one sweep."""
     logs = folder.resolve() / LOGS / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     logs.mkdir(parents=True)
     return logs
@@ -270,8 +235,8 @@ def _new_logs(folder: Path) -> Path:
 
 def _ask_to_stop(logs: Path, number: int, _frame: Any) -> None:
     (logs / STOP).touch()
-    logger.info("sweep: the jobs save and stop; the same command goes on from here")
-    signal.signal(number, signal.SIG_DFL)  # a second one ends this process at once, the jobs still save
+    logger.info("sweep: the jobs save and stop; the same command resumes them")
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends this process at once; the jobs still save
 
 
 def report(jobs: list[JobResult]) -> int:
@@ -291,4 +256,4 @@ def report(jobs: list[JobResult]) -> int:
 if __name__ == "__main__":
     from pretrain import sweep
 
-    sweep.main()  # by its name, so that a launcher's processes find run_job there
+    sweep.main()  # under its module name, so that a launcher's processes find run_job there

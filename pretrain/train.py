@@ -1,100 +1,48 @@
-"""Pretrain a LLaMA: ``torchrun … -m pretrain.train [hydra overrides]``, or ``./launch.sh [hydra overrides]``.
+"""Pretrain a LLaMA: ``torchrun … -m pretrain.train [key=value ...]``, or ``./launch.sh [key=value ...]``.
 
-Exit codes: 0 finished, 2 something to mend (one message says what), 3 another process of the run was lost, 85 stopped
-by a signal after saving.
+Exit codes: 0 finished, 2 a setting or file to fix (one message names it), 3 another process of the run was lost, 85
+stopped by a signal after saving.
 """
 
-import gc
-import logging
 import signal
 import sys
-from contextlib import nullcontext
-from datetime import timedelta
 
-import hydra
-import torch
-from omegaconf import DictConfig
-
-from data.prepare import Prepared
-from pretrain import distributed, peers
-from pretrain.agreement import require_same_setting
-from pretrain.arithmetic import set_arithmetic
-from pretrain.config import Config, load, to_config
-from pretrain.distributed import World
-from pretrain.dry_run import dry_run
-from pretrain.faults import RolledBack
-from pretrain.interrupt import EXIT_CODE, StopRequest
-from pretrain.machine import require_torch, require_usable_gpus
-from pretrain.metrics import log_to_terminal
-from pretrain.preflight import clear_errors, only_asks_hydra
-from pretrain.run_folder import RunFolder
-from pretrain.trainer import Trainer
-from pretrain.waiting import data_of
-
-logger = logging.getLogger(__name__)
+from pretrain.cli.console import log_to_terminal
+from pretrain.cli.errors import clear_errors
+from pretrain.cli.machine import require_installed_torch
+from pretrain.cli.ranks import is_main_from_env, on_one_node_from_env, world_size_from_env
+from pretrain.config.command_line import config_from
+from pretrain.config.schema import Config
+from pretrain.runs.folder import RunFolder
 
 
 def run(config: Config) -> int:
-    """Train as ``config`` says; returns the exit code."""
-    if config.train.dry_run:
-        if distributed.is_main_from_env():
-            with clear_errors():
-                dry_run(config, distributed.world_size_from_env())
-        return 0
-    stop = StopRequest()
-    log_to_terminal(is_main=distributed.is_main_from_env())
+    """Train as ``config`` says; returns the exit code.
+
+    A finished run, and wrong settings, are reported before torch is imported, which takes seconds.
+    """
+    log_to_terminal(is_main=is_main_from_env())
     with clear_errors():
-        require_usable_gpus()
-        data_from = data_of(config, distributed.world_size_from_env())
-        timeout = timedelta(minutes=config.train.timeout_minutes)
-        world = distributed.connect(timeout)
-        set_arithmetic(config, world.device)
-        with peers.named(world, timeout, stop.__bool__), data_from(world) as data:
-            finished = _train(config, world, data, stop)
-    # By now nothing is left of the trainer: the last to let go of gloo's process group must not be DDP, which holds the
-    # interpreter's lock meanwhile.
-    distributed.disconnect()
-    return 0 if finished else EXIT_CODE
+        if config.train.dry_run:
+            if is_main_from_env():
+                from pretrain.planner.plan import dry_run
 
+                dry_run(config, world_size_from_env())
+            return 0
+        # Processes on other nodes may not see this disk: together they ask the main process later.
+        if on_one_node_from_env() and RunFolder(config).report_if_finished(config):
+            return 0
+        require_installed_torch()
+    from pretrain.training.run import train
 
-def _train(config: Config, world: World, data: Prepared, stop: StopRequest) -> bool:
-    """Returns whether the run is at its end."""
-    folder = RunFolder(config)
-    require_same_setting(config, data, world)
-    if world.from_main(folder.is_finished(config.train.steps)):
-        logger.info(
-            "%s is finished at step %d; raise train.steps or choose a new run.name", folder.path, config.train.steps
-        )
-        return True
-    with folder.locked() if world.is_main else nullcontext():
-        while (finished := _train_on(config, world, data, folder, stop)) is None:
-            gc.collect()  # the model that went astray makes room
-        return finished
-
-
-def _train_on(config: Config, world: World, data: Prepared, folder: RunFolder, stop: StopRequest) -> bool | None:
-    """Build everything and train; None when the run is to go on from its newest checkpoint."""
-    trainer = Trainer(config, world, data, folder, stop)
-    stop.listen()
-    try:
-        return trainer.fit()
-    except RolledBack:
-        return None
-
-
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def hydra_main(cfg: DictConfig) -> None:
-    sys.exit(run(to_config(cfg)))
+    return train(config)
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    overrides = sys.argv[1:]
     with clear_errors():
-        require_torch(torch.__version__)
-        if not only_asks_hydra(overrides):
-            load(overrides)
-    hydra_main()
+        config = config_from(sys.argv[1:])
+    sys.exit(run(config))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ if [[ -n ${GRASS_TORCH:-} ]]; then
 fi
 if [[ ${GRASS_TORCH:-} == installed ]]; then
     need_base
-    pin=$("$base" -m pretrain.machine) || exit
+    pin=$("$base" -m pretrain.cli.machine) || exit
     pin="torch==$pin # of $(command -v "$base")"
 fi
 python=$PWD/$venv/bin/python
@@ -93,7 +93,7 @@ create_venv() {
     if [[ ${GRASS_TORCH:-} == installed ]]; then
         options+=(--system-site-packages)
     elif [[ -n $pin ]]; then
-        "$base" -m pretrain.machine "$GRASS_TORCH" >/dev/null || exit
+        "$base" -m pretrain.cli.machine "$GRASS_TORCH" >/dev/null || exit
     fi
     say "Making $venv ..."
     attend "$base" -m venv "${options[@]}" "$venv"

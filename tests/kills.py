@@ -24,16 +24,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from parallel_runs import TINY
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
-from pretrain import checkpoint_folder, files, saver, trainer
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
+from data import atomic as files
+from pretrain.checkpoint import directory as checkpoint_folder
+from pretrain.checkpoint import saver
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import load
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import ready
+from pretrain.training import trainer
+from tests.parallel_runs import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 16, 4

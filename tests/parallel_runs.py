@@ -5,19 +5,20 @@ import logging
 import math
 
 import torch
-from processes import in_processes
 from torch._C._distributed_c10d import _dump_fr_trace_json
 from torch.distributed.tensor import DTensor
 
-from pretrain import checkpoint
-from pretrain.build import build_model, build_optimization
-from pretrain.config import load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.parallel import engine_of
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
-from pretrain.trainer import Trainer
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import load
+from pretrain.distributed.engines import build_engine
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import ready
+from pretrain.setup.model import build_model
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.trainer import Trainer
+from tests.processes import in_processes
 
 CPU = torch.device("cpu")
 STEPS, REFRESH = 30, 8  # chooses rows four times
@@ -94,8 +95,8 @@ def whole_tensors(model, optim):
 def open_checkpoint(path, overrides, rank=0, size=1):
     """What a run with these settings finds in the checkpoint at ``path``."""
     config, world = load(overrides), World(rank, size, CPU)
-    model = build_model(config, CPU, shard=engine_of(config.train, world).shard)
-    optim = build_optimization(config, model)
+    model = build_model(config, CPU, shard=build_engine(config.train, world).shard)
+    optim = build_optimizer(config, model)
     checkpoint.load(path, model, optim)
     return whole_tensors(model, optim)
 

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = 1200  # seconds
-multiprocessing.set_forkserver_preload(["pretrain.trainer"])  # imported once, by the process that all others come from
+multiprocessing.set_forkserver_preload(
+    ["pretrain.training.trainer"]
+)  # imported once, by the process that all others come from
 
 
 def _process(rank, function, size, folder, given):

@@ -15,21 +15,22 @@ from omegaconf import OmegaConf
 import pretrain.train
 from models.llama import Llama
 from pretrain import estimate
-from pretrain.check import check
-from pretrain.config import CONF, _keys, load
-from pretrain.distributed import World
-from pretrain.interrupt import StopRequest
-from pretrain.preflight import ready
-from pretrain.run_folder import RunFolder
+from pretrain.cli.signals import StopRequest
+from pretrain.config.compose import CONF, keys, load
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.checks import check
+from pretrain.setup.data import ready
 from pretrain.sweep import combinations, parse
-from pretrain.trainer import Trainer
+from pretrain.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-README, SETTINGS, TUTORIAL, USING, RUNS, CHOOSING = (
-    (ROOT / name).read_text()
-    for name in ("README.md", *(f"docs/{page}.md" for page in ("settings", "tutorial", "using", "runs", "choosing")))
+NAMES = ("settings", "tutorial", "inference", "fine_tuning", "runs", "hyperparameters")
+README = (ROOT / "README.md").read_text()
+SETTINGS, TUTORIAL, INFERENCE, FINE_TUNING, RUNS, HYPERPARAMETERS = (
+    (ROOT / f"docs/{name}.md").read_text() for name in NAMES
 )
-PAGES = [README, SETTINGS, TUTORIAL, USING, RUNS, CHOOSING]
+PAGES = [README, SETTINGS, TUTORIAL, INFERENCE, FINE_TUNING, RUNS, HYPERPARAMETERS]
 
 
 def commands(text: str) -> list[str]:
@@ -44,9 +45,11 @@ def is_of_a_run(command: str) -> bool:
 
 
 PLANS = [c for c in dict.fromkeys(commands(README) + commands(RUNS)) if "dry_run" in c or "estimate" in c]
-FOLLOWED = [c for c in dict.fromkeys(commands(README) + commands(USING)) if is_of_a_run(c)]  # as they are told
+FOLLOWED = [  # in this order
+    c for c in dict.fromkeys(commands(README) + commands(INFERENCE) + commands(FINE_TUNING)) if is_of_a_run(c)
+]
 TRAININGS = [c for c in dict.fromkeys(commands(README) + commands(RUNS)) if c not in PLANS and not is_of_a_run(c)]
-CHECKED = [*TRAININGS, *commands(CHOOSING)]
+CHECKED = [*TRAININGS, *commands(HYPERPARAMETERS)]
 SMALLER = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
     "train.seq_len=32", "train.tokens_per_step=64", "train.steps=2", "train.compile=false",
@@ -58,7 +61,7 @@ SMALLER = [
 def test_no_command_is_left_out():
     told = {command for page in PAGES for command in commands(page)}
     assert told == {*PLANS, *FOLLOWED, *CHECKED, *commands(TUTORIAL)}
-    assert min(map(len, (PLANS, FOLLOWED, TRAININGS, commands(TUTORIAL), commands(CHOOSING)))) > 0
+    assert min(map(len, (PLANS, FOLLOWED, TRAININGS, commands(TUTORIAL), commands(HYPERPARAMETERS)))) > 0
 
 
 def train(command: str, root: Path, prepared: Path) -> None:
@@ -125,7 +128,7 @@ def test_the_tutorial_can_be_followed(tmp_path):
 def test_the_commands_run(command, tmp_path, tmp_path_factory):
     train(command, tmp_path, tmp_path_factory.getbasetemp() / "readme-prepared")
     (folder,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
-    table = RUNS.split("## What a run leaves")[1].split("##")[0]
+    table = RUNS.split("## Run folder")[1].split("##")[0]
     for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
         assert (folder / name).exists() or name in ("wandb/", "selection.jsonl"), name
 
@@ -158,7 +161,7 @@ def test_the_commands_pass_the_check_as_they_stand(command):
 
 
 def test_the_overrides_people_use_pass_the_check():
-    rows = README.split("The overrides people use:")[1].split("\n\n")[1]
+    rows = README.split("Common overrides:")[1].split("\n\n")[1]
     overrides = re.findall(r"^\| `([^`]+)` \|", rows, re.M)
     assert len(overrides) >= 10
     for override in overrides:
@@ -177,7 +180,7 @@ def test_the_tables_name_what_there_is():
 
 def test_every_override_that_is_named_is_there():
     known = {
-        key for optim in ("grass", "galore", "muon") for key in _keys(OmegaConf.structured(load([f"optim={optim}"])))
+        key for optim in ("grass", "galore", "muon") for key in keys(OmegaConf.structured(load([f"optim={optim}"])))
     }
     groups = "run|train|optim|data|model|logger|estimate|experiment"
     words = {word for page in PAGES for code in re.findall(r"`([^`\n]+)`", page) for word in code.split()}
@@ -189,10 +192,3 @@ def test_every_override_that_is_named_is_there():
     for key, value in ((match[1] or match[3], match[2]) for match in named if match):
         options = {path.stem for path in (CONF / key).glob("*.yaml")}
         assert key in known or value in options, f"{key}={value}"
-
-
-def test_every_test_that_the_docs_name_is_there(root):
-    named = set(re.findall(r"(tests/\w+\.py)::(\w+)", "".join(page.read_text() for page in root.glob("docs/*.md"))))
-    assert len(named) > 9
-    for file, test in named:
-        assert f"\ndef {test}(" in (root / file).read_text(), f"{file}::{test}"

@@ -24,8 +24,8 @@ case "$*" in
 "-m venv "*)
     venv=${@: -1}
     rm -rf "$venv" && mkdir -p "$venv"/{bin,lib/python3.11/site-packages} && cp "$0" "$venv/bin/python" ;;
-"-m pretrain.machine") echo "${BASE_TORCH:-2.12.0a0+nv26.1}" ;;
-"-m pretrain.machine 2.10"*) echo "torch 2.10 is too old" >&2 && exit 1 ;;
+"-m pretrain.cli.machine") echo "${BASE_TORCH:-2.12.0a0+nv26.1}" ;;
+"-m pretrain.cli.machine 2.10"*) echo "torch 2.10 is too old" >&2 && exit 1 ;;
 "-m pip install "*) echo "words of pip" && eval "${ON_PIP:-}" ;;
 "-m pretrain.preflight"*) echo "$WORLD_SIZE processes" && eval "${ON_PREFLIGHT:-}" ;;
 "-m pretrain.sweep"*) echo "$PET_NPROC_PER_NODE processes a job" ;;
@@ -104,8 +104,8 @@ def test_the_first_run_sets_up_and_the_second_does_not(tree):
     assert code == 0
     assert tree.calls == [*MAKE_VENV, INSTALL, PREFLIGHT + overrides, TRAIN + overrides]
     assert [line.split()[0] for line in err.splitlines()] == ["Making", "Installing"]
-    assert tree.run("--cfg", "job")[::2] == (0, "")
-    assert tree.calls == [PREFLIGHT + " --cfg job", TRAIN + " --cfg job"]
+    assert tree.run("train.steps=3", "--cfg", "job")[::2] == (0, "")
+    assert tree.calls == ["-m pretrain.train train.steps=3 --cfg job"]
 
 
 def test_python_takes_the_place_of_the_script(ready):
@@ -164,6 +164,11 @@ def test_what_is_missing_is_said_in_one_line(tree, env, message):
 def test_bad_settings_end_the_run_before_any_process_starts(ready):
     assert ready.run("x=1", ON_PREFLIGHT="echo 'no key x' >&2; exit 2") == (2, "1 processes\n", "no key x\n")
     assert ready.calls == [PREFLIGHT + " x=1"]
+
+
+def test_a_finished_run_starts_no_process(ready):
+    assert ready.run(ON_PREFLIGHT="exit 86")[0] == 0
+    assert ready.calls == [PREFLIGHT]
 
 
 def test_the_settings_are_checked_for_as_many_processes_as_there_will_be(ready):
@@ -258,7 +263,7 @@ def lines(file: Path) -> list[str]:
 def test_another_torch_gets_an_environment_of_its_own(ready):
     pinned = {file.name: file.read_text() for file in (ready.folder / ".venv").glob(".installed-*")}
     assert ready.run(GRASS_TORCH="2.11.0")[0] == 0
-    version_check = "-m pretrain.machine 2.11.0"
+    version_check = "-m pretrain.cli.machine 2.11.0"
     made = [of("2.11.0", call) for call in MAKE_VENV]
     assert ready.calls == [*made[:2], version_check, *made[2:], of("2.11.0", INSTALL), PREFLIGHT, TRAIN]
     venv = ready.folder / ".venv-torch-2.11.0"
@@ -277,7 +282,7 @@ def test_the_torch_that_is_there_is_kept_whatever_is_installed_beside_it(tree):
     made = [of("installed", call) for call in MAKE_VENV]
     made[2] = made[2].replace("-pip ", "-pip --system-site-packages ")
     made.insert(3, '-c import sysconfig; print(sysconfig.get_path("platlib"))')
-    look, install = [*made[:2], "-m pretrain.machine"], of("installed", INSTALL)
+    look, install = [*made[:2], "-m pretrain.cli.machine"], of("installed", INSTALL)
     assert tree.run(GRASS_TORCH="installed")[0] == 0
     assert tree.calls == [*look, *made, install, PREFLIGHT, TRAIN]
     venv = tree.folder / ".venv-torch-installed"
@@ -312,9 +317,9 @@ create_venv
 "$python" -m pip install --quiet --no-index --constraint "$venv/.torch" torch  # only one that is there will do
 exec "$python" -c 'import importlib.util; print(importlib.util.find_spec("torch").origin)'
 """
-    (tree.folder / "pretrain").mkdir()
-    for name in ("__init__.py", "machine.py"):
-        shutil.copy(Path(__file__).resolve().parents[1] / "pretrain" / name, tree.folder / "pretrain")
+    (tree.folder / "pretrain/cli").mkdir(parents=True)
+    for name in ("__init__.py", "cli/__init__.py", "cli/machine.py"):
+        shutil.copy(Path(__file__).resolve().parents[1] / "pretrain" / name, tree.folder / "pretrain" / name)
     env = {"PATH": os.environ["PATH"], "GRASS_TORCH": "installed", "PYTHON": sys.executable}
     command = ["bash", "-ec", script]
     result = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True, timeout=120)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.training import TINY, TrainingRun, random_batch, settings
-from pretrain import checkpoint
-from pretrain.saver import Saver
+from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.saver import Saver
 
 SAVES = 3
 SHAPE = ["model=llama_350m", "train.seq_len=256", "train.tokens_per_step=4096", "optim.rank=128"]

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.learning import METHODS, learn
-from pretrain.config import TrainConfig
+from pretrain.config.schema import TrainConfig
 
 KEY = "deterministic"  # of train; where there is no such key, torch is told itself
 

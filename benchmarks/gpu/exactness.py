@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import NEEDS_GPU, Bench
-from models import counter_rng
+from models import counter_rng, precision
 
 KEY = 2**62 + 12345
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def run(bench: Bench, case: str) -> None:
         return counter_rng.random_bits(KEY, position.to(device))
 
     def rounding(device: torch.device) -> Tensor:
-        return counter_rng.round_stochastically(values.to(device), torch.bfloat16, KEY, position.to(device))
+        return precision.round_stochastically(values.to(device), torch.bfloat16, KEY, position.to(device))
 
     def powers(device: torch.device) -> Tensor:
         return torch.ldexp(torch.ones(len(exponents), device=device), exponents.to(device))

@@ -11,8 +11,8 @@ import torch
 from benchmarks.gpu.bench import GIB, NEEDS_GPU, Bench
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.training import TINY, TrainingRun, random_batch, settings
-from pretrain.config import Config
-from pretrain.estimate import estimate
+from pretrain.config.schema import Config
+from pretrain.planner.memory import estimate
 
 STEPS = 6
 

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pretrain.code_version import git_commit
-from pretrain.files import write_whole
+from data.atomic import write_atomic
+from pretrain.runs.code_version import git_commit
 
 FILE = "gpu.json"
 DONE, RUNNING = "done", "running"
@@ -65,4 +65,4 @@ class Results:
 
     def _write(self) -> None:
         self.sections[self.name] = self.current
-        write_whole(self.path, json.dumps({"sections": self.sections}, indent=1) + "\n")
+        write_atomic(self.path, json.dumps({"sections": self.sections}, indent=1) + "\n")

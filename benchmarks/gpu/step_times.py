@@ -17,8 +17,8 @@ import torch
 from benchmarks.gpu.bench import GIB, Bench, lacks
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.training import BYTES, TINY, TrainingRun, random_batch, settings
-from pretrain.config import BaselineConfig, Config, GrassConfig
-from pretrain.flops import flops_per_token
+from models.flops import flops_per_token
+from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
 TURN, ROUNDS, WARM_UP = 10, 3, 4
 TO_BUILD = 45  # seconds that a method may take until it can be timed

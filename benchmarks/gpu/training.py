@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.build import build_model, build_optimization, outline
-from pretrain.compiling import compile_blocks
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.first_rows import choose_first_rows
-from pretrain.parallel import engine_of
-from pretrain.update import MicroBatch, Update
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.engines import build_engine
+from pretrain.distributed.world import World
+from pretrain.setup.compiling import compile_blocks
+from pretrain.setup.model import build_model, outline
+from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.first_rows import choose_first_rows
+from pretrain.training.train_step import MicroBatch, TrainStep
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BYTES = ["model.vocab_size=256", "data.vocab_size=256"]  # text as bytes: no tokenizer is needed
@@ -51,11 +53,11 @@ class TrainingRun:
     def __init__(self, config: Config, device: torch.device, *, compile: bool = False, drawn_on_cpu: bool = False):
         self.config, self.world = config, World(0, 1, device)
         self.model = build_model(config, device, None if drawn_on_cpu else random_weights(config, device))
-        self.optim = build_optimization(config, self.model)
+        self.optim = build_optimizer(config, self.model)
         self.compiled = compile and compile_blocks(config, self.model, self.world)
-        engine = engine_of(config.train, self.world)
+        engine = build_engine(config.train, self.world)
         engine.wrap(self.model)
-        self.update = Update(config, self.world, self.model, engine, self.optim)
+        self.update = TrainStep(config, self.world, self.model, engine, self.optim)
 
     def choose_rows(self, batch: Sequence[MicroBatch]) -> None:
         """Choose the first rows by the gradient of ``batch``, as a run does."""
@@ -71,7 +73,7 @@ class TrainingRun:
 
     def step(self, batch: Sequence[MicroBatch]) -> Tensor:
         """One update; returns the loss in nats, summed over the batch's tokens, on the device."""
-        return self.update(batch)[0]
+        return self.update(batch).nats
 
     def rows(self) -> dict[str, Tensor]:
         """Which rows each layer of Grass trains now, on the CPU."""

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import profile
 
 from models import attention
-from models.checkpointing import checkpoint_blocks
+from models.activation_checkpointing import checkpoint_blocks
 from models.llama import Llama
 
 LAYERS, ROWS, TOKENS, VOCAB = 2, 2, 256, 512
@@ -41,7 +41,7 @@ def step(made: Llama, documents: int) -> None:
 def case(dtype: torch.dtype, mode: str, compiled: bool, apart: bool) -> dict:
     torch._dynamo.reset()
     counters.clear()
-    attention._said.clear()
+    attention._logged.clear()
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -29,10 +29,11 @@ from torch._dynamo.utils import counters
 
 from benchmarks.steps import Step, Steps
 from models.llama import Llama
-from optim import grass
-from pretrain.config import Config, load
-from pretrain.distributed import World
-from pretrain.estimate import estimate
+from optim import grass, selection
+from pretrain.config.compose import load
+from pretrain.config.schema import Config
+from pretrain.distributed.world import World
+from pretrain.planner.memory import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("total", "forward", "backward", "optimizer", "choosing")
@@ -54,13 +55,13 @@ class FreeRunning(Steps):
 @contextmanager
 def scores_that_differ() -> Iterator[None]:
     """Let Grass choose rows by numbers like real scores: with the zeros of the null GPU it would go other ways."""
-    select = grass.select_together
+    select = selection.select_many
 
     def select_by_others(name: str, scores: Sequence[Tensor], *rest: Any) -> Any:
         return select(name, [some_scores(len(of_layer)) for of_layer in scores], *rest)
 
     # Processes would find that they do not agree, having read zeros of each other.
-    with patch.object(grass, "select_together", select_by_others), patch.object(grass, "_require_agreement"):
+    with patch.object(selection, "select_many", select_by_others), patch.object(grass, "require_agreement"):
         yield
 
 
@@ -165,7 +166,7 @@ def host_ms(times: Sequence[Step]) -> dict[str, float]:
 def has_refreshed(steps: Steps) -> bool:
     """Whether Grass has chosen rows for some layer in the step just made."""
     grass = steps.optim.grass
-    return grass is not None and any((grass.steps + turn) % grass.refresh_every == 0 for turn in grass.offsets.values())
+    return grass is not None and bool(grass.schedule.due(grass.steps))
 
 
 def kernels_of_a_step(steps: Steps) -> str:

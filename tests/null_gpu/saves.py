@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from counts import contexts
 
-from pretrain.distributed import World
-from pretrain.saver import Saver
+from pretrain.checkpoint.saver import Saver
+from pretrain.distributed.world import World
 
 world = World(0, 1, torch.device("cuda", 1))
 torch.cuda.set_device(world.device)

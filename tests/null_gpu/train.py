@@ -17,8 +17,8 @@ from unittest.mock import patch
 
 from counts import contexts, counts, since
 
-from pretrain.evaluate import Score
-from pretrain.trainer import Trainer
+from pretrain.inference.scoring import Score
+from pretrain.training.trainer import Trainer
 
 metrics, train_step = Score.metrics.fget, Trainer.train_step
 counting = next((argument for argument in sys.argv if argument.startswith("--counts=")), None)

@@ -1,0 +1,55 @@
+"""A lock between processes, also on file systems that have no locks."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+class LockHeld(Exception):
+    """Another process holds the lock; the message names the file that shows it."""
+
+
+@contextmanager
+def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock file `path`, whose name ends in `.lock` and whose folder exists.
+
+    The kernel releases the lock when the process ends, however it ends. On a file system without locks, such as NFS
+    without its lock service, a second file `*.owner.lock` takes the lock's place: while it exists the lock is held. It
+    names the process and the host that made it, and is replaced when that process has ended; only when another host
+    was switched off while it held the lock, the file has to be deleted by hand.
+
+    Args:
+        on_wait: Called with a text that says what is waited for, before this waits for another process.
+
+    Raises:
+        LockHeld: Another process holds the lock, and there is no `on_wait`.
+        OSError: The lock file cannot be written.
+    """
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: this file system has no locks (%s); a file takes their place", path.parent, error)
+            lock = SoftFileLock(path.with_suffix(".owner.lock"))
+            lock.acquire(timeout=0)
+    except Timeout:
+        by_file = f"; if none is at work, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
+        if on_wait is None:
+            raise LockHeld(f"{lock.lock_file} is held by another process{by_file}") from None
+        on_wait(f"waiting for another process that holds {lock.lock_file}{by_file}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

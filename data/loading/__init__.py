@@ -1,0 +1,1 @@
+"""Training and validation batches from a prepared dataset."""

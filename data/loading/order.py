@@ -1,0 +1,152 @@
+"""The order of training: which window is sample number n, as a function of the seed and n alone.
+
+A sample is one sequence of training, and samples are numbered over all steps and ranks of a run. A window is a stretch
+of `seq_len` tokens of the training split, or one document where documents begin with a prompt.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.shards.reader import Tokens
+
+ROUND = 1000
+"""Samples of a mixture in which each corpus has exactly its share."""
+TAIL = 2**16
+"""Tokens that represent all tokens before them in `BlockOrder.digest`: a change further back shifts these."""
+ENDLESS = 2**62
+"""The number of windows while it is not known."""
+
+
+class EpochOrder:
+    """Shuffled epochs: each of `windows` windows once per epoch, in a new order each time.
+
+    `corpus` is the number of the corpus in a mixture, whose corpora have different orders.
+    """
+
+    def __init__(self, windows: int, seed: int, corpus: int | None = None) -> None:
+        self.windows, self._seed = windows, seed
+        self._suffix = "" if corpus is None else f" of {corpus}"
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """The windows of the samples, int64 (n,) each."""
+        epochs, windows = np.divmod(samples, self.windows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            windows[here] = permute(windows[here], self.windows, f"{self._seed} shuffle {epoch}{self._suffix}")
+        return windows
+
+
+class BlockOrder:
+    """The order for a split that is still being prepared: its first epoch is shuffled in blocks of `size` windows.
+
+    The blocks of the first epoch follow one another as they lie in the split, so that training can begin before the
+    split is complete. A later epoch is one shuffle of all windows.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, size: int, seed: int) -> None:
+        self._tokens, self._seq_len, self._size, self._seed = tokens, seq_len, size, seed
+
+    @property
+    def windows(self) -> int:
+        """Windows per epoch; ENDLESS until the split is complete."""
+        return (len(self._tokens) - 1) // self._seq_len if self._tokens.complete else ENDLESS
+
+    def can_read(self, samples: int) -> bool:
+        """Whether the blocks of the first `samples` samples can be read by now."""
+        return self._tokens.can_read(self._end(samples, ENDLESS))
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """The windows, int64 (n,), of samples (n,) for which `can_read` was true."""
+        total = self.windows
+        epochs, windows = np.divmod(samples, total)
+        starts = np.where(epochs == 0, windows // self._size * self._size, 0)
+        for epoch, start in set(zip(epochs.tolist(), starts.tolist(), strict=True)):
+            here = (epochs == epoch) & (starts == start)
+            key = f"{self._seed} shuffle {epoch}" if epoch else f"{self._seed} block {start // self._size}"
+            size = total if epoch else min(self._size, total - start)
+            windows[here] = start + permute(windows[here] - start, size, key)
+        return windows
+
+    def digest(self, samples: int) -> str:
+        """A hash that differs if the text read for the first `samples` samples does, up to the end of their block."""
+        end = self._end(samples, self.windows) if samples else 0
+        start = max(0, end - TAIL)
+        names = "\0".join(self._tokens.documents(start, end))
+        return hashlib.sha256(self._tokens[start:end].tobytes() + names.encode()).hexdigest()
+
+    def _end(self, samples: int, windows: int) -> int:
+        """The token after the block that the first `samples` samples end in."""
+        return min(-(-samples // self._size) * self._size, windows) * self._seq_len + 1
+
+
+class MixtureOrder:
+    """Several corpora in the shares of their weights.
+
+    Samples come in rounds of ROUND. A round holds exactly its share of each corpus, in shuffled order; each corpus
+    gives its windows in shuffled epochs of its own, whatever the other corpora do.
+
+    Args:
+        windows: (corpora,) The number of windows of each corpus.
+        weights: (corpora,) Positive, of any sum.
+    """
+
+    def __init__(self, windows: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self._corpora = [EpochOrder(count, seed, corpus) for corpus, count in enumerate(windows)]
+        self._seed = seed
+        self._counts = samples_per_round(weights)
+        self._begins = np.cumsum(self._counts) - self._counts
+        self.windows = int(np.ceil(np.asarray(windows) / self._counts * ROUND).max())
+        """The samples in which each corpus is read at least once."""
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The corpus and the window in it, int64 (n,) each, of samples (n,)."""
+        rounds, slots = np.divmod(samples, ROUND)
+        for number in np.unique(rounds):
+            here = rounds == number
+            slots[here] = permute(slots[here], ROUND, f"{self._seed} mixture {number}")
+        corpora = np.searchsorted(self._begins, slots, side="right") - 1
+        given = rounds * self._counts[corpora] + slots - self._begins[corpora]
+        windows = np.empty_like(given)
+        for corpus in np.unique(corpora):
+            here = corpora == corpus
+            windows[here] = self._corpora[corpus](given[here])
+        return corpora, windows
+
+
+def samples_per_round(weights: Sequence[float]) -> np.ndarray:
+    """How many samples of a round each corpus gives, int64 (corpora,): its share, rounded, and at least one."""
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * ROUND
+    counts = np.maximum(1, np.floor(shares).astype(np.int64))
+    for corpus in np.argsort(-(shares - counts), kind="stable")[: max(0, ROUND - int(counts.sum()))]:
+        counts[corpus] += 1
+    counts[counts.argmax()] -= counts.sum() - ROUND  # taken by corpora whose share is less than one sample
+    return counts
+
+
+def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
+    """Where a shuffle of range(size) puts each position: int64 (n,) in and out, without a table.
+
+    A Feistel network of 8 rounds permutes the smallest range of 4^k ≥ size; a result beyond `size` is put
+    in again until it is within (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    round_keys = np.frombuffer(hashlib.blake2b(key.encode()).digest(), dtype="<u8")
+    out = positions.astype(np.uint64)
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_finalize(right ^ round_key) & mask)
+        out[todo] = left << half | right
+        todo = out >= np.uint64(size)
+    return out.astype(np.int64)
+
+
+def _finalize(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 64-bit finalizer (Appleby)."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(33))

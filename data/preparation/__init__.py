@@ -1,0 +1,1 @@
+"""Turn a corpus into token shards."""

@@ -1,0 +1,114 @@
+"""The end of a preparation: check what was written, describe it in a manifest, and give the folder its name."""
+
+import json
+import logging
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.atomic import write_atomic
+from data.preparation.corpus_writer import CorpusWriter
+from data.preparation.plan import PreparationPlan, hash_of
+from data.shards.reader import COUNTS, token_dtype
+from data.sources.corpus import Corpus
+from data.sources.records import PART_CHARS
+from data.token_dataset import FORMAT, MANIFEST, describe
+from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Shards = dict[str, list[dict[str, Any]]]  # the manifest's entries of the shards, for each split
+
+
+def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
+    """Log what was skipped and cut.
+
+    Raises:
+        ValueError: Files of the corpus changed meanwhile, or a split has no document.
+    """
+    if changed := corpus.changed():
+        raise ValueError(f"data.paths: {', '.join(changed[:8])} changed while it was being read; start again")
+    skipped, documents = writer.describe_skipped(), writer.state.documents
+    if not documents:
+        raise corpus.nothing(skipped)
+    if skipped:
+        logger.warning("skipped %s", skipped)
+    if writer.state.changed:
+        logger.warning(
+            "%d of %d documents are changed by the tokenizer: their tokens decode to another text",
+            *(writer.state.changed, documents),
+        )
+    read_files = len(corpus.files) - sum(writer.state.skipped_counts.values())
+    if corpus.is_text and documents > read_files:
+        logger.info("cut files longer than %d characters: %d documents of %d files", PART_CHARS, documents, read_files)
+    if empty := [split for split, entries in shards.items() if not sum(entry["documents"] for entry in entries)]:
+        raise ValueError(
+            f"data.validation_share: leaves no document of {documents} for {' and '.join(empty)}; change it, or "
+            "name data.validation_paths"
+        )
+
+
+def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Tokenizer, shards: Shards) -> None:
+    """Write the manifest, the last file of a preparation: with it the work folder is complete."""
+    checksums = [file["sha256"] for entries in shards.values() for entry in entries for file in entry["files"].values()]
+    state = writer.state
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": hash_of(tokenizer.sha256, checksums),
+        "identity": plan.identity,
+        "settings": asdict(plan.settings),
+        "corpus": {
+            "sha256": state.chain,
+            "documents": state.documents,
+            "bytes": state.bytes,
+            "skipped": state.skipped,
+            "skipped_counts": state.skipped_counts,
+            **({"changed": state.changed} if state.changed else {}),
+        },
+        "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, **tokenizer.special},
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+        "splits": {
+            split: {**{key: sum(entry[key] for entry in entries) for key in COUNTS}, "shards": entries}
+            for split, entries in shards.items()
+        },
+    }
+    write_atomic(plan.work_folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def put_in_place(plan: PreparationPlan) -> Path:
+    """Rename the complete work folder, without the files that only the preparation needed; returns the new folder."""
+    work = plan.work_folder
+    manifest = json.loads((work / MANIFEST).read_text())
+    folder = plan.folder(manifest["corpus"]["sha256"])
+    if folder.exists():
+        logger.info("%s holds the same already", folder)
+        mark(plan, folder)
+        remove(work)
+        return folder
+    splits = manifest["splits"].values()
+    keep = {name for split in splits for shard in split["shards"] for name in shard["files"]}
+    keep |= {MANIFEST, SPECIAL, getattr(find_tokenizer(work), "name", "")}
+    for file in work.iterdir():
+        if file.name not in keep:
+            with suppress(OSError):  # a network file system keeps a deleted file that is open under another name
+                file.unlink()
+    mark(plan, work)  # before the rename, so that the folder can be found as soon as it has its name
+    os.replace(work, folder)
+    logger.info("prepared %s", describe(manifest, folder))
+    return folder
+
+
+def mark(plan: PreparationPlan, folder: Path) -> None:
+    """Mark `folder` as the preparation of the plan's files; if that fails, the next call reads the corpus again."""
+    try:
+        (folder / plan.marker).touch()
+    except OSError as error:
+        logger.warning("%s could not be marked as the preparation of these files: %s", folder, error)
+
+
+def remove(work: Path) -> None:
+    """Remove a work folder, as far as that is possible: what stays is in nobody's way."""
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,81 @@
+"""One-dimensional arrays in files, read piece by piece.
+
+Files are read, not mapped into memory: if a mapped file is truncated or its disk fails, the next access kills the
+process with a signal. Here both raise an exception that names the file.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+MAX_OPEN = 128  # files at a time, of all arrays
+
+
+class ArrayFile:
+    """`count` numbers of `dtype` (None: all) from byte `offset` of a file on. Has `len`; slices are (n,) arrays.
+
+    Threads and forked processes may share one.
+
+    Raises:
+        ValueError: The size of the file is no multiple of the size of a number.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> None:
+        self.path, self.dtype, self._offset = path, dtype, offset
+        if count is None:
+            size = path.stat().st_size - offset
+            if size % dtype.itemsize:
+                raise ValueError(f"{path.name}: {size} bytes are no whole number of {dtype}")
+            count = size // dtype.itemsize
+        self._count = count
+
+    @classmethod
+    def npy(cls, path: Path) -> "ArrayFile":
+        """The array in a file written by `numpy.save`.
+
+        Raises:
+            ValueError: The array has not one dimension.
+            Exception: Whatever `numpy.load` raises for a file that it cannot read.
+        """
+        head = np.load(path, mmap_mode="r", allow_pickle=False)  # only its header is read
+        if head.ndim != 1:
+            raise ValueError(f"{head.dtype} of shape {head.shape} is no row of whole numbers")
+        return cls(path, head.dtype, head.offset, len(head))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(self._count)
+        out = np.empty(max(0, stop - start), self.dtype)
+        rest, place = out.view(np.uint8).data, self._offset + start * self.dtype.itemsize
+        file = _opened(self)
+        while rest:
+            try:
+                got = os.preadv(file.number, [rest], place)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            if not got:
+                raise ValueError(
+                    f"{self.path}: is shorter than it was; restore it from a copy, or prepare it again, and restart"
+                )
+            rest, place = rest[got:], place + got
+        return out
+
+
+class _Descriptor:
+    """An open file, closed with the last reference: a thread that reads holds one, even if the cache drops its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(MAX_OPEN)
+def _opened(file: ArrayFile) -> _Descriptor:
+    return _Descriptor(file.path)

@@ -1,0 +1,193 @@
+"""Read the shards of a tokenised split, piece by piece.
+
+A split is one or more shards in order, and each document lies within one shard. A shard has three files:
+
+- `.bin`: the tokens, little-endian, without a header. Every document is bos, its tokens, eos.
+- `.index.npy`: for each document its first token, the offset of its name, and the bytes of its text (dtype INDEX).
+- `.names`: the documents' names, concatenated.
+
+Where documents begin with a prompt there is a fourth, `.given.npy`: the number of tokens of each prompt. The manifest
+of the dataset lists the shards, with lengths and checksums of their files.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from data.shards.array_file import ArrayFile
+
+INDEX = np.dtype([("token", "<i8"), ("name", "<i8"), ("bytes", "<i8")])
+GIVEN = np.dtype("<i8")
+COUNTS = ("documents", "tokens", "bytes")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype of a shard's tokens: two bytes where the vocabulary fits, else four."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class Tokens:
+    """The tokens of a split. Has `len`; slices are (n,) arrays of the shards' dtype.
+
+    Args:
+        folder: Of the shards.
+        names: The names of the shards in order; a single name for one shard.
+
+    Attributes:
+        complete: Whether no more tokens will come; false only while the split is being prepared.
+        parts: For a mixture, (first token, number of tokens, weight) of each corpus; else empty.
+    """
+
+    complete = True
+
+    def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
+        names = [names] if isinstance(names, str) else names
+        self._join([Shard(folder, name, dtype) for name in names], dtype)
+        self.parts: list[tuple[int, int, float]] = []
+
+    @classmethod
+    def of(cls, shards: Sequence["Shard"], dtype: np.dtype) -> "Tokens":
+        """The tokens of open shards."""
+        joined = cls.__new__(cls)
+        joined._join(list(shards), dtype)
+        joined.parts = []
+        return joined
+
+    @classmethod
+    def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
+        """Corpora of the same dtype, concatenated, with their weights."""
+        joined = cls.of([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
+        ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
+        joined.parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
+        return joined
+
+    def _join(self, shards: list["Shard"], dtype: np.dtype) -> None:
+        self._shards, self._dtype = shards, dtype
+        self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
+        self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
+
+    def can_read(self, stop: int) -> bool:
+        """Whether the tokens before `stop` can be read by now, or the split is complete and has fewer."""
+        return True
+
+    def __len__(self) -> int:
+        return int(self._first_token[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, _ = where.indices(len(self))
+        parts = [self._shards[number].tokens[first:last] for number, first, last in self._pieces(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, first token in it, token after the last) for each shard that tokens [start, stop) lie in."""
+        number, pieces = int(np.searchsorted(self._first_token, start, side="right")) - 1, []
+        while start < stop:
+            base, end = int(self._first_token[number]), min(stop, int(self._first_token[number + 1]))
+            if start < end:
+                pieces.append((number, start - base, end - base))
+            start, number = max(start, end), number + 1
+        return pieces
+
+    @cached_property
+    def given(self) -> np.ndarray | None:
+        """How many tokens after bos are a prompt, int64 (documents,); None where documents have no prompt."""
+        parts = [shard.given for shard in self._shards if shard.given is not None]
+        return np.concatenate(parts) if parts else None
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of a document, (n,), from bos to eos."""
+        return self[slice(*self.document_bounds(number))]
+
+    def document_bounds(self, number: int) -> tuple[int, int]:
+        """The first token of a document, and the token after its last."""
+        shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        first, last = self._shards[shard].bounds(number - int(self._first_document[shard]))
+        base = int(self._first_token[shard])
+        return base + first, base + last
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """The number of tokens of each document, int64 (documents,)."""
+        return np.concatenate([np.diff(s.index[:]["token"], append=len(s.tokens)) for s in self._shards])
+
+    @property
+    def document_count(self) -> int:
+        return int(self._first_document[-1])
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the text of all documents."""
+        return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The numbers of the tokens in [start, stop) that begin a document, int64 (n,), in order."""
+        starts = [np.empty(0, np.int64)]
+        for number, first, last in self._pieces(start, min(stop, len(self))):
+            begins = self._shards[number].begins(first, last)
+            starts.append(begins[np.searchsorted(begins, first) :] + self._first_token[number])
+        return np.concatenate(starts)
+
+    def documents(self, start: int, stop: int) -> list[str]:
+        """Names of the documents that tokens [start, stop) belong to, in order."""
+        return [
+            name
+            for number, first, last in self._pieces(start, stop)
+            for name in self._shards[number].documents(first, last)
+        ]
+
+
+class Shard:
+    """One shard, opened to be read. `done` is the `state` of the writer of an unfinished shard: only so much is read.
+
+    Raises:
+        ValueError: The files are no shard, or are shorter than `done`.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
+        tokens, names = folder / f"{name}.bin", folder / f"{name}.names"
+        self.tokens = ArrayFile(tokens, dtype, count=done["tokens"] if done else None)
+        self._names = ArrayFile(names, np.dtype(np.uint8), count=done["names"] if done else None)
+        self.index: ArrayFile | np.ndarray
+        if done is None:
+            self.index = ArrayFile.npy(folder / f"{name}.index.npy")
+        else:  # read now, because the file is deleted when the shard is complete
+            self.index = np.fromfile(folder / f"{name}.index", INDEX, done["documents"])
+            for path, count, size in ((tokens, done["tokens"], dtype.itemsize), (names, done["names"], 1)):
+                if path.stat().st_size < count * size or len(self.index) < done["documents"]:
+                    raise ValueError(f"{path}: is shorter than it was")
+        given = folder / f"{name}.given.npy"
+        self.given = np.load(given) if given.exists() else None
+        if self.index.dtype != INDEX or len(self.index) == 0:
+            raise ValueError(f"{name}.index.npy is no index of documents")
+        if self.given is not None and (self.given.dtype != GIVEN or self.given.shape != (len(self.index),)):
+            raise ValueError(f"{name}.given.npy is not of the index's documents")
+
+    def bounds(self, document: int) -> tuple[int, int]:
+        """The first token of a document, and the token after its last."""
+        first, *after = self.index[document : document + 2]["token"].tolist()
+        return first, after[0] if after else len(self.tokens)
+
+    def entries(self, start: int, stop: int) -> tuple[int, np.ndarray]:
+        """The first document that tokens [start, stop) belong to, and the index entries of all these documents."""
+        first = bisect_right(range(len(self.index)), start, key=self._begin) - 1
+        found = self.index[first : first + stop - start]  # each document has a token at least
+        return first, found[: np.searchsorted(found["token"], stop)]
+
+    def begins(self, start: int, stop: int) -> np.ndarray:
+        """The first token of each document that tokens [start, stop) belong to; the first may lie before `start`."""
+        return self.entries(start, stop)[1]["token"]
+
+    def _begin(self, document: int) -> int:
+        return int(self.index[document : document + 1]["token"][0])
+
+    def documents(self, start: int, stop: int) -> list[str]:
+        """Names of the documents that tokens [start, stop) belong to, in order."""
+        first, found = self.entries(start, stop)
+        after = self.index[first + len(found) : first + len(found) + 1]["name"].tolist() or [len(self._names)]
+        places = [*found["name"].tolist(), *after]
+        names = self._names[places[0] : places[-1]].tobytes()
+        return [names[b - places[0] : e - places[0]].decode() for b, e in pairwise(places)]

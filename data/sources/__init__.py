@@ -1,0 +1,1 @@
+"""Corpus sources: files, records, token files, datasets."""

@@ -1,0 +1,22 @@
+"""C4 as allenai publishes it: gzipped JSON lines; the name of a file says which split it belongs to."""
+
+from data.sources.files import SourceFile
+
+TRAIN, VALIDATION = "c4-train.", "c4-validation."  # the beginnings of the files' names
+C4_HINT = (
+    "huggingface.co/datasets/allenai/c4 has them in its folder en/ (git lfs pull --include 'en/c4-train.0000*,"
+    "en/c4-validation.*'); data.paths names that folder"
+)
+
+
+def c4_by_split(files: list[SourceFile]) -> list[SourceFile]:
+    """The files, with those of C4's validation split held out."""
+    return [file._replace(held_out=file.name.rpartition("/")[2].startswith(VALIDATION)) for file in files]
+
+
+def c4_problems(files: list[SourceFile]) -> list[str]:
+    """A message if the files of ``c4_by_split`` lack a split, else nothing."""
+    splits = {file.held_out for file in files}
+    wanted = {False: TRAIN, True: VALIDATION}
+    missing = [f"{begin}*.json.gz" for held_out, begin in wanted.items() if held_out not in splits]
+    return [f"data.paths: there is no {' and no '.join(missing)}: {C4_HINT}"] if missing else []

@@ -1,0 +1,184 @@
+"""A corpus to be prepared: its records in order, starting anywhere, and the split of each document."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data.settings import LINES, DataSettings
+from data.sources.documents import NO_RESPONSE, Batch, Document, Parser, Record, digest
+from data.sources.file_search import shorten
+from data.sources.files import SourceFile
+from data.sources.huggingface import Rows
+from data.sources.open_text import COMPRESSED
+from data.sources.records import PARQUET, PART_CHARS, Records
+from data.sources.token_files import TokenRecords
+from data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+BATCH_CHARS, BATCH_RECORDS = 2**20, 2**14
+SURVEY_BYTES = 2**26  # corpora of at most this much text are read once before they are prepared
+SAMPLE_BYTES = 2**30  # of text are read at most for a tokenizer's sample
+
+
+class Corpus:
+    """The files of `settings`, or the rows of their dataset.
+
+    With `survey`, a small corpus is read once at the beginning: `sha256` is then the hash of all names and texts, and
+    both splits get a document. Else `sha256` is None.
+    Raises ValueError for a small corpus without any text, or with too little for two splits.
+    """
+
+    def __init__(self, files: list[SourceFile], settings: DataSettings, survey: bool = True) -> None:
+        self.files, self._settings = sorted(files, key=_held_out_first), settings
+        self.parse = Parser(settings.column, pairs=settings.source == "instructions")
+        self.total_bytes = sum(file.size for file in files)
+        self.text_bytes = sum(map(_text_bytes, files))
+        self.own_validation = any(file.held_out for file in files)
+        self.sha256: str | None = None
+        self._threshold = settings.validation_share
+        if survey and files and self.text_bytes <= SURVEY_BYTES:
+            self._survey()
+
+    @property
+    def is_text(self) -> bool:
+        return self._settings.source not in (*LINES, "datasets", "tokens")
+
+    def records(self, start: tuple[int, int] = (0, 0)) -> Any:
+        """The records after `start` = (file, number of its records that are done)."""
+        s = self._settings
+        if s.source == "datasets":
+            return Rows(s, start[1])
+        if s.source == "tokens":
+            return TokenRecords(self.files, s.token_dtype, Tokenizer(str(s.tokenizer), s.bos, s.eos), start)
+        return self._records(self.files, start)
+
+    def _records(self, files: list[SourceFile], start: tuple[int, int] = (0, 0)) -> Records:
+        column = None if self.is_text else self._settings.column
+        return Records(files, column, PART_CHARS if self._settings.source == "text" else None, start)
+
+    def batches(self, start: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
+        """The records after `start`, up to about BATCH_CHARS characters at a time."""
+        records, batch, size = self.records(start), [], 0
+        for record in records:
+            batch.append(record)
+            size += 0 if record.content is None else len(record.content)
+            if size >= BATCH_CHARS or len(batch) >= BATCH_RECORDS:
+                yield Batch(batch, records.done_bytes)
+                batch, size = [], 0
+        if batch:
+            yield Batch(batch, records.done_bytes)
+
+    def documents(self, files: list[SourceFile]) -> Iterator[Document]:
+        """The documents of `files`, or of the dataset. Of more than SAMPLE_BYTES only a sample: files in hash order."""
+        if self.total_bytes > SAMPLE_BYTES:
+            files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        records = self.records() if self._settings.source == "datasets" else self._records(files)
+        read = 0
+        for document in map(self.parse, records):
+            if isinstance(document, Document):
+                yield document
+                read += len(document.text)
+            if read > SAMPLE_BYTES:
+                break
+
+    def training_texts(self) -> Iterator[str]:
+        """The texts of the ``documents`` that are for training."""
+        files = [file for file in self.files if not file.held_out]
+        for document in self.documents(files):
+            if self.own_validation or not self._is_drawn(digest(document)):
+                yield document.text
+
+    def is_held_out(self, file: int, content: bytes) -> bool:
+        """Whether a document of file number `file` with the digest `content` is for validation."""
+        return self.files[file].held_out if self.own_validation else self._is_drawn(content)
+
+    def require_pair(self, record: Record, problem: str) -> None:
+        """Raises ValueError for a broken line of instructions, which is to be fixed rather than left out."""
+        if self.parse.pairs and problem != NO_RESPONSE:
+            raise ValueError(
+                f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
+            )
+
+    def nothing(self, skipped: str) -> ValueError:
+        """The error of a corpus without any document. `skipped` says why records were skipped."""
+        s = self._settings
+        problem = f"none of {len(self.files)} files is readable text" if self.is_text else "no document was found"
+        key, name = ("data.dataset", f"{s.dataset}: ") if s.source == "datasets" else ("data.paths", "")
+        column = "" if self.is_text else " and data.column"
+        return ValueError(f"{key}: {name}{problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
+
+    def changed(self) -> list[str]:
+        """The names of files whose size or time is no longer that of the listing."""
+        return [file.name for file in self.files if _stat(file) != (file.size, file.mtime)]
+
+    def _is_drawn(self, content: bytes) -> bool:
+        """Whether a document's number in [0, 1) is below the share to hold out.
+
+        The number depends on the text only: adding or renaming a file moves no other document to another split, and
+        documents with the same text are in the same split.
+        """
+        return self._draw(content) < self._threshold
+
+    def _draw(self, content: bytes) -> float:
+        drawn = hashlib.sha256(f"{self._settings.seed} validation ".encode() + content).digest()
+        return int.from_bytes(drawn[:6], "big") / 2**48
+
+    def _survey(self) -> None:
+        chain, draws, held_out, reasons = "", set(), set(), dict[str, list[str]]()
+        for record in self.records():
+            document = self.parse(record)
+            if isinstance(document, str):
+                self.require_pair(record, document)
+                reasons.setdefault(document, []).append(record.name)
+            else:
+                content = digest(document)
+                if self.files[record.file].held_out:
+                    held_out.add(content)
+                elif content in held_out:
+                    continue  # as in CorpusWriter
+                chain = extended(chain, document.name, content)
+                draws.add(self._draw(content))
+        if not chain:
+            raise self.nothing("; ".join(f"{len(names)} {why} ({shorten(names)})" for why, names in reasons.items()))
+        if not self.own_validation:
+            self._threshold = _threshold(draws, self._settings.validation_share)
+        self.sha256 = chain
+
+
+def _text_bytes(file: SourceFile) -> int:
+    """An estimate of the bytes of text in a file."""
+    return file.size * 4 if file.name.endswith((*COMPRESSED, PARQUET)) else file.size
+
+
+def extended(chain: str, name: str, content: bytes) -> str:
+    """The hash of a sequence of documents with hash `chain`, followed by a document with this name and digest."""
+    return hashlib.sha256(chain.encode() + hashlib.sha256(name.encode()).digest() + content).hexdigest()
+
+
+def _held_out_first(file: SourceFile) -> tuple[bool, str]:
+    return not file.held_out, file.name
+
+
+def _stat(file: SourceFile) -> tuple[int, int] | None:
+    try:
+        stat = file.path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _threshold(draws: set[float], share: float) -> float:
+    """`share`, moved as far as needed to leave a document in either split.
+
+    Raises ValueError for a single document.
+    """
+    if len(draws) < 2:
+        raise ValueError(
+            "data.paths: holds one document only, and validation needs another; add a file "
+            f"(those longer than {PART_CHARS} characters are cut into several documents)"
+        )
+    return min(max(share, float(np.nextafter(min(draws), 1))), max(draws))

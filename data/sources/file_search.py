@@ -1,0 +1,149 @@
+"""Search folders and globs for files, and account for everything that the search leaves out."""
+
+import glob
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+EXCLUDED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
+NAMED = 1000  # of the paths with one remark, how many are kept to be named and not to be counted twice
+
+HIDDEN, EXCLUDED = "hidden folders left out", "folders of caches and installed packages left out"
+READ_ALREADY, UNREADABLE = "links to folders that are read already", "unreadable paths left out"
+BROKEN, SPECIAL = "broken links left out", "sockets, pipes and devices left out"
+UNMATCHED, AGAIN = "files left out that match no pattern", "further paths to a file that is taken already"
+ODD_NAME = "names that are not UTF-8, written with escapes"
+
+
+def shorten(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def readable(path: str | Path) -> str:
+    """A path in characters that can be written as UTF-8; bytes of it that are not UTF-8 become escapes."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+class Remarks:
+    """Counts the paths with each remark, and names the first of them."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, dict[str, None]] = {}
+        self._further: dict[str, int] = {}
+
+    def add(self, remark: str, path: str | Path) -> None:
+        paths, name = self._paths.setdefault(remark, {}), readable(path)
+        if len(paths) < NAMED:
+            paths[name] = None
+        elif name not in paths:
+            self._further[remark] = self._further.get(remark, 0) + 1
+
+    def __str__(self) -> str:
+        """One line; empty without remarks."""
+        lines = []
+        for remark, paths in self._paths.items():
+            count = len(paths) + self._further.get(remark, 0)
+            more = f" and {count - 8:,} more" if count > 8 else ""
+            lines.append(f"{remark}: {count:,} ({', '.join(sorted(paths)[:8])}{more})")
+        return "; ".join(lines)
+
+
+class FileSearch:
+    """Finds regular files under folders by `patterns` of their names. What it leaves out is in `remarks`.
+
+    Links to folders are followed, each folder once, after the folders that are no links: a file is found under its own
+    path where that lies in the folder that is searched.
+    """
+
+    def __init__(self, patterns: Iterable[str], remarks: Remarks) -> None:
+        self._patterns, self._remarks = list(patterns), remarks
+
+    def expand(self, path: Path) -> list[Path]:
+        """The paths that a glob matches. `**` stands for folders as in ``walk``, caches and packages among them."""
+        parts = path.parts
+        if "**" not in parts:
+            return [Path(match) for match in sorted(glob.glob(str(path)))]
+        at = parts.index("**")
+        tops = [top for top in self.expand(Path(*parts[:at])) if top.is_dir()]
+        rest = Path(*parts[at + 1 :]) if at + 1 < len(parts) else Path("*")
+        folders = [folder for top in tops for folder, _ in self.walk(top, excluded=set())]
+        return [match for folder in folders for match in self.expand(Path(glob.escape(str(folder))) / rest)]
+
+    def files_in(self, folder: Path) -> list[Path]:
+        """The files below a folder whose names match a pattern: those that are no links in order, then links."""
+        files, links = list[Path](), list[Path]()
+        for _, entries in self.walk(folder, EXCLUDED_FOLDERS):
+            for entry in entries:
+                if (remark := self._file_remark(entry)) is None:
+                    (links if entry.is_symlink() else files).append(Path(entry.path))
+                else:
+                    self._remarks.add(remark, entry.path)
+        return sorted(files) + sorted(links)
+
+    def walk(self, top: Path, excluded: set[str]) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+        """Every folder below `top`, itself included, with its entries that are no folders.
+
+        Hidden folders and those with `excluded` names are left out.
+        """
+        seen, folders, links = set[tuple[int, int]](), [top], list[Path]()
+        while folders or links:
+            if not folders:
+                links.sort(reverse=True)
+                folders.append(links.pop())
+            folder, entries = folders.pop(), list[os.DirEntry[str]]()
+            if (listed := self._entries(folder, seen)) is None:
+                continue
+            for entry in listed:
+                if not _is_folder(entry):
+                    entries.append(entry)
+                elif entry.name.startswith("."):
+                    self._remarks.add(HIDDEN, entry.path)
+                elif entry.name in excluded:
+                    self._remarks.add(EXCLUDED, entry.path)
+                else:
+                    (links if entry.is_symlink() else folders).append(Path(entry.path))
+            yield folder, entries
+
+    def _entries(self, folder: Path, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]] | None:
+        """A folder's entries; None for a folder that cannot be read, or whose device and inode are in `seen`."""
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                self._remarks.add(READ_ALREADY, folder)
+                return None
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except OSError:
+            self._remarks.add(UNREADABLE, folder)
+            return None
+
+    def _file_remark(self, entry: os.DirEntry[str]) -> str | None:
+        """Why an entry that is no folder is left out; None for one that is taken."""
+        if entry.is_symlink() and (problem := file_problem(entry.path)):
+            return problem
+        if not any(fnmatch(entry.name, pattern) for pattern in self._patterns):
+            return UNMATCHED
+        return file_problem(entry.path)
+
+
+def file_problem(path: str | Path) -> str | None:
+    """The remark on a path that is no regular file; None for a file."""
+    try:
+        return None if stat.S_ISREG(os.stat(path).st_mode) else SPECIAL
+    except (FileNotFoundError, NotADirectoryError):
+        return BROKEN
+    except (OSError, ValueError):
+        return UNREADABLE
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

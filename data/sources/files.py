@@ -1,0 +1,158 @@
+"""The files of a corpus: named, found and limited in size."""
+
+import functools
+import glob
+import hashlib
+import logging
+import os
+import stat
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from data.sources.file_search import AGAIN, BROKEN, ODD_NAME, FileSearch, Remarks, file_problem, readable, shorten
+
+logger = logging.getLogger(__name__)
+
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+
+
+class SourceFile(NamedTuple):
+    """A file of the corpus: its name in the corpus, its path, its size in bytes and its modification time in ns.
+
+    A file that is `held_out` is for validation.
+    """
+
+    name: str
+    path: Path
+    size: int
+    mtime: int
+    held_out: bool = False
+
+
+def stdlib_files(max_bytes: int) -> list[SourceFile]:
+    """The source of the running Python's standard library, without installed packages, in order of name.
+
+    Raises ValueError where there is none.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [_source_file(path, root) for path in FileSearch(["*.py"], Remarks()).files_in(root)]
+    if not files:
+        raise ValueError(f"data.source: {root} holds no .py file; train on your own text instead (data=text)")
+    return _within(files, max_bytes)
+
+
+def text_files(
+    paths: Iterable[str], patterns: Iterable[str], max_bytes: int, key: str = "data.paths"
+) -> list[SourceFile]:
+    """Files, folders (searched for `patterns`) and globs, each file once, in order of name.
+
+    A file is named by its path from the parent of the folder in which the search found it. Paths that are left out are
+    counted and named in one line of the log.
+    Raises ValueError with a line for every path that leads to no file; it names `key`.
+    """
+    patterns, remarks, found, problems = list(patterns), Remarks(), dict[Path, SourceFile](), list[str]()
+    search = FileSearch(patterns, remarks)
+    for entry in paths:
+        path = Path(os.path.abspath(os.path.expanduser(entry)))
+        is_glob = glob.has_magic(entry) and not os.path.lexists(path)
+        if problem := "" if is_glob else _problem(path):
+            problems.append(f"{key}: {problem} {readable(entry)}; check {key}")
+            continue
+        matches = search.expand(path) if is_glob else [path]
+        files = [file for match in matches for file in _files_at(match, search, remarks)]
+        if not matches:
+            problems.append(f"{key}: no file matches {readable(entry)}; check {key}")
+        elif not files:
+            wanted = ", ".join(patterns) or "nothing (data.patterns is empty)"
+            problems.append(f"{key}: {readable(entry)} holds no {wanted} file; check {key} or data.patterns")
+        _take(files, _root(path, is_glob), found, remarks)
+    _log_once(f"{key}: {remarks}" if str(remarks) else "")
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not found:
+        raise ValueError(f"{key}: is empty; name the files, folders or globs to train on")
+    return _within(list(found.values()), max_bytes)
+
+
+def _problem(path: Path) -> str:
+    """Why a path that is no glob cannot be read, as the beginning of a message; empty where it can."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        target = readable(os.readlink(path)) if path.is_symlink() else ""
+        return f"there is no {target}, the target of the link" if target else "there is no file or folder"
+    except (OSError, ValueError) as error:
+        return f"cannot read ({getattr(error, 'strerror', None) or error})"
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "cannot read a socket, pipe or device such as"
+
+
+def _files_at(path: Path, search: FileSearch, remarks: Remarks) -> list[Path]:
+    if path.is_dir():
+        return search.files_in(path)
+    if problem := file_problem(path):
+        remarks.add(problem, path)
+    return [] if problem else [path]
+
+
+def _take(paths: list[Path], root: Path, found: dict[Path, SourceFile], remarks: Remarks) -> None:
+    """Add the files at `paths` to `found`, which has them by their paths without links."""
+    for path in paths:
+        try:
+            file, place = _source_file(path, root.parent), path.resolve()
+        except OSError:
+            remarks.add(BROKEN, path)  # it went away after it was found
+            continue
+        if place in found and found[place].path != path:
+            remarks.add(AGAIN, path)
+        if found.setdefault(place, file) is file and file.name != path.relative_to(root.parent).as_posix():
+            remarks.add(ODD_NAME, path)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    if message:
+        logger.info("%s", message)
+
+
+def _root(path: Path, is_glob: bool) -> Path:
+    """The folder or file that names begin with: the path itself, or the last folder of a glob before its first star."""
+    while is_glob and glob.has_magic(str(path)):
+        path = path.parent
+    return path
+
+
+def _source_file(path: Path, root: Path) -> SourceFile:
+    status = path.stat()
+    return SourceFile(readable(path.relative_to(root).as_posix()), path, status.st_size, status.st_mtime_ns)
+
+
+def _within(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
+    """The files that fit into `max_bytes`, in order of name.
+
+    Tests give way first, so that a library is kept before its tests. Beyond that the hash of the name decides: a sample
+    that favours no part of the alphabet and hardly changes when a file is added.
+    Raises ValueError if no file with any text fits.
+    """
+
+    def priority(file: SourceFile) -> tuple[bool, bytes]:
+        in_tests = not TEST_FOLDERS.isdisjoint(file.name.split("/"))
+        return in_tests, hashlib.sha256(file.name.encode()).digest()
+
+    kept, left_out, room = list[SourceFile](), list[SourceFile](), max_bytes
+    for file in sorted(files, key=priority):
+        if file.size <= room:
+            kept.append(file)
+            room -= file.size
+        else:
+            left_out.append(file)
+    if any(file.size for file in files) and not any(file.size for file in kept):
+        raise ValueError(f"data.max_bytes: {max_bytes} leaves no text of {len(files)} files; allow more")
+    if left_out:
+        size, names = sum(file.size for file in left_out) / 1e6, shorten(sorted(file.name for file in left_out))
+        _log_once(
+            f"left out {len(left_out)} of {len(files)} files ({size:.1f} MB: {names}) to stay within "
+            f"data.max_bytes={max_bytes}"
+        )
+    return sorted(kept)

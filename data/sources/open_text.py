@@ -1,0 +1,60 @@
+"""Open text files, plain or compressed, as UTF-8."""
+
+import gzip
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+from data.text_encoding import BLOCK_BYTES, Utf8Reader
+
+EXTRA = "pip install -r requirements-extra.txt"
+COMPRESSED = (".gz", ".zst")
+READ_ERRORS = (EOFError, OSError, zlib.error)  # of files, gzip and zstd; pyarrow's errors of streams are OSError
+
+
+class TextFile(io.BufferedReader):
+    """A text file as UTF-8 bytes without a byte-order mark; `.gz` and `.zst` are decompressed.
+
+    `encoding` and `problem` are those of ``Utf8Reader``. Raises ValueError where a library is missing, and READ_ERRORS.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115
+        try:
+            reader = Utf8Reader(self._decompressed(path))
+        except BaseException:
+            self._file.close()
+            raise
+        super().__init__(reader, BLOCK_BYTES)
+        self.encoding, self.problem = reader.encoding, reader.problem
+
+    def place(self) -> int:
+        """How many bytes of the file on the disk are read."""
+        return 0 if self._file.closed else self._file.tell()
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+    def _decompressed(self, path: Path) -> Any:
+        if path.name.endswith(".gz"):
+            return gzip.GzipFile(fileobj=self._file)
+        if path.name.endswith(".zst"):
+            return pyarrow().CompressedInputStream(self._file, "zstd")
+        return self._file
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without Python's number of it."""
+    text = getattr(error, "strerror", None) or str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:300]
+
+
+def pyarrow() -> Any:
+    """The library. Raises ValueError where it is not installed."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ValueError(f"data.paths: Parquet and .zst files are read by pyarrow, which is missing: {EXTRA}") from None
+    return pyarrow

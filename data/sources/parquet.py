@@ -1,0 +1,97 @@
+"""The texts in a column of Parquet files."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from data.sources.documents import NO_TEXT, NOT_UTF8, Record
+from data.sources.files import SourceFile
+from data.sources.open_text import pyarrow, reason
+
+BATCH_ROWS = 256
+
+
+class ParquetRows:
+    """Iterates over the rows of a Parquet file after the first `done`. A batch of rows of one row group is in memory.
+
+    Raises ValueError naming the file for one that is damaged, and for one whose `column` is missing or holds no text.
+    """
+
+    def __init__(self, number: int, file: SourceFile, column: str, done: int) -> None:
+        self._number, self._file, self._column, self._done = number, file, column, done
+        self._row, self._rows = 0, 1
+
+    def place(self) -> int:
+        """About how many bytes of the file are read."""
+        return self._file.size * self._row // self._rows
+
+    def __iter__(self) -> Iterator[Record]:
+        arrow = pyarrow()
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with ParquetFile(self._file.path) as table:
+                self._check(table.schema_arrow)
+                self._rows = max(1, table.metadata.num_rows)
+                for group in range(table.num_row_groups):
+                    yield from self._group(table, group)
+        except (arrow.ArrowException, OSError) as error:
+            raise ValueError(
+                f"data.paths: {self._file.path} cannot be read after row {self._row} ({reason(error)}); bring a "
+                "complete copy"
+            ) from None
+
+    def _check(self, schema: Any) -> None:
+        if self._column not in schema.names:
+            names = ", ".join(schema.names)
+            raise ValueError(
+                f"data.column: {self._file.path} has no {self._column}, but {names}; name one of these, or the files "
+                "that have this column in data.paths"
+            )
+        kind = schema.field(self._column).type
+        if not holds_text(kind):
+            raise ValueError(
+                f"data.column: {self._column} of {self._file.path} is of type {kind}, which is no text; name a column "
+                "of text"
+            )
+
+    def _group(self, table: Any, group: int) -> Iterator[Record]:
+        rows = table.metadata.row_group(group).num_rows
+        if self._row + rows <= self._done:
+            self._row += rows
+            return
+        for batch in table.iter_batches(BATCH_ROWS, [group], [self._column]):
+            for text in _texts(batch.column(0)):
+                self._row += 1
+                if self._row > self._done:
+                    yield row_record(self._number, self._row, self._file.name, text)
+
+
+def holds_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds texts, or nothing but nulls."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    texts = (types.is_string, types.is_large_string, getattr(types, "is_string_view", types.is_string), types.is_null)
+    return any(holds(kind) for holds in texts)
+
+
+def row_record(file: int, number: int, name: str, text: Any) -> Record:
+    """Row `number` of a table as a record; `text` is bytes where they are not valid UTF-8."""
+    problem = NOT_UTF8 if isinstance(text, bytes) else "" if isinstance(text, str) and text else NO_TEXT
+    return Record(file, number, f"{name}#{number}", None if problem else text, problem)
+
+
+def _texts(column: Any) -> list[Any]:
+    """The values of a column, bytes for those that are not valid UTF-8, which Arrow does not check."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text(value) for value in column]
+
+
+def _text(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return b""

@@ -1,0 +1,74 @@
+"""Documents from files of tokens that another program wrote, cut after every eos token.
+
+A file is `.npy`, which says its dtype, or nothing but tokens, little-endian, of `data.token_dtype`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from data.shards.array_file import ArrayFile
+from data.sources.documents import Record
+from data.sources.files import SourceFile
+from data.sources.open_text import reason
+from data.tokenizer import Tokenizer
+
+CHUNK = 2**22  # tokens read at a time
+LONGEST = 2**20  # tokens of a document; longer ones become several
+
+
+class TokenRecords:
+    """Iterates over the documents after `start` as records whose content is int32 (n,), without bos and eos.
+
+    Raises ValueError naming the file for one that is no array of tokens, or holds a token that the tokenizer lacks.
+    """
+
+    def __init__(
+        self, files: Sequence[SourceFile], dtype: str, tokenizer: Tokenizer, start: tuple[int, int] = (0, 0)
+    ) -> None:
+        self._files, self._dtype, self._tokenizer, self._start = files, np.dtype(dtype), tokenizer, start
+        self.done_bytes = sum(file.size for file in files[: start[0]])
+
+    def __iter__(self) -> Iterator[Record]:
+        first, done = self._start
+        for number, file in enumerate(self._files[first:], start=first):
+            before = self.done_bytes
+            for count, ids in enumerate(self._documents(file), start=1):
+                if count > (done if number == first else 0):
+                    self.done_bytes = min(self.done_bytes + len(ids) * self._dtype.itemsize, before + file.size)
+                    yield Record(number, count, f"{file.name}#{count}", ids)
+            self.done_bytes = before + file.size
+
+    def _documents(self, file: SourceFile) -> Iterator[np.ndarray]:
+        tokens, rest = self._open(file), np.empty(0, np.int32)
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            if (found := int(chunk.max())) >= self._tokenizer.vocab_size or chunk.min() < 0:
+                raise ValueError(
+                    f"data.paths: {file.path} holds token {found if chunk.min() >= 0 else int(chunk.min())}, which "
+                    f"{self._tokenizer.path} does not have; check data.tokenizer and data.token_dtype"
+                )
+            ids = np.concatenate([rest, chunk.astype(np.int32)])
+            *complete, rest = np.split(ids, np.flatnonzero(ids == self._tokenizer.eos_id) + 1)
+            for document in [*complete, *(np.split(rest, range(LONGEST, len(rest), LONGEST))[:-1])]:
+                yield from self._without_special(document)
+            rest = rest[(len(rest) - 1) // LONGEST * LONGEST :] if len(rest) else rest
+        yield from self._without_special(rest)
+
+    def _without_special(self, document: np.ndarray) -> Iterator[np.ndarray]:
+        """A document without bos and eos, in pieces of at most LONGEST tokens; nothing for an empty one."""
+        document = document[~np.isin(document, (self._tokenizer.bos_id, self._tokenizer.eos_id))]
+        for start in range(0, len(document), LONGEST):
+            yield document[start : start + LONGEST]
+
+    def _open(self, file: SourceFile) -> ArrayFile:
+        try:
+            is_raw = not file.name.endswith(".npy")
+            tokens = ArrayFile(file.path, self._dtype.newbyteorder("<")) if is_raw else ArrayFile.npy(file.path)
+            if len(tokens) and tokens.dtype.kind not in "iu":
+                raise ValueError(f"{tokens.dtype} is no row of whole numbers")
+        except Exception as error:  # numpy evaluates the header of an array as Python, and fails in Python's ways
+            raise ValueError(
+                f"data.paths: {file.path} holds no tokens ({reason(error)}); check data.token_dtype"
+            ) from None
+        return tokens

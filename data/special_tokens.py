@@ -1,0 +1,43 @@
+"""The names of bos and eos in the files beside a tokenizer."""
+
+import json
+from pathlib import Path
+
+from data.text_encoding import decode
+
+SPECIAL = "special_tokens.json"  # beside the copy of a tokenizer: the tokens that begin and end a text
+
+
+def names_beside(path: Path, is_json: bool) -> dict[str, str]:
+    """The names of bos and eos from the files beside the tokenizer at `path`, each from the first file that has it.
+
+    Hugging Face keeps them in one of two files; a sentencepiece model contains its own.
+    Raises ValueError for a file that cannot be read.
+    """
+    names: dict[str, str] = {}
+    for file in [SPECIAL, *(("tokenizer_config.json", "special_tokens_map.json") if is_json else ())]:
+        if not path.with_name(file).exists():
+            continue
+        try:
+            known = json.loads(decode(path.with_name(file).read_bytes()))
+            found = {key: known.get(key) or known.get(f"{key}_token") for key in ("bos", "eos")}
+            found = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items() if name}
+        except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path.with_name(file)}: cannot be read ({error!r}); correct or delete it") from None
+        if not all(isinstance(name, str) for name in found.values()):
+            raise ValueError(f"{path.with_name(file)}: bos and eos are no names of tokens; correct or delete it")
+        names = {**found, **names}
+    return names
+
+
+def eos_beside(path: Path) -> int:
+    """The first eos id in the files beside a tokenizer that say how its model generates; -1 if there is none."""
+    for file in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads(decode(path.with_name(file).read_bytes())).get("eos_token_id")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        found = found[0] if isinstance(found, list) and found else found
+        if type(found) is int:
+            return found
+    return -1

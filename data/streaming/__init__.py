@@ -1,0 +1,1 @@
+"""Train while the corpus is still being prepared."""

@@ -1,0 +1,164 @@
+"""Train while the corpus is still being prepared, by a process of its own.
+
+That process is `python -m data.streaming.background`. It takes the settings from its standard input, makes the same
+preparation as `python -m data.prepare` at a lower priority, and ends with the run, however the run ends.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from threading import Thread
+from typing import Any
+
+from data.loading.order import ENDLESS
+from data.preparation import progress
+from data.preparation.corpus_writer import STATE, read_state
+from data.preparation.encode import environment
+from data.preparation.plan import PreparationPlan, hash_of
+from data.prepare import command, prepare
+from data.settings import DataSettings
+from data.shards.reader import token_dtype
+from data.streaming.tokens import StreamedTokens, token_count
+from data.token_dataset import PreparedDataset, load
+from data.tokenizer import Tokenizer, find_tokenizer
+
+logger = logging.getLogger(__name__)
+
+COMMAND = [sys.executable, "-m", "data.streaming.background"]
+NICE = 10
+LOG_SECONDS = 60.0  # between two lines on the progress of the preparation
+END_SECONDS = 5.0  # given to the process to end; then it is killed, which loses only tokens that are not committed
+
+
+@dataclass(frozen=True)
+class StreamedDataset(PreparedDataset):
+    """A dataset to train on while it is prepared, or after: the same tokens in the same order.
+
+    `train` grows, `val` does not. `fingerprint` depends on the settings and the tokenizer, because the text is only
+    known as far as it was read.
+    """
+
+    train: StreamedTokens
+    preparation: "BackgroundPreparation"
+
+
+class BackgroundPreparation:
+    """The preparation for `settings`; with `start`, a process begins or resumes it unless it is complete.
+
+    A context manager; at its end the process has ended.
+
+    Raises:
+        ValueError: The settings have problems; one line each.
+    """
+
+    def __init__(self, settings: DataSettings, start: bool) -> None:
+        self.plan = PreparationPlan(settings)
+        self.plan.require_no_problems()
+        self._process = self._start() if start and not self.plan.finished() else None
+
+    def _start(self) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        process = subprocess.Popen(COMMAND, text=True, env=environment(), start_new_session=True, **pipes)
+        assert process.stdin
+        with process.stdin:
+            json.dump({"parent": os.getpid(), "settings": asdict(self.plan.settings)}, process.stdin)
+        Thread(target=_log_output, args=(process,), daemon=True).start()
+        return process
+
+    def dataset(self, validation_tokens: int) -> StreamedDataset | None:
+        """The dataset as far as it is prepared; None while training cannot start, because validation data are missing.
+
+        Validation data never change once they are there: all validation files, or at most the first
+        `validation_tokens` tokens of the share that is held out.
+        """
+        plan, finished = self.plan, self.plan.finished()
+        work, own = plan.work_folder, [[file.name, file.size] for file in plan.files if file.held_out]
+        state = read_state(work / STATE)
+        if finished:
+            tokenizer = load(finished).tokenizer
+        elif (model := find_tokenizer(work)) and state.splits and state.place[0] >= len(own):
+            try:
+                tokenizer = Tokenizer(model)
+            except ValueError:
+                return None  # the folder was renamed just now
+        else:
+            return None
+        dtype = token_dtype(tokenizer.vocab_size)
+        limit = validation_tokens if not own else ENDLESS if finished else token_count(state, "val")
+        train, val = StreamedTokens("train", plan, dtype), StreamedTokens("val", plan, dtype, limit)
+        if not val.can_read(max(1, limit)) or not train.can_read(1) or not tokenizer.path.exists():
+            return None
+        fingerprint = hash_of("on the fly", plan.identity, own, tokenizer.sha256)
+        return StreamedDataset(finished or work, tokenizer, train, val, fingerprint, {}, self)
+
+    def problem(self) -> str | None:
+        """Why the preparation ended early; None while it is at work and after it is complete."""
+        code = self._process.poll() if self._process else None
+        if not self._process or code is None or (code == 0 and self.plan.finished()):
+            return None
+        if code == 0:
+            return "data.paths: its files changed while the run began; start it again"
+        assert self._process.stdout
+        reason = self._process.stdout.read().strip() or (
+            f"data: the process that prepares it ended with code {code}; with too little memory, lower data.workers"
+        )
+        return f"{reason} (the preparation in the background ended, and the run with it)"
+
+    def prepared_tokens(self) -> int:
+        """How many training tokens are on the disk."""
+        return token_count(read_state(self.plan.work_folder / STATE), "train")
+
+    def __enter__(self) -> "BackgroundPreparation":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._process:
+            return
+        unfinished = self._process.poll() is None
+        self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if unfinished:
+            logger.info(
+                "the preparation ended with the run; %s has %s training tokens. A run resumes it, and so does: %s",
+                *(self.plan.work_folder, f"{self.prepared_tokens():,}", command(self.plan.settings)),
+            )
+
+
+def _log_output(process: subprocess.Popen[str]) -> None:
+    assert process.stderr
+    for line in process.stderr:
+        logger.info("%s", line.rstrip())
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)  # tokens that are not committed yet are made again
+
+
+def main() -> None:
+    """Prepare; a problem of the text or the disk is written to standard output."""
+    given = json.load(sys.stdin)
+    Thread(target=_end_with, args=(given["parent"],), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    os.nice(NICE)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    progress.LOG_SECONDS = LOG_SECONDS
+    try:
+        prepare(DataSettings(**given["settings"]), read_along=True)
+    except (ValueError, OSError) as error:
+        print(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Read a split while it is being prepared.
+
+Only tokens that `state.json` names are read: they are on the disk and never change. When the preparation is complete
+its folder is renamed, and reading continues under the new name.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from data.loading.order import ENDLESS
+from data.preparation.corpus_writer import STATE, WriterState, read_state
+from data.preparation.plan import PreparationPlan
+from data.shards.reader import Shard, Tokens
+from data.token_dataset import load
+
+RENAME_SECONDS = 10.0  # that a network file system may take to show a folder's new name
+T = TypeVar("T")
+
+
+class StreamedTokens(Tokens):
+    """The tokens of a split that are on the disk by now, at most `limit`; `can_read` updates what is there.
+
+    Any number of threads may read meanwhile.
+
+    Args:
+        split: `train` or `val`.
+        plan: The plan of the preparation that writes it.
+        dtype: The dtype of the shards.
+    """
+
+    def __init__(self, split: str, plan: PreparationPlan, dtype: np.dtype, limit: int = ENDLESS) -> None:
+        self._split, self._plan, self._limit = split, plan, limit
+        self._join([], dtype)
+        self.parts = []
+        self._closed: dict[str, Shard] = {}
+        self.complete = False
+
+    def can_read(self, stop: int) -> bool:
+        if not self.complete and super().__len__() < stop:
+            self._update(stop)
+        return self.complete or super().__len__() >= stop
+
+    def _update(self, stop: int) -> None:
+        if finished := self._plan.finished():
+            self._join(getattr(load(finished), self._split)._shards, self._dtype)
+            self.complete = True
+            return
+        work = self._plan.work_folder
+        try:
+            state = read_state(work / STATE)
+            if self._split in state.splits and token_count(state, self._split) >= max(stop, super().__len__()):
+                self._join(self._shards_in(work, state.splits[self._split]), self._dtype)
+        except (FileNotFoundError, ValueError):  # about to be renamed, or damaged and about to be written again
+            pass
+
+    def _shards_in(self, work: Path, state: dict[str, Any]) -> list[Shard]:
+        names = [entry["name"] for entry in state["shards"]]
+        for name in names:
+            if name not in self._closed:
+                self._closed[name] = Shard(work, name, self._dtype)
+        found = [self._closed[name] for name in names]
+        if state["open"]["documents"]:
+            found.append(Shard(work, f"{self._split}-{len(names):05d}", self._dtype, state["open"]))
+        return found
+
+    def __len__(self) -> int:
+        return min(self._limit, super().__len__())
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        return self._read(Tokens.__getitem__, where)
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        return self._read(Tokens.document_starts, start, stop)
+
+    def documents(self, start: int, stop: int) -> list[str]:
+        return self._read(Tokens.documents, start, stop)
+
+    def _read(self, method: Callable[..., T], *arguments: object) -> T:
+        """The result of a method of Tokens, called again if the folder was renamed meanwhile."""
+        deadline = time.monotonic() + RENAME_SECONDS
+        while True:
+            shards = self._shards
+            try:
+                return method(self, *arguments)
+            except FileNotFoundError:
+                if shards is self._shards and (self.complete or time.monotonic() > deadline):
+                    raise
+            self._update(0)
+            time.sleep(0.01)
+
+
+def token_count(state: WriterState, split: str) -> int:
+    """How many tokens of a split are on the disk."""
+    found = state.splits.get(split, {"shards": [], "open": {"tokens": 0}})
+    return sum(entry["tokens"] for entry in [*found["shards"], found["open"]])

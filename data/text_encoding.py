@@ -1,0 +1,81 @@
+"""Text files are decoded by their byte-order mark, or else as UTF-8.
+
+A byte-order mark is the character U+FEFF at the beginning of a file (The Unicode Standard, section 23.8). It says how
+the characters are written and is no part of the text.
+"""
+
+import codecs
+import io
+from typing import BinaryIO
+
+MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+HEAD_BYTES, BLOCK_BYTES = 2**12, 2**20
+UNMARKED = "UTF-16 or UTF-32 without a byte-order mark"
+UNDECODABLE = "\udcff".encode("utf-8", "surrogatepass")  # no valid UTF-8 has these bytes
+codecs.register_error("grass.undecodable", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
+def detect(head: bytes) -> tuple[str, int]:
+    """Python's name of the encoding of a text with these first bytes, and the length of its byte-order mark."""
+    return next(((name, len(mark)) for mark, name in MARKS if head.startswith(mark)), ("utf-8", 0))
+
+
+def is_unmarked(head: bytes) -> bool:
+    """Whether bytes without a byte-order mark look like UTF-16 or UTF-32, because too many of them are NUL.
+
+    Latin letters in UTF-16 are valid UTF-8 with a NUL beside every letter, so decoding does not find the mistake.
+    """
+    seldom, often = sorted([head[::2].count(0), head[1::2].count(0)])
+    one_side = 5 * often >= len(head) and 20 * seldom <= often
+    return len(head) > 3 and (one_side or 5 * (seldom + often) >= 3 * len(head))
+
+
+def decode(content: bytes) -> str:
+    """The text of a whole file, without its byte-order mark. Raises UnicodeDecodeError."""
+    name, skip = detect(content)
+    return content[skip:].decode(name)
+
+
+class Utf8Reader(io.RawIOBase):
+    """The text in a binary stream as UTF-8 bytes, without its byte-order mark; closing it closes the stream.
+
+    UTF-8 passes unchecked. In UTF-16 and UTF-32 a part that is no text becomes UNDECODABLE, on which decoding fails.
+    `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream should not be read.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._ended, head = stream, False, b""
+        while len(head) < HEAD_BYTES and (block := stream.read(HEAD_BYTES - len(head))):
+            head += block
+        name, skip = detect(head)
+        self.encoding = name.upper().removesuffix("-LE").removesuffix("-BE")
+        self.problem = UNMARKED if not skip and is_unmarked(head) else ""
+        self._decoder = None if name == "utf-8" else codecs.getincrementaldecoder(name)("grass.undecodable")
+        self._ready = memoryview(self._convert(head[skip:]))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._ready and not self._ended:
+            block = self._stream.read(BLOCK_BYTES)
+            self._ended = not block
+            self._ready = memoryview(self._convert(block, final=self._ended))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
+    def _convert(self, block: bytes, final: bool = False) -> bytes:
+        if self._decoder is None:
+            return block
+        return self._decoder.decode(block, final).encode("utf-8", "surrogatepass")

@@ -1,0 +1,87 @@
+"""A prepared dataset: open it, and describe it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.atomic import sha256
+from data.shards.reader import Tokens
+from data.tokenizer import FILES as TOKENIZER_FILES
+from data.tokenizer import Tokenizer
+
+FORMAT = 2  # of the folder; to be raised also when the same settings would give other tokens
+MANIFEST, FILES = "manifest.json", "files.json"
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A prepared dataset, opened.
+
+    Attributes:
+        folder: Where it lies; for a mixture, the folder of its corpora's folders.
+        fingerprint: 64 hex digits that depend on the tokenizer and all tokens, and on nothing else.
+        manifest: The content of its manifest.json.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Tokens
+    val: Tokens
+    fingerprint: str
+    manifest: dict[str, Any]
+
+
+def load(folder: str | Path) -> PreparedDataset:
+    """Open the prepared dataset in `folder`. Only files that its manifest names are looked at.
+
+    Raises:
+        ValueError: A file is missing or has not the length in the manifest, or the tokenizer is another one.
+    """
+    folder = Path(folder)
+    fix = f"delete the folder {folder} to prepare it again"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise _OtherFormat(f"has format {manifest['format']}, this version reads {FORMAT}")
+        shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
+        lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
+        names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
+        tokenizer_hash, fingerprint = manifest["tokenizer"]["sha256"], str(manifest["fingerprint"])
+        dtype = np.dtype(manifest["dtype"])
+        if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
+            raise ValueError("no shards, or of an unknown type")
+    except _OtherFormat as error:
+        raise ValueError(f"{folder / MANIFEST}: {error}; {fix}") from None
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / MANIFEST}: cannot be read ({error!r}); {fix}") from None
+    for name, length in lengths.items():
+        actual = (folder / name).stat().st_size if (folder / name).exists() else "no"
+        if actual != length:
+            raise ValueError(f"{folder / name}: has {actual} bytes instead of {length}; {fix}")
+    models = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+    model = next((path for path in models if sha256(path) == tokenizer_hash), None)
+    if model is None:
+        wrong = models[0] if models else folder / TOKENIZER_FILES[0]
+        raise ValueError(f"{wrong}: is not the tokenizer these shards were made with; {fix}")
+    try:
+        train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
+        return PreparedDataset(folder, Tokenizer(model), train, val, fingerprint, manifest)
+    except Exception as error:  # numpy reads an array's header as Python code, and raises whatever that raises
+        raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {fix}") from None
+
+
+class _OtherFormat(Exception):
+    """A manifest of a format that this version does not read."""
+
+
+def describe(manifest: dict[str, Any], folder: Path) -> str:
+    """One line for people: the size of each split, and of the vocabulary."""
+    splits = ", ".join(
+        f"{split} {entry['tokens']:,} tokens of {entry['documents']:,} documents "
+        f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes per token)"
+        for split, entry in manifest["splits"].items()
+    )
+    return f"{folder}: {splits}; vocabulary {manifest['tokenizer']['vocab_size']}"

@@ -1,0 +1,193 @@
+"""The libraries behind ``data.tokenizer.Tokenizer``: sentencepiece, and tokenizers of Hugging Face."""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+SPACE = "\u2581"  # stands for a space in the pieces of sentencepiece, and of tokenizers converted from it
+SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
+
+
+class SentencePiece:
+    """A model of the library sentencepiece."""
+
+    SPACES_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
+    """normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false } of sentencepiece_model.proto.
+
+    Appended to a model it takes the place of these two fields: of a field that comes twice, the last value counts
+    (Protocol Buffers, Encoding, "Last One Wins").
+    """
+
+    def __init__(self, path: str | Path, content: bytes) -> None:
+        self._content, self._model = content, sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.load_from_serialized_proto(content)
+            self.vocab_size: int = self._model.vocab_size()
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no sentencepiece model ({error})") from None
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        space = [self._model.piece_to_id(piece) for piece in SPACE_BYTES]
+        self._space_sign = space if all(self._model.is_byte(token) for token in space) else None
+
+    @cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
+        """The model for a text that follows another: it keeps spaces as they are."""
+        model = sentencepiece.SentencePieceProcessor()
+        model.load_from_serialized_proto(self._content + self.SPACES_AS_THEY_ARE)
+        return model
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether every text is known to come back: no normalization, and a piece for every byte."""
+        try:
+            from sentencepiece import sentencepiece_model_pb2
+
+            model: Any = sentencepiece_model_pb2.ModelProto.FromString(self._content)  # type: ignore[attr-defined]
+        except Exception:  # without protobuf, or where it reads less than sentencepiece does, texts are compared
+            return False
+        normalizer, trainer = model.normalizer_spec, model.trainer_spec
+        changes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+        changes = changes or not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix
+        changes = changes or model.denormalizer_spec.precompiled_charsmap
+        return not changes and sum(map(self._model.is_byte, range(self.vocab_size))) == 256
+
+    def piece_of(self, token: int) -> str | None:
+        return None if self._model.is_unused(token) else self._model.id_to_piece(token)
+
+    @property
+    def changes_spaces(self) -> bool:
+        text = "a  a "
+        return self._space_sign is None or self._model.encode(text) != self._continuing.encode(text)
+
+    def id_of(self, piece: str) -> int | None:
+        token = self._model.piece_to_id(piece)
+        return None if self._model.is_unknown(token) and self._model.id_to_piece(token) != piece else token
+
+    def encode_batch(self, texts: Sequence[str], threads: int, continues: bool) -> list[np.ndarray]:
+        model = self._continuing if continues else self._model
+        ids = model.encode_as_numpy(list(texts), num_threads=threads)
+        if self._space_sign is None:
+            return ids
+        return [self._around_space_signs(t, model) if SPACE in t else i for t, i in zip(texts, ids, strict=True)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def _around_space_signs(self, text: str, model: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+        """A literal U+2581 would come back as a space, so it is written as its bytes."""
+        first, *others = text.split(SPACE)
+        parts = [model.encode(first)]
+        for part in others:
+            parts += [self._space_sign, self._continuing.encode(part)]
+        return np.array([token for part in parts for token in part], dtype=np.int32)
+
+    def bytes_of(self, token: int) -> int:
+        if self._model.is_byte(token):
+            return 1
+        if self._model.is_control(token) or self._model.is_unknown(token) or self._model.is_unused(token):
+            return 0
+        return len(self._model.id_to_piece(token).replace(SPACE, " ").encode())
+
+
+class HuggingFace:
+    """A tokenizer of the library tokenizers. A text that spells a special token is text, as with sentencepiece."""
+
+    bos_id = eos_id = -1  # the file does not say which of its tokens they are
+    is_exact = False  # not known: texts are compared
+
+    def __init__(self, path: str | Path, text: str) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                f"{path}: a tokenizer.json needs the library tokenizers: pip install -r requirements-extra.txt"
+            ) from None
+        self._from_text = tokenizers.Tokenizer.from_str
+        try:
+            self._spec = json.loads(text)
+            self._model = self._opened(text)
+            self._byte_level = "ByteLevel" in json.dumps(self._spec.get("decoder"))
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"{path}: no tokenizer of Hugging Face's ({str(error)[:200]})") from None
+        self._added = self._model.get_added_tokens_decoder()
+        self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=-1)
+        steps = json.dumps([self._spec.get("normalizer"), self._spec.get("pre_tokenizer")], ensure_ascii=False)
+        space = [self._model.token_to_id(piece) for piece in SPACE_BYTES]
+        falls_back = self._spec.get("model", {}).get("byte_fallback") and None not in space
+        self._space_sign = space if falls_back and SPACE in steps else None
+
+    def _opened(self, text: str) -> Any:
+        model = self._from_text(text)
+        model.no_padding()
+        model.no_truncation()
+        model.encode_special_tokens = True
+        return model
+
+    @cached_property
+    def _continuing(self) -> Any:
+        """The tokenizer for a text that follows another: it puts no space before it."""
+        steps = {key: _without_prefix(self._spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
+        return self._opened(json.dumps(self._spec | steps))
+
+    def piece_of(self, token: int) -> str | None:
+        return self._model.id_to_token(token)
+
+    @property
+    def changes_spaces(self) -> bool:
+        steps = [self._spec.get(key) for key in ("normalizer", "pre_tokenizer")]
+        return self._space_sign is not None or steps != [_without_prefix(step) for step in steps]
+
+    def id_of(self, piece: str) -> int | None:
+        return self._model.token_to_id(piece)
+
+    def encode_batch(self, texts: Sequence[str], threads: int, continues: bool) -> list[np.ndarray]:
+        model = self._continuing if continues else self._model
+        encoded = model.encode_batch(list(texts), add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+        if self._space_sign is None:
+            return ids
+        return [self._around_space_signs(t, model) if SPACE in t else i for t, i in zip(texts, ids, strict=True)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=True)
+
+    def _around_space_signs(self, text: str, model: Any) -> np.ndarray:
+        """As with sentencepiece."""
+        first, *others = text.split(SPACE)
+        parts = [model.encode(first, add_special_tokens=False).ids]
+        for part in others:
+            parts += [self._space_sign, self._continuing.encode(part, add_special_tokens=False).ids]
+        return np.array([token for part in parts for token in part], dtype=np.int32)
+
+    def bytes_of(self, token: int) -> int:
+        piece = self._model.id_to_token(token)
+        if piece is None or (token in self._added and self._added[token].special):
+            return 0
+        if self._byte_level and token not in self._added:
+            return len(piece)  # a letter for each byte
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return 1
+        return len(piece.replace(SPACE, " ").encode())
+
+
+def _without_prefix(step: Any) -> Any:
+    """A normalizer or pre-tokenizer of tokenizer.json without all that puts a space before a text."""
+    if isinstance(step, list):
+        return [part for part in map(_without_prefix, step) if part is not None]
+    if not isinstance(step, dict):
+        return step
+    kind = step.get("type")
+    if kind == "Prepend":
+        return None
+    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(kind, {})
+    kept = {key: _without_prefix(part) for key, part in step.items()}
+    if kind == "Metaspace":
+        kept.pop("add_prefix_space", None)  # in old files, in contradiction to the new key
+    return kept | changes

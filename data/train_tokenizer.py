@@ -1,0 +1,138 @@
+"""Train a byte-pair encoding that decodes to every text exactly.
+
+    python -m data.train_tokenizer --paths notes book.txt --vocab-size 8000 --out tokenizer.model
+
+A line break is one token and four spaces are one token, for source code; no other token crosses a line break. A
+character without a piece of its own is written as UTF-8 bytes.
+"""
+
+import argparse
+import hashlib
+import heapq
+import io
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from data.atomic import write_atomic
+from data.checks import examine
+from data.settings import DataSettings
+from data.sources.corpus import Corpus
+from data.tokenizer import Tokenizer
+from data.tokenizer_backends import SPACE
+
+OWN_PIECES = ["\n", 4 * SPACE]
+TRAINING_BYTES = 32_000_000
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    path: str | Path,
+    vocab_size: int,
+    seed: int,
+    sample_bytes: int = TRAINING_BYTES,
+    coverage: float | None = None,
+) -> Tokenizer:
+    """Train a tokenizer on (a sample of) the texts and write it to `path`.
+
+    The model depends on the set of texts and the other arguments only, not on the order of the texts.
+
+    Args:
+        sample_bytes: UTF-8 bytes of texts to train on, at most; a single text may exceed it.
+        coverage: The share of all characters that get a piece of their own, 0.9995 for None; the others are bytes.
+
+    Raises:
+        ValueError: The texts cannot fill a vocabulary of this size, or need a larger one.
+        OSError: `path` cannot be written.
+    """
+    sample = _sample(texts, sample_bytes, seed)
+    lines = (line for text in sample for line in re.split(r"(?=\n)", text) if line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            user_defined_symbols=OWN_PIECES,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=2**30,
+            num_threads=4,  # a constant: the model file records it, though the pieces do not depend on it
+            minloglevel=2,
+            **({} if coverage is None else {"character_coverage": coverage}),  # type: ignore[arg-type]
+        )
+    except RuntimeError as error:
+        raise ValueError(_vocabulary_problem(str(error), vocab_size)) from None
+    write_atomic(Path(path), model.getvalue())
+    return Tokenizer(path)
+
+
+def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
+    """The texts that come first by a seeded hash: at most `max_bytes` of them, but at least one text."""
+    heap: list[tuple[int, str]] = []
+    total = 0
+    for text in texts:
+        content = text.encode()
+        priority = hashlib.blake2b(content, key=str(seed).encode(), digest_size=8).digest()
+        heapq.heappush(heap, (-int.from_bytes(priority, "big"), text))
+        total += len(content)
+        while total > max_bytes and len(heap) > 1:
+            total -= len(heapq.heappop(heap)[1].encode())
+    return [text for _, text in sorted(heap, reverse=True)]
+
+
+def _vocabulary_problem(error: str, vocab_size: int) -> str:
+    if found := re.search(r"too high .* value <= (\d+)", error):
+        return f"data.vocab_size: {vocab_size} is too large for this text; it can fill {found[1]} at most"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"data.vocab_size: {vocab_size} is too small; this text needs {found[1]} at least"
+    return f"data.paths: no tokenizer can be trained on this text ({error}); give more text"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m data.train_tokenizer", description=__doc__.partition("\n")[0])
+    p.add_argument("--paths", nargs="+", required=True, help="files, folders and globs")
+    p.add_argument("--source", default="text", choices=("text", "records", "c4"), help="what the files hold")
+    p.add_argument("--patterns", nargs="+", default=["*.txt", "*.md", "*.py"], help="files taken from folders")
+    p.add_argument("--column", default="text", help="of JSON lines and Parquet (default: text)")
+    p.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
+    p.add_argument("--coverage", type=float, help="share of characters with a piece of their own (default: 0.9995)")
+    p.add_argument("--sample-bytes", type=int, default=TRAINING_BYTES, help=f"text used (default: {TRAINING_BYTES})")
+    p.add_argument("--seed", type=int, default=0, help="chooses the sample (default: 0)")
+    p.add_argument("--out", type=Path, required=True, help="the model to write")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    settings = DataSettings(
+        source=args.source, paths=args.paths, patterns=args.patterns, column=args.column, max_bytes=2**63,
+        vocab_size=args.vocab_size, seed=args.seed,
+    )  # fmt: skip
+    try:
+        if args.coverage is not None and not 0 < args.coverage <= 1:
+            raise ValueError(f"--coverage: {args.coverage} must be above 0 and at most 1")
+        if not args.out.absolute().parent.is_dir():
+            raise ValueError(f"--out: there is no folder {args.out.absolute().parent}; make it first")
+        files, found = examine(settings)
+        if found:
+            raise ValueError("\n".join(found))
+        texts = (document.text for document in Corpus(files, settings, survey=False).documents(files))
+        made = train_tokenizer(texts, args.out, args.vocab_size, args.seed, args.sample_bytes, args.coverage)
+    except ValueError as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"--out: {error.filename or args.out} cannot be written ({error.strerror}); choose another place")
+    print(f"{args.out}: {made.vocab_size} pieces, {made.sha256[:12]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Convert the linears of a model to Grass and back."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from models.grass_linear import GrassLinear, SharedSlice
+from models.int8_weight import full_weight
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_AND_MLP = ("*.self_attn.*_proj", "*.mlp.*_proj")
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one module
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob names this module, by its full name or by the last part of it."""
+    return fnmatch(name, pattern) or fnmatch(name.rpartition(".")[2], pattern)
+
+
+def convert_linears(
+    model: nn.Module,
+    rank: int | Mapping[str, int],
+    patterns: Sequence[str] = ATTENTION_AND_MLP,
+    side: str | Mapping[str, str] = "auto",
+    state_dtype: torch.dtype | None = None,
+    share_index: bool = False,
+    int8: bool = False,
+) -> dict[str, GrassLinear]:
+    """Replace in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` by GrassLinear.
+
+    Weights are shared, not copied, unless they become ``int8``. Converted and other layers are logged.
+
+    Args:
+        rank: for all layers, or for each glob of names; the last match counts.
+        side: likewise "auto", "rows" or "columns"; "auto" where no glob matches.
+        state_dtype: of the rows, their gradients and moments; the weight's own when None.
+        share_index: layers of a group in SAME_INPUT that select columns, with one rank, share an index and a slice.
+        int8: keep the weights in 8 bits, see models.int8_weight.
+
+    Returns:
+        The new layers by module name, in model order.
+
+    Raises:
+        ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank or side,
+            or ``share_index`` where no layers can share. It names all problems, and the model is left unchanged.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers, problems = _grass_layers(model, linears, rank, patterns, side, state_dtype, int8)
+    if share_index and not _share_slices(layers) and not problems:
+        groups = " or ".join(", ".join(names) for names in SAME_INPUT)
+        problems[f"optim.share_index=true: no {groups} of one module select columns; set optim.side=columns"] = []
+    if problems:
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        raise ValueError("\n".join(_about(names) + message for message, names in problems.items()))
+    _replace(model, layers)
+    left = ", ".join(name for name in linears if name not in layers) or "none"
+    counts = f"{len(layers)} of {len(linears)}"
+    logger.info("converted %s linear layers to Grass (rank %s); left full-rank: %s", counts, rank, left)
+    return layers
+
+
+@torch.no_grad()
+def restore_linears(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, nn.Linear]:
+    """Replace in place all GrassLinear modules by plain ``nn.Linear``: the way back from ``convert_linears``.
+
+    Call it between steps: a step that is not yet folded is lost. Weights are shared, not copied, and trainable again.
+    Optimizers and a ``Grass`` of the old layers are of no more use.
+
+    Args:
+        dtype: of weights that were kept in 8 bits; that of the rows when None. Other weights keep their dtype.
+
+    Returns:
+        The new layers by module name, in model order; none if the model has no GrassLinear.
+    """
+    linears: dict[str, nn.Linear] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, GrassLinear):
+            continue
+        weight: torch.Tensor = layer.weight
+        if layer.weight_step is not None:
+            wanted = dtype or layer.rows.dtype
+            weight = full_weight(weight, layer.weight_step, layer.rows, layer.index, layer.dim, wanted)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.detach())
+        linears[name] = linear.train(layer.training)
+    _replace(model, linears)
+    return linears
+
+
+def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _grass_layers(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    rank: int | Mapping[str, int],
+    patterns: Sequence[str],
+    side: str | Mapping[str, str],
+    state_dtype: torch.dtype | None,
+    int8: bool,
+) -> tuple[dict[str, GrassLinear], dict[str, list[str]]]:
+    """The new layers by name, and the problems: message → names of the layers that have it."""
+    if not isinstance(side, (str, Mapping)):
+        raise ValueError(f"optim.side={side} is neither auto, rows or columns nor one of these for each name")
+    sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
+    ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
+    problems: dict[str, list[str]] = {
+        f"pattern {p!r} matches no linear layer of the model, which has {known}": []
+        for p in [*patterns, *sides, *ranks]
+        if not any(matches(name, p) for name in linears)
+    }
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    layers: dict[str, GrassLinear] = {}
+    for name, linear in linears.items():
+        if not any(matches(name, p) for p in patterns):
+            continue
+        try:
+            _require_convertible(linear, tied=holders[id(linear.weight)] > 1)
+            ranks_of_this = [r for p, r in ranks.items() if matches(name, p)]
+            side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
+            if not ranks_of_this:
+                raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
+            weight = linear.get_parameter("weight")
+            layers[name] = GrassLinear(weight, ranks_of_this[-1], side_of_this, state_dtype, int8)
+        except ValueError as error:
+            problems.setdefault(str(error), []).append(name)
+    return layers, problems
+
+
+def _require_convertible(linear: nn.Linear, tied: bool) -> None:
+    if linear.bias is not None:
+        raise ValueError("has a bias and cannot be converted; narrow optim.patterns")
+    if tied:
+        raise ValueError(
+            "has a tied weight and cannot be converted; leave it out of optim.patterns or, for the head, set "
+            "model.tie_word_embeddings=false"
+        )
+
+
+def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
+    """Let the layers of one module that read the same input and select columns share a slice; returns their number."""
+    siblings: dict[tuple[str, int, int], list[GrassLinear]] = {}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        for input_of, readers in enumerate(SAME_INPUT):
+            if child in readers and layer.side == "columns":
+                siblings.setdefault((parent, input_of, layer.rank), []).append(layer)
+    groups = [members for members in siblings.values() if len(members) > 1]
+    for members in groups:
+        shared = SharedSlice(len(members))
+        for layer in members:
+            layer.shared = shared
+    return len(groups)
+
+
+def _about(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: " if names else ""

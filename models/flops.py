@@ -1,0 +1,63 @@
+"""Floating-point operations of a training step, from the shapes: 2 per multiply-add, matrix products only."""
+
+import re
+
+import torch
+from torch import nn
+
+from models.grass_linear import GrassLinear
+from models.llama import Llama, SelfAttention
+
+# Peaks of matrix products in (bfloat16, TF32), TFLOP/s, without sparsity, from NVIDIA's data sheets; by words of
+# torch's name for the GPU, of which the first match counts.
+PEAKS = {
+    "H200 NVL": (835, 417), "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494),
+    "A100": (312, 156), "L40S": (362, 183), "L4": (121, 60),
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float | None:
+    """The peak of ``device`` in FLOP/s for products in ``dtype`` (a name of DTYPES); None if unknown.
+
+    Args:
+        matmul_precision: as in torch.set_float32_matmul_precision; "highest" excludes TF32.
+    """
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), dtype, matmul_precision)
+
+
+def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
+    """``peak_flops`` of a GPU by its name. For float32 it is the peak of TF32, if that is allowed."""
+    found = next((peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
+    if found is None or (dtype, matmul_precision) == ("float32", "highest") or dtype not in ("bfloat16", "float32"):
+        return None
+    return found[dtype == "float32"] * 1e12
+
+
+def flops_per_token(model: Llama, seq_len: int) -> int:
+    """FLOPs per token of a forward and backward over sequences of ``seq_len``, without recomputation.
+
+    A linear costs 2·in·out for the forward, the input gradient and the weight gradient each. A GrassLinear computes
+    rank / selectable of the weight gradient, a frozen linear none. Attention counts both of its products over the
+    complete square, like appendix B of PaLM (arXiv 2204.02311) and torch's FlopCounterMode for unfused attention.
+    """
+    total = 0
+    for module in model.modules():
+        if isinstance(module, GrassLinear):
+            dense = 2 * module.in_features * module.out_features
+            total += 2 * dense + dense * module.rank // module.selectable
+        elif isinstance(module, nn.Linear):
+            total += (6 if module.weight.requires_grad else 4) * module.in_features * module.out_features
+        elif isinstance(module, SelfAttention):
+            total += 12 * module.o_proj.in_features * seq_len
+    return total
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Numbers of elements: "parameters" of the architecture, without copies in rows, and "trainable"."""
+    rows = sum(m.rows.numel() for m in model.modules() if isinstance(m, GrassLinear))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) - rows,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }

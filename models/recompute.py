@@ -1,0 +1,75 @@
+"""Recompute cheap tensors in the backward instead of saving them.
+
+`recomputable` computes a tensor from inputs that are kept anyway. An operation inside `save_as_recipe` that would save
+the tensor for its backward saves a reference to this computation instead. The first backward that needs the tensor
+computes it again, once for all backwards that need it and for its own gradient. Under torch.compile nothing changes:
+its partitioner decides what to recompute.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class _Recomputable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        ctx.function, ctx.recomputed = function, None
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, result = _recompute(ctx)
+        ctx.recomputed = None
+        return None, *torch.autograd.grad(result, inputs, grad)
+
+
+def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`, which saves its inputs for the backward and no intermediate results."""
+    return function(*inputs) if torch.compiler.is_compiling() else _Recomputable.apply(function, *inputs)
+
+
+def save_as_recipe(tensor: Tensor) -> AbstractContextManager:
+    """A context in which operations save the recipe of `tensor` instead of `tensor`, if it is from `recomputable`."""
+    if torch.compiler.is_compiling() or not isinstance(tensor.grad_fn, _Recomputable._backward_cls):
+        return nullcontext()
+    node, storage, size = tensor.grad_fn, tensor.untyped_storage()._cdata, tensor.numel()
+
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage()._cdata == storage and saved.numel() == size:
+            return node, saved.shape
+        return saved
+
+    return saved_tensors_hooks(pack, _unpack)
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    node, shape = packed
+    return _recompute(node)[1].detach().view(shape)
+
+
+def _recompute(node: Any) -> tuple[list[Tensor], Tensor]:
+    """The inputs of `node` as leaves, and its function of them; kept with the node until its backward."""
+    if node.recomputed is None:
+        inputs = [tensor.detach().requires_grad_() for tensor in node.saved_tensors]
+        with torch.enable_grad():
+            node.recomputed = inputs, node.function(*inputs)
+    return node.recomputed
+
+
+def set_lean(blocks: Iterable[Any], lean: bool) -> None:
+    """Set `lean` in the norms and MLPs of `blocks`; to False in blocks with activation checkpointing.
+
+    A checkpointed block recomputes its activations as it is.
+    """
+    for block in blocks:
+        for module in block.modules():
+            if hasattr(module, "lean"):
+                module.lean = lean and block.checkpointing == "none"

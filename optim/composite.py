@@ -1,0 +1,51 @@
+"""Several optimizers as one, and a step of an optimizer on some of its parameters."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class CompositeOptimizer(torch.optim.Optimizer):
+    """Steps with each of ``parts`` in turn.
+
+    Its groups are those of the parts and its state is shared with them: nothing is copied. Parts that are themselves
+    composite are replaced by their parts.
+    """
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        self.parts: list[torch.optim.Optimizer] = []
+        for part in parts:
+            self.parts += part.parts if isinstance(part, CompositeOptimizer) else [part]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+@contextmanager
+def restricted_to(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> Iterator[None]:
+    """A context in which the groups of ``optimizer`` hold only ``parameters``; their settings stay the same."""
+    held = [group["params"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p in parameters]
+    try:
+        yield
+    finally:
+        for group, params in zip(optimizer.param_groups, held, strict=True):
+            group["params"] = params
+
+
+def with_gradient(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    """The parameters that a step of ``optimizer`` would change now."""
+    return {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}

@@ -1,0 +1,169 @@
+"""Steps in float32 on parameters that are kept in bfloat16 or float16, with any optimizer.
+
+A stock optimizer changes a bfloat16 parameter in place: updates below half the spacing of its values are lost, and a
+second moment stops following its gradient. Two remedies:
+
+``Float32Steps`` gives the optimizer float32 copies for the duration of a step. Between steps only bfloat16 is kept, and
+the caller rounds the results, stochastically in ``optim.grass``. For the rows of Grass.
+
+``MasterWeights`` keeps float32 copies for the whole run. For any low-precision parameter of an optimizer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from models.dtensor import local
+from optim.composite import restricted_to, with_gradient
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+Round = Callable[[Sequence[nn.Parameter], str, Sequence[Tensor]], Sequence[Tensor]]
+"""(parameters, name of a state, its float32 values for each parameter) → the values rounded to be kept."""
+
+
+class Float32Steps:
+    """For the duration of a step, float32 stand-ins in an optimizer for low-precision parameters, gradients and state.
+
+    ``lend`` is to be called before a step and ``take_back`` after it.
+
+    Args:
+        optimizer: any torch.optim.Optimizer.
+        blocks: the low-precision parameters, each with the name of its block.
+        round_state: rounds state that has one value for each element of a parameter.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, str], round_state: Round):
+        self.optimizer, self.blocks, self.round_state = optimizer, blocks, round_state
+        self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+        self._restriction = ExitStack()  # of the running step, to what no block's own step was made on
+
+    def step_on_other_blocks(self) -> None:
+        """Step on the parameters of all blocks but the last, one block at a time, so that few stand-ins exist at once.
+
+        Called before a step, which is then restricted to everything else until ``take_back``. The optimizer's step on a
+        parameter must not depend on other parameters.
+        """
+        remaining, by_block = with_gradient(self.optimizer), dict[str, list[nn.Parameter]]()
+        for p, block in self.blocks.items():
+            if p in remaining:
+                by_block.setdefault(block, []).append(p)
+        *others, _ = by_block.values() or [[]]
+        if not others:
+            return  # also inside the steps made below
+        for parameters in others:
+            with restricted_to(self.optimizer, set(parameters)):
+                self.optimizer.step()
+            remaining.difference_update(parameters)
+        self._restriction.enter_context(restricted_to(self.optimizer, remaining))
+
+    @torch.no_grad()
+    def lend(self) -> None:
+        """Put stand-ins in the places of the low-precision parameters that have a gradient."""
+        stepped_on = with_gradient(self.optimizer) & self.blocks.keys()
+        lent = [p for group in self.optimizer.param_groups for p in group["params"] if p in stepped_on]
+        if not lent:
+            return
+        self.stand_ins = {p: nn.Parameter(wide) for p, wide in zip(lent, _widened(lent), strict=True)}
+        for p, gradient in zip(lent, _widened([p.grad for p in lent if p.grad is not None]), strict=True):
+            self.stand_ins[p].grad = gradient
+        for group in self.optimizer.param_groups:
+            group["params"] = [self.stand_ins.get(p, p) for p in group["params"]]
+        for p, stand_in in self.stand_ins.items():
+            if state := self.optimizer.state.pop(p, None):
+                self.optimizer.state[stand_in] = state
+        for name, holders in self._elementwise_state().items():
+            states = [self.optimizer.state[self.stand_ins[p]] for p in holders]
+            for state, wide in zip(states, _widened([state[name] for state in states]), strict=True):
+                state[name] = wide
+
+    def take_back(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Put the parameters back and round their state; returns the stand-ins, with the results of the step.
+
+        State of other shapes than the parameter's (counts, factors, quantised blocks) stays as the optimizer made it.
+        The parameters still have their old values.
+        """
+        stand_ins = self.stand_ins
+        if stand_ins:
+            parameters = {stand_in: p for p, stand_in in stand_ins.items()}
+            for group in self.optimizer.param_groups:
+                group["params"] = [parameters.get(p, p) for p in group["params"]]
+            for name, holders in self._elementwise_state().items():
+                states = [self.optimizer.state[stand_ins[p]] for p in holders]
+                kept = self.round_state(holders, name, [state[name] for state in states])
+                for state, value in zip(states, kept, strict=True):
+                    state[name] = value
+            for p, stand_in in stand_ins.items():
+                if state := self.optimizer.state.pop(stand_in, None):
+                    self.optimizer.state[p] = state
+        self.stand_ins = {}
+        self._restriction.close()
+        return stand_ins
+
+    def _elementwise_state(self) -> dict[str, list[nn.Parameter]]:
+        """By name of a state with one value for each element of a parameter: the lent parameters that have it."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for p, stand_in in self.stand_ins.items():
+            for name, value in self.optimizer.state.get(stand_in, {}).items():
+                if _is_elementwise(value, p):
+                    found.setdefault(name, []).append(p)
+        return found
+
+
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in float32, made in one operation."""
+    wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    if wide:
+        torch._foreach_copy_([local(w) for w in wide], [local(t.detach()) for t in tensors])
+    return wide
+
+
+def _is_elementwise(state: Any, parameter: Tensor) -> bool:
+    return (
+        torch.is_tensor(state)
+        and (isinstance(state, DTensor) or not is_traceable_wrapper_subclass(state))
+        and state.shape == parameter.shape
+        and state.is_floating_point()
+    )
+
+
+class MasterWeights:
+    """float32 copies (master weights) of the low-precision parameters of an optimizer, attached by step hooks.
+
+    They take the places of the parameters in ``optimizer.param_groups``. Before a step the gradients move to the
+    masters; after it the parameters get the masters' values, rounded to nearest.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # (parameter, its master)
+        for group in optimizer.param_groups:
+            group["params"] = [self._master_of(p) for p in group["params"]]
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _master_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.dtype not in LOW_PRECISION:
+            return parameter
+        master = nn.Parameter(parameter.detach().float())
+        self.pairs.append((parameter, master))
+        return master
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is one of the masters."""
+        return any(master is parameter for _, master in self.pairs)
+
+    def _before_step(self, *_) -> None:
+        for parameter, master in self.pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _after_step(self, *_) -> None:
+        for parameter, master in self.pairs:
+            parameter.copy_(master)
+            master.grad = None

@@ -1,0 +1,106 @@
+"""When the layers of a model are probed and refreshed."""
+
+import logging
+import re
+from collections.abc import Iterable
+
+from models.grass_linear import GrassLinear
+
+logger = logging.getLogger(__name__)
+
+STAGGER = (True, False, "auto")
+
+
+class RefreshSchedule:
+    """The probes and refreshes of each layer, as functions of the number of updates made so far.
+
+    A layer's rows are chosen every ``refresh_every`` updates (a window), from what its probe gathers in the last
+    ``probe_steps`` updates of the window.
+
+    Args:
+        names: of the layers, in model order.
+        refresh_every: K, updates per window.
+        probe_steps: updates that feed the scores of a refresh; K at most.
+        stagger: spread the refreshes of the blocks evenly over a window, instead of refreshing all at once.
+        warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
+        frozen: choose rows once, before the first update, and never again.
+
+    Raises:
+        ValueError: a number below 1, or a warm-up with ``stagger``, where no refresh is common to all layers.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        refresh_every: int,
+        probe_steps: int = 1,
+        stagger: bool = False,
+        warmup: int = 0,
+        frozen: bool = False,
+    ):
+        for option, value in (("refresh_every", refresh_every), ("probe_steps", probe_steps)):
+            if value < 1:
+                raise ValueError(f"optim.{option}={value} must be at least 1")
+        if stagger and warmup:
+            raise ValueError("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
+        self.refresh_every, self.probe_steps = refresh_every, min(probe_steps, refresh_every)
+        self.warmup, self.frozen = warmup, frozen
+        names = list(names)
+        # By layer: the updates that its windows are ahead of those of a layer that is not staggered.
+        self.offsets = turn_offsets(names, refresh_every) if stagger else dict.fromkeys(names, 0)
+
+    def window(self, name: str, steps: int) -> int:
+        """The number of the window, from 0 on, that layer ``name`` is in after ``steps`` updates."""
+        return (steps + self.offsets[name]) // self.refresh_every
+
+    def steps_to_refresh(self, name: str, steps: int) -> int:
+        """Updates until the rows of ``name`` are chosen next, 1 … K; K right at a refresh."""
+        return self.refresh_every - (steps + self.offsets[name]) % self.refresh_every
+
+    def due(self, steps: int) -> list[str]:
+        """The layers that refresh after update ``steps``."""
+        return [name for name in self.offsets if self.steps_to_refresh(name, steps) == self.refresh_every]
+
+    def probing(self, steps: int) -> list[str]:
+        """The layers whose gradient is probed in the update after ``steps`` updates."""
+        if self.frozen:
+            return []
+        return [name for name in self.offsets if self.steps_to_refresh(name, steps) <= self.probe_steps]
+
+    def rate_factor(self, steps: int) -> float:
+        """The factor of the warm-up after a refresh on the rows' learning rate, for the update after ``steps``."""
+        return min(1.0, (steps % self.refresh_every + 1) / self.warmup) if self.warmup else 1.0
+
+
+def takes_turns(stagger: bool | str, layers: Iterable[GrassLinear]) -> bool:
+    """Whether blocks refresh in turn: ``stagger``, or for "auto" whether any of ``layers`` selects columns."""
+    columns = sum(layer.dim == 1 for layer in layers)
+    stagger = columns > 0 if stagger == "auto" else bool(stagger)
+    if columns and not stagger:
+        logger.info(
+            "all %d layers that select columns keep their whole inputs in a probed step; with optim.stagger=auto "
+            "they take turns",
+            columns,
+        )
+    return stagger
+
+
+def block_of(layer: str) -> str:
+    """The name of the block that ``layer`` is in, or its own: layers.3 of layers.3.mlp.up_proj."""
+    return re.sub(r"(\.\d+)\..*", r"\1", layer)
+
+
+def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
+    """The updates by which each layer refreshes early when the blocks take turns, in model order.
+
+    The layers of a block share a turn, so that a compiled block has two states: with probes and without.
+    """
+    blocks = {name: block_of(name) for name in names}
+    turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
+    return {name: turns[block] * refresh_every // len(turns) for name, block in blocks.items()}
+
+
+def most_at_once(blocks: int, refresh_every: int, probe_steps: int) -> int:
+    """The largest number of blocks, of ``blocks`` that take turns, that are probed in one update."""
+    schedule = RefreshSchedule([f"layers.{n}.linear" for n in range(blocks)], refresh_every, probe_steps, stagger=True)
+    return max(len(schedule.probing(step)) for step in range(refresh_every))

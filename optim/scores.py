@@ -1,0 +1,108 @@
+"""Scores of rows: estimates of their gradient norms, gathered by probes in the backwards before a refresh."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.counter_rng import key
+from models.grass_linear import GrassLinear
+from models.transfer import upload
+
+SCORES = ("exact", "sketch")
+
+
+class ScoreProbes:
+    """The probes of GrassLinear layers, and their sums over the updates and processes of a window.
+
+    ``gathered`` holds by layer the squared row norms (m,) or the sketch (m, k) of the gradients probed since the
+    layer's last refresh, float32. It is the same on every process, and part of a checkpoint.
+
+    Args:
+        layers: by name; the names are part of the keys of the sketches.
+        seed: of the run.
+        sketch_width: k, columns of a sketch; None for exact squared norms.
+
+    Raises:
+        ValueError: a width below 1.
+    """
+
+    def __init__(self, layers: Mapping[str, GrassLinear], seed: int, sketch_width: int | None):
+        if sketch_width is not None and sketch_width < 1:
+            raise ValueError(f"optim.sketch_width={sketch_width} must be at least 1")
+        self.layers, self.seed, self.sketch_width = layers, seed, sketch_width
+        self.gathered: dict[str, Tensor] = {}
+
+    def start(self, windows: Mapping[str, int]) -> None:
+        """Probe the layers named by ``windows`` from the next forward on.
+
+        Args:
+            windows: the number of each layer's window: all sketches of a window use one random matrix, and add up.
+        """
+        if not windows:
+            return
+        keys = [key(self.seed, "sketch", window, name) for name, window in windows.items()]
+        # One upload for all. Each key begins at a multiple of 16 bytes, or compiled blocks would copy it.
+        spaced = upload(torch.tensor([[k, 0] for k in keys]), self.layers[next(iter(windows))].index.device)
+        for name, of_layer in zip(windows, spaced[:, 0].unbind(), strict=True):
+            self.layers[name].start_probe(of_layer, self.sketch_width)
+
+    def gather(self) -> None:
+        """End all probes and add their results, averaged over processes, to ``gathered``.
+
+        Processes exchange them in every update, not once per window: so all processes hold the same at any update, and
+        a resumed run adds in the same order.
+        """
+        probed = {name: layer.stop_probe() for name, layer in self.layers.items() if layer.probe is not None}
+        if not probed:
+            return
+        if dist.is_available() and dist.is_initialized():
+            self._average(list(probed.values()))
+        again = [name for name in probed if name in self.gathered]
+        if again:
+            torch._foreach_add_([self.gathered[name] for name in again], [probed[name] for name in again])
+        self.gathered |= {name: probe for name, probe in probed.items() if name not in self.gathered}
+
+    def drop(self) -> None:
+        """End all probes and drop their results."""
+        for layer in self.layers.values():
+            if layer.probe is not None:
+                layer.stop_probe()
+
+    def take_norms(self, names: Sequence[str]) -> list[Tensor]:
+        """Remove the layers ``names`` from ``gathered`` and return estimates of their row norms, (m,) each."""
+        gathered = [self.gathered.pop(name) for name in names]
+        stacked = torch.cat(gathered)
+        norms = stacked.sqrt() if stacked.ndim == 1 else stacked.norm(dim=1) / stacked.shape[1] ** 0.5
+        return list(norms.split([len(scores) for scores in gathered]))
+
+    def _average(self, probed: list[Tensor]) -> None:
+        """Turn ``probed`` into the probes of the mean gradient over the processes, in place."""
+        flat = torch.cat([p.flatten() for p in probed])
+        dist.all_reduce(flat)
+        # A sketch is linear in the gradient, squared norms are quadratic.
+        flat /= dist.get_world_size() ** (1 if self.sketch_width else 2)
+        parts = flat.split([p.numel() for p in probed])
+        torch._foreach_copy_(probed, [part.view_as(p) for part, p in zip(parts, probed, strict=True)])
+
+
+def require_agreement(indices: list[Tensor], device: torch.device) -> None:
+    """Compare one hash of the chosen rows over the processes.
+
+    Args:
+        indices: the rows of each layer, int64 on the CPU.
+        device: for the hash where processes can only communicate between devices.
+
+    Raises:
+        RuntimeError: the processes chose different rows.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    fingerprint = key(0, *(str(index.tolist()) for index in indices))
+    if "cpu:" in str(dist.get_backend_config()):
+        device = torch.device("cpu")  # between the hosts, without waiting for a device
+    low_high = torch.tensor([-fingerprint, fingerprint], device=device)
+    dist.all_reduce(low_high, op=dist.ReduceOp.MAX)
+    if low_high.tolist() != [-fingerprint, fingerprint]:
+        raise RuntimeError("the processes chose different rows: their scores or seeds differ")

@@ -1,0 +1,80 @@
+"""A record of the selections of a run: the share of the gradient they captured, new rows, rows ever selected.
+
+It is kept on the CPU, where rows are chosen, and is part of a checkpoint.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEVER, BEFORE, NOW = 0, 1, 2
+
+
+class SelectionHistory:
+    """The latest refresh of each layer, and the rows that were ever selected.
+
+    rows    by layer (m,) uint8: NEVER selected, selected BEFORE, or selected NOW
+    latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selection,
+            √(Σ selected g² / Σ g²) by the scores g, NaN where the scores were of no use; the number of new rows
+
+    Args:
+        selectable: the number of rows m of each layer.
+    """
+
+    def __init__(self, selectable: Mapping[str, int]):
+        self.rows = {name: torch.full((m,), NEVER, dtype=torch.uint8) for name, m in selectable.items()}
+        self.latest = {name: torch.full((3,), torch.nan, dtype=torch.float64) for name in selectable}
+
+    def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
+        """Record a refresh of layer ``name`` after update ``step``.
+
+        Args:
+            index: the chosen rows (r,) int64 on the CPU; they may repeat.
+            scores: (m,) on the CPU, by which they were chosen.
+        """
+        rows, chosen, squares = self.rows[name].numpy(), np.unique(index.numpy()), scores.double().numpy() ** 2
+        changed = np.count_nonzero(rows[chosen] != NOW)
+        rows[rows == NOW] = BEFORE
+        rows[chosen] = NOW
+        with np.errstate(invalid="ignore"):  # scores may be of no use
+            captured = np.sqrt(squares[chosen].sum() / squares.sum())
+        self.latest[name].numpy()[:] = step, captured, changed
+
+    def means(self) -> dict[str, float]:
+        """Means over the layers for the metrics, grass/<name>; unknown ones are left out.
+
+        captured  share of the gradient's norm in the latest selection
+        changed   share of new rows in the latest selection
+        coverage  share of all rows that were ever selected
+        """
+        latest = torch.stack(list(self.latest.values()))
+        now = torch.stack([(rows == NOW).sum() for rows in self.rows.values()])
+        ever = torch.stack([(rows != NEVER).double().mean() for rows in self.rows.values()])
+        means = {"captured": latest[:, 1].nanmean(), "changed": (latest[:, 2] / now).mean(), "coverage": ever.mean()}
+        return {f"grass/{name}": mean.item() for name, mean in means.items() if not mean.isnan()}
+
+    def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
+        """The latest refresh of each layer that refreshed after update ``since``.
+
+        The first choice of a run, before its first update, counts as after update 0. By layer: "captured", the share of
+        the gradient's norm (None if unknown), and "changed", "selected", "ever_selected" and "rows", numbers of rows.
+        """
+        found: dict[str, dict[str, float | int | None]] = {}
+        for name, rows in self.rows.items():
+            step, captured, changed = self.latest[name].tolist()
+            if step > since or since == 0 == step:
+                found[name] = {
+                    "captured": round(captured, 4) if captured == captured else None,
+                    "changed": int(changed),
+                    "selected": int((rows == NOW).sum()),
+                    "ever_selected": int((rows != NEVER).sum()),
+                    "rows": len(rows),
+                }
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors for a checkpoint by name, to be filled in place on resuming."""
+        rows = {f"{name}.rows": tensor for name, tensor in self.rows.items()}
+        return rows | {f"{name}.latest": tensor for name, tensor in self.latest.items()}

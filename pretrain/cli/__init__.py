@@ -1,0 +1,1 @@
+"""Command-line helpers; importing them does not import torch."""

@@ -1,0 +1,112 @@
+"""What a run needs of its machine: a torch that is new enough, and GPUs that torch can use.
+
+    python -m pretrain.cli.machine            print the version of the torch that this Python has, if it is new enough
+    python -m pretrain.cli.machine VERSION    the same for a version that is not installed yet
+
+scripts/setup_env.sh asks this before there is an environment: nothing is imported that Python does not bring along.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+OLDEST_TORCH = (2, 11)
+# The oldest driver that runs any CUDA of a major version: docs.nvidia.com/deploy/cuda-compatibility.
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+
+
+def require_torch(found: str) -> None:
+    """Raises ValueError when the version ``found``, such as 2.13.0+cu130, is older than OLDEST_TORCH."""
+    major, minor = re.findall(r"\d+", f"{found}.0")[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ValueError(
+            f"torch {found} is too old, {oldest} or newer is needed: ./launch.sh without GRASS_TORCH installs one"
+        )
+
+
+def require_installed_torch() -> None:
+    """Raises ValueError when the torch that this Python imports is older than OLDEST_TORCH."""
+    import torch
+
+    require_torch(torch.__version__)
+
+
+def require_usable_gpus() -> None:
+    """A machine with GPUs must not train on its CPU without a word.
+
+    nvidia-smi is looked at only where torch finds no GPU. CUDA_VISIBLE_DEVICES that names none asks for the CPU.
+
+    Raises:
+        ValueError: nvidia-smi counts GPUs, and torch can use none of them; with the likely cause and the mend.
+    """
+    import torch
+
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or (wanted is not None and not re.match(r"\s*(\d|GPU-|MIG-)", wanted)):
+        return
+    count, driver = _driver()
+    if not count:
+        return
+    cuda = torch.version.cuda
+    built = f"built for CUDA {cuda}" if cuda else "a build without CUDA"
+    of_those = f" of CUDA_VISIBLE_DEVICES={wanted}" if wanted else ""
+    raise ValueError(
+        f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_those} that nvidia-smi counts "
+        f"(driver {driver}); {_mend(driver, cuda)}; to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (to nothing)"
+    )
+
+
+def _mend(driver: str, cuda: str | None) -> str:
+    """What to do about a torch for ``cuda`` that does not run on ``driver``."""
+    major = int(driver.partition(".")[0])
+    fits = max((family for family, oldest in OLDEST_DRIVER.items() if oldest <= major), default=None)
+    another = f"install a torch built for CUDA {fits}, see docs/setup.md" if fits else "update the driver"
+    if cuda is None:
+        return another
+    needed = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0)
+    if major < needed:
+        return f"CUDA {cuda} needs driver {needed} or newer: update the driver, or {another}"
+    return f"CUDA says: {_error_of_cuda()}"
+
+
+def _error_of_cuda() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "no GPU is there for this process"
+
+
+def _driver() -> tuple[int, str]:
+    """How many GPUs nvidia-smi counts, and its version of the driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0, ""
+    if "version mismatch" in printed:  # after an update of the driver, before the machine was started again
+        raise ValueError(
+            f"nvidia-smi says: {printed.strip()}; restart the machine, or set CUDA_VISIBLE_DEVICES= (to nothing)"
+        )
+    drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # one line for each GPU, and none but words otherwise
+    return len(drivers), drivers[0] if drivers else ""
+
+
+def main() -> None:
+    try:
+        found = sys.argv[1] if len(sys.argv) > 1 else version("torch")
+        require_torch(found)
+    except PackageNotFoundError:
+        sys.exit(f"{sys.executable} has no torch: set PYTHON to an interpreter that has one, or install one for it")
+    except ValueError as error:
+        sys.exit(str(error))
+    print(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The command line of the commands that take settings: overrides ``key=value``, and flags such as --help."""
+
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from pretrain.config.compose import CONF, compose, load, nearest, options
+from pretrain.config.schema import Config, ConfigError, types_of_settings
+from pretrain.config.text import as_typed
+
+# Hydra's flags, and how many arguments each takes. Those that choose files are left out: conf/ and overrides do that.
+FLAGS = {
+    "--help": 0, "-h": 0, "--hydra-help": 0, "--version": 0, "--cfg": 1, "-c": 1, "--package": 1, "-p": 1,
+    "--resolve": 0, "--info": 1, "-i": 1, "--shell-completion": 0, "-sc": 0,
+}  # fmt: skip
+MULTIRUN = ("-m", "--multirun")
+HELP = """\
+{program} [group=option ...] [key=value ...]
+
+{about}
+
+Groups (group=option):
+{groups}
+
+Settings used most (key=value):
+  run.name=try1                  folder of the run in runs/
+  train.dry_run=true             print the plan of the run, and write nothing
+  train.steps=1000               number of steps
+  train.tokens_per_step=65536    batch size over all processes
+  train.micro_batch_size=4       sequences that a process takes at once
+  train.seq_len=512              tokens in a sequence
+  train.dtype=bfloat16           of weights, activations and gradients
+  optim.rank=128                 rows (or columns) trained in each linear
+  optim.lr=1e-3                  peak learning rate of embeddings and head
+  optim.linear_lr=1e-3           peak learning rate of the linears
+  data.paths=[notes]             with data=text: files, folders and globs
+  logger.wandb.mode=disabled     or online, offline; auto chooses
+For python -m pretrain.estimate only:
+  estimate.device_memory_gib=40  memory of a device: print the largest micro-batch, exit with 2 if the run does not fit
+  estimate.devices=8             number of devices, of which one is simulated
+  estimate.format=json           print one JSON object instead of a table
+
+A list is written key=[a,b]. Quotes keep the shell from reading brackets: 'data.paths=[notes,book.txt]'.
+--cfg job prints every setting with its value. The files in conf/ and README.md explain them.
+"""
+
+
+def config_from(arguments: list[str]) -> Config:
+    """The configuration that the overrides among ``arguments`` give. Flags are answered, and the process ends.
+
+    Raises:
+        ConfigError: lists everything that is wrong with them, a line each.
+    """
+    flags, overrides = split_arguments(arguments)
+    if set(MULTIRUN) & set(flags):
+        raise ConfigError("-m starts a sweep: use ./launch.sh -m, or python -m pretrain.sweep")
+    if flags:
+        answer_flags(flags, overrides)
+    return load(overrides)
+
+
+def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
+    """Print the answer to ``flags``, and end the process.
+
+    Raises:
+        ConfigError: lists the overrides that are wrong, where a configuration is to be printed.
+    """
+    if {"-h", "--help"} & set(flags):
+        print(help_text(), end="")
+    else:
+        if {"-c", "--cfg"} & {flag.partition("=")[0] for flag in flags}:
+            compose(overrides)
+        run_hydra([*flags, *as_typed(overrides)], lambda _: None)
+    sys.exit()
+
+
+def run_hydra(arguments: list[str], job: Callable[[DictConfig], Any]) -> None:
+    """Let Hydra read ``arguments`` and call ``job`` with each configuration that they ask for."""
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags, each followed by its arguments, and overrides.
+
+    Raises:
+        ConfigError: lists the arguments that are neither.
+    """
+    flags, overrides, problems = list[str](), list[str](), list[str]()
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, _ = argument.partition("=")
+        if name in MULTIRUN or name in FLAGS:
+            flags.append(argument)
+            flags += [rest.pop(0) for _ in range(0 if equals else FLAGS.get(name, 0)) if rest]
+        elif argument.startswith("-") or not (equals or argument.startswith("~")):
+            value = rest.pop(0) if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-") else ""
+            problems.append(_not_an_override(argument, value, overrides[-1] if overrides else ""))
+        else:
+            overrides.append(argument)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return flags, overrides
+
+
+def _not_an_override(argument: str, value: str, before: str) -> str:
+    """How to write ``argument`` as an override; ``value`` follows it and ``before`` is the override before it."""
+    name, _, own_value = argument.lstrip("-").replace("-", "_").partition("=")
+    known = list(types_of_settings())
+    fits = [key for key in known if name in (key, key.rpartition(".")[2])] or nearest(name, known)
+    if fits:
+        advice = f"; write {fits[0]}={own_value or value or '…'}"
+    elif before and not argument.startswith("-"):
+        advice = f"; quote a value that has spaces: {shlex.quote(f'{before} {argument}')}"
+    else:
+        advice = ", such as train.steps=1000; --help lists those that are used most"
+    return f"{argument}: settings are given as key=value{advice}"
+
+
+def help_text() -> str:
+    """The answer to --help: the docstring of the program that runs, and how settings are given."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    choices = [f"  {group:<12}{', '.join(options(group))}" for group in groups]
+    return HELP.format(
+        program=f"python -m {spec.name}" if spec else sys.argv[0],
+        about=(main.__doc__ or "").strip().replace("``", ""),
+        groups="\n".join(textwrap.fill(line, 100, subsequent_indent=14 * " ") for line in choices),
+    )

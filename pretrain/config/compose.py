@@ -1,0 +1,187 @@
+"""Compose a configuration from conf/ and overrides."""
+
+import difflib
+import shlex
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra import initialize_config_dir
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from pretrain.config.schema import (
+    BaselineConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    GrassConfig,
+    LoggerConfig,
+    ModelConfig,
+    OptimConfig,
+)
+from pretrain.config.text import FileConfigSource, as_typed, quoted
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def register_schema() -> None:
+    """Make the schemas known to Hydra under the names that the YAML files use."""
+    store = ConfigStore.instance()
+    store.store(name="config_schema", node=Config)
+    store.store(group="model", name="model_schema", node=ModelConfig)
+    store.store(group="optim", name="optim_schema", node=OptimConfig)
+    store.store(group="optim", name="grass_schema", node=GrassConfig)
+    store.store(group="optim", name="baseline_schema", node=BaselineConfig)
+    store.store(group="data", name="data_schema", node=DataConfig)
+    store.store(group="logger", name="logger_schema", node=LoggerConfig)
+    SourcesRegistry.instance().register(FileConfigSource)  # Hydra does not replace a source that is there
+
+
+register_schema()
+
+
+def load(overrides: list[str]) -> Config:
+    """Compose ``conf/`` with ``overrides`` as the training command does.
+
+    Raises:
+        ConfigError: lists every override that names an unknown key or gives a wrong type.
+    """
+    try:
+        return to_config(_compose(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(overrides, error)) from None
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """``load`` without the conversion to dataclasses: settings may still have no value.
+
+    Raises:
+        ConfigError: lists every override that names an unknown key or gives a wrong type.
+    """
+    try:
+        return _compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(overrides, error)) from None
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return hydra.compose("config", overrides=as_typed(overrides))
+        except (ValueError, AssertionError) as error:  # a list without brackets, or an override without a key
+            raise HydraException(str(error) or "an override is key=value, of a key that has a name") from None
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """The composed configuration as dataclasses, interpolations resolved.
+
+    Raises:
+        ConfigError: names the keys that have no value, or that the schema does not know (``+key`` can add such).
+    """
+    if missing := OmegaConf.missing_keys(cfg):
+        raise ConfigError("\n".join(f"{k} has no value; give it as {k}=…" for k in sorted(missing)))
+    config = OmegaConf.to_object(cfg)
+    if not isinstance(config, Config):
+        raise ConfigError("the configuration is not built on config_schema; begin with conf/config.yaml")
+    known = keys(OmegaConf.structured(config))
+    if unknown := [k for k in keys(cfg) if k not in known]:
+        raise ConfigError("\n".join(f"{k} is no key of the configuration{_did_you_mean(k, known)}" for k in unknown))
+    return config
+
+
+def _explain(overrides: list[str], error: Exception) -> str:
+    """One line for each override that is wrong by itself; the error as it came when only the combination is wrong."""
+    choices = {o: o.lstrip("+~").partition("=")[::2] for o in overrides}
+    if added := [o for o, (group, _) in choices.items() if o.startswith("+") and group and (CONF / group).is_dir()]:
+        return "\n".join(f"{o}: this group is in the configuration already; leave the + out" for o in added)
+    groups = [o for o, (group, value) in choices.items() if value in options(group)]
+    try:
+        known = [*(p.name for p in CONF.iterdir() if p.is_dir()), *keys(_compose(groups))]
+    except (HydraException, OmegaConfBaseException):
+        return _in_short(error)
+    lines = []
+    for override, (name, value) in choices.items():
+        if (possible := options(name)) and value not in possible:
+            lines.append(f"{override}: {name} can be {', '.join(possible)}{_did_you_mean(value, possible)}")
+            continue
+        try:
+            to_config(_compose(list(dict.fromkeys([*groups, override]))))
+        except OverrideParseException:
+            reason = f"the value cannot be read; text needs quotes: {shlex.quote(f'{name}={quoted(value)}')}"
+            if name not in known:
+                reason = f"{name} is no key of the configuration{_did_you_mean(name, known)}"
+            lines.append(f"{override}: {reason}")
+        except (HydraException, OmegaConfBaseException, ConfigError) as alone:
+            reason = _in_short(alone).removeprefix(f"{override}: ")
+            lines.append(f"{override}: {reason}{_did_you_mean(name, known)}")
+    return "\n".join(lines) or _in_short(error)
+
+
+def options(group: str) -> list[str]:
+    """The values that ``group=…`` can have; [] when ``group`` is no config group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group else []
+
+
+def _in_short(error: Exception) -> str:
+    """What Hydra or OmegaConf says, without the dump of types that follows."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "reference")))
+
+
+def nearest(name: str, known: list[str]) -> list[str]:
+    """The one of ``known`` that is spelt most like ``name``; [] when none is close."""
+    return difflib.get_close_matches(name, known, n=1)
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = nearest(name, known)
+    return f"; did you mean {near[0]}?" if near and name not in known else ""
+
+
+def keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """The dotted names of all settings below ``node``."""
+    found: list[str] = []
+    for name in map(str, node):
+        full = f"{prefix}{name}"
+        child = None if OmegaConf.is_missing(node, name) else node._get_node(name)
+        found += keys(child, full + ".") if isinstance(child, DictConfig) else [full]
+    return found
+
+
+def read_config(file: Path) -> DictConfig:
+    """What a run's config.yaml holds.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    try:
+        stored = OmegaConf.load(file)
+        OmegaConf.to_container(stored, resolve=True)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, AttributeError) as error:
+        reason = _in_short(error) or type(error).__name__
+        raise ConfigError(f"{file} cannot be read ({reason}); bring it back from a copy") from None
+    if not isinstance(stored, DictConfig):
+        raise ConfigError(f"{file} is no configuration of a run; bring it back from a copy")
+    return stored
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """``{"train.steps": 300, …}`` of a nested configuration."""
+    flat: dict[str, Any] = {}
+
+    def visit(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+
+    visit(cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), "")
+    return flat

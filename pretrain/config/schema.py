@@ -1,0 +1,240 @@
+"""The schema of a run's configuration: names, types and limits of all settings.
+
+The values, and what each setting means, are in ``conf/``. A key that is not here is an error.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+from data.settings import DataSettings
+
+DTYPE_NAMES = ("float32", "bfloat16", "float64")  # the keys of models.precision.DTYPES, which needs torch
+SETTLING = 3  # train.profile starts after these steps: the first steps of a process compile and allocate
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message lists every problem, a line each."""
+
+
+# Metadata of a field, joined by |. The functions at the end of this file read it.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}  # when a run resumes; on a section it holds for all its settings
+PER_RANK: dict[str, Any] = {"per_rank": True}  # processes on machines with disks of their own have their own paths
+AT_LEAST_0: dict[str, Any] = {"at_least": 0}
+AT_LEAST_1: dict[str, Any] = {"at_least": 1}
+
+
+def one_of(*choices: str) -> dict[str, Any]:
+    """The field has one of these values, or null where its type has None."""
+    return {"choices": choices}
+
+
+@dataclass
+class RunConfig:
+    name: str
+    root: str = field(metadata=MAY_CHANGE)
+
+
+@dataclass
+class ModelConfig:
+    """The keyword arguments of models.llama.Llama, which are Hugging Face's names."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    initializer_range: float
+    attention: str = field(metadata=MAY_CHANGE)
+
+
+@dataclass
+class OptimConfig:
+    """Full-rank training; Grass and the baselines add keys to these."""
+
+    name: str
+    inner: str
+    embedding_inner: str | None
+    lr: float = field(metadata=MAY_CHANGE)
+    linear_lr: float = field(metadata=MAY_CHANGE)
+    weight_decay: float = field(metadata=MAY_CHANGE)
+    betas: list[float]
+    eps: float
+    momentum: float
+    clip: float = field(metadata=MAY_CHANGE)
+    norm_growth: float
+    schedule: str = field(metadata=MAY_CHANGE)
+    warmup_steps: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    final_lr: float = field(metadata=MAY_CHANGE)
+    decay_share: float = field(metadata=MAY_CHANGE)
+    master_weights: bool
+
+
+@dataclass
+class GrassConfig(OptimConfig):
+    """Grass; ``rank``, ``side`` and ``stagger`` take a value of one of several types."""
+
+    patterns: list[str]
+    rank: Any
+    alpha: float = field(metadata=MAY_CHANGE)
+    refresh_every: int = field(metadata=AT_LEAST_1)
+    selection: str
+    score: str
+    sketch_width: int = field(metadata=AT_LEAST_1)
+    probe_steps: int = field(metadata=AT_LEAST_1)
+    stagger: Any
+    side: Any
+    share_index: bool
+    state_at_refresh: str
+    new_second_moment: str
+    refresh_warmup: int
+    int8_weights: bool
+    state_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))  # checkpoints say which they have
+
+
+@dataclass
+class BaselineConfig(OptimConfig):
+    """Full-rank training with an optimizer that projects the gradients of the linears: a name of PROJECTED."""
+
+    rank: int
+    update_gap: int = field(metadata=AT_LEAST_1)
+    scale: float
+    scale_type: str | None
+
+
+@dataclass(kw_only=True)
+class DataConfig(DataSettings):
+    root: str = field(default=DataSettings.root, metadata=MAY_CHANGE | PER_RANK)
+    paths: list[str] = field(default_factory=list, metadata=PER_RANK)
+    tokenizer: str | None = field(default=None, metadata=PER_RANK)
+    workers: int | None = field(default=None, metadata=MAY_CHANGE)
+    prompts: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
+    on_the_fly: bool = False
+    shuffle_block: int = field(default=2**14, metadata=AT_LEAST_1)
+
+
+@dataclass
+class TrainConfig:
+    steps: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    tokens_per_step: int = field(metadata=AT_LEAST_1)
+    micro_batch_size: int | None = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    seq_len: int = field(metadata=AT_LEAST_1)
+    init_from: str | None
+    dtype: str = field(metadata=one_of(*DTYPE_NAMES))
+    step_in_backward: bool
+    seed: int
+    resume: str = field(metadata=MAY_CHANGE | one_of("auto", "never"))
+    checkpoint_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    keep_last: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    keep_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    async_save: bool = field(metadata=MAY_CHANGE)
+    non_finite: str = field(metadata=MAY_CHANGE | one_of("stop", "skip"))
+    spike_factor: float = field(metadata=MAY_CHANGE)
+    most_rollbacks: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    eval_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    eval_sequences: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    log_every: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    compile: bool = field(metadata=MAY_CHANGE)
+    deterministic: bool = field(metadata=MAY_CHANGE)
+    matmul_precision: str = field(metadata=MAY_CHANGE | one_of("highest", "high", "medium"))
+    checkpointing: str = field(metadata=MAY_CHANGE)
+    document_masks: bool
+    lean_activations: bool = field(metadata=MAY_CHANGE)
+    loss_chunk_tokens: int | None = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    parallel: str = field(metadata=MAY_CHANGE | one_of("ddp", "fsdp", "hsdp"))
+    shards: int | None = field(metadata=MAY_CHANGE)
+    reshard: bool = field(metadata=MAY_CHANGE)
+    reduce_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))
+    timeout_minutes: float = field(metadata=MAY_CHANGE)
+    profile: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    sample_tokens: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    dry_run: bool = field(metadata=MAY_CHANGE)
+
+
+@dataclass
+class WandbConfig:
+    mode: str = field(metadata=one_of("auto", "online", "offline", "disabled"))
+    project: str | None
+    entity: str | None
+    group: str | None
+    log_checkpoint: bool
+
+
+@dataclass
+class LoggerConfig:
+    wandb: WandbConfig = field(metadata=MAY_CHANGE)
+
+
+@dataclass
+class EstimateConfig:
+    """Settings of ``python -m pretrain.estimate``; training ignores them."""
+
+    format: str = field(metadata=one_of("table", "json"))
+    devices: int = field(metadata=AT_LEAST_1)
+    device_memory_gib: float | None
+    context_gib: float = field(metadata=AT_LEAST_0)
+    allocator_overhead: float = field(metadata=AT_LEAST_0)
+
+
+@dataclass
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    optim: Any  # OptimConfig, GrassConfig or BaselineConfig, as the group says
+    data: DataConfig
+    train: TrainConfig
+    logger: LoggerConfig
+    estimate: EstimateConfig = field(metadata=MAY_CHANGE)
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """The keyword arguments for Llama."""
+    return {f.name: getattr(config.model, f.name) for f in fields(ModelConfig) if f.name != "name"}
+
+
+def types_of_settings(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The type of every section and setting by its dotted name, such as ``train.steps``."""
+    types: dict[str, Any] = {}
+    for name, kind in get_type_hints(section).items():
+        variants = (OptimConfig, GrassConfig, BaselineConfig) if prefix + name == "optim" else (kind,)
+        types[prefix + name] = kind
+        for variant in variants:
+            if is_dataclass(variant):
+                types |= types_of_settings(variant, f"{prefix}{name}.")
+    return types
+
+
+def marked(config: Config, mark: str) -> set[str]:
+    """The dotted names of the settings of ``config`` that have ``mark``, ``may_change`` or ``per_rank``."""
+    return {key for key, _, marks in _settings(config) if marks.get(mark)}
+
+
+def limit_problems(config: Config) -> list[str]:
+    """A line for each setting that is below its least value or none of its choices."""
+    problems = []
+    for key, value, marks in _settings(config):
+        least, choices = marks.get("at_least"), marks.get("choices")
+        if value is not None and least is not None and value < least:
+            problems.append(f"{key}={value} must be at least {least}")
+        if value is not None and choices and value not in choices:
+            problems.append(f"{key}={value} is unknown; choose from {', '.join(choices)}")
+    return problems
+
+
+def _settings(
+    section: Any, prefix: str = "", inherited: dict[str, Any] | None = None
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Name, value and marks of every setting; ``may_change`` of a section holds for all in it."""
+    for entry in fields(section):
+        key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+        marks = {**entry.metadata, **(inherited or {})}
+        if is_dataclass(value):
+            yield from _settings(value, f"{key}.", {"may_change": True} if marks.get("may_change") else None)
+        else:
+            yield key, value, marks

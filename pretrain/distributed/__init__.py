@@ -1,0 +1,1 @@
+"""Ranks, engines (DDP, FSDP2, HSDP) and lost ranks."""

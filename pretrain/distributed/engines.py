@@ -1,0 +1,218 @@
+"""Engines that train one model on several processes: torch's DDP and FSDP2, and HSDP (replicas that are sharded).
+
+A Grass layer trains only its small ``rows``, so little is communicated. FSDP2 shards a layer's weight and rows on the
+dimension that is not selected. Every process then folds and refreshes its own shard, with the same index and without
+communication.
+"""
+
+import inspect
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from models.dtensor import local, sum_parts
+from models.grass_linear import GrassLinear
+from models.llama import Llama
+from models.precision import DTYPES
+from optim.inner import INNER_OPTIMIZERS
+from pretrain.config.schema import Config, TrainConfig
+from pretrain.distributed.world import World, shards_of
+
+DDP_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+FORWARD_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
+
+
+class Engine:
+    """Trains on a single process; the base class of the engines for several.
+
+    Calling an engine calls the model. Once ``finish_backward`` has returned, gradients are the mean over the processes.
+    """
+
+    sharded = False  # whether a forward needs every process
+
+    def shard(self, model: Llama) -> None:
+        """Shard ``model`` in place; it is on the meta device, and its linears are converted to Grass layers."""
+
+    def wrap(self, model: Llama) -> None:
+        """Use ``model``. Call before weights are loaded from a checkpoint, and before blocks are compiled."""
+        self.module: nn.Module = model
+
+    def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
+        """The summed loss of a micro-batch in nats, as ``Llama`` returns it."""
+        return self.module(input_ids, targets, *documents)
+
+    def backward(self, last: bool) -> AbstractContextManager:
+        """The context of a micro-batch's forward and backward; only the step's ``last`` one sums gradients."""
+        return nullcontext()
+
+    def finish_backward(self) -> None:
+        """Complete the gradients; call after the last backward of a step."""
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+        """Clip the gradients to the global norm ``limit``; returns their norm before, a scalar on the device."""
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+
+class DDPEngine(Engine):
+    """DDP: every process holds the complete model. Its buckets hold the gradients of trained parameters only.
+
+    Args:
+        wire: the dtype in which gradients are sent and summed; None: their own.
+    """
+
+    def __init__(self, wire: torch.dtype | None):
+        self.wire = wire
+
+    def wrap(self, model: Llama) -> None:
+        # Nothing is broadcast: pretrain.setup.consistency checks that the weights are the same everywhere.
+        options: dict[str, Any] = {"init_sync": False, FORWARD_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        self.module = DistributedDataParallel(model, **options)
+        if self.wire:
+            self.module.register_comm_hook(self.wire, _mean_in)
+        self._settle_buckets(model)
+
+    def _settle_buckets(self, model: Llama) -> None:
+        """Run a backward now, after which DDP orders its buckets once, by the order in which gradients came.
+
+        The layout of the buckets decides the order in which the processes' gradients are summed. Without this, the
+        first step of a resumed run would sum in another order than the same step of a run that was never stopped.
+        """
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        self.module(token, token).backward()
+        model.zero_grad(set_to_none=True)
+
+    def backward(self, last: bool) -> AbstractContextManager:
+        assert isinstance(self.module, DistributedDataParallel)
+        return nullcontext() if last else self.module.no_sync()
+
+
+def _mean_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook of DDP: the mean over the processes, sent and summed in ``wire``.
+
+    It does what torch's bf16_compress_hook does, for any dtype. DDP refuses that hook without NCCL, although gloo can
+    sum bfloat16.
+    """
+    gradients = bucket.buffer()
+    sent = gradients.to(wire) / dist.get_world_size()
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda summed: gradients.copy_(summed.value()[0]))
+
+
+class FSDPEngine(Engine):
+    """FSDP2 over ``mesh``, which has the dimensions (shard,), or (replica, shard) for HSDP.
+
+    Three kinds of groups of parameters are gathered together: each block, the embedding, and the head with all that is
+    left. Vectors (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in a
+    group of bf16 parameters.
+
+    Args:
+        reduce_dtype: the dtype in which gradients are sent and summed; None: their own.
+        reshard: whether gathered weights are freed after the forward of their group.
+    """
+
+    # Inner optimizers whose state does not belong to single elements, or whose step needs complete matrices.
+    REFUSED = ("adafactor", "adamw8bit", "galore", "apollo", "fira")
+
+    sharded = True
+
+    def __init__(self, mesh: DeviceMesh, reduce_dtype: torch.dtype | None, reshard: bool):
+        self.mesh, self.reduce_dtype, self.reshard = mesh, reduce_dtype, reshard
+
+    def shard(self, model: Llama) -> None:
+        grass = [module for module in model.modules() if isinstance(module, GrassLinear)]
+        unselected = {p: Shard(1 - layer.dim) for layer in grass for p in (layer.weight, layer.rows)}
+        vectors = {p for p in model.parameters() if p.ndim < 2}
+        for group in [*model.layers, *([] if model.tie_word_embeddings else [model.embed_tokens]), model]:
+            fully_shard(
+                group,
+                mesh=self.mesh,
+                shard_placement_fn=unselected.get,
+                ignored_params=vectors,
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=self.reduce_dtype),
+                reshard_after_forward=self.reshard and group is not model,  # the head's backward comes at once
+            )
+
+    def wrap(self, model: Llama) -> None:
+        self.module = model
+        self.vectors = [p for p in model.parameters() if p.ndim < 2]
+
+    def backward(self, last: bool) -> AbstractContextManager:
+        self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return nullcontext()
+
+    def finish_backward(self) -> None:
+        gradients = [p.grad for p in self.vectors if p.grad is not None]
+        if not gradients:
+            return
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+    @torch.no_grad()
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sharded = [g for g in gradients if isinstance(g, DTensor)]
+        replicated = [g for g in gradients if not isinstance(g, DTensor)]
+        square = sum_parts(nn.utils.get_total_norm([local(g) for g in sharded]).square(), sharded[0])
+        norm = (square + nn.utils.get_total_norm(replicated).square()).sqrt()
+        torch._foreach_mul_([local(g) for g in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list[str]:
+    """Why ``model``, with its Grass layers, cannot be sharded as ``config`` says; a message each, with the fix."""
+    train, optim = config.train, config.optim
+    if train.parallel == "ddp" or world_size == 1:
+        return []
+    shards, problems = shards_of(train.parallel, train.shards, world_size), []
+    if train.parallel == "hsdp" and (shards < 2 or world_size % shards):
+        problems.append(
+            f"train.shards={shards} must be at least 2 and divide the {world_size} processes; change it, or use "
+            "train.parallel=fsdp or ddp"
+        )
+    if any(optim.inner in (name, INNER_OPTIMIZERS[name]) for name in FSDPEngine.REFUSED):
+        problems.append(
+            f"optim.inner={optim.inner} cannot step on shards; use muon, adamw, adam or sgd, or train.parallel=ddp"
+        )
+    if getattr(optim, "int8_weights", False):
+        problems.append(
+            "optim.int8_weights=true: the steps of 8-bit weights belong to complete rows, which shards do not have; "
+            "set it to false, or train.parallel=ddp"
+        )
+    for child, size in {
+        name.rpartition(".")[2]: layer.in_features
+        for name, layer in model.named_modules()
+        if isinstance(layer, GrassLinear) and layer.dim == 0 and layer.in_features % max(shards, 1)
+    }.items():
+        problems.append(
+            f"{child} selects rows of {size} elements, which do not divide among {shards} shards; set "
+            f"optim.side={{{child}: columns}}, another size, or train.parallel=ddp"
+        )
+    return problems
+
+
+def build_engine(train: TrainConfig, world: World) -> Engine:
+    """The engine that ``train.parallel`` names; the base class for a single process."""
+    if world.size == 1:
+        return Engine()
+    wire = DTYPES[train.reduce_dtype] if train.reduce_dtype else None
+    if train.parallel == "ddp":
+        return DDPEngine(wire)
+    shards = shards_of(train.parallel, train.shards, world.size)
+    shape, names = ((world.size // shards, shards), ("replica", "shard")) if shards < world.size else ((shards,), None)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names or ("shard",))
+    for dim in range(mesh.ndim):  # torch gives groups of some of the processes its own timeout
+        mesh.get_group(dim).set_timeout(timedelta(minutes=train.timeout_minutes))
+    return FSDPEngine(mesh, wire, train.reshard)

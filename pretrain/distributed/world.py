@@ -1,0 +1,110 @@
+"""The processes of a run: the rank of this one, and the collectives that the engines do not do."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.cli.errors import LostPeer, first_line
+from pretrain.cli.ranks import world_size_from_env
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ``size`` processes of a run; for a single one every call is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def use_device(self) -> None:
+        """Make ``device`` the current device of the calling thread.
+
+        Every thread starts with the first GPU, and calls that name no device would create a context of half a GB there.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values``, replaced in place by their element-wise sum over the processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any process. Uses the CPU only, and does not wait for the device."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value)
+        return bool(value)
+
+    def upload(self, batch: Tensor) -> Tensor:
+        """``batch`` on this process' device; returns before the copy is done."""
+        if self.device.type != "cuda":
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The main process' ``value``, on every process; it is pickled."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The ``value`` of every process, in the order of ranks; they are pickled."""
+        box = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
+    """The number of processes that share one copy of the model; by default, hsdp shards it within each node."""
+    if parallel != "hsdp":
+        return world_size if parallel == "fsdp" else 1
+    return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def connect(timeout: timedelta) -> World:
+    """Join the process group of torchrun's processes: gloo for tensors on the CPU, NCCL for tensors on GPUs.
+
+    Args:
+        timeout: of every collective.
+
+    Raises:
+        ValueError: this machine has more processes than GPUs.
+        LostPeer: not all of the processes joined in time.
+    """
+    size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower NPROC")
+    world = World(rank, size, device)
+    world.use_device()
+    if size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        except dist.DistError as error:
+            raise LostPeer(f"not all of the {size} processes of this run came: {first_line(error)}") from error
+    return world
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,70 @@
+"""Files beside the weights of a Hugging Face model: generation settings, chat template, special tokens.
+
+A run that starts from such a model keeps copies of them in its folder, and an export writes them out again.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.atomic import sha256
+from data.tokenizer import FILES
+from pretrain.inference.hf_llama import CONFIG, read_config
+
+ASSETS_FOLDER = "hf_assets"  # of a run: the files that lay beside the weights it started from
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    *FILES, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+)  # fmt: skip
+
+
+def find_assets(path: Path) -> list[Path]:
+    """The asset files of the model whose config.json lies in the folder ``path``; [] if there is no config.json."""
+    if not (path / CONFIG).exists():
+        return []
+    return [path / name for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (path / name).exists()]
+
+
+def copy_assets(assets: Iterable[Path], folder: Path) -> None:
+    """Copy files and folders of assets into ``folder``, which is made if need be."""
+    for asset in assets:
+        folder.mkdir(parents=True, exist_ok=True)
+        if asset.is_dir():
+            shutil.copytree(asset, folder / asset.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(asset, folder / asset.name)
+
+
+def token_ids(folder: Path) -> dict[str, Any]:
+    """The ids of special tokens in ``folder``/config.json, such as ``eos_token_id``, as they stand there."""
+    return {key: value for key, value in read_config(folder).items() if key.endswith("_token_id")}
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The tokens at which transformers' ``generate`` stops for the model in ``folder``; [] if no file names one.
+
+    They are ``eos_token_id``, a number or a list, in generation_config.json, or in config.json without such a file.
+
+    Raises:
+        ValueError: a file cannot be read, or its ``eos_token_id`` is something else.
+    """
+    file = next((folder / name for name in (GENERATION, CONFIG) if (folder / name).exists()), None)
+    if file is None:
+        return []
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
+    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{file}: eos_token_id={stated} is no token id or list of token ids; correct it")
+    return ends
+
+
+def has_tokenizer(folder: Path, tokenizer: Path) -> bool:
+    """Whether the tokenizer in ``folder`` is the file ``tokenizer``, by content."""
+    return any(sha256(folder / name) == sha256(tokenizer) for name in FILES if (folder / name).exists())

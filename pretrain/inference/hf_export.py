@@ -1,0 +1,136 @@
+"""Write a model in Hugging Face's format: config.json, safetensors files, the tokenizer, generation settings."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.atomic import UNFINISHED
+from data.tokenizer import Tokenizer
+from pretrain.inference.hf_assets import (
+    GENERATION,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    copy_assets,
+    find_assets,
+    has_tokenizer,
+    token_ids,
+)
+from pretrain.inference.hf_llama import CONFIG, INDEX, WEIGHTS, hf_name, model_config
+from pretrain.inference.hf_tokenizer import conversion_problem, tokenizer_config, tokenizer_json
+from pretrain.inference.pretrained import PretrainedModel, find_pretrained
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the model at ``path`` to the new folder ``out``.
+
+    A model that came from Hugging Face, or a run that started from one, gets its generation settings, chat template and
+    special tokens back as they were. The embedding keeps its rows, also those that stand for no token.
+
+    Args:
+        dtype: of all weights; by default that of the model.
+        shard_bytes: the most that a file of weights holds, except for a single larger tensor.
+
+    Raises:
+        ValueError: there is no model at ``path``, or ``out`` exists.
+    """
+    found, out = find_pretrained(path), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists, and nothing is overwritten; name another folder")
+    temporary = out.with_name(f".{out.name}{UNFINISHED}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    dtype = dtype or found.dtype
+    _write_weights(temporary, _weights(found, dtype), shard_bytes)
+    _write_settings(temporary, found, dtype)
+    temporary.rename(out)
+    logger.info("exported %s to %s in %s", found.path, out, str(dtype).removeprefix("torch."))
+    logger.info("files: %s", ", ".join(sorted(file.name for file in out.iterdir())))
+
+
+def _weights(found: PretrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights in ``dtype`` by Hugging Face's names; logs the number of weights whose values that rounds."""
+    tensors, rounded = {}, []
+    for name, tensor in found.weights():
+        if name == "lm_head.weight" and found.arguments.get("tie_word_embeddings"):
+            continue
+        cast = tensor.to(dtype)
+        if not torch.equal(cast.to(tensor.dtype), tensor):
+            rounded.append(name)
+        tensors[hf_name(name)] = cast
+    if rounded:
+        logger.info("rounded to %s: %d weights, such as %s (--dtype keeps them)", dtype, len(rounded), rounded[0])
+    return tensors
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    """One file, or shards of at most ``shard_bytes`` (except for a single larger tensor) and their index."""
+    shards = list(_shards(tensors, shard_bytes))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    for file, shard in zip(names, shards, strict=True):
+        save_file({name: tensors[name].contiguous() for name in shard}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        file_of = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+
+
+def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
+    """The names of ``tensors`` in groups of at most ``shard_bytes``, in their order."""
+    shard, size = list[str](), 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_settings(folder: Path, found: PretrainedModel, dtype: torch.dtype) -> None:
+    """config.json, generation_config.json and the tokenizer: the model's own files where it brought some."""
+    path = found.tokenizer()
+    assets = {asset.name: asset for asset in find_assets(found.assets)} if found.assets else {}
+    tokenizer = Tokenizer(path)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if found.assets:
+        special |= {key: value for key, value in token_ids(found.assets).items() if value is not None}
+    _write_json(folder / CONFIG, {**model_config(found.arguments, dtype), **special})
+    if GENERATION in assets:
+        copy_assets([assets[GENERATION]], folder)
+    else:
+        _write_json(folder / GENERATION, {key: special[key] for key in ("bos_token_id", "eos_token_id")})
+    if found.assets and has_tokenizer(found.assets, path):
+        copy_assets([assets[name] for name in TOKENIZER_FILES if name in assets], folder)
+    if not (folder / TOKENIZER_CONFIG).exists():
+        _write_tokenizer(folder, tokenizer, found.arguments["max_position_embeddings"])
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
+    """The tokenizer's own file, and the files with which transformers' AutoTokenizer opens it."""
+    copy = tokenizer.copy_to(folder)
+    if copy.name == "tokenizer.json":
+        special = {f"{key}_token": name for key, name in tokenizer.special.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions, **special}
+        _write_json(folder / TOKENIZER_CONFIG, config)
+    elif problem := conversion_problem(copy):
+        logger.warning("wrote tokenizer.model without a tokenizer.json for AutoTokenizer: %s", problem)
+    else:
+        _write_json(folder / "tokenizer.json", tokenizer_json(copy))
+        _write_json(folder / TOKENIZER_CONFIG, tokenizer_config(copy, positions))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,169 @@
+"""LLaMA models in Hugging Face's format: ``config.json`` and safetensors files.
+
+The names of the weights are ours with "model." in front, except ``lm_head.weight``. A setting in config.json that
+``models.llama`` does not implement is refused: the weights would load, and compute something else.
+"""
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.llama import Llama
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODEL_KEYS = set(inspect.signature(Llama).parameters) - {"attention"}
+# The values that transformers' LlamaConfig gives to keys that a config.json leaves out or has as null.
+DEFAULTS = {
+    "num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
+    "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+# The only values that models.llama implements; transformers calls one activation by two names.
+SUPPORTED = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "quantization_config": (None,),
+}
+
+
+def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
+    """The keyword arguments for ``Llama`` and the dtype of the weights, from ``folder``/config.json.
+
+    Raises:
+        ValueError: the file cannot be read, or a line for each of its settings that ``Llama`` does not implement.
+    """
+    config = read_config(folder)
+    config = {**config, **{key: value for key, value in DEFAULTS.items() if config.get(key) is None}}
+    dtype_name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, dtype_name, None)
+    problems = [
+        f"{key}={config[key]}: only {values[0]} is supported"
+        for key, values in SUPPORTED.items()
+        if key in config and config[key] not in values
+    ]
+    problems += _head_problems(config)
+    config["rope_theta"], rope_problems = _rope(config)
+    problems += rope_problems
+    problems += [f"{key} is missing" for key in sorted(MODEL_KEYS - config.keys())]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        problems.append(f"dtype={dtype_name}: no floating-point dtype of torch")
+    if problems:
+        raise ValueError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
+    assert isinstance(dtype, torch.dtype)
+    return {key: config[key] for key in MODEL_KEYS}, dtype
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of ``folder``/config.json.
+
+    Raises:
+        ValueError: the file cannot be read, or is no JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read ({error}); name the folder of a LLaMA") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds no JSON object; name the folder of a LLaMA")
+    return config
+
+
+def _head_problems(config: dict[str, Any]) -> list[str]:
+    """``Llama`` derives the size of a head from the hidden size; config.json may state another one."""
+    derived = (config.get("hidden_size") or 0) // (config.get("num_attention_heads") or 1)
+    stated = config.get("head_dim") or derived
+    return [] if stated == derived else [f"head_dim={stated}: only {derived} is supported"]
+
+
+def _rope(config: dict[str, Any]) -> tuple[float, list[str]]:
+    """The base of the rotary frequencies, and the reasons why ``Llama`` cannot apply them, a line each.
+
+    transformers 5 writes both into ``rope_parameters``; versions before it wrote ``rope_theta`` and ``rope_scaling``.
+    """
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or parameters
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    problems = []
+    if kind != "default" and not (kind == "linear" and scaling.get("factor") == 1):
+        problems.append(f"rope_scaling of type {kind}: not supported, every position would be rotated otherwise")
+    rotated = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    if rotated != 1:
+        problems.append(f"partial_rotary_factor={rotated}: only 1 is supported")
+    return parameters.get("rope_theta") or config.get("rope_theta") or 10000.0, problems
+
+
+def model_config(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json for a ``Llama`` with these keyword arguments."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+        "mlp_bias": False, **{key: arguments[key] for key in MODEL_KEYS & arguments.keys()},
+        "num_key_value_heads": arguments.get("num_key_value_heads") or arguments["num_attention_heads"],
+        "rope_scaling": None, "attention_dropout": 0.0, "use_cache": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files in the folder ``path``, or ``path`` itself if it is a file.
+
+    Raises:
+        ValueError: there is none, or one that the index lists is missing.
+    """
+    if path.is_file():
+        return [path]
+    if (path / INDEX).exists():
+        try:
+            names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path / INDEX} cannot be read ({error!r}); copy it again") from None
+        files = sorted(path / name for name in names)
+    else:
+        files = [path / WEIGHTS]
+    if absent := [str(file) for file in files if not file.exists()]:
+        raise ValueError(f"there is no {', '.join(absent)}; weights are read from safetensors files only")
+    return files
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight by our name; reads only the headers of the files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(path):
+        with _open(file) as tensors:
+            shapes |= {_our_name(name): tuple(tensors.get_slice(name).get_shape()) for name in _weight_names(tensors)}
+    return shapes
+
+
+def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every weight with our name, one at a time."""
+    for file in weight_files(path):
+        with _open(file) as tensors:
+            for name in _weight_names(tensors):
+                yield _our_name(name), tensors.get_tensor(name)
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of the weight that we call ``name``."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def _our_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file ({error}); copy it again") from None
+
+
+def _weight_names(tensors: Any) -> list[str]:
+    """All names but the rotary frequencies, which old conversions store too: they follow from ``rope_theta``."""
+    return [name for name in tensors.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118

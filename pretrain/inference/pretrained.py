@@ -1,0 +1,145 @@
+"""Find and load pretrained models: those of a run or of one of its checkpoints, and LLaMAs in Hugging Face's format."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data.atomic import sha256
+from data.tokenizer import Tokenizer, find_tokenizer
+from models.llama import Llama
+from models.precision import DTYPES
+from models.weights import fill_weights
+from pretrain.checkpoint.directory import newest_to_read, read_state
+from pretrain.checkpoint.tensors import read_weights as read_checkpoint_weights
+from pretrain.config.compose import read_config
+from pretrain.inference.hf_assets import ASSETS_FOLDER, end_ids
+from pretrain.inference.hf_llama import CONFIG, MODEL_KEYS, read_arguments, read_weights
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A model on the disk.
+
+    path        the checkpoint, or the Hugging Face folder
+    arguments   the keyword arguments for ``Llama``
+    dtype       of the weights
+    seq_len     the length of its training sequences in tokens, or the most that it takes if that is not known
+    weights     reads the weights: pairs of our name and a tensor, one at a time
+    tokenizer   finds the tokenizer's file; raises ValueError if there is none
+    assets      the folder with the files that Hugging Face keeps beside a model, see ``hf_assets``; None without any
+    """
+
+    path: Path
+    arguments: dict[str, Any]
+    dtype: torch.dtype
+    seq_len: int
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]
+    tokenizer: Callable[[], Path]
+    assets: Path | None
+
+    def load(self) -> tuple[Llama, Tokenizer]:
+        """The model in its own dtype and in eval mode, on the GPU if there is one, and its tokenizer.
+
+        Raises:
+            ValueError: the tokenizer is missing, or has tokens that the model has no embedding for.
+        """
+        tokenizer = Tokenizer(self.tokenizer())
+        require_embeddings(tokenizer, self.arguments["vocab_size"])
+        with torch.device("meta"):
+            model = Llama(**self.arguments).to_dtype(self.dtype)
+        model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+        fill_weights(model, self.weights(), self.path)
+        return model.eval(), tokenizer
+
+    def end_ids(self) -> list[int]:
+        """The tokens at which generation stops beside the tokenizer's eos token, see ``hf_assets.end_ids``."""
+        return end_ids(self.assets) if self.assets else []
+
+
+def find_pretrained(path: str | Path) -> PretrainedModel:
+    """The model at ``path``: a run's folder (its newest checkpoint), a checkpoint's folder, or a Hugging Face folder.
+
+    Raises:
+        ValueError: there is no model, or one that cannot be read.
+    """
+    path = Path(path)
+    if (path / "config.yaml").exists():
+        newest = newest_to_read(path / "checkpoints")
+        if newest is None:
+            raise ValueError(f"{path} holds no checkpoint yet; wait for one (train.checkpoint_every)")
+        return _from_checkpoint(newest)
+    if (path / "state.json").exists():
+        return _from_checkpoint(path)
+    if (path / CONFIG).exists():
+        arguments, dtype = read_arguments(path)
+        return PretrainedModel(
+            path, arguments, dtype, arguments["max_position_embeddings"],
+            weights=lambda: read_weights(path),
+            tokenizer=lambda: find_tokenizer(path) or _require(path / "tokenizer.model"),
+            assets=path,
+        )  # fmt: skip
+    raise ValueError(
+        f"{path} holds no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's {CONFIG} and "
+        "safetensors files"
+    )
+
+
+def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
+    """``find_pretrained(path).load()``."""
+    return find_pretrained(path).load()
+
+
+def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
+    """Refuse a tokenizer with tokens that a model with ``rows`` embedding rows cannot take, see ``Tokenizer.fits``.
+
+    More rows than tokens are allowed: embeddings are often padded to a multiple of 64 or 128.
+
+    Raises:
+        ValueError: there are such tokens.
+    """
+    if not tokenizer.fits(rows):
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows: bring the "
+            "tokenizer that the model was trained with, or give the model more rows (model.vocab_size of a new model)"
+        )
+
+
+def _from_checkpoint(path: Path) -> PretrainedModel:
+    run = path.parent.parent
+    stored = read_config(_require(run / "config.yaml"))
+    config = cast("dict[str, Any]", OmegaConf.to_container(stored, resolve=True))
+    arguments = {key: value for key, value in config["model"].items() if key in MODEL_KEYS}
+    dtype = DTYPES[config["train"]["dtype"]]
+
+    def weights() -> Iterable[tuple[str, Tensor]]:
+        with torch.device("meta"):
+            names = [name for name, _ in Llama(**arguments).named_parameters()]  # a tied head once
+        return read_checkpoint_weights(path, names, dtype)
+
+    return PretrainedModel(
+        path, arguments, dtype, config["train"]["seq_len"], weights,
+        tokenizer=lambda: _tokenizer_of(run, path, config),
+        assets=run / ASSETS_FOLDER if (run / ASSETS_FOLDER).exists() else None,
+    )  # fmt: skip
+
+
+def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:
+    """The copy in the run's folder, or else the file in the prepared dataset that the run was trained on."""
+    if found := find_tokenizer(run):
+        return found
+    wanted = read_state(path)["data"]["tokenizer"]
+    for file in Path(config["data"]["root"]).glob("*/tokenizer.*"):
+        if sha256(file) == wanted:
+            return file
+    raise ValueError(f"{run} holds no tokenizer.model; copy it there from the preparation the run was trained on")
+
+
+def _require(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"there is no {path}; copy it there")
+    return path

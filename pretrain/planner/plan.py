@@ -1,0 +1,76 @@
+"""The plan of a run, told without starting it: ``train.dry_run=true``.
+
+The run's own code builds it all and makes its first steps on fake tensors (pretrain.walk), so that a machine can plan
+what it could not hold. Nothing is written and no data is needed; what is prepared already is counted in epochs.
+"""
+
+from dataclasses import replace
+
+from data.loading.batches import TrainBatches
+from data.prepare import find
+from models.flops import parameter_counts
+from pretrain.config.schema import Config
+from pretrain.planner.memory import GIB, Estimate, estimate, needed, require_fit
+from pretrain.planner.simulate import micro_batch_size
+from pretrain.runs.folder import RunFolder
+from pretrain.setup.data import data_settings
+from pretrain.setup.model import outline
+
+
+def dry_run(config: Config, world_size: int) -> None:
+    """Print the plan of ``config`` on ``world_size`` processes, or on ``estimate.devices`` when there is but one.
+
+    Raises:
+        ConfigError: the run cannot be, may not go on in its folder, or does not fit ``estimate.device_memory_gib``.
+    """
+    if world_size > 1:
+        config = replace(config, estimate=replace(config.estimate, devices=world_size))
+    changes = RunFolder(config).check(config)
+    found, refresh = estimate(config)
+    print(f"{config.run.name}: a dry run, nothing is written")
+    for name, text in plan(config, found, sum(refresh.values())).items():
+        print(f"{name:<18}  {text}")
+    for change in changes:
+        print(f"changed since the run began: {change}")
+    require_fit(config, found, refresh)
+
+
+def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
+    """What there is to tell, by its heading."""
+    train, devices = config.train, config.estimate.devices
+    size, counts = micro_batch_size(config), parameter_counts(outline(config))
+    trainable, tokens = counts["trainable"], train.steps * train.tokens_per_step
+    micro_batches = train.tokens_per_step // (size * train.seq_len * devices)
+    step, refreshed = (f"{needed(config, peak) / GIB:.2f} GiB" for peak in (found.peak_bytes, refresh_peak))
+    held = ", ".join(f"{name.replace('_', ' ')} {b / GIB:.2f}" for name, b in found.components.items() if b > GIB / 200)
+    return {
+        "model": f"{config.model.name}, {found.parameters / 1e6:,.1f}M parameters",
+        "trained at a time": f"{trainable / 1e6:,.1f}M, {trainable / counts['parameters']:.1%}, by {config.optim.name}",
+        "a step": f"{train.tokens_per_step:,} tokens: {devices} process{'es' if devices > 1 else ''} × {micro_batches} "
+        f"micro-batch{'es' if micro_batches > 1 else ''} × {size} sequences × {train.seq_len} tokens",
+        "the run": f"{train.steps:,} steps, {tokens:,} tokens{_epochs(config)}",
+        "arithmetic": f"{found.flops_per_token / 1e9:,.2f} GFLOPs a token, {found.flops_per_token * tokens:.2e} in all",
+        "memory of a device": f"{step} in a step, {refreshed} in a step with a refresh",
+        "of which tensors": f"{held} GiB",
+        "communicated": f"{found.communicated_bytes_per_step / GIB:.3f} GiB a step",
+        "would write to": f"{RunFolder(config).path}, {_place(config)}",
+    }
+
+
+def _epochs(config: Config) -> str:
+    """How often the run would go through its data, if that is prepared."""
+    prepared, sequences = find(data_settings(config)), config.train.tokens_per_step // config.train.seq_len
+    if prepared is None:
+        first = f"from the first {config.data.shuffle_block * config.train.seq_len:,} tokens on at the earliest"
+        meanwhile = f" and will be meanwhile, {first}" if config.data.on_the_fly else ""
+        return f"; the data ({config.data.name}) is not prepared yet{meanwhile}"
+    windows = TrainBatches(prepared.train, config.train.seq_len, sequences, 1, config.train.seed).windows
+    return f", {config.train.steps * sequences / windows:.2f} epochs of {prepared.folder}"
+
+
+def _place(config: Config) -> str:
+    folder = RunFolder(config)
+    if (newest := folder.latest_checkpoint) is None:
+        return "a new run"
+    finished = folder.is_finished(config.train.steps)
+    return "where this run is finished" if finished else f"going on from {newest.name}"

@@ -1,0 +1,23 @@
+"""Which code a run is made with, for its summary."""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def git_commit() -> str | None:
+    """The commit that is checked out here, with ``-dirty`` when files differ from it; None when git does not know."""
+    try:
+        if (
+            Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT
+        ):  # a repository that merely contains this folder
+            return None
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

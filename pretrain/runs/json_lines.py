@@ -1,0 +1,44 @@
+"""Files of JSON lines: appended to by a run, read for reports."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class JsonLinesFile:
+    """Appends JSON lines to the file ``path``.
+
+    When the disk refuses a line, that is logged once; the line is kept and written as soon as the disk takes it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._pending, self._failing = path, b"", False
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._pending += json.dumps(line).encode() + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:  # opened each time: the folder may have been replaced
+                while self._pending:
+                    self._pending = self._pending[file.write(self._pending) :]
+        except OSError as error:
+            if not self._failing:
+                logger.warning("%s cannot be written (%s); the run continues and keeps its lines", self.path, error)
+            self._failing = True
+        else:
+            if self._failing:
+                logger.warning("%s can be written again; no line is lost", self.path)
+            self._failing = False
+
+
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The complete lines of ``file``, which need not exist; the last one may be half-written."""
+    if file.exists():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue

@@ -1,0 +1,59 @@
+"""Log the metrics of a run: to metrics.jsonl, to W&B if possible, and to the terminal. Only the main process does."""
+
+import logging
+from typing import Any
+
+from pretrain.cli.console import progress_bar
+from pretrain.config.schema import Config
+from pretrain.runs.folder import RunFolder
+from pretrain.runs.json_lines import JsonLinesFile
+from pretrain.runs.wandb_log import WandbLogger
+
+logger = logging.getLogger(__name__)
+
+
+class MetricLog:
+    """Writes metric lines to the files of a run's folder and to W&B, and shows them on the terminal.
+
+    Args:
+        first_step: the step that the run starts or resumes at, for the progress bar.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, first_step: int):
+        self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
+        self._bad_batches = JsonLinesFile(folder.bad_batches_file)
+        self._wandb = WandbLogger(config, folder.path)
+        self._bar = progress_bar(config.train.steps, first_step)
+
+    def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
+        """Write a metric line; ``tokens`` is the number of tokens trained on up to ``step``."""
+        line = {"step": step, "tokens": tokens, **values}
+        self._lines.write(line)
+        self._wandb.log(line)
+
+    def write_selection(self, step: int, layers: dict[str, Any]) -> None:
+        """Write a line of selection.jsonl: the rows selected since the last line, by layer; none if ``layers`` is {}."""
+        if layers:
+            self._selection.write({"step": step, "layers": layers})
+
+    def write_bad_batch(self, line: dict[str, Any]) -> None:
+        """Write a line of bad_batches.jsonl: a step that was skipped, and why."""
+        self._bad_batches.write(line)
+
+    def advance(self, step: int, shown: dict[str, float]) -> None:
+        """Move the progress bar to ``step``, and log ``shown`` (name and value) as a plain line where there is no bar."""
+        text = " · ".join(f"{name} {value:,.{0 if value >= 1000 else 3}f}" for name, value in shown.items())
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=step, shown=text)
+        if text:
+            logger.info("step %d · %s", step, text, extra={"in_bar": True})
+
+    def show_results(self, samples: list[tuple[str, str]]) -> None:
+        """Show the results of a finished run on W&B: validations, samples (prompts and continuations), coverage."""
+        self._wandb.log_results(samples)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """End the log; ``summary`` is shown on W&B, and is empty unless the run is finished."""
+        if self._bar:
+            self._bar.stop()
+        self._wandb.finish(summary)

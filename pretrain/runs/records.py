@@ -1,0 +1,116 @@
+"""The records in a run's folder, read for reports; the run may still be writing them."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from pretrain.runs.json_lines import read_json_lines
+
+Series = NDArray[np.float64]
+SEED = re.compile(r"[_-]?seed[-_=]?\d+")
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of the run in the folder ``path``; each file is read when it is first needed.
+
+    settings   config.yaml
+    lines      of metrics.jsonl; ``minutes`` is added to each: the training time so far, without validation
+    selection  lines of selection.jsonl
+    summary    summary.json; empty until the run is finished
+    """
+
+    path: Path
+    name: str
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))  # type: ignore[return-value]
+
+    @cached_property
+    def lines(self) -> list[dict[str, Any]]:
+        minutes, before, lines = 0.0, 0, list(read_json_lines(self.path / "metrics.jsonl"))
+        for line in lines:
+            if "perf/step_s" in line:
+                minutes, before = minutes + line["perf/step_s"] * (line["step"] - before) / 60, line["step"]
+            line["minutes"] = minutes
+        return lines
+
+    @cached_property
+    def selection(self) -> list[dict[str, Any]]:
+        return list(read_json_lines(self.path / "selection.jsonl"))
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        file = self.path / "summary.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def progress(self) -> str:
+        """The step for people: ``700`` if the run is finished, or else ``300 of 700``."""
+        return f"{self.step}" if self.summary else f"{self.step} of {self.settings['train']['steps']}"
+
+    def series(self, key: str, over: str = "tokens") -> tuple[Series, Series]:
+        """x (n,) and y (n,) of the lines that have ``key``; ``over`` is tokens, minutes or step."""
+        points = [(line[over], line[key]) for line in self.lines if line.get(key) is not None]
+        x, y = np.array(points, dtype=float).reshape(-1, 2).T
+        return x, y
+
+    def coverage(self) -> tuple[list[str], Series, Series]:
+        """The names of layers, the tokens (t,) at each refresh, and the share of rows ever selected (layers, t)."""
+        layers = list(dict.fromkeys(name for line in self.selection for name in line["layers"]))
+        shares = np.full((len(layers), len(self.selection)), np.nan)
+        for t, line in enumerate(self.selection):
+            shares[:, t] = shares[:, t - 1] if t else 0.0
+            for name, layer in line["layers"].items():
+                shares[layers.index(name), t] = layer["ever_selected"] / layer["rows"]
+        steps = np.array([line["step"] for line in self.selection], dtype=float)
+        return layers, steps * self.settings["train"]["tokens_per_step"], shares
+
+
+def find_runs(paths: list[Path]) -> list[RunRecords]:
+    """The runs at ``paths``: folders of runs, or folders that contain some. Their names are the shortest that differ.
+
+    Raises:
+        ValueError: a path holds no run that has logged anything.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        inside = [path] if (path / "config.yaml").exists() else sorted(p.parent for p in path.rglob("config.yaml"))
+        logged = [p for p in inside if (p / "metrics.jsonl").exists() and (p / "metrics.jsonl").stat().st_size]
+        if not logged:
+            raise ValueError(f"{path} holds no run that has logged anything; give a folder below run.root")
+        folders |= dict.fromkeys(logged)
+    parts = 1
+    while len({p.parts[-parts:] for p in folders}) < len(folders):
+        parts += 1
+    return [RunRecords(p, "/".join(p.parts[-parts:])) for p in folders]
+
+
+def group_by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
+    """Group runs that differ only in ``train.seed``, under the name that they share."""
+    groups: dict[str, dict[int, RunRecords]] = {}
+    for run in runs:
+        settings = {k: v for k, v in run.settings.items() if k not in ("run", "logger")}
+        settings["train"] = {k: v for k, v in run.settings["train"].items() if k != "seed"}
+        key, seed = json.dumps(settings, sort_keys=True), run.settings["train"]["seed"]
+        if seed in groups.get(key, {}):  # the same run twice, under two names
+            key += run.name
+        groups.setdefault(key, {})[seed] = run
+    named: dict[str, list[RunRecords]] = {}
+    for group in groups.values():
+        first, *others = group.values()
+        name = f"{SEED.sub('', first.name).strip('_-')} ({len(group)} seeds)" if others else first.name
+        named[name if name not in named else first.name] = [first, *others]
+    return named

@@ -1,0 +1,47 @@
+"""Results of the jobs of a sweep."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.cli.signals import EXIT_CODE
+
+LOGS = "_sweeps"  # in the sweep's folder: the output and the result of each job
+STATUSES = {0: "finished", EXIT_CODE: "stopped"}
+
+
+@dataclass
+class JobResult:
+    """How one job of a sweep ended.
+
+    ``status`` is finished, failed, stopped (by a signal, after saving) or not started (the sweep was stopped before).
+    """
+
+    name: str  # of the run's folder below the sweep's
+    overrides: list[str]
+    folder: str
+    log: str  # the file with the job's output
+    exit_code: int | None = None  # None: not started
+
+    @property
+    def status(self) -> str:
+        return "not started" if self.exit_code is None else STATUSES.get(self.exit_code, "failed")
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The run's summary.json; None for a run that did not finish."""
+        file = Path(self.folder) / "summary.json"
+        return json.loads(file.read_text()) if self.status == "finished" and file.exists() else None
+
+    @property
+    def reason(self) -> str:
+        """The last line that a failed job printed."""
+        lines = [line for line in Path(self.log).read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+
+def results(logs: Path) -> list[JobResult]:
+    """The results in one sweep's folder of logs, in the order of the jobs."""
+    files = sorted(logs.glob("[0-9]*.json"), key=lambda file: int(file.stem))
+    return [JobResult(**json.loads(file.read_text())) for file in files]

@@ -1,0 +1,192 @@
+"""Log a run to Weights & Biases: its metric lines, and at its end tables, the coverage picture and a checkpoint.
+
+A failure of W&B never ends the run: it continues offline, or else without W&B, and says so. metrics.jsonl has every
+line in any case.
+"""
+
+import io
+import logging
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.atomic import write_atomic
+from pretrain.checkpoint.directory import latest
+from pretrain.config.schema import Config
+from pretrain.runs.records import RunRecords
+
+logger = logging.getLogger(__name__)
+
+VALIDATION = ["step", "tokens", "val/loss", "val/perplexity", "val/bits_per_byte"]
+ID_FILE = "wandb_id.txt"
+# Settings of ours that W&B's own environment variables override: name in wandb.Settings, variable, value.
+SETTINGS = [
+    ("silent", "WANDB_SILENT", True),
+    ("console", "WANDB_CONSOLE", "off"),
+    ("init_timeout", "WANDB_INIT_TIMEOUT", 20.0),  # seconds for an online start; after them the run starts offline
+    ("finish_timeout", "WANDB_FINISH_TIMEOUT", 300.0),  # seconds for the upload of the rest at the end of the run
+    ("finish_timeout_raises", "WANDB_FINISH_TIMEOUT_RAISES", True),
+]
+
+
+class WandbLogger:
+    """The W&B run of a training run; does nothing if it is disabled or cannot be started."""
+
+    def __init__(self, config: Config, folder: Path):
+        self._config, self._folder = config, folder
+        self._run: Any = None
+        self._modes = list[str]()  # still to be tried
+        self._advice = ""
+        if config.logger.wandb.mode != "disabled":
+            self._try("start", lambda: self._modes.extend(_modes(config.logger.wandb.mode)))
+            self._start_next()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Log a metric line."""
+        if not self._try("log", lambda: self._run.log(line)) and self._start_next():
+            self._try("log", lambda: self._run.log(line))
+
+    def log_results(self, samples: list[tuple[str, str]]) -> None:
+        """Log the validations as a table, ``samples`` (prompts and continuations), and the picture of coverage.
+
+        With ``logger.wandb.log_checkpoint`` the newest checkpoint is uploaded too.
+        """
+        self._try("log the results", lambda: self._run.log(_results(self._folder, samples)))
+        if self._config.logger.wandb.log_checkpoint:
+            self._try("log the checkpoint", lambda: _log_checkpoint(self._run, self._folder))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Log the run's summary, and wait until W&B has written or uploaded everything."""
+        self._try("log the summary", lambda: self._run.summary.update(summary))
+        self._try("finish", lambda: self._run.finish())
+        self._run = None
+
+    def _start_next(self) -> bool:
+        """Start in the next of the modes that are left; returns whether the run is logged from now on."""
+        while self._run is None and self._modes:
+            self._try("start", lambda: self._start(self._modes.pop(0)))
+        return self._run is not None
+
+    def _start(self, mode: str) -> None:
+        self._run = _start(self._config, self._folder, mode)
+        self._advice = f"; upload it with: {_sync_command(self._run)}"
+        logger.info("W&B is %s%s", mode, self._advice if self._run.offline else "")
+
+    def _try(self, action: str, call: Callable[[], object]) -> bool:
+        """Whether ``call`` succeeded; a failure is logged, and ends this run of W&B's."""
+        if self._run is None and action != "start":
+            return True
+        try:
+            call()
+        except Exception as error:  # whatever W&B raises must not end the training
+            logger.warning("W&B could not %s: %s%s", action, error, self._advice)
+            self._stop()
+            return False
+        return True
+
+    def _stop(self) -> None:
+        """End W&B's own process, which would refuse to start another run of the same id."""
+        self._run, self._advice = None, ""
+        try:
+            import wandb
+
+            wandb.teardown()
+        except Exception as error:
+            logger.warning("W&B's process could not be stopped: %s", error)
+
+
+def _modes(configured: str) -> list[str]:
+    """The modes to try, in order: the one to use, and offline in case that fails; none if W&B is disabled.
+
+    ``auto`` is the mode that WANDB_MODE or W&B's settings files name, or else online where a login is known.
+    """
+    import wandb  # here and below: a broken installation must not end a run
+
+    mode = configured
+    if configured == "auto":
+        settings = wandb.setup(wandb.Settings(**_unless_set(SETTINGS))).settings
+        named = os.environ.get("WANDB_MODE") or settings.mode != "online"
+        mode = settings.mode if named or wandb.login(prompt=False, verify=False) else "offline"
+    if mode == "disabled":
+        logger.info("W&B is disabled")
+        return []
+    return list(dict.fromkeys((mode, "offline")))
+
+
+def _start(config: Config, folder: Path, mode: Any) -> Any:
+    """The W&B run, started in ``mode``; W&B's environment variables override what the configuration leaves open."""
+    import wandb
+
+    ours, id_file = config.logger.wandb, folder / ID_FILE
+    if not id_file.exists():
+        write_atomic(id_file, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    explicit = {"project": ours.project, "entity": ours.entity, "group": ours.group}
+    derived = [
+        ("project", "WANDB_PROJECT", "grass"),
+        ("group", "WANDB_RUN_GROUP", "/".join(Path(config.run.name).parts[:-1]) or config.model.name),
+        ("name", "WANDB_NAME", Path(config.run.name).name),
+        ("job_type", "WANDB_JOB_TYPE", config.optim.name),
+        ("id", "WANDB_RUN_ID", id_file.read_text(encoding="utf-8").strip()),
+        ("resume", "WANDB_RESUME", "allow"),
+        ("dir", "WANDB_DIR", str(folder)),
+    ]
+    arguments = _unless_set(derived) | {key: value for key, value in explicit.items() if value is not None}
+    settings = wandb.Settings(**_unless_set(SETTINGS))
+    run = wandb.init(mode=mode, config=asdict(config), settings=settings, **arguments)
+    run.define_metric("tokens")
+    run.define_metric("*", step_metric="tokens")
+    return run
+
+
+def _unless_set(values: list[tuple[str, str, Any]]) -> dict[str, Any]:
+    return {name: value for name, variable, value in values if not os.environ.get(variable)}
+
+
+def _sync_command(run: Any) -> str:
+    """The shell command that uploads every part of ``run``, one for each time it was started."""
+    program = os.path.relpath(Path(sys.executable).with_name("wandb"))
+    parts = Path(run.settings.sync_dir)
+    return f"{shlex.quote(program)} sync {shlex.quote(str(parts.parent))}/*run-*-{run.id}"
+
+
+def _results(folder: Path, samples: list[tuple[str, str]]) -> dict[str, Any]:
+    import wandb
+
+    data = RunRecords(folder, folder.name)
+    lines = [[line[name] for name in VALIDATION] for line in data.lines if "val/loss" in line]
+    shown: dict[str, Any] = {"tokens": data.lines[-1]["tokens"], "validation": wandb.Table([*VALIDATION], data=lines)}
+    if samples:
+        shown["samples"] = wandb.Table(["prompt", "continuation"], data=[list(sample) for sample in samples])
+    if picture := _coverage_picture(data):
+        shown["coverage"] = wandb.Image(picture)
+    return shown
+
+
+def _coverage_picture(data: RunRecords) -> Any:
+    from PIL import Image
+
+    from pretrain.runs.figures import plot_coverage  # matplotlib takes a second to import, at the end of a run only
+
+    if (figure := plot_coverage(data, "wide")) is None:
+        return None
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    return Image.open(file)
+
+
+def _log_checkpoint(run: Any, folder: Path) -> None:
+    import wandb
+
+    if (newest := latest(folder / "checkpoints")) is None:
+        return
+    step = RunRecords(folder, folder.name).step
+    artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata={"step": step})
+    for path in (newest, *(folder / name for name in ("config.yaml", "tokenizer.model", "tokenizer.json"))):
+        if path.exists():
+            artifact.add_dir(str(path), path.name) if path.is_dir() else artifact.add_file(str(path))
+    run.log_artifact(artifact)

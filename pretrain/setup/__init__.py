@@ -1,0 +1,1 @@
+"""Checks and construction of the objects of a run."""

@@ -1,0 +1,265 @@
+"""Holds the settings of a run against each other and against the model they describe, before anything is built."""
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.prepare import problems as data_problems
+from data.tokenizer import MOST_PADDING
+from models import activation_checkpointing as checkpointing
+from models.attention import resolve_backend
+from models.convert import convert_linears
+from models.grass_linear import GrassLinear
+from models.llama import Llama
+from models.precision import DTYPES
+from optim.baselines import PROJECTED, SCALE_TYPES
+from optim.inner import optimizer_class
+from optim.moments import NEW_SECOND_MOMENTS, POLICIES
+from optim.param_groups import parameter_groups
+from optim.schedule import SCHEDULES
+from optim.scores import SCORES
+from optim.selection import SELECTIONS
+from pretrain.config.schema import (
+    SETTLING,
+    BaselineConfig,
+    Config,
+    ConfigError,
+    EstimateConfig,
+    GrassConfig,
+    OptimConfig,
+    limit_problems,
+    model_arguments,
+)
+from pretrain.distributed.engines import sharding_problems
+from pretrain.inference.init_from import init_problems
+
+logger = logging.getLogger(__name__)
+
+
+def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
+    """Hold the settings against each other and against the model they describe, built without memory.
+
+    Without ``needs_data`` the text to train on need not be there.
+
+    Raises:
+        ConfigError: lists every problem with its key and the mend.
+    """
+    logging.disable(logging.INFO)  # what is looked at here is built again for the run, which says it then
+    try:
+        problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
+        problems += _optim_problems(config.optim)
+        problems += _estimate_problems(config.estimate)
+        if isinstance(config.optim, GrassConfig):
+            problems += _grass_problems(config.optim)
+        problems += _baseline_problems(config.optim)
+        if config.train.step_in_backward:
+            problems += _step_in_backward_problems(config.optim, config.train.non_finite == "skip", world_size)
+        if 0 <= config.train.steps <= config.optim.warmup_steps:
+            problems.append(
+                f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
+                "lower it"
+            )
+        problems += _model_problems(config, world_size)
+        if needs_data:
+            of_data = data_problems(config.data)
+            # The check of train.init_from has said it, with the fix that fits the weights.
+            problems += [p for p in of_data if not (config.train.init_from and p.startswith("data.vocab_size: is"))]
+    finally:
+        logging.disable(logging.NOTSET)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _within(low: float, high: float, node: Any, *names: str) -> list[str]:
+    values = {name: getattr(node, name) for name in names}
+    return [f"optim.{n}={v} must be between {low:g} and {high:g}" for n, v in values.items() if not low <= v <= high]
+
+
+def _one_of(key: str, value: str, known: Iterable[str]) -> list[str]:
+    return [] if value in known else [f"{key}={value} is unknown; choose from {', '.join(known)}"]
+
+
+def _run_problems(config: Config) -> list[str]:
+    name, parts = config.run.name, Path(config.run.name).parts
+    forbidden = set('\\:*?"<>|') & set(name)
+    if not name.strip() or forbidden or name.startswith("/") or not parts or ".." in parts:
+        return [f"run.name={name!r} cannot be a folder below run.root; use letters, digits, - and _"]
+    return []
+
+
+def _train_problems(config: Config, world_size: int) -> list[str]:
+    train, model, problems = config.train, config.model, list[str]()
+    sequences = train.micro_batch_size or 1
+    if (share := sequences * train.seq_len * world_size) > 0 and train.tokens_per_step % share:
+        problems.append(
+            f"train.tokens_per_step={train.tokens_per_step} is not divisible by micro_batch_size × seq_len × processes"
+            f" = {sequences} × {train.seq_len} × {world_size}; change one of them"
+        )
+    if train.keep_every and not train.keep_last:
+        problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
+    if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
+        problems.append(f"train.spike_factor={train.spike_factor} must be greater than 1, or 0 for no spikes")
+    if not 0 < train.timeout_minutes < math.inf:
+        problems.append(f"train.timeout_minutes={train.timeout_minutes} must be greater than 0 and finite")
+    if train.profile and train.profile + SETTLING > train.steps:
+        problems.append(
+            f"train.profile={train.profile} begins after {SETTLING} steps, and train.steps={train.steps} leaves fewer; "
+            "lower it or raise train.steps"
+        )
+    try:
+        checkpointing.parse(train.checkpointing)
+    except ValueError as error:
+        problems.append(str(error))
+    if train.document_masks and config.data.source == "instructions":
+        problems.append(
+            "train.document_masks=true: a row of data=instructions is one document already; set it to false"
+        )
+    if config.data.on_the_fly and config.data.source in ("mixture", "instructions"):
+        problems.append(
+            f"data.on_the_fly=true: data.source={config.data.source} has an order that needs all of its text; prepare "
+            "it first, with data.on_the_fly=false"
+        )
+    if train.seq_len > model.max_position_embeddings:
+        problems.append(
+            f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}; shorten it or choose a model with more positions"
+        )
+    return problems
+
+
+def _estimate_problems(estimate: EstimateConfig) -> list[str]:
+    problems = []
+    if estimate.device_memory_gib is not None and not estimate.device_memory_gib > 0:
+        problems.append(
+            f"estimate.device_memory_gib={estimate.device_memory_gib:g} must be greater than 0, or null for no limit"
+        )
+    return problems
+
+
+def _optim_problems(optim: OptimConfig) -> list[str]:
+    problems = _one_of("optim.schedule", optim.schedule, SCHEDULES)
+    for key in ("inner", "embedding_inner"):
+        try:
+            optimizer_class(getattr(optim, key) or optim.inner)
+        except ValueError as error:
+            problems.append(str(error).replace("optim.inner", f"optim.{key}"))
+    for name in ("lr", "linear_lr", "alpha"):
+        rate = getattr(optim, name, 1.0)
+        if not 0 < rate < math.inf:
+            problems.append(f"optim.{name}={rate} must be greater than 0 and finite")
+    problems += _within(0, 1, optim, "final_lr", "decay_share", "eps")
+    problems += _within(0, math.inf, optim, "weight_decay", "clip")
+    if optim.norm_growth != 0 and not 1 < optim.norm_growth < math.inf:
+        problems.append(f"optim.norm_growth={optim.norm_growth} must be greater than 1, or 0 for none")
+    if not 0 <= optim.momentum < 1:
+        problems.append(f"optim.momentum={optim.momentum} must be in [0, 1)")
+    if len(optim.betas) != 2 or not all(0 <= b < 1 for b in optim.betas):
+        problems.append(f"optim.betas={optim.betas} must be two numbers in [0, 1)")
+    return problems
+
+
+def _grass_problems(optim: GrassConfig) -> list[str]:
+    problems = _one_of("optim.selection", optim.selection, SELECTIONS)
+    problems += _one_of("optim.score", optim.score, SCORES)
+    problems += _one_of("optim.state_at_refresh", optim.state_at_refresh, POLICIES)
+    problems += _one_of("optim.new_second_moment", optim.new_second_moment, NEW_SECOND_MOMENTS)
+    if not 0 <= optim.refresh_warmup <= max(1, optim.refresh_every):
+        problems.append(f"optim.refresh_warmup={optim.refresh_warmup} must be between 0 and optim.refresh_every")
+    if optim.stagger not in (True, False, "auto"):
+        problems.append(f"optim.stagger={optim.stagger} is unknown; choose from true, false, auto")
+    if optim.stagger and optim.refresh_warmup:
+        problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
+    if optim.master_weights and optim.state_dtype == "bfloat16":
+        problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")
+    if not optim.patterns:
+        problems.append("optim.patterns=[] names no layer to train with Grass; name some, or set optim=adamw")
+    return problems
+
+
+def _baseline_problems(optim: OptimConfig) -> list[str]:
+    if not isinstance(optim, BaselineConfig):
+        if optim.embedding_inner in PROJECTED:
+            return [f"optim.embedding_inner={optim.embedding_inner} projects linears; use adamw8bit or adafactor"]
+        projects = optim.inner in PROJECTED
+        return [f"optim.inner={optim.inner} needs keys of its own; use optim={optim.inner}"] if projects else []
+    if optim.inner not in PROJECTED:
+        return [f"optim.inner={optim.inner} does not project; use {', '.join(PROJECTED)}, or optim=adamw"]
+    problems = []
+    if optim.embedding_inner is not None:
+        problems.append(f"optim.embedding_inner: {optim.inner} steps on embeddings by itself; set it to null")
+    if not 0 < optim.scale < math.inf:
+        problems.append(f"optim.scale={optim.scale} must be greater than 0 and finite")
+    if optim.inner == "apollo":
+        problems += _one_of("optim.scale_type", str(optim.scale_type), SCALE_TYPES)
+    elif optim.scale_type is not None:
+        problems.append(f"optim.scale_type={optim.scale_type} is for APOLLO; leave it null with {optim.inner}")
+    return problems
+
+
+def _chunked_head_problems(optim: GrassConfig) -> list[str]:
+    if optim.score != "exact":
+        return []
+    return [
+        "optim.score=exact scores the head by the gradient of every chunk of train.loss_chunk_tokens, not by their "
+        "sum; use optim.score=sketch, or set train.loss_chunk_tokens=null"
+    ]
+
+
+def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int) -> list[str]:
+    key, problems = "train.step_in_backward=true", []
+    if optim.clip:
+        problems.append(
+            f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
+            "optim.norm_growth=1.01, which limits each linear by itself"
+        )
+    if skips:
+        problems.append(f"{key}: steps are made before all gradients are seen; set train.non_finite=stop")
+    if world_size > 1:
+        problems.append(f"{key}: gradients of {world_size} processes meet only after the backward; set it to false")
+    if optim.master_weights:
+        problems.append(f"{key}: masters step all at once; set optim.master_weights=false")
+    if isinstance(optim, BaselineConfig):
+        problems.append(f"{key}: {optim.inner} counts its steps over all parameters; set it to false")
+    return problems
+
+
+def _model_problems(config: Config, world_size: int) -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problems = []
+    try:
+        with torch.device("meta"):
+            model = Llama(**model_arguments(config))
+        if config.train.init_from:
+            problems += init_problems(config.train.init_from, model, model_arguments(config), config.data.tokenizer)
+        if isinstance(config.optim, GrassConfig):
+            optim = config.optim
+            convert_linears(model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index)
+            if isinstance(model.lm_head, GrassLinear) and config.train.loss_chunk_tokens:
+                problems += _chunked_head_problems(optim)
+        if isinstance(config.optim, BaselineConfig):
+            linears = parameter_groups(model, lr=1.0, linear_lr=1.0)[0]["params"]
+            problems += _within(1, min(min(p.shape) for _, p in linears), config.optim, "rank")
+        problems += sharding_problems(config, model, world_size)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        head_dim = config.model.hidden_size // max(1, config.model.num_attention_heads)
+        resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32), head_dim)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems + _vocabulary_problems(config)
+
+
+def _vocabulary_problems(config: Config) -> list[str]:
+    """A model may have more embedding rows than there are tokens: as padding, or as it comes with train.init_from."""
+    tokens, rows = config.data.vocab_size, config.model.vocab_size
+    if tokens <= rows and (rows <= tokens + MOST_PADDING or config.train.init_from):
+        return []
+    return [
+        f"data.vocab_size={tokens} is not model.vocab_size={rows}: a model has an embedding row for each token, and up "
+        f"to {MOST_PADDING} more as padding; set both to the same"
+    ]

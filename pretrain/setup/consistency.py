@@ -1,0 +1,92 @@
+"""What the processes of a run must have alike before they compute: settings, code, torch, data, the first weights."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data.token_dataset import PreparedDataset
+from models.dtensor import local, place
+from pretrain.config.compose import flat
+from pretrain.config.schema import Config, marked
+from pretrain.distributed.world import World
+from pretrain.runs.code_version import ROOT
+
+CODE = ("models", "optim", "data", "pretrain")
+
+
+class Disagreement(ValueError):
+    """Processes of one run differ; the message says which ranks, in what and how, a line each."""
+
+
+def require_same_setting(config: Config, data: PreparedDataset, world: World) -> None:
+    """Call on every process before anything is built.
+
+    Raises:
+        Disagreement: on all of them, when processes were started with different settings, code, torch or data.
+    """
+    if world.size == 1:
+        return
+    # Each machine may keep its own copy of the corpus: the fingerprint says whether the copies are equal.
+    per_rank = marked(config, "per_rank")
+    mine = {key: value for key, value in flat(OmegaConf.structured(config)).items() if key not in per_rank}
+    mine |= {"code": code_hash(), "torch": torch.__version__}
+    mine |= {"tokenizer": data.tokenizer.sha256, "data": data.fingerprint}
+    if found := _differences(world.gather_objects(mine)):
+        mend = "start every process with the same command, code, environment and corpus"
+        raise Disagreement("\n".join(["the processes of this run differ", *found, mend]))
+
+
+def require_same_weights(tensors: Mapping[str, Tensor], world: World) -> None:
+    """Compare ``tensors``, by name, among the processes that hold the same part of them.
+
+    Raises:
+        Disagreement: on all of them, when a tensor differs somewhere.
+    """
+    if world.size == 1:
+        return
+    mine = {f"{name}{_place(tensor)}": _digest(local(tensor)) for name, tensor in tensors.items()}
+    if found := _differences(world.gather_objects(mine)):
+        first = f"the processes of this run begin with different values of {len(found)} tensors"
+        mend = "they come from train.seed, train.init_from or a checkpoint: every process must read the same files"
+        raise Disagreement("\n".join([first, *found[:4], mend]))
+
+
+def _differences(by_rank: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for key in dict.fromkeys(key for mine in by_rank for key in mine):
+        holders: dict[str, list[int]] = {}
+        for rank, mine in enumerate(by_rank):
+            if key in mine:
+                holders.setdefault(str(mine[key]), []).append(rank)
+        if len(holders) > 1:
+            lines.append(f"{key}: " + "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items()))
+    return lines
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _place(tensor: Tensor) -> str:
+    """Which part of a sharded tensor is here; nothing for a whole one."""
+    here = place(tensor)
+    whole = all(part == slice(0, size) for part, size in zip(here, tensor.shape, strict=True))
+    return "" if whole else str([(part.start, part.stop) for part in here])
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(content.data, digest_size=8).hexdigest()
+
+
+def code_hash() -> str:
+    """Of the source files that a run is made of, whether or not git knows them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(file for folder in CODE for file in Path(ROOT, folder).rglob("*.py")):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()

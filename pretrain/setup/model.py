@@ -1,0 +1,74 @@
+"""From a configuration to the objects of a run: the model, its optimizer, and what is attached to it."""
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from models.activation_checkpointing import checkpoint_blocks
+from models.convert import convert_linears
+from models.grass_linear import GrassLinear
+from models.llama import Llama, odd_sizes
+from models.precision import DTYPES, at_least_fp32
+from models.recompute import set_lean
+from models.weights import fill_weights
+from pretrain.config.schema import Config, GrassConfig, model_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    config: Config,
+    device: torch.device,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
+    shard: Callable[[Llama], None] | None = None,
+) -> Llama:
+    """The model on ``device``, its linears converted when the run uses Grass.
+
+    It starts from ``weights`` by name, or is initialised from the run's seed. ``shard`` gets it on the meta device and
+    may leave this process only a part of it to hold.
+    """
+    if device.type == "cuda" and config.train.dtype == "bfloat16":
+        warn_of_odd_sizes(config.model.hidden_size, config.model.intermediate_size, config.model.vocab_size)
+    model = outline(config)
+    if shard is not None:
+        shard(model)
+    return materialise(config, model, device, weights)
+
+
+@cache
+def warn_of_odd_sizes(hidden_size: int, intermediate_size: int, vocab_size: int) -> None:
+    """Log the sizes that make products slow, once."""
+    for message in odd_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size, vocab_size=vocab_size):
+        logger.warning(message)
+
+
+def outline(config: Config) -> Llama:
+    """The model in its dtypes, its linears converted when the run uses Grass, without memory: on the meta device."""
+    with torch.device("meta"):
+        model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
+        if isinstance(config.optim, GrassConfig):
+            optim = config.optim
+            rows = DTYPES[optim.state_dtype] if optim.state_dtype else at_least_fp32(DTYPES[config.train.dtype])
+            convert_linears(model, optim.rank, optim.patterns, optim.side, rows, optim.share_index, optim.int8_weights)
+    return model
+
+
+def materialise(
+    config: Config, model: Llama, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None
+) -> Llama:
+    """Give an outline its memory on ``device``, its weights, and its first rows when the run uses Grass."""
+    model.to_empty(device=device)
+    if weights is None:
+        model.init_weights(config.train.seed)
+    else:
+        fill_weights(model, weights, f"train.init_from={config.train.init_from}")
+    for module in model.modules():
+        if isinstance(module, GrassLinear):
+            module.reset()
+    checkpoint_blocks(model.layers, config.train.checkpointing)
+    set_lean(model.layers, config.train.lean_activations)
+    model.loss_chunk_tokens = config.train.loss_chunk_tokens
+    return model

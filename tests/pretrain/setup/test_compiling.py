@@ -1,0 +1,51 @@
+"""The block that is compiled first, for a trial: what serves the run afterwards, and what becomes of a failure."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from benchmarks.steps import Steps
+from pretrain.config.compose import load
+from pretrain.distributed.world import World
+from pretrain.setup import compiling
+from pretrain.setup.compiling import compile_blocks
+
+TINY = [
+    "model.hidden_size=64", "model.intermediate_size=160", "model.num_attention_heads=2", "model.vocab_size=32",
+    "train.seq_len=16", "train.tokens_per_step=32", "optim.rank=8", "logger.wandb.mode=disabled",
+]  # fmt: skip
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["optim=adamw"],
+        ["optim.selection=uniform_with_replacement", "optim.inner=adamw"],
+        ["train.checkpointing=full", "train.dtype=bfloat16"],
+    ],
+)
+def test_what_is_compiled_for_the_trial_is_all_that_a_run_needs(more):
+    torch._dynamo.reset()
+    counters.clear()
+    own = [o for o in TINY if "rank" not in o or "optim=adamw" not in more]
+    steps = Steps(load([*own, *more]), ALONE)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled == (1 if "optim=adamw" in more else 2)  # with probes, and without
+    made = iter(steps)
+    for _ in range(11):
+        next(made)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_a_block_that_does_not_compile_is_said_and_the_model_trains_as_it_is(caplog, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("\nScalar -7046029254386353131 is out of range\nmore")
+
+    monkeypatch.setattr(compiling.GrassLinear, "start_probe", refuse)  # the state that a small trial does not have
+    config = load([*TINY, "train.compile=false"])
+    steps = Steps(config, ALONE)
+    assert not compile_blocks(config, steps.model, ALONE)
+    assert "training without it: RuntimeError: Scalar -7046029254386353131 is out of range" in caplog.text
+    assert all(layer._compiled_call_impl is None for layer in steps.model.layers)
