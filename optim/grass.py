@@ -248,7 +248,8 @@ class Grass:
         # One transfer for all layers: each waits for the device.
         on_cpu = torch.cat(norms).cpu().double().split([n.numel() for n in norms])
         scores, layers = dict(zip(names, on_cpu, strict=True)), {name: self.layers[name] for name in names}
-        selected = select_layers(self.selection, layers, scores, self.seed, self.steps)
+        windows = {name: self.schedule.window(name, self.steps) for name in names}
+        selected = select_layers(self.selection, layers, scores, windows, self.seed, self.steps)
         for name, (index, _, _) in selected.items():
             self.history.note(name, self.steps, index, scores[name])
         require_agreement([index for index, _, _ in selected.values()], norms[0].device)
