@@ -103,12 +103,17 @@ def select_many(
 
 
 def select_layers(
-    name: str, layers: Mapping[str, GrassLinear], scores: Mapping[str, Tensor], windows: Mapping[str, int], seed: int, step: int
+    name: str,
+    layers: Mapping[str, GrassLinear],
+    scores: Mapping[str, Tensor],
+    windows: Mapping[str, int],
+    seed: int,
+    step: int,
 ) -> dict[str, Selected]:
     """The rows of ``layers`` after update ``step``, by the ``scores`` (m,) of each, float64 on the CPU.
 
-    ``windows`` are the numbers of the layers' windows. Layers that share an index are chosen for once, by the norms of their gradients put together. Layers whose scores
-    are of no use are logged.
+    ``windows`` are the numbers of the layers' windows. Layers that share an index are chosen for once, by the norms of
+    their gradients put together. Layers whose scores are of no use are logged.
     """
     sharing: dict[Any, list[str]] = {}
     for n in layers:
