@@ -194,7 +194,7 @@ def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
             axis.axvline(min(losses), ls=style, c=GREY, label=f"best of {method}")
             axis.legend()
     axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def write(study: dict[str, Any], records: list[Record], page: str = "ablation") -> None:

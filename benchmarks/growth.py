@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.steps import Steps, configuration
 from pretrain.distributed.world import World
 from pretrain.planner.block_layout import layout_of
-from pretrain.planner.simulate import MODEL, walk
+from pretrain.planner.simulate import MODEL, simulate
 from pretrain.runs.figures import GREY, new_figure, save
 
 VALUES = {
@@ -58,7 +58,7 @@ def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
     assert grass is not None
     folds = [spent(lambda: [layer.fold() for layer in grass.layers.values()]) for _ in range(pairs + 2)]
     state = [t for states in steps.optim.optimizer.state.values() for t in states.values() if torch.is_tensor(t)]
-    seen = walk(config, layout_of(config))
+    seen = simulate(config, layout_of(config))
     peaks = [sum(held.values()) for stretch, held in seen.items() if stretch != MODEL]
     return shape | {
         "step_s": median(step.total_s for step in regular), "optimizer_s": median(step.optimizer_s for step in regular),
@@ -93,7 +93,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             axis.minorticks_off()
             axis.set_xlabel(name)
         axes[0].set_ylabel("seconds")
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SECONDS) + 1)
         save(figure, file)
 
 

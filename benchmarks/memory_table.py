@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pretrain.config.compose import load
-from pretrain.planner.extrapolate import walk_all
+from pretrain.planner.extrapolate import simulate_all_blocks
 from pretrain.planner.memory import GIB, highest
 from pretrain.planner.simulate import COMPONENTS
 from pretrain.runs.figures import COLOURS, GREY, new_figure, save
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 def estimated(size: str, method: str) -> Row:
     """What a regular step holds at its peak by component, and the peak of a refresh, in bytes."""
-    seen = walk_all(load([f"model=llama_{size}", *METHODS[method], *SETTINGS]), verify=False)
+    seen = simulate_all_blocks(load([f"model=llama_{size}", *METHODS[method], *SETTINGS]), verify=False)
     regular, refresh = highest(seen, "regular"), highest(seen, "refresh")
     held = {name: regular[name] for name in COMPONENTS}
     return {"size": size, "method": method, **held, "refresh": refresh.total()}

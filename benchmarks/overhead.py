@@ -26,7 +26,8 @@ from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import ready
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.trainer import Trainer
+from pretrain.training.train_step import StepResult
+from pretrain.training.trainer import Outcome, Trainer
 
 AS_TIMED = [
     "train.steps=200", "train.checkpoint_every=100", "train.eval_every=0", "train.compile=false",
@@ -72,7 +73,7 @@ class Timed(Trainer):
         self.bare, self.bare_s, self.all_s = bare_loop(config, world.device), 0.0, 0.0
         next(self.bare)  # the building of either is not timed
 
-    def fit(self) -> bool:
+    def fit(self) -> Outcome:
         began = time.perf_counter()
         self._bare_step()  # with its start, as the trainer's is part of its fit
         finished = super().fit()
@@ -84,13 +85,15 @@ class Timed(Trainer):
         next(self.bare, None)
         self.bare_s += time.perf_counter() - began
 
-    def _step_and_log(self, step: int) -> None:
-        super()._step_and_log(step)
+    def train_step(self, step: int) -> StepResult:
         self._bare_step()
+        return super().train_step(step)
 
-    def _finish(self) -> None:
-        self.saver.wait()
+    def finish(self) -> Outcome:
+        self.checkpoints.wait()
         self.last = time.perf_counter()
+        self.log.close({})
+        return Outcome.FINISHED
 
 
 def measure(overrides: list[str]) -> dict[str, Any]:
@@ -101,8 +104,6 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         with folder.locked():
             trainer = Timed(config, world, ready(config, 1), folder, StopRequest())
             trainer.fit()
-            if trainer.metrics:
-                trainer.metrics.close({})
     tokens, trainer_s = config.train.steps * config.train.tokens_per_step, trainer.all_s - trainer.bare_s
     return {
         "bare_tokens_per_s": tokens / trainer.bare_s, "trainer_tokens_per_s": tokens / trainer_s,

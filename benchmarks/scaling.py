@@ -47,8 +47,8 @@ def payload_bytes(steps: Steps) -> float:
     grass = steps.optim.grass
     if not grass:
         return gradients
-    sketches = 4 * sum(layer.selectable for layer in grass.layers.values()) * (grass.sketch_width or 1)
-    return gradients + sketches * grass.probe_steps / grass.refresh_every
+    sketches = 4 * sum(layer.selectable for layer in grass.layers.values()) * (grass.probes.sketch_width or 1)
+    return gradients + sketches * grass.schedule.probe_steps / grass.schedule.refresh_every
 
 
 def step_times(first: Step, regular: list[Step], refresh_every: int) -> dict[str, float]:

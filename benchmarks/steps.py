@@ -15,7 +15,8 @@ from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import Update
+from pretrain.training.step_observer import StepObserver
+from pretrain.training.train_step import TrainStep
 
 PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
@@ -39,7 +40,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError(f"the method lora: {error}; pip install -r requirements-baselines.txt") from None
+        raise ValueError(f"the method lora: {error}; .venv/bin/pip install -r requirements-baselines.txt") from None
     full = [p for name, p in model.named_parameters() if "_proj" not in name]
     inject_adapter_in_model(LoraConfig(r=rank, target_modules=r".*\.(self_attn|mlp)\..*_proj"), model)
     for p in full:
@@ -80,6 +81,39 @@ class Step:
         return self.total_s - self.forward_s - self.optimizer_s - self.choosing_s
 
 
+class PartTimer(StepObserver):
+    """Seconds that the parts of a step take, summed since ``reset``.
+
+    Args:
+        now: the time in seconds, read after the device has finished.
+    """
+
+    def __init__(self, now: Callable[[], float]):
+        self.now = now
+        self.reset()
+
+    def reset(self) -> None:
+        self.forward_s = self.optimizer_s = self.choosing_s = 0.0
+
+    def before_forward(self) -> None:
+        self.forward_s -= self.now()
+
+    def after_forward(self) -> None:
+        self.forward_s += self.now()
+
+    def before_optimizer(self) -> None:
+        self.optimizer_s -= self.now()
+
+    def after_optimizer(self) -> None:
+        self.optimizer_s += self.now()
+
+    def before_refresh(self) -> None:
+        self.choosing_s -= self.now()
+
+    def after_refresh(self) -> None:
+        self.choosing_s += self.now()
+
+
 class Steps:
     """A model and all it takes to train it; iterating makes steps.
 
@@ -102,47 +136,28 @@ class Steps:
         if train.compile:
             compile_blocks(config, self.model, world)
         engine.wrap(self.model)
-        self.update = Update(config, world, self.model, engine, self.optim)
+        self.parts = PartTimer(self.now)
+        self.train_step = TrainStep(config, world, self.model, engine, self.optim, observers=[self.parts])
         sequences = train.tokens_per_step // train.seq_len // world.size
         generator = torch.Generator().manual_seed(world.rank)
         ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1), generator=generator)
         pieces = ids.split(train.micro_batch_size or sequences)
         self.batch = [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
-        self._time_parts()
         if self.optim.grass:  # any rows will do, without the backwards that a run chooses its first ones by
             for layer in self.optim.grass.layers.values():
                 layer.select(torch.arange(layer.rank, device=layer.index.device) * layer.selectable // layer.rank)
             self.optim.grass.resume(0)
 
-    def _time_parts(self) -> None:
-        """Note when forwards and the optimizer's step begin and end; Grass attached its own hooks before these."""
-        self.spent = {"forward": 0.0, "optimizer": 0.0, "choosing": 0.0}
-
-        def begin(part: str) -> None:
-            self.spent[part] -= self.now()
-
-        def end(part: str) -> None:
-            self.spent[part] += self.now()
-
-        self.model.register_forward_pre_hook(lambda *_: begin("forward"))
-        self.model.register_forward_hook(lambda *_: end("forward"))
-        self.optim.optimizer.register_step_pre_hook(lambda *_: begin("optimizer"))
-        self.optim.optimizer.register_step_post_hook(lambda *_: end("optimizer"))
-        if grass := self.optim.grass:
-            grass.register_refresh_pre_hook(lambda: begin("choosing"))
-            grass.register_refresh_post_hook(lambda: end("choosing"))
-
     def __iter__(self) -> Iterator[Step]:
         optim, step = self.config.optim, 0
         period = optim.update_gap if isinstance(optim, BaselineConfig) else PERIOD
         while True:
-            self.spent = dict.fromkeys(self.spent, 0.0)
+            self.parts.reset()
             began = self.now()
-            self.update(self.batch)
+            self.train_step(self.batch)
             total = self.now() - began
-            forward, choosing = self.spent["forward"], self.spent["choosing"]
-            optimizer = self.spent["optimizer"] - choosing
-            yield Step(total, forward, optimizer, step % period == 0, choosing)
+            optimizer = self.parts.optimizer_s - self.parts.choosing_s  # the refresh runs in a hook of the optimizer
+            yield Step(total, self.parts.forward_s, optimizer, step % period == 0, self.parts.choosing_s)
             step += 1
 
     def now(self) -> float:

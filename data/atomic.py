@@ -1,11 +1,18 @@
 """Writes of whole files that survive a crash, and checksums of files."""
 
+import errno
 import hashlib
+import logging
 import os
+import stat
+from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = ".tmp"
 """Ends the name of a file or folder that is still being written."""
+NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -23,16 +30,40 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def fsync(path: Path) -> None:
+def use_umask(path: Path) -> None:
+    """Give the file `path` the permissions of a new file; some libraries make theirs readable by the owner only."""
+    probe = path.with_name(path.name + UNFINISHED)
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
+
+
+def fsync(file: Path | int) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk.
 
-    Without it a rename can reach the disk before the content of the renamed file.
+    Without it a rename can reach the disk before the content of the renamed file. A file system that cannot do it is
+    logged once and used nevertheless.
+
+    Args:
+        file: A path, or the descriptor of an open file.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = file if isinstance(file, int) else os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        _log_once(
+            f"the file system cannot wait for its disk ({error.strerror}); a power failure may cost the last files"
+        )
     finally:
-        os.close(descriptor)
+        if descriptor is not file:
+            os.close(descriptor)
+
+
+@cache
+def _log_once(warning: str) -> None:
+    logger.warning("%s", warning)
 
 
 def sha256(path: Path) -> str:

@@ -4,12 +4,13 @@ import math
 import os
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 from data.settings import DTYPES, SOURCES, DataSettings
 from data.sources.c4 import C4_HINT, c4_by_split, c4_problems
-from data.sources.files import SourceFile, stdlib_files, text_files
+from data.sources.files import SourceFile, stdlib_files, text_files, with_held_out
 from data.tokenizer import MOST_PADDING, Tokenizer
 
 PART_KEYS = {
@@ -115,10 +116,13 @@ def folder_problems(settings: DataSettings) -> list[str]:
             f"shorten it by {size - longest} or more"
         )
     if not there.is_dir():
-        return [*found, f"data.root: {there} is a file or leads nowhere, and a folder is needed; choose another folder"]
+        kind = "a file, not a folder" if there.exists() else "a link to nothing"
+        return [*found, f"data.root: {there} is {kind}; choose another folder"]
     try:
         if too_long := next((part for part in root.parts if len(os.fsencode(part)) > longest), None):
             raise OSError(0, f"{too_long[:32]}… has more than {longest} bytes")
+        with suppress(FileNotFoundError):  # a path that cannot be is another error
+            os.lstat(root / "a")
         with tempfile.TemporaryDirectory(prefix=".write-test-", dir=there):
             pass
     except (OSError, ValueError) as error:
@@ -132,17 +136,14 @@ def _files(s: DataSettings) -> list[SourceFile]:
         return stdlib_files(s.max_bytes)
     if s.source == "datasets":
         local = s.dataset and Path(s.dataset).exists()
-        return text_files([str(s.dataset)], ["*"], 2**63) if local else []
+        return text_files([str(s.dataset)], ["*"], 2**63, key="data.dataset") if local else []
     if s.source not in SOURCES:
         return []
     files = text_files(s.paths, s.patterns, s.max_bytes)
     if s.source == "c4":
         return c4_by_split(files)
     if s.validation_paths:
-        own = text_files(s.validation_paths, s.patterns, 2**63, key="data.validation_paths")
-        held_out = {file.path.resolve() for file in own}
-        files = [file for file in files if file.path.resolve() not in held_out]
-        files += [file._replace(held_out=True) for file in own]
+        return with_held_out(files, text_files(s.validation_paths, s.patterns, 2**63, key="data.validation_paths"))
     return files
 
 

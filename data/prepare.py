@@ -10,27 +10,29 @@ an interruption it resumes.
 
 import argparse
 import ast
+import errno
 import inspect
+import json
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from data.file_lock import file_lock
 from data.preparation.corpus_writer import CorpusWriter
 from data.preparation.finish import check, mark, put_in_place, remove, write_manifest
-from data.preparation.plan import PreparationPlan, hash_of
+from data.preparation.plan import HEX12, PreparationPlan, hash_of
 from data.preparation.recovery import ResumableError, confirm_tokenizer, make_work_folder, resumable
 from data.settings import DataSettings
 from data.shards.reader import Tokens
 from data.sources.corpus import Corpus
-from data.token_dataset import MANIFEST, PreparedDataset, describe, load
+from data.token_dataset import MANIFEST, PreparedDataset, content_of, describe, load
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 
@@ -54,9 +56,9 @@ def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset
             it has read stay even if something turns out to be wrong with the text.
 
     Raises:
-        ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, or the
-            preparation was damaged. The message names the key or file and the fix.
-        OSError: The disk is full or fails, or a process that tokenises was killed.
+        ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, the disk is
+            full, or the preparation was damaged. The message names the key or file and the fix.
+        OSError: The disk fails, or a process that tokenises was killed.
     """
     plan = PreparationPlan(settings)
     plan.require_no_problems()
@@ -71,6 +73,38 @@ def find(settings: DataSettings) -> PreparedDataset | None:
     """
     plan = PreparationPlan(settings)
     return None if plan.problems else _find(plan)
+
+
+def find_by_fingerprint(settings: DataSettings, fingerprint: str) -> PreparedDataset | None:
+    """The complete preparation with this fingerprint in `settings.root`, if there is one.
+
+    No file of the corpus and no tokenizer is needed: a run that has trained on the preparation can resume without them.
+
+    Raises:
+        ValueError: The preparation was damaged.
+    """
+    if settings.source == "mixture":
+        return _find_mixture(PreparationPlan(settings), fingerprint)
+    found = (folder for folder, manifest in manifests(settings.root) if manifest["fingerprint"] == fingerprint)
+    return next(map(load, found), None)
+
+
+def _find_mixture(plan: PreparationPlan, fingerprint: str) -> PreparedDataset | None:
+    weights = [weight for _, weight in plan.parts]
+    fingerprints = [(folder, manifest["fingerprint"]) for folder, manifest in manifests(plan.settings.root)]
+    for chosen in product(fingerprints, repeat=len(weights)):
+        if hash_of([[found, weight] for (_, found), weight in zip(chosen, weights, strict=True)]) == fingerprint:
+            return _mix(plan, [(load(folder), weight) for (folder, _), weight in zip(chosen, weights, strict=True)])
+    return None
+
+
+def manifests(root: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and manifest of every complete preparation in `root`."""
+    for file in sorted(Path(root).glob(f"*-{HEX12}/{MANIFEST}")):
+        with suppress(OSError, ValueError, RecursionError):
+            manifest = json.loads(file.read_text())
+            if isinstance(manifest, dict) and {"fingerprint", "identity", "tokenizer"} <= manifest.keys():
+                yield file.parent, manifest
 
 
 def _find(plan: PreparationPlan) -> PreparedDataset | None:
@@ -93,7 +127,12 @@ def _prepare(plan: PreparationPlan, read_along: bool = False) -> PreparedDataset
         folder = plan.folder(corpus.sha256) if corpus.sha256 else None
         if folder is None or not folder.exists():
             plan.log_changes(corpus.sha256)
-            folder = _build(plan, corpus, read_along)
+            try:
+                folder = _build(plan, corpus, read_along)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ValueError(f"data.root: {plan.root} is full; make room, and the same command resumes") from None
         prepared = load(folder)
         mark(plan, folder)
     return prepared
@@ -104,7 +143,9 @@ def _mix(plan: PreparationPlan, corpora: list[tuple[PreparedDataset, float]]) ->
     (first, _), own = corpora[0], [[prepared.fingerprint, weight] for prepared, weight in corpora]
     train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
     val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
-    return PreparedDataset(plan.root, first.tokenizer, train, val, hash_of(own), {"mixture": own})
+    content = hash_of([[content_of(prepared.manifest), weight] for prepared, weight in corpora])
+    manifest = {"mixture": own, "content": content}
+    return PreparedDataset(plan.root, first.tokenizer, train, val, hash_of(own), manifest)
 
 
 def _build(plan: PreparationPlan, corpus: Corpus, read_along: bool) -> Path:

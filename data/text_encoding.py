@@ -6,7 +6,7 @@ the characters are written and is no part of the text.
 
 import codecs
 import io
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
@@ -16,6 +16,13 @@ MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 HEAD_BYTES, BLOCK_BYTES = 2**12, 2**20
+COMPRESSED = {
+    b"\x1f\x8b": "compressed with gzip, whose name would end in .gz",
+    b"(\xb5/\xfd": "compressed with zstd, whose name would end in .zst",
+    b"\xfd7zXZ\0": "compressed with xz, which is not supported",
+    b"BZh91AY&SY": "compressed with bzip2, which is not supported",
+    b"PK\x03\x04": "a zip archive, which is not supported",
+}
 UNMARKED = "UTF-16 or UTF-32 without a byte-order mark"
 UNDECODABLE = "\udcff".encode("utf-8", "surrogatepass")  # no valid UTF-8 has these bytes
 codecs.register_error("grass.undecodable", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
@@ -26,7 +33,13 @@ def detect(head: bytes) -> tuple[str, int]:
     return next(((name, len(mark)) for mark, name in MARKS if head.startswith(mark)), ("utf-8", 0))
 
 
-def is_unmarked(head: bytes) -> bool:
+def head_problem(head: bytes) -> str:
+    """Why a file with these first bytes is no text, where they show it; empty for text."""
+    packed = next((problem for begin, problem in COMPRESSED.items() if head.startswith(begin)), "")
+    return packed or (UNMARKED if not detect(head)[1] and _is_unmarked(head) else "")
+
+
+def _is_unmarked(head: bytes) -> bool:
     """Whether bytes without a byte-order mark look like UTF-16 or UTF-32, because too many of them are NUL.
 
     Latin letters in UTF-16 are valid UTF-8 with a NUL beside every letter, so decoding does not find the mistake.
@@ -46,7 +59,7 @@ class Utf8Reader(io.RawIOBase):
     """The text in a binary stream as UTF-8 bytes, without its byte-order mark; closing it closes the stream.
 
     UTF-8 passes unchecked. In UTF-16 and UTF-32 a part that is no text becomes UNDECODABLE, on which decoding fails.
-    `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream should not be read.
+    `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why it is no text.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -55,14 +68,14 @@ class Utf8Reader(io.RawIOBase):
             head += block
         name, skip = detect(head)
         self.encoding = name.upper().removesuffix("-LE").removesuffix("-BE")
-        self.problem = UNMARKED if not skip and is_unmarked(head) else ""
+        self.problem = head_problem(head)
         self._decoder = None if name == "utf-8" else codecs.getincrementaldecoder(name)("grass.undecodable")
         self._ready = memoryview(self._convert(head[skip:]))
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any) -> int:
         while not self._ready and not self._ended:
             block = self._stream.read(BLOCK_BYTES)
             self._ended = not block

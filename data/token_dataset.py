@@ -1,5 +1,6 @@
 """A prepared dataset: open it, and describe it."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class PreparedDataset:
 
     Attributes:
         folder: Where it lies; for a mixture, the folder of its corpora's folders.
-        fingerprint: 64 hex digits that depend on the tokenizer and all tokens, and on nothing else.
+        fingerprint: 64 hex digits that depend on the tokenizer, all tokens, and the names of the documents.
         manifest: The content of its manifest.json.
     """
 
@@ -49,7 +50,8 @@ def load(folder: str | Path) -> PreparedDataset:
         shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
         lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
         names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
-        tokenizer_hash, fingerprint = manifest["tokenizer"]["sha256"], str(manifest["fingerprint"])
+        fingerprint, tokenizer_hash = str(manifest["fingerprint"]), manifest["tokenizer"]["sha256"]
+        special = {key: manifest["tokenizer"].get(key) for key in ("bos", "eos")}
         dtype = np.dtype(manifest["dtype"])
         if not all(names.values()) or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
             raise ValueError("no shards, or of an unknown type")
@@ -68,13 +70,28 @@ def load(folder: str | Path) -> PreparedDataset:
         raise ValueError(f"{wrong}: is not the tokenizer these shards were made with; {fix}")
     try:
         train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
-        return PreparedDataset(folder, Tokenizer(model), train, val, fingerprint, manifest)
+        tokenizer = Tokenizer(model, **special, look_beside=False)
+        return PreparedDataset(folder, tokenizer, train, val, fingerprint, manifest)
     except Exception as error:  # numpy reads an array's header as Python code, and raises whatever that raises
         raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {fix}") from None
 
 
 class _OtherFormat(Exception):
     """A manifest of a format that this version does not read."""
+
+
+def content_of(manifest: dict[str, Any]) -> str | None:
+    """64 hex digits that depend on the tokenizer and all tokens, and not on the names and places of their files.
+
+    None for a dataset that is still being prepared.
+    """
+    if "splits" not in manifest:
+        return manifest.get("content")
+    shards = [shard["files"] for split in ("train", "val") for shard in manifest["splits"][split]["shards"]]
+    tokens = [
+        file["sha256"] for files in shards for name, file in files.items() if name.endswith((".bin", ".given.npy"))
+    ]
+    return hashlib.sha256(json.dumps([manifest["tokenizer"]["sha256"], tokens]).encode()).hexdigest()
 
 
 def describe(manifest: dict[str, Any], folder: Path) -> str:

@@ -22,14 +22,14 @@ class Tokenizer:
     """A sentencepiece model file, or a tokenizer.json of Hugging Face's.
 
     `bos` and `eos` name the tokens that begin and end a text. The default is those of special_tokens.json or
-    tokenizer_config.json beside the file, or else those of the model. A tokenizer without a bos token, such as T5's,
-    begins a text with its eos token, as GPT-2's does. Without `look_beside` the files beside it are not read.
+    tokenizer_config.json beside the file, or else those of the model. Without `look_beside` these files are not read.
+    If the tokenizer has no bos token (T5), texts begin with its eos token. GPT-2 uses the same token for both.
 
-    Raises ValueError if the file is no tokenizer, or lacks one of these tokens, or has no eos token.
+    Raises ValueError if the file is no tokenizer, lacks a token given as `bos` or `eos`, or has no eos token.
 
     Attributes:
         token_bytes: (vocab_size,) int32, the UTF-8 bytes that each token stands for; 0 for special ones.
-        special: The names of bos and eos that have to be given to open a copy of the file elsewhere.
+        special: The `bos` and `eos` to pass when a copy of the file is opened without the files beside it.
     """
 
     def __init__(

@@ -100,16 +100,15 @@ class HuggingFace:
     """A tokenizer of the library tokenizers. A text that spells a special token is text, as with sentencepiece."""
 
     bos_id = eos_id = -1  # the file does not say which of its tokens they are
-    is_exact = False  # not known: texts are compared
 
     def __init__(self, path: str | Path, text: str) -> None:
         try:
             import tokenizers
         except ImportError:
             raise ValueError(
-                f"{path}: a tokenizer.json needs the library tokenizers: pip install -r requirements-extra.txt"
+                f"{path}: a tokenizer.json needs the library tokenizers: .venv/bin/pip install -r requirements-extra.txt"
             ) from None
-        self._from_text = tokenizers.Tokenizer.from_str
+        self._from_text, self._letters = tokenizers.Tokenizer.from_str, tokenizers.pre_tokenizers.ByteLevel.alphabet
         try:
             self._spec = json.loads(text)
             self._model = self._opened(text)
@@ -138,6 +137,21 @@ class HuggingFace:
 
     def piece_of(self, token: int) -> str | None:
         return self._model.id_to_token(token)
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether every text is known to come back: one that is split into bytes only, as GPT-2's and Llama 3's."""
+        first, model = self._spec.get("pre_tokenizer") or {}, self._spec["model"]
+        *splits, last = first.get("pretokenizers") or [first]
+        kinds = [step.get("type") for step in (last, self._spec.get("decoder") or {}, model)]
+        return (
+            kinds == ["ByteLevel", "ByteLevel", "BPE"]
+            and model["vocab"].keys() >= {*self._letters()}
+            and not (self._spec.get("normalizer") or last.get("add_prefix_space"))
+            and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+            and all(token.special for token in self._added.values())
+            and all((step.get("type"), step.get("behavior")) == ("Split", "Isolated") for step in splits)
+        )
 
     @property
     def changes_spaces(self) -> bool:
@@ -186,8 +200,11 @@ def _without_prefix(step: Any) -> Any:
     kind = step.get("type")
     if kind == "Prepend":
         return None
-    changes = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(kind, {})
+    changes: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
     kept = {key: _without_prefix(part) for key, part in step.items()}
     if kind == "Metaspace":
         kept.pop("add_prefix_space", None)  # in old files, in contradiction to the new key
-    return kept | changes
+    return kept | changes.get(str(kind), {})

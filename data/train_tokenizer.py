@@ -93,6 +93,8 @@ def _vocabulary_problem(error: str, vocab_size: int) -> str:
         return f"data.vocab_size: {vocab_size} is too large for this text; it can fill {found[1]} at most"
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
         return f"data.vocab_size: {vocab_size} is too small; this text needs {found[1]} at least"
+    if "sentences_.empty" in error:
+        return "data.paths: there is no text to train a tokenizer on; check data.paths and data.validation_share"
     return f"data.paths: no tokenizer can be trained on this text ({error}); give more text"
 
 

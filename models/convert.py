@@ -1,4 +1,4 @@
-"""Convert the linears of a model to Grass and back."""
+"""Convert the linear layers of a model to Grass and back."""
 
 import logging
 from collections import Counter

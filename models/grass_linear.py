@@ -184,6 +184,7 @@ class GrassLinear(nn.Module):
 
     @property
     def rank(self) -> int:
+        """The number of selected rows (or columns)."""
         return self.index.numel()
 
     @property
@@ -193,7 +194,7 @@ class GrassLinear(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Select the first rows and load them. For layers that were built on the meta device."""
+        """Select rows 0 to r-1 and load them. For layers that were built on the meta device."""
         self.index.copy_(torch.arange(self.rank, device=self.index.device))
         self.scale.fill_(1)
         rows = local(self.rows)

@@ -4,7 +4,8 @@ Keyword arguments and parameter names are those of Hugging Face's `LlamaForCausa
 "model."), and the same weights give the same logits. There are no buffers: the parameters are the complete state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from models.kv_cache import KVCache
 from models.loss import chunked_cross_entropy, cross_entropy
 from models.precision import at_least_fp32
 from models.recompute import recomputable, save_as_recipe
+from models.rope import rope_tables, rotate, scaling_problems
 from models.weights import fill_weight
 
 
@@ -38,28 +40,6 @@ class RMSNorm(nn.Module):
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = at_least_fp32(x.dtype)
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), self.eps).to(x.dtype)
-
-
-def rope_tables(tokens: int, head_dim: int, theta: float, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(-2i / head_dim) for `tokens` positions from `start` on.
-
-    Su et al., arXiv 2104.09864. Both (tokens, 1, head_dim), on the device of `like`, in float32 or wider whatever its
-    dtype: in bfloat16 positions 256 and 257 are the same number.
-    """
-    dtype, device = at_least_fp32(like.dtype), like.device
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
-    angles = torch.outer(torch.arange(start, start + tokens, dtype=dtype, device=device), frequencies)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (b, t, heads, head_dim) with the tables of `rope_tables`, in the dtype of x.
-
-    Feature i is paired with i + head_dim / 2.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -110,6 +90,7 @@ class MLP(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, element by element."""
     return F.silu(gate) * up
 
 
@@ -150,6 +131,7 @@ class Llama(nn.Module):
 
     Args:
         num_key_value_heads: one per attention head when None.
+        rope_scaling: stretches the positions, see `models.rope.scaled`.
         attention: auto, sdpa or flash, see `models.attention`.
 
     Attributes:
@@ -171,6 +153,7 @@ class Llama(nn.Module):
         max_position_embeddings: int,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
         tie_word_embeddings: bool = False,
         initializer_range: float = 0.02,
         attention: str = "auto",
@@ -178,17 +161,12 @@ class Llama(nn.Module):
         super().__init__()
         kv_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         problems = size_problems(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=rms_norm_eps,
-            rope_theta=rope_theta,
-            initializer_range=initializer_range,
-        )
+            vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+            num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads,
+            num_key_value_heads=kv_heads, max_position_embeddings=max_position_embeddings, rms_norm_eps=rms_norm_eps,
+            rope_theta=rope_theta, initializer_range=initializer_range,
+        )  # fmt: skip
+        problems += scaling_problems(rope_scaling)
         if attention not in BACKENDS:
             problems.append(f"model.attention={attention}: unknown; choose one of {', '.join(BACKENDS)}")
         if problems:
@@ -196,7 +174,7 @@ class Llama(nn.Module):
 
         self.head_dim, self.kv_heads = hidden_size // num_attention_heads, kv_heads
         self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.tie_word_embeddings = tie_word_embeddings
         self.initializer_range = initializer_range
         self.attention = attention
@@ -244,7 +222,7 @@ class Llama(nn.Module):
                 f"{self.max_position_embeddings}; shorten train.seq_len or raise the model's positions"
             )
         x = self.embed_tokens(input_ids)
-        cos, sin = rope_tables(input_ids.shape[1], self.head_dim, self.rope_theta, like=x, start=start)
+        cos, sin = self.rope_tables(input_ids.shape[1], like=x, start=start)
         backend = resolve_backend(self.attention, x.device, x.dtype, self.head_dim, documents is not None)
         layout = None if documents is None else document_layout(documents, backend, *input_ids.shape)
         if caches is None:
@@ -259,13 +237,17 @@ class Llama(nn.Module):
             return chunked_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.loss_chunk_tokens)
         return cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
+    def rope_tables(self, tokens: int, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """The `models.rope.rope_tables` of this model."""
+        return rope_tables(tokens, self.head_dim, self.rope_theta, like, start, self.rope_scaling)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
 
-        A weight's draw depends only on (seed, its name), and is made in float32 on the CPU: it is the same on every
-        device, for any sharding and any other contents of the model, and in every dtype up to rounding. Parameters
-        whose names do not end in "weight" do not belong to the architecture and are left unchanged.
+        Each weight depends only on (seed, name) and is drawn in float32 on the CPU. So it does not depend on device,
+        sharding or other layers, and models in other dtypes get the rounded value. Parameters whose names do not end in
+        "weight" do not belong to the architecture and are left unchanged.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):

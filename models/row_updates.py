@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Change(NamedTuple):
-    """A change of the selected rows of layers of one shape.
+    """The old and the new selection of several layers of equal shape.
 
     old_index, new_index  (layers, rank) int64, ascending
     old_scale, new_scale  ρ of each, (layers, rank) float32; None where it is 1

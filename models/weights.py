@@ -1,7 +1,7 @@
 """Copy named weights into a model."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
     layer.weight_step.copy_(step)
 
 
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first ``most`` of ``names``, and the number of the others, for messages: "a, b and 3 more"."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 @torch.no_grad()
 def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
     """Copy all ``weights`` of a model into ``model``, in the model's dtypes.
@@ -39,15 +45,17 @@ def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin
         origin: of the weights, for messages.
 
     Raises:
-        ValueError: an unknown or missing weight, or one of another shape.
+        ValueError: an unknown or missing weight, or a weight of another shape.
     """
     # Whatever else Grass layers hold is derived from their weights.
     own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith("weight")}
     missing, casts = set(own), set[str]()
     for name, tensor in weights:
-        if name not in own or own[name].shape != tensor.shape:
-            wanted = f"shape {tuple(own[name].shape)}" if name in own else "no such weight"
-            raise ValueError(f"{origin}: {name} has shape {tuple(tensor.shape)}, the model {wanted}; check model.*")
+        if name not in own:
+            raise ValueError(f"{origin}: {name} does not exist in the model; check model.*")
+        if (expected := own[name].shape) != tensor.shape:
+            shapes = f"has shape {tuple(tensor.shape)}, but the model expects {tuple(expected)}"
+            raise ValueError(f"{origin}: {name} {shapes}; check model.*")
         if tensor.dtype != own[name].dtype:
             casts.add(f"{tensor.dtype} to {own[name].dtype}")
         fill_weight(model, name, tensor)
@@ -55,5 +63,5 @@ def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin
     if getattr(model, "tie_word_embeddings", False):
         missing.discard("lm_head.weight")
     if missing:
-        raise ValueError(f"{origin} lacks {', '.join(sorted(missing)[:4])} …; check model.*")
+        raise ValueError(f"{origin} lacks {listed(sorted(missing))}; check model.*")
     logger.info("loaded the weights of %s%s", origin, f", cast from {', '.join(sorted(casts))}" if casts else "")

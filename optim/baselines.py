@@ -31,7 +31,7 @@ def projected_optimizer(
         groups: of ``optim.param_groups.parameter_groups``.
         rank: of the projected gradients.
         update_gap: steps between two computations of the projection.
-        scale: factor on the projected update; its square root in APOLLO.
+        scale: factor on the projected update; APOLLO multiplies by its square root.
         scale_type: for APOLLO: "channel", or "tensor" for APOLLO-Mini.
         options: of the optimizer, such as betas.
 

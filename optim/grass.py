@@ -1,8 +1,8 @@
-"""Grass (arXiv 2406.17660) around a stock optimizer: a fold after every step, and new rows every so many steps.
+"""Grass (arXiv 2406.17660) around a stock optimizer: a fold after every step, and new rows every K steps.
 
 The inner optimizer steps on each layer's small ``rows`` parameter like on any other; Grass adds hooks, no subclass.
-After a step a hook folds the rows into the weights. Every ``refresh_every`` steps it also chooses the rows of the next
-window, which are in place before the forward that uses them. The scores for the choice come from probes in the
+After a step a hook folds the rows into the weights. Every ``refresh_every`` steps (K) it also chooses the rows of the
+next window, which are in place before the forward that uses them. The scores for the choice come from probes in the
 backwards of the steps just before it.
 
 bfloat16 rows are stepped on in float32 and rounded stochastically. float32 rows of a bfloat16 weight are its master
@@ -10,7 +10,7 @@ copies while they are selected, and are rounded stochastically when they leave t
 
     layers = convert_linears(model, rank=64)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    grass = Grass(model, optimizer, refresh_every=200)
+    grass = Grass(model, optimizer)
     grass.start(lambda: loss_of(first_batch).backward())   # rows for the first window; makes no update
 """
 
@@ -40,6 +40,8 @@ Choose = Callable[[list[str], list[Tensor]], list[tuple[Tensor, Tensor | None]]]
 
 class Grass:
     """The fold and the refresh of every GrassLinear of ``model``, attached to ``optimizer`` by step hooks.
+
+    The defaults are those of conf/optim/grass.yaml.
 
     Args:
         model: holds the GrassLinear layers; their names are part of the key of every random draw.
@@ -73,14 +75,14 @@ class Grass:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        refresh_every: int,
+        refresh_every: int = 10,
         selection: str = "top_r",
-        score: str = "exact",
+        score: str = "sketch",
         sketch_width: int = 16,
-        probe_steps: int = 1,
-        stagger: bool | str = False,
-        state_at_refresh: str = "reset",
-        new_second_moment: str = "mean",
+        probe_steps: int = 2,
+        stagger: bool | str = "auto",
+        state_at_refresh: str = "carry",
+        new_second_moment: str = "score",
         refresh_warmup: int = 0,
         block_by_block: bool = False,
         seed: int = 0,
@@ -115,7 +117,7 @@ class Grass:
     def start(self, backward: Callable[[], object]) -> None:
         """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped.
 
-        Every layer is probed, and a probed layer that selects columns keeps its whole input: where memory is tight
+        Every layer is probed, and a probed layer that selects columns keeps its complete input: where memory is tight
         ``backward`` should keep little else, by activation checkpointing.
         """
         self.probes.start(dict.fromkeys(self.layers, 0))
@@ -129,6 +131,37 @@ class Grass:
         """Continue after ``steps`` updates, with layers, moments and ``tensors()`` loaded from a checkpoint."""
         self.steps = steps
         self._start_probes()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that neither the model nor the optimizer holds, for a checkpoint beside those of both.
+
+        ``{"steps": int, "tensors": {name: Tensor}}``. The tensors are not copied, as in a state_dict of torch.
+        """
+        return {"steps": self.steps, "tensors": self.tensors()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a ``state_dict()``, exactly; call it instead of ``start``, after the model's and optimizer's.
+
+        The model has the same conversion, and Grass the same arguments.
+
+        Raises:
+            ValueError: it belongs to other layers.
+        """
+        tensors, history = dict(state_dict["tensors"]), self.history.tensors()
+        gathered = {name: tensors.pop(f"grass.{name}") for name in self.layers if f"grass.{name}" in tensors}
+        ours = {f"history.{name}": tensor for name, tensor in history.items()}
+        if unlike := sorted(
+            name for name in ours.keys() | tensors.keys() if _shape(ours, name) != _shape(tensors, name)
+        ):
+            raise ValueError(
+                f"the state of Grass has other layers than the model ({unlike[0]}); convert the model with the same "
+                "patterns and sides"
+            )
+        self.probes.drop()
+        self.probes.gathered = {n: t.to(self.layers[n].weight.device, copy=True) for n, t in gathered.items()}
+        for name, tensor in ours.items():
+            tensor.copy_(tensors[name])
+        self.resume(state_dict["steps"])
 
     def skip_update(self) -> None:
         """Count an update that is not made: its gradient feeds no score, and refreshes keep their turns."""
@@ -254,6 +287,10 @@ class Grass:
             self.history.note(name, self.steps, index, scores[name])
         require_agreement([index for index, _, _ in selected.values()], norms[0].device)
         return [selected[name][:2] for name in names]
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 def _require_known(option: str, value: object, known: Collection[object]) -> None:

@@ -6,7 +6,7 @@ second moment stops following its gradient. Two remedies:
 ``Float32Steps`` gives the optimizer float32 copies for the duration of a step. Between steps only bfloat16 is kept, and
 the caller rounds the results, stochastically in ``optim.grass``. For the rows of Grass.
 
-``MasterWeights`` keeps float32 copies for the whole run. For any low-precision parameter of an optimizer.
+``MasterWeights`` keeps float32 copies for the run. For any low-precision parameter of an optimizer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class Float32Steps:
     def __init__(self, optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, str], round_state: Round):
         self.optimizer, self.blocks, self.round_state = optimizer, blocks, round_state
         self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-        self._restriction = ExitStack()  # of the running step, to what no block's own step was made on
+        self._restriction = ExitStack()  # of the running step, to parameters not yet stepped on
 
     def step_on_other_blocks(self) -> None:
         """Step on the parameters of all blocks but the last, one block at a time, so that few stand-ins exist at once.

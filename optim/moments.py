@@ -8,9 +8,9 @@
     score   the estimate of its squared gradient by its score: g_i² / n in every element
     zero    zero
 
-Adam counts steps for the matrix, so that rows of different ages share one bias correction. A second moment that starts
-at an estimate needs no correction. A first moment that starts at zero without one makes a new row's first steps small;
-they grow to full size over about 1 / (1 - β₁) updates, as a warm-up of each new row.
+Adam counts steps per matrix, so that rows of different ages share one bias correction. A second moment that starts at
+an estimate needs no correction. A first moment that starts at zero is not corrected for the age of its row: a new row's
+first steps are small and grow to full size over about 1 / (1 - β₁) updates, which warms up each new row.
 
 Only known averages of gradients or of their squares, element by element, can be carried. All other state (factored or
 quantised moments, Rprop's step sizes) is reset, with a warning.
@@ -61,11 +61,11 @@ class StateAtRefresh:
         self.probe_steps, self._warned = probe_steps, False
 
     def update(self, layers: Sequence[GrassLinear], change: Change, norms: Tensor) -> None:
-        """Carry or drop the state of ``layers``, whose rows have made ``change``.
+        """Carry or drop the state of ``layers`` after the ``change`` of their rows.
 
         Args:
             layers: of one shape and dtype.
-            norms: (layers, m) estimated norms of the gradients of all their rows, or sums over ``probe_steps`` steps.
+            norms: (layers, m) estimated norms of the rows' gradients, summed over ``probe_steps`` steps.
         """
         # A shard of the rows, and of their state, holds the complete selected dimension: each shard is carried locally.
         held = [self.optimizer.state.get(layer.rows, {}) for layer in layers]

@@ -1,4 +1,4 @@
-"""Muon as an inner optimizer: for the linears, with AdamW for everything else."""
+"""Muon as an inner optimizer: for the linear layers, with AdamW for everything else."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce

@@ -14,8 +14,8 @@ STAGGER = (True, False, "auto")
 class RefreshSchedule:
     """The probes and refreshes of each layer, as functions of the number of updates made so far.
 
-    A layer's rows are chosen every ``refresh_every`` updates (a window), from what its probe gathers in the last
-    ``probe_steps`` updates of the window.
+    A layer's rows are chosen every ``refresh_every`` updates (a window), from the scores that its probe gathers in the
+    last ``probe_steps`` updates of the window.
 
     Args:
         names: of the layers, in model order.
@@ -46,7 +46,7 @@ class RefreshSchedule:
         self.refresh_every, self.probe_steps = refresh_every, min(probe_steps, refresh_every)
         self.warmup, self.frozen = warmup, frozen
         names = list(names)
-        # By layer: the updates that its windows are ahead of those of a layer that is not staggered.
+        # By layer: the number of updates by which its windows end early.
         self.offsets = turn_offsets(names, refresh_every) if stagger else dict.fromkeys(names, 0)
 
     def window(self, name: str, steps: int) -> int:
@@ -78,7 +78,7 @@ def takes_turns(stagger: bool | str, layers: Iterable[GrassLinear]) -> bool:
     stagger = columns > 0 if stagger == "auto" else bool(stagger)
     if columns and not stagger:
         logger.info(
-            "all %d layers that select columns keep their whole inputs in a probed step; with optim.stagger=auto "
+            "all %d layers that select columns keep their complete inputs in a probed step; with optim.stagger=auto "
             "they take turns",
             columns,
         )

@@ -1,4 +1,4 @@
-"""Everything that steps in a training run: the optimizer, and what is attached to it."""
+"""Everything that steps in a training run: the optimizer, Grass, master weights and limits on gradients."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,7 +20,7 @@ class OptimizerStack:
     """An optimizer with the parts of a run that act on its gradients, its parameters and its state.
 
     Args:
-        optimizer: its groups have "name" and "peak_lr" (``optim.param_groups``) and named parameters.
+        optimizer: with groups of ``optim.param_groups.parameter_groups``.
         grass: attached to ``optimizer`` by hooks, if the run uses Grass.
         masters: attached to ``optimizer`` by hooks, if the run keeps float32 master weights.
         limiter: scales the gradients before a step.
@@ -44,15 +44,10 @@ class OptimizerStack:
         """Whether the optimizer steps inside the last backward of an update."""
         return self._in_backward is not None
 
-    @property
-    def stepping_in_backward(self) -> bool:
-        """Whether such a backward is running now."""
-        return self._in_backward is not None and self._in_backward.stepping
-
     def set_rates(self, factor: float) -> None:
         """Set the rate of every group for the coming update: its peak rate times ``factor``.
 
-        The rate of the linears is also multiplied by the warm-up after a refresh.
+        The rate of the linear layers is also multiplied by the warm-up after a refresh.
         """
         set_rates(self.optimizer, factor, self.grass.rate_factor() if self.grass else 1.0)
 
@@ -93,9 +88,13 @@ class OptimizerStack:
         return self._in_backward.grad_norm()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the next step depends on, beside the model's. Views, not copies.
+        """Every tensor that the next step depends on, besides the model's. Views, not copies.
 
-        optim.<parameter>.<state>, master.<parameter>, grass.<layer>, history.<layer>.<rows or latest>, norm_growth
+        Names are optim.<parameter>.<state>, master.<parameter>, grass.<layer>, history.<layer>.<rows or latest> and
+        norm_growth.
+
+        Raises:
+            ValueError: the optimizer keeps a state that is not a tensor.
         """
         tensors: dict[str, Tensor] = {}
         for name, parameter in _named_parameters(self.optimizer):

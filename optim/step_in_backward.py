@@ -1,8 +1,8 @@
 """The optimizer's step on each parameter as soon as its gradient is complete; the gradient is then freed.
 
 So the gradients of a model, and the float32 stand-ins of low-precision rows, never exist all at once, except between
-the micro-batches of an update. The step on a parameter must depend on that parameter alone: clipping by the global norm
-is impossible.
+the micro-batches of an update. The step on a parameter must not depend on other parameters, so clipping by the global
+norm is impossible.
 """
 
 import weakref

@@ -36,7 +36,7 @@ def print_table(config: Config, found: "Estimate", refresh: dict[str, int]) -> N
     console.print(f"{found.parameters / 1e6:,.0f}M parameters, {found.flops_per_token / 1e9:,.2f} GFLOPs per token")
     if config.estimate.devices > 1:
         regular, refreshed = found.communicated_bytes_per_step, found.communicated_bytes_per_refresh
-        console.print(f"{regular / unit:.3f} {name_of_unit} communicated per step, {refreshed / unit:.3f} with a refresh")
+        console.print(f"{regular / unit:.3f} {name_of_unit} sent per step, {refreshed / unit:.3f} with a refresh")
     if found.max_micro_batch_size is not None:
         console.print(f"largest micro-batch in {config.estimate.device_memory_gib:g} GiB: {found.max_micro_batch_size}")
 

@@ -14,7 +14,9 @@ from pretrain.cli.errors import clear_errors
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__)
+    p = argparse.ArgumentParser(
+        prog="python -m pretrain.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", metavar="PATH", help="files, folders and globs of text")
@@ -28,11 +30,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
+        args = parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         result = _evaluate(args)
-    print(json.dumps(result) if args.json else _as_text(result))
+        print(json.dumps(result) if args.json else _as_text(result))
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from pretrain.config.schema import DTYPE_NAMES
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m pretrain.export", description=__doc__)
+    p = argparse.ArgumentParser(
+        prog="python -m pretrain.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     p.add_argument("--out", required=True, help="the folder to write, which must not exist")
     p.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights; by default that of the model")
@@ -22,9 +24,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
+        args = parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         from models.precision import DTYPES  # torch takes seconds to import, which --help need not wait for
         from pretrain.inference.hf_export import export
 

@@ -8,14 +8,18 @@ import logging
 import sys
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 from pretrain.cli.errors import clear_errors
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and breaks no line of the description, which holds a command."""
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m pretrain.generate", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m pretrain.generate", description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     p.add_argument("--prompt", default="", help="the text to continue")
     p.add_argument("--tokens", type=int, default=200, help="the most tokens to generate")
@@ -30,31 +34,51 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with clear_errors():
+        args = parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        if args.page:
+            _serve(args)
+            return
         speed = _generate(args)
-    print()
+        print()
     print(speed, file=sys.stderr)
 
 
 def _generate(args: argparse.Namespace) -> str:
-    """Print the text, or serve the page; returns the length and speed of the text."""
-    from pretrain.inference.pretrained import find_pretrained  # torch takes seconds to import: not for --help
-    from pretrain.inference.sampling import Sampling
-    from pretrain.inference.text_generator import TextGenerator
-
-    sampling, found = Sampling(args.temperature, args.top_k, args.top_p, args.seed), find_pretrained(args.model)
-    generator = TextGenerator(*found.load(), found.end_ids())
-    if args.page:
-        from pretrain.inference.page import serve
-
-        serve(generator, args.port)
+    """Print the text; returns its length and speed."""
+    _, generator, sampling = _load(args)
     pieces = generator.stream(args.prompt, args.tokens, sampling, args.stop)
     first = next(pieces, "")  # before the prompt is printed, so that warnings of the model come ahead of both
     for piece in chain([args.prompt, first], pieces):
         print(piece, end="", flush=True)
     return generator.speed
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl-C."""
+    try:
+        from pretrain.inference.page import make_app, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--page needs {error.name}, which is not installed: .venv/bin/pip install -r requirements-extra.txt"
+        ) from None
+    path, generator, sampling = _load(args)
+    path = path.resolve()
+    step = path.name.removeprefix("step-")
+    name = f"{path.parent.parent.name}, step {int(step):,}" if step != path.name else path.name
+    logging.getLogger("waitress").setLevel(logging.WARNING)
+    serve(make_app(generator, name, sampling), args.port)
+
+
+def _load(args: argparse.Namespace) -> tuple[Path, Any, Any]:
+    """The path of the model's weights, its TextGenerator, and the Sampling that the options ask for."""
+    from pretrain.inference.pretrained import find_pretrained  # torch takes seconds to import: not for --help
+    from pretrain.inference.sampling import Sampling
+    from pretrain.inference.text_generator import TextGenerator
+
+    sampling, found = Sampling(args.temperature, args.top_k, args.top_p, args.seed), find_pretrained(args.model)
+    return found.path, TextGenerator(*found.load(), found.end_ids()), sampling
 
 
 if __name__ == "__main__":

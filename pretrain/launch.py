@@ -21,6 +21,7 @@ import signal
 import sys
 import traceback
 
+from pretrain.cli.errors import clear_errors
 from pretrain.cli.malloc import keep_freed_memory
 
 ONE_NODE = ("1", "1:1")
@@ -128,6 +129,7 @@ def _quiet_cpp(quiet: bool):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there are workers, Ctrl-C just ends this process
     if sys.argv[1:] and sys.argv[1] in ("-h", "--help"):
-        print(__doc__.replace("``", "").strip())
-        sys.exit()
+        with clear_errors():
+            print(__doc__.replace("``", "").strip())
+            sys.exit()
     sys.exit(main())

@@ -1,30 +1,44 @@
 """Report on runs and compare them: ``python -m pretrain.report runs/a runs/b …``.
 
 Writes a page that needs no other file and no network, and its figures as PNG files. A folder that contains runs, such
-as a sweep's, counts as all of them; runs that differ only in their seed are drawn as a band. Runs need not be finished.
+as a sweep's, counts as all of them; runs that differ only in their seed are drawn as a band. Runs need not be finished:
+``--watch`` keeps the page up to date while they train.
 """
 
 import argparse
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from pretrain.cli.errors import clear_errors
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m pretrain.report", description=(__doc__ or "").replace("``", ""))
+    about = (__doc__ or "").replace("``", "")
+    p = argparse.ArgumentParser(
+        prog="python -m pretrain.report", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of sweeps")
     p.add_argument("--out", type=Path, help="the folder to write (default: report/ in the folder that holds all runs)")
+    p.add_argument("--watch", action="store_true", help="write the page every 30 seconds, until Ctrl-C; it reloads")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
     with clear_errors():
-        from pretrain.runs.report_page import write_report  # matplotlib takes a second to import: not for --help
+        arguments = parser().parse_args(argv)
+        from pretrain.runs.report_page import WATCH_SECONDS, write_report
 
         common = Path(os.path.commonpath([path.resolve() for path in arguments.runs]))
-        print(f"wrote {write_report(arguments.runs, arguments.out or common / 'report')}")
+        out = arguments.out or common / "report"
+        if arguments.watch:
+            with suppress(KeyboardInterrupt):
+                print(f"watching: open {write_report(arguments.runs, out, watched=True)}; Ctrl-C ends", flush=True)
+                while True:
+                    time.sleep(WATCH_SECONDS)
+                    write_report(arguments.runs, out, watched=True)
+        print(f"wrote {write_report(arguments.runs, out)}")
 
 
 if __name__ == "__main__":

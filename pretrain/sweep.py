@@ -36,6 +36,7 @@ from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.config.text import QUOTED, as_typed, quoted
 from pretrain.runs.sweep_results import LOGS, JobResult, results
+from pretrain.runs.writable import require_writable
 
 logger = logging.getLogger(__name__)
 FIXED = "fixed.json"  # in the sweep's folder of logs: the overrides that all jobs share
@@ -195,6 +196,7 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
     given = {o.get_key_element(): o for o in parsed}
     _check_plugins(str(given[group].value()) for group in ("hydra/launcher", "hydra/sweeper") if group in given)
     name = config.run.name if "run.name" in given else "sweep"
+    require_writable(config.run.root, name)
     where = given.get("hydra.sweep.dir")
     logs = Path(str(where.value())) if where else _new_logs(Path(config.run.root) / name)
     (logs / FIXED).write_text(json.dumps(combinations([o for o in settings if not o.is_sweep_override()])[0]))

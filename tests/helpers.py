@@ -6,6 +6,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+PAPER = {
+    "score": "exact", "probe_steps": 1, "stagger": False, "state_at_refresh": "reset", "new_second_moment": "mean",
+}  # fmt: skip
+"""Arguments of Grass: the scores, refreshes and state of the paper."""
+
 
 class Allocations(TorchDispatchMode):
     """Records the shape of every tensor that an operation makes: no views, nothing changed in place."""

@@ -1,12 +1,11 @@
-"""Kill a tiny run again and again, wherever it happens to be, and hold what it ends with against a run left alone.
+"""Kill a tiny run again and again at random moments, and compare its end with that of a run that was not killed.
 
-    PYTHONPATH=. python tests/kills.py 200 /tmp/kills 2      # kills, folder, seed
+    python -m tests.kills 200 /tmp/kills 2      # kills, folder, seed
 
-prints where the kills hit, as JSON, and fails when a run shows a trace of them.
+prints the places that the kills hit, as JSON, and fails when a run differs or a kill costs too many steps.
 
-Each life of a run is a fork of this process, which has imported torch and prepared the data. In it, and in it alone,
-what goes to the disk goes slowly, so that many kills hit a save, and so do the steps. It writes down where it is in
-memory that outlives it.
+Each life of a run is a fork of this process, which has imported torch and prepared the data. In the fork the disk and
+the steps are slowed down, so that many kills hit a save. It notes where it is in memory that outlives it.
 """
 
 import json
@@ -28,8 +27,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import filesystem
 
 from data import atomic as files
-from pretrain.checkpoint import directory as checkpoint_folder
 from pretrain.checkpoint import saver
+from pretrain.checkpoint.directory import latest, newest_good
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.distributed.world import World
@@ -53,18 +52,23 @@ SLOW = 0.01  # seconds that the disk takes longer each time, and a step
 
 
 class Whereabouts:
-    """Where a run is, in memory shared with its parent: its own thread's place, the save's place or 0, steps."""
+    """Where a run is, in memory shared with its parent.
+
+    place, save: of its own thread, and of the running save or 0, as numbers of PLACES
+    began_at, steps: the first and the latest step of this life
+    saving: the step that is being saved, or 0
+    """
 
     def __init__(self):
-        self._memory = mmap.mmap(-1, 32)
+        self._memory = mmap.mmap(-1, 40)
 
     def set(self, **what):
         for name, value in what.items():
-            struct.pack_into("q", self._memory, 8 * ("place", "save", "began_at", "steps").index(name), value)
+            struct.pack_into("q", self._memory, 8 * ("place", "save", "began_at", "steps", "saving").index(name), value)
 
     def read(self):
-        place, save, began_at, steps = struct.unpack("4q", self._memory)
-        return PLACES[save or place], began_at, steps
+        place, save, began_at, steps, saving = struct.unpack("5q", self._memory)
+        return PLACES[save or place], began_at, steps, saving
 
 
 def note(where, function, before, after=None):
@@ -107,7 +111,7 @@ def watch(where):
 
     os.fsync, filesystem.FileSystem.create_stream = slow_fsync, slow_stream
     place, saving = PLACES.index, saver.Saver
-    saving._write = note(where, saving._write, {"save": place("saving: tensors")}, {"save": 0})
+    saving._write = note(where, saving._write, {"save": place("saving: tensors")}, {"save": 0, "saving": 0})
     saving._checksums = note(where, saving._checksums, {"save": place("saving: checksums")})
     saving._put_in_place = note(where, saving._put_in_place, {"save": place("saving: state and manifest")})
     rename = Path.rename
@@ -122,17 +126,23 @@ def watch(where):
         return rename(path, target)
 
     Path.rename = renaming
-    trainer.Trainer._finish = note(where, trainer.Trainer._finish, {"place": place("ending")})
-    step = trainer.Trainer._step_and_log
+    trainer.Trainer.finish = note(where, trainer.Trainer.finish, {"place": place("ending")})
+    step, save = trainer.Trainer.train_step, saving.save
 
     def stepping(self, number):
         if where.read()[0] == "starting":
             where.set(place=place("training"), began_at=number)
         time.sleep(SLOW)
-        step(self, number)
+        result = step(self, number)
         where.set(steps=number + 1)
+        return result
 
-    trainer.Trainer._step_and_log = stepping
+    def save_noted(self, number, *given):
+        self.wait()
+        where.set(saving=number)
+        save(self, number, *given)
+
+    trainer.Trainer.train_step, saving.save = stepping, save_noted
 
 
 def live(overrides, data, where=None):
@@ -175,7 +185,7 @@ def _bits(tensor):
 
 
 def committed(folder):
-    newest = checkpoint_folder.latest(folder.checkpoints)
+    newest = latest(folder.checkpoints)
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
@@ -194,7 +204,7 @@ def kill(times, root, seed=0):
         folder, runs = RunFolder(load(overrides)), runs + 1
         while True:
             expected = committed(folder)
-            where.set(place=0, save=0, began_at=-1, steps=expected)
+            where.set(place=0, save=0, began_at=-1, steps=expected, saving=0)
             child, ended, moment = live(overrides, data, where), (0, 0), float("inf")
             # Some moment of a life from its first step on, a tenth of them from its start; the last is left alone.
             early, share, last = draw.random() < 0.1, draw.random(), hits.total() == times
@@ -206,16 +216,18 @@ def kill(times, root, seed=0):
                     os.kill(child, signal.SIGKILL)
                 time.sleep(0.001)
                 ended = os.waitpid(child, os.WNOHANG)
-            place, began_at, steps = where.read()
+            place, began_at, steps, saving = where.read()
             assert began_at in (-1, expected), f"began at {began_at}, but {expected} was on the disk"
             if ended[1] == 0:
                 break
             assert os.WIFSIGNALED(ended[1]), "a life ended by itself"
             hits[place] += 1
             lost[way].append(max(0, steps - committed(folder)))
+            during = steps - saving if saving else 0  # steps made while the save that was killed was running
+            assert lost[way][-1] <= EVERY + during, f"{lost[way][-1]} steps lost, {during} of them during a save"
         assert losses(folder) == losses(whole), folder.path
         assert tensors(folder) == tensors(whole), folder.path
-        assert checkpoint_folder.newest_good(folder.checkpoints)[0].name == f"step-{STEPS:08d}"
+        assert newest_good(folder.checkpoints)[0].name == f"step-{STEPS:08d}"
         assert folder.summary_file.exists()
         assert not [p for p in folder.path.rglob("*") if files.UNFINISHED in p.name or ".damaged" in p.name]
         assert (folder.checkpoints / "latest").resolve().name == f"step-{STEPS:08d}"

@@ -8,7 +8,8 @@ import torch
 from torch._C._distributed_c10d import _dump_fr_trace_json
 from torch.distributed.tensor import DTensor
 
-from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.tensors import load as load_tensors
+from pretrain.checkpoint.tensors import tensors_of
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.distributed.engines import build_engine
@@ -88,7 +89,7 @@ def _recorded():
 
 def whole_tensors(model, optim):
     """All that a checkpoint holds, put together from every process."""
-    tensors = checkpoint.tensors_of(model, optim)
+    tensors = tensors_of(model, optim)
     return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
 
 
@@ -97,7 +98,7 @@ def open_checkpoint(path, overrides, rank=0, size=1):
     config, world = load(overrides), World(rank, size, CPU)
     model = build_model(config, CPU, shard=build_engine(config.train, world).shard)
     optim = build_optimizer(config, model)
-    checkpoint.load(path, model, optim)
+    load_tensors(path, model, optim)
     return whole_tensors(model, optim)
 
 

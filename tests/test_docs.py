@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -10,7 +11,9 @@ import pytest
 from markdown.extensions.toc import slugify
 
 MODULE = re.compile(r"python3? -m ((?:benchmarks|data|pretrain)(?:\.\w+)+)")
-PATH = re.compile(r"(?<![\w/.])((?:benchmarks|conf|data|models|optim|pretrain|scripts|tests)/[\w/.]*\w)(?:::(\w+))?")
+PATH = re.compile(
+    r"(?<![\w/.])((?:benchmarks|conf|data|examples|models|optim|pretrain|scripts|tests)/[\w/.]*\w)(?:::(\w+))?"
+)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -77,3 +80,33 @@ def test_every_footnote_is_referred_to_and_defined(root):
         defined = re.findall(r"^\[\^(\w+)\]:", text, re.M)
         referred = set(re.findall(r"\[\^(\w+)\](?!:)", text))
         assert len(defined) == len(set(defined)) and set(defined) == referred, page.name
+
+
+def test_the_picture_and_the_tree_of_the_architecture_are_those_of_the_code(root):
+    script = runpy.run_path(str(root / "scripts/draw_architecture.py"))
+    advice = "run .venv/bin/python scripts/draw_architecture.py, and commit docs/architecture.*"
+    assert script["drawing"]() == script["PICTURE"].read_text(), advice
+    assert script["page"]() == script["PAGE"].read_text(), advice
+
+
+def test_the_architecture_page_names_what_is_in_its_files(root):
+    text = (root / "docs/architecture.md").read_text()
+    named = re.findall(r"`([\w.]+)`\s+(?:in\s+|\()`([\w/]+\.py)`", text)
+    assert len(named) > 20
+    for names, file in named:
+        code = (root / file).read_text()
+        for name in names.split("."):
+            assert re.search(rf"^\s*(def|class) {name}\b", code, re.M), f"{names} is not in {file}"
+
+
+def test_the_imports_of_the_picture_are_those_that_grimp_finds(root):
+    """Grimp is import-linter's own reader of imports."""
+    grimp = pytest.importorskip("grimp")
+    script = runpy.run_path(str(root / "scripts/draw_architecture.py"))
+    files, room_of = script["modules"](), script["room_of"]
+    graph = grimp.build_graph(*script["COLOURS"], cache_dir=None)
+    expected = {room_of(file): set() for file in files.values()}
+    for module, file in files.items():
+        imported = graph.find_modules_directly_imported_by(module)
+        expected[room_of(file)] |= {room_of(files[name]) for name in imported if name in files} - {room_of(file)}
+    assert script["imports_between_rooms"]() == expected

@@ -22,7 +22,7 @@ from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.sweep import combinations, parse
-from pretrain.training.trainer import Trainer
+from pretrain.training.trainer import Outcome, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("settings", "tutorial", "inference", "fine_tuning", "runs", "hyperparameters")
@@ -83,7 +83,7 @@ def follow(command: str, root: Path, more: list[str]) -> None:
     if program.endswith("launch.sh"):
         config = load([*words, *SMALLER, "optim.rank=8", f"run.root={root}", *more])
         alone = World(0, 1, torch.device("cpu"))
-        assert Trainer(config, alone, ready(config, 1), RunFolder(config), StopRequest()).fit()
+        assert Trainer(config, alone, ready(config, 1), RunFolder(config), StopRequest()).fit() is Outcome.FINISHED
     else:
         importlib.import_module(words[1]).main(words[2:])
 

@@ -128,7 +128,7 @@ def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
     contender = Contender(TrainingRun(config, bench.device, compile=bench.on_gpu), dict(row))
     run, batch = contender.run, random_batch(config, bench.on_gpu)
     run.take_some_rows()
-    run.update.accumulate(batch)  # compiles, so that the first step below does not
+    run.train_step.accumulate(batch)  # compiles, so that the first step below does not
     run.model.zero_grad(set_to_none=True)
     step = partial(run.step, batch)
     (first,) = bench.times(step, 1)

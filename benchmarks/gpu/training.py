@@ -57,12 +57,12 @@ class TrainingRun:
         self.compiled = compile and compile_blocks(config, self.model, self.world)
         engine = build_engine(config.train, self.world)
         engine.wrap(self.model)
-        self.update = TrainStep(config, self.world, self.model, engine, self.optim)
+        self.train_step = TrainStep(config, self.world, self.model, engine, self.optim)
 
     def choose_rows(self, batch: Sequence[MicroBatch]) -> None:
         """Choose the first rows by the gradient of ``batch``, as a run does."""
         if self.optim.grass:
-            choose_first_rows(self.optim.grass, self.update, batch, None)
+            choose_first_rows(self.optim.grass, self.train_step, batch, None)
 
     def take_some_rows(self) -> None:
         """Begin with evenly spread rows, where it does not matter which."""
@@ -73,7 +73,7 @@ class TrainingRun:
 
     def step(self, batch: Sequence[MicroBatch]) -> Tensor:
         """One update; returns the loss in nats, summed over the batch's tokens, on the device."""
-        return self.update(batch).nats
+        return self.train_step(batch).nats
 
     def rows(self) -> dict[str, Tensor]:
         """Which rows each layer of Grass trains now, on the CPU."""

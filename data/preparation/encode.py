@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.shards.reader import token_dtype
-from data.sources.documents import Batch, Document, Parser, Record, digest
+from data.sources.documents import Batch, Document, Record, digest
+from data.sources.parser import Parser
 from data.tokenizer import Tokenizer
 
 _NONE = np.empty(0, np.int32)

@@ -27,13 +27,14 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
     """Log what was skipped and cut.
 
     Raises:
-        ValueError: Files of the corpus changed meanwhile, or a split has no document.
+        ValueError: Files of the corpus changed during preparation, or a split has no document.
     """
     if changed := corpus.changed():
-        raise ValueError(f"data.paths: {', '.join(changed[:8])} changed while it was being read; start again")
+        more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise ValueError(f"data.paths: {', '.join(changed[:8])}{more} changed during preparation; start again")
     skipped, documents = writer.describe_skipped(), writer.state.documents
     if not documents:
-        raise corpus.nothing(skipped)
+        raise corpus.no_documents_error(skipped)
     if skipped:
         logger.warning("skipped %s", skipped)
     if writer.state.changed:

@@ -50,15 +50,13 @@ class PreparationPlan:
         self.problems += [f"{line} (in {plan.settings.name})" for plan, _ in self.parts for line in plan.problems]
 
     def require_no_problems(self) -> None:
-        """Raises:
-        ValueError: One line per problem.
-        """
+        """Raise ValueError with all problems, one line each, if there are any."""
         if self.problems:
             raise ValueError("\n".join(self.problems))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything except the text that decides which tokens come out."""
+        """All inputs that determine the tokens, except the text itself."""
         default, s = DataSettings(), self.settings
         return {
             "format": FORMAT,
@@ -101,19 +99,20 @@ class PreparationPlan:
     def log_changes(self, corpus_sha256: str | None) -> None:
         """Log how this preparation differs from the newest one of the same name, if there is one."""
         found = self.root.glob(f"{self.settings.name}-{HEX12}/{MANIFEST}")
-        manifests = sorted(found, key=lambda path: path.stat().st_mtime)
+        manifests = [path for path in found if path.is_file()]
         if not manifests:
             return
+        newest = max(manifests, key=lambda path: path.stat().st_mtime)
         try:
-            manifest = json.loads(manifests[-1].read_text())
+            manifest = json.loads(newest.read_text())
             old = {**manifest["identity"], "corpus": manifest["corpus"]["sha256"][:12]}
         except (OSError, KeyError, TypeError, ValueError):
-            logger.warning("%s: cannot be read; it is left as it is", manifests[-1])
+            logger.warning("%s: cannot be read; it is left as it is", newest)
             return
         new = {**self.identity, **({"corpus": corpus_sha256[:12]} if corpus_sha256 else {})}
         changes = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
         difference = ", ".join(changes) or "its files are others"
-        logger.info("%s does not fit: %s; preparing again", manifests[-1].parent, difference)
+        logger.info("%s does not fit: %s; preparing again", newest.parent, difference)
 
 
 def hash_of(*parts: Any) -> str:

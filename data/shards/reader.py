@@ -94,7 +94,7 @@ class Tokens:
 
     @cached_property
     def given(self) -> np.ndarray | None:
-        """How many tokens after bos are a prompt, int64 (documents,); None where documents have no prompt."""
+        """The number of prompt tokens of each document, bos not counted: int64 (documents,). None without prompts."""
         parts = [shard.given for shard in self._shards if shard.given is not None]
         return np.concatenate(parts) if parts else None
 

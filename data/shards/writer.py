@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.atomic import sha256
+from data.atomic import fsync, sha256
 from data.shards.reader import COUNTS, GIVEN, INDEX
 
 
@@ -70,7 +70,7 @@ class ShardWriter:
         """How much is written; so much is on the disk now."""
         for file in (self._bin, self._names, self._index, self._given):
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         return dict(self._counts)
 
     def __exit__(self, *error: object) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from data.settings import LINES, DataSettings
-from data.sources.documents import NO_RESPONSE, Batch, Document, Parser, Record, digest
+from data.sources.documents import NO_RESPONSE, Batch, Document, Record, digest
 from data.sources.file_search import shorten
 from data.sources.files import SourceFile
 from data.sources.huggingface import Rows
 from data.sources.open_text import COMPRESSED
+from data.sources.parser import Parser
 from data.sources.records import PARQUET, PART_CHARS, Records
 from data.sources.token_files import TokenRecords
 from data.tokenizer import Tokenizer
@@ -29,7 +30,8 @@ class Corpus:
 
     With `survey`, a small corpus is read once at the beginning: `sha256` is then the hash of all names and texts, and
     both splits get a document. Else `sha256` is None.
-    Raises ValueError for a small corpus without any text, or with too little for two splits.
+    Raises ValueError for a small corpus without any text, or with too little for two splits, and for instructions in
+    Parquet.
     """
 
     def __init__(self, files: list[SourceFile], settings: DataSettings, survey: bool = True) -> None:
@@ -38,6 +40,9 @@ class Corpus:
         self.total_bytes = sum(file.size for file in files)
         self.text_bytes = sum(map(_text_bytes, files))
         self.own_validation = any(file.held_out for file in files)
+        if self.parse.pairs and (tables := [str(file.path) for file in files if file.name.endswith(PARQUET)]):
+            raise ValueError(f"data.paths: instructions are read from JSON lines, and not from {shorten(tables)}")
+        self._key = "data.dataset" if settings.source == "datasets" else "data.paths"
         self.sha256: str | None = None
         self._threshold = settings.validation_share
         if survey and files and self.text_bytes <= SURVEY_BYTES:
@@ -103,12 +108,12 @@ class Corpus:
                 f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
             )
 
-    def nothing(self, skipped: str) -> ValueError:
+    def no_documents_error(self, skipped: str) -> ValueError:
         """The error of a corpus without any document. `skipped` says why records were skipped."""
         s = self._settings
         problem = f"none of {len(self.files)} files is readable text" if self.is_text else "no document was found"
-        key, name = ("data.dataset", f"{s.dataset}: ") if s.source == "datasets" else ("data.paths", "")
-        column = "" if self.is_text else " and data.column"
+        name, column = f"{s.dataset}: " if s.dataset else "", "" if self.is_text else " and data.column"
+        key = self._key
         return ValueError(f"{key}: {name}{problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
 
     def changed(self) -> list[str]:
@@ -143,9 +148,10 @@ class Corpus:
                 chain = extended(chain, document.name, content)
                 draws.add(self._draw(content))
         if not chain:
-            raise self.nothing("; ".join(f"{len(names)} {why} ({shorten(names)})" for why, names in reasons.items()))
+            skipped = "; ".join(f"{len(names)} {why} ({shorten(names)})" for why, names in reasons.items())
+            raise self.no_documents_error(skipped)
         if not self.own_validation:
-            self._threshold = _threshold(draws, self._settings.validation_share)
+            self._threshold = _threshold(draws, self._settings.validation_share, self._key)
         self.sha256 = chain
 
 
@@ -171,14 +177,14 @@ def _stat(file: SourceFile) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _threshold(draws: set[float], share: float) -> float:
+def _threshold(draws: set[float], share: float, key: str) -> float:
     """`share`, moved as far as needed to leave a document in either split.
 
-    Raises ValueError for a single document.
+    Raises ValueError naming `key` for a single document.
     """
     if len(draws) < 2:
         raise ValueError(
-            "data.paths: holds one document only, and validation needs another; add a file "
+            f"{key}: holds one document only, and validation needs another; add a file "
             f"(those longer than {PART_CHARS} characters are cut into several documents)"
         )
     return min(max(share, float(np.nextafter(min(draws), 1))), max(draws))

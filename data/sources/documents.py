@@ -1,7 +1,6 @@
-"""Records as they are read, documents as they are tokenised, and the parser from records to documents."""
+"""Records as they are read, documents as they are tokenised, and the reasons why a record is left out."""
 
 import hashlib
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -37,46 +36,6 @@ class Batch(NamedTuple):
 
     records: list[Record]
     done_bytes: int
-
-
-class Parser:
-    """Makes documents of records.
-
-    The text of a line of JSON is under the key `column`; with `pairs` it is the text under `prompt` followed by the
-    text under `response`.
-    """
-
-    def __init__(self, column: str, pairs: bool = False) -> None:
-        self.column, self.pairs = column, pairs
-
-    def __call__(self, record: Record) -> Document | str:
-        """The record's document, or the reason why it has none."""
-        if record.content is None:
-            return record.problem
-        if isinstance(record.content, np.ndarray):
-            return Document(record.name, record.content.tobytes().decode("latin-1"))  # only to be hashed
-        if isinstance(record.content, str):
-            return Document(record.name, record.content)
-        return self._parse_line(record.name, record.content)
-
-    def _parse_line(self, name: str, line: bytes) -> Document | str:
-        try:
-            entry = json.loads(line.decode().removeprefix("\ufeff"))  # a mark stands here after `cat` of several files
-        except UnicodeDecodeError:
-            return NOT_UTF8
-        except (ValueError, RecursionError):
-            return PAIR if self.pairs else NOT_JSON
-        try:
-            prompt = entry["prompt"] if self.pairs else ""
-            text = entry["response" if self.pairs else self.column]
-            (prompt + text).encode()
-        except (KeyError, TypeError, AttributeError):
-            return PAIR if self.pairs else NO_TEXT
-        except UnicodeEncodeError:
-            return LONE_SURROGATE
-        if not text:
-            return NO_RESPONSE if self.pairs else NO_TEXT
-        return Document(name, prompt + text, len(prompt))
 
 
 def digest(document: Document) -> bytes:

@@ -37,7 +37,7 @@ class Remarks:
         self._further: dict[str, int] = {}
 
     def add(self, remark: str, path: str | Path) -> None:
-        paths, name = self._paths.setdefault(remark, {}), readable(path)
+        paths, name = self._paths.setdefault(remark, {}), readable(path).replace("\n", "\\n")
         if len(paths) < NAMED:
             paths[name] = None
         elif name not in paths:

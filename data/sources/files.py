@@ -65,8 +65,10 @@ def text_files(
         if not matches:
             problems.append(f"{key}: no file matches {readable(entry)}; check {key}")
         elif not files:
-            wanted = ", ".join(patterns) or "nothing (data.patterns is empty)"
-            problems.append(f"{key}: {readable(entry)} holds no {wanted} file; check {key} or data.patterns")
+            patterns_key = "--patterns" if key.startswith("--") else "data.patterns"
+            wanted = ", ".join(patterns) or f"nothing ({patterns_key} is empty)"
+            wanted, also = ("", "") if patterns == ["*"] else (f"{wanted} ", f" or {patterns_key}")
+            problems.append(f"{key}: {readable(entry)} holds no {wanted}file; check {key}{also}")
         _take(files, _root(path, is_glob), found, remarks)
     _log_once(f"{key}: {remarks}" if str(remarks) else "")
     if problems:
@@ -74,6 +76,19 @@ def text_files(
     if not found:
         raise ValueError(f"{key}: is empty; name the files, folders or globs to train on")
     return _within(list(found.values()), max_bytes)
+
+
+def with_held_out(files: list[SourceFile], own: list[SourceFile]) -> list[SourceFile]:
+    """The training files and the validation files of their own, held out; a file that is both is for validation."""
+    places = {file.path.resolve() for file in own}
+    kept = [file for file in files if file.path.resolve() not in places]
+    if len(kept) < len(files):
+        both = sorted({file.name for file in files} - {file.name for file in kept})
+        _log_once(
+            f"data.validation_paths: {len(files) - len(kept)} files are also in data.paths ({shorten(both)}); "
+            "they are for validation only"
+        )
+    return kept + [file._replace(held_out=True) for file in own]
 
 
 def _problem(path: Path) -> str:

@@ -1,16 +1,16 @@
 """Rows of a dataset that Hugging Face's library `datasets` loads, by name or from a folder, streamed or not."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data.settings import DataSettings
 from data.sources.documents import Record
-from data.sources.open_text import EXTRA, READ_ERRORS, TextFile, reason
+from data.sources.odd_files import find_odd_file
+from data.sources.open_text import EXTRA
 from data.sources.parquet import row_record
-
-JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 
 
 class Rows:
@@ -33,12 +33,12 @@ class Rows:
         while True:
             try:
                 row = next(remaining, None)
-            except (ConnectionError, OSError) as error:
-                raise ValueError(
-                    f"data.dataset: {s.dataset} cannot be read after row {number} ({_short(error)}); the same command "
-                    "resumes from there"
-                ) from None
             except Exception as error:  # the library raises errors of many classes, those of its readers among them
+                if isinstance(error, OSError) and not Path(s.dataset or "").exists():
+                    raise ValueError(
+                        f"data.dataset: {s.dataset} cannot be read after row {number} ({_short(error)}); the same "
+                        "command resumes from there"
+                    ) from None
                 raise _unreadable(s, error, f" after row {number}") from None
             if row is None:
                 return
@@ -69,12 +69,12 @@ def load(settings: DataSettings) -> Any:
         return datasets.load_dataset(
             name, s.dataset_name, split=s.dataset_split, revision=s.dataset_revision, streaming=s.streaming
         )
-    except (ConnectionError, OSError) as error:
-        raise ValueError(
-            f"data.dataset: {s.dataset} cannot be had ({_short(error)}); check the name and the network, or name a "
-            "folder on this machine"
-        ) from None
     except Exception as error:  # see above
+        if isinstance(error, OSError) and not Path(s.dataset).exists():
+            raise ValueError(
+                f"data.dataset: {s.dataset} cannot be had ({_short(error)}); check the name and the network, or name a "
+                "folder on this machine"
+            ) from None
         raise _unreadable(s, error) from None
 
 
@@ -90,60 +90,18 @@ def _check_column(rows: Any, s: DataSettings) -> None:
 
 
 def _unreadable(s: DataSettings, error: Exception, where: str = "") -> ValueError:
-    """The error of a dataset whose files the library cannot read: the file and the line, if it is in JSON lines."""
+    """The error of a dataset whose files the library cannot read, with the file and the line where they are found."""
     folder = Path(s.dataset or "")
-    if found := first_odd_line(folder):
-        return ValueError(
-            f"data.dataset: {s.dataset} cannot be read{where}: {found}; fix that file, or read the lines without this "
-            f"library: data=records data.paths=[{folder}] takes any lines that have data.column"
-        )
+    if found := find_odd_file(folder):
+        paths, hint = shlex.quote(f"data.paths=[{json.dumps(str(folder), ensure_ascii=False)}]"), ""
+        if any(ending in found for ending in (".json", ".parquet")):
+            hint = f", or use data=records {paths}, which needs no column but data.column"
+        return ValueError(f"data.dataset: {s.dataset} cannot be read{where}: {found}; fix or replace that file{hint}")
     below = error.__cause__ or error.__context__
     detail = _short(error) if below is None else f"{_short(error)} {_short(below)}"
-    return ValueError(
-        f"data.dataset: {s.dataset} cannot be read{where} ({detail}); check dataset_name and dataset_split, and that "
-        "all files have the same columns"
-    )
-
-
-def first_odd_line(folder: Path) -> str:
-    """The first line of a folder's JSON lines that is not JSON, else the first whose columns differ from earlier ones.
-
-    A few words that name file and line; empty where there is no such line.
-    """
-    columns, odd = dict[str, str](), ""
-    for path in sorted(path for path in folder.rglob("*") if path.name.endswith(JSON_LINES)):
-        number = 0
-        try:
-            with TextFile(path) as lines:
-                if problem := lines.problem or (lines.encoding if lines.encoding != "UTF-8" else ""):
-                    return f"{path} is {problem}, and the library reads UTF-8"
-                for number, line in enumerate(lines, start=1):
-                    if line.isspace():
-                        continue
-                    entry = json.loads(line.decode().removeprefix("\ufeff"))
-                    if not isinstance(entry, dict):
-                        return f"{path}, line {number}, is no JSON object"
-                    found = {key: _kind(value) for key, value in entry.items()}
-                    different = [key for key in {**columns, **found} if not _agree(columns, found, key)]
-                    if columns and different and not odd:
-                        odd = f"{path}, line {number}, has other columns than the lines before ({', '.join(different)})"
-                    columns = {**found, **columns}
-        except READ_ERRORS as error:
-            return f"{path} cannot be read after line {number} ({reason(error)})"
-        except (ValueError, RecursionError) as error:
-            if number > 1 or ".jsonl" in path.name:  # else the file may be one JSON array on many lines
-                return f"{path}, line {number}, is no JSON in UTF-8 ({reason(error)})"
-    return odd
-
-
-def _kind(value: Any) -> str:
-    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
-
-
-def _agree(earlier: dict[str, str], later: dict[str, str], key: str) -> bool:
-    """Whether two rows both have a column, with values of one kind or none."""
-    kinds = {earlier.get(key), later.get(key)} - {"NoneType"}
-    return None not in kinds and len(kinds) <= 1
+    detail = "it holds no rows" if isinstance(error, StopIteration) else detail
+    fix = "check dataset_name and dataset_split, and that all files are complete and have the same columns"
+    return ValueError(f"data.dataset: {s.dataset} cannot be read{where} ({detail}); {fix}")
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from data.text_encoding import BLOCK_BYTES, Utf8Reader
 
-EXTRA = "pip install -r requirements-extra.txt"
+EXTRA = ".venv/bin/pip install -r requirements-extra.txt"
 COMPRESSED = (".gz", ".zst")
 READ_ERRORS = (EOFError, OSError, zlib.error)  # of files, gzip and zstd; pyarrow's errors of streams are OSError
 

@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -20,7 +21,7 @@ from data.preparation import progress
 from data.preparation.corpus_writer import STATE, read_state
 from data.preparation.encode import environment
 from data.preparation.plan import PreparationPlan, hash_of
-from data.prepare import command, prepare
+from data.prepare import command, manifests, prepare
 from data.settings import DataSettings
 from data.shards.reader import token_dtype
 from data.streaming.tokens import StreamedTokens, token_count
@@ -131,6 +132,35 @@ class BackgroundPreparation:
                 "the preparation ended with the run; %s has %s training tokens. A run resumes it, and so does: %s",
                 *(self.plan.work_folder, f"{self.prepared_tokens():,}", command(self.plan.settings)),
             )
+
+
+def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tokens: int) -> PreparedDataset | None:
+    """The complete preparation in `settings.root` that a run has streamed with this fingerprint, if there is one.
+
+    No file of the corpus and no tokenizer is needed. Only preparations without `validation_paths` are found.
+
+    Args:
+        validation_tokens: As in `BackgroundPreparation.dataset`.
+    """
+    for folder, manifest in manifests(settings.root):
+        found = hash_of("on the fly", manifest["identity"], [], manifest["tokenizer"]["sha256"])
+        if found == fingerprint:
+            dataset = load(folder)
+            val = StreamedTokens("val", _Finished(folder), token_dtype(dataset.tokenizer.vocab_size), validation_tokens)
+            val.can_read(validation_tokens)
+            return replace(dataset, val=val, fingerprint=fingerprint)
+    return None
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The plan of a complete preparation, as far as `StreamedTokens` needs it."""
+
+    folder: Path
+    work_folder: Path = Path()
+
+    def finished(self) -> Path:
+        return self.folder
 
 
 def _log_output(process: subprocess.Popen[str]) -> None:

@@ -7,18 +7,26 @@ its folder is renamed, and reading continues under the new name.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from data.loading.order import ENDLESS
 from data.preparation.corpus_writer import STATE, WriterState, read_state
-from data.preparation.plan import PreparationPlan
 from data.shards.reader import Shard, Tokens
 from data.token_dataset import load
 
 RENAME_SECONDS = 10.0  # that a network file system may take to show a folder's new name
 T = TypeVar("T")
+
+
+class PreparationFolders(Protocol):
+    """The folders of a preparation, as `PreparationPlan` has them."""
+
+    @property
+    def work_folder(self) -> Path: ...
+
+    def finished(self) -> Path | None: ...
 
 
 class StreamedTokens(Tokens):
@@ -32,7 +40,7 @@ class StreamedTokens(Tokens):
         dtype: The dtype of the shards.
     """
 
-    def __init__(self, split: str, plan: PreparationPlan, dtype: np.dtype, limit: int = ENDLESS) -> None:
+    def __init__(self, split: str, plan: PreparationFolders, dtype: np.dtype, limit: int = ENDLESS) -> None:
         self._split, self._plan, self._limit = split, plan, limit
         self._join([], dtype)
         self.parts = []

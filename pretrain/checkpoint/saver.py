@@ -1,8 +1,8 @@
-"""Saving while the run goes on: a step waits for the copy to the host's memory, a thread does the rest.
+"""Save checkpoints in the background: training waits for a copy in host memory, a thread writes it to disk.
 
-One save is under way at a time. A checkpoint is written beside its place and renamed once all processes have written
-and every file has its checksum; ``latest`` moves last. What the disk refuses is said, cleaned up, and tried again at
-the next save: the checkpoints before it are not touched.
+One save runs at a time. A checkpoint is written to ``step-….tmp`` and renamed once all processes have written and every
+file has its checksum; then ``latest`` moves. When the disk refuses a save, that is logged and the half-written files
+are removed; older checkpoints stay, and the next save is another attempt.
 """
 
 import errno
@@ -27,26 +27,28 @@ from torch.distributed.tensor import DTensor
 
 from data.atomic import UNFINISHED, fsync
 from models.dtensor import local
-from pretrain.checkpoint import directory as checkpoint_folder
+from pretrain.checkpoint.directory import checksum, path_of, point_at, seal
+from pretrain.checkpoint.retention import prune
 from pretrain.distributed.world import World
 
 logger = logging.getLogger(__name__)
 MUST_BE_FINITE = ("model.", "optim.", "master.")
-# What it warns of, being alone, a single process is.
+# DCP warns about an uninitialised process group; single-process runs are expected.
 warnings.filterwarnings("ignore", message="torch.distributed is")
 
 
 class NotSaved(OSError):
-    """A checkpoint that the disk did not take; those before it are as they were."""
+    """The disk refused a checkpoint; the checkpoints before it are unchanged."""
 
 
 class Saver:
-    """Writes the checkpoints of a run below ``folder``.
+    """Writes the checkpoints of a run in ``folder``. Construct it on every process.
 
     Args:
-        background: copy the tensors and go on, or have ``save`` return only when all is written.
-        keep_last, keep_every: see ``checkpoint_folder.prune``.
-        timeout: how long a process waits for the others in a save.
+        background: let ``save`` return once the tensors are copied, not once all is on disk.
+        keep_last: see ``retention.prune``.
+        keep_every: see ``retention.prune``.
+        timeout: longest wait of a process for the others in a save.
     """
 
     def __init__(
@@ -61,64 +63,66 @@ class Saver:
     ):
         self.folder, self.world, self.background = folder, world, background
         self.keep = keep_last, keep_every
-        # A group of its own: the other collectives of the run are not to be mixed with those of a save.
+        # A process group of its own, because a save runs at the same time as the collectives of training.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
-        # Pinned copies are kept for the next save; a CPU's own memory is not filled twice for longer than a save takes.
+        # Pinned memory is slow to allocate and kept for the next save; without a GPU the copies are freed after a save.
         self._on_cuda = world.device.type == "cuda"
         self._stager = _stager(pinned=True) if self._on_cuda and _stages_again() else None
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None  # of the save under way, for the process' own thread to see
-        self._lost: NotSaved | None = None  # what was said of the latest save, when that is not on the disk
-        self.blocked_seconds = self.seconds = 0.0  # of the latest save: what the step waited, what all of it took
+        self._failure: BaseException | None = None  # of the running save, to be raised in the main thread
+        self._lost: NotSaved | None = None  # why the latest save is not on disk
+        self.blocked_seconds = self.seconds = 0.0  # of the latest save: how long training waited, and all of it
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Write ``tensors`` and the JSON-able ``state`` to the checkpoint of ``step``, unless there is one.
+        """Write the checkpoint of ``step``, unless it exists. Call on every process at the same step.
 
-        Every process calls it, at the same step, with its own part of ``tensors``.
+        Args:
+            tensors: by name, of this process; a sharded tensor holds its own part.
+            state: JSON-able.
 
         Raises:
-            FloatingPointError: of the save before: there was a tensor that is not finite.
+            FloatingPointError: the previous save had a tensor that is not finite.
         """
         self.wait()
         self._lost = None
-        path = checkpoint_folder.path_of(self.folder, step)
+        path = path_of(self.folder, step)
         if path.exists():
             return
         began = time.perf_counter()
-        total = sum(t.numel() * t.element_size() for t in tensors.values())  # a sharded one counts as a whole
+        total = sum(t.numel() * t.element_size() for t in tensors.values())  # of a sharded one all shards
         tensors = _share(tensors, self.world)
         if self.background:
             stager = self._stager or _stager(pinned=self._on_cuda)
             tensors = stager.stage(tensors)  # type: ignore[assignment]
             if stager is not self._stager:
-                stager.close()  # it is part of a circle of references, which would keep the copies after the save
-            # Let go at exit: a run that is told to end at once ends at once.
+                stager.close()  # its reference cycle would keep the copies alive after the save
+            # A daemon, so that a second Ctrl-C does not wait for the disk.
             self._thread = threading.Thread(target=self._write, args=(path, tensors, state, total), daemon=True)
             self._thread.start()
         else:
             self._write(path, tensors, state, total)
         self.blocked_seconds = time.perf_counter() - began
 
-    def look(self) -> None:
-        """Say what became of a save that is done; call after each step.
+    def poll(self) -> None:
+        """Report how a save that has ended went; call after each step.
 
         Raises:
-            FloatingPointError, RuntimeError: it failed by another fault than the disk's.
+            FloatingPointError, RuntimeError: it failed for another reason than the disk.
         """
         if self._thread is None or not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """``look`` at the end of the save that is under way."""
+        """Wait for the running save, and report how it went as ``poll`` does."""
         if failure := self._end():
             self._lost = failure
-            logger.warning("%s; the run goes on, and the next save is another try", failure)
+            logger.warning("%s; the run continues, and the next save is another attempt", failure)
 
     def finish(self) -> None:
         """Wait for the latest save.
 
         Raises:
-            NotSaved: it is not on the disk.
+            NotSaved: it is not on disk.
         """
         if failure := self._end() or self._lost:
             raise failure
@@ -132,7 +136,7 @@ class Saver:
             return failure
         raise failure
 
-    # What the thread does.
+    # The methods below run in the thread of a save.
 
     def _write(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any], total: int) -> None:
         began, temporary = time.perf_counter(), path.with_suffix(UNFINISHED)
@@ -152,7 +156,7 @@ class Saver:
         self.seconds = time.perf_counter() - began
 
     def _on_all(self, call: Callable[[], Any]) -> list[Any]:
-        """What ``call()`` returns on each process; what it raises on one, each of them raises."""
+        """The results of ``call()`` on all processes, by rank; an error on one process is raised on all."""
         try:
             mine = call()
         except (OSError, FloatingPointError) as error:
@@ -170,46 +174,46 @@ class Saver:
         self._on_all(lambda: call() if self.world.is_main else None)
 
     def _checksums(self, folder: Path) -> dict[str, tuple[int, str]]:
-        """Of this process' share of the files in ``folder``, which are on the disk then."""
-        mine = sorted(folder.iterdir())[self.world.rank :: self.world.size]
+        """Size and checksum of this process' share of the files in ``folder``, after they are flushed to disk."""
+        mine = sorted(folder.glob("*.safetensors"))[self.world.rank :: self.world.size]
         for file in mine:
             fsync(file)
-        return {file.name: checkpoint_folder.checksum(file) for file in mine}
+        return {file.name: checksum(file) for file in mine}
 
     def _put_in_place(
         self, temporary: Path, path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]]
     ) -> None:
-        checkpoint_folder.seal(temporary, state, checksums)
+        seal(temporary, state, checksums)
         temporary.rename(path)
         fsync(path.parent)
-        checkpoint_folder.point_at(path)
-        checkpoint_folder.prune(path.parent, *self.keep)
+        point_at(path)
+        prune(path.parent, *self.keep)
 
     def _explained(self, error: BaseException, path: Path, temporary: Path, total: int) -> BaseException:
-        """``error`` as one that names ``path``, with what was written removed; what is not of the disk, as it came."""
+        """An error of the disk as NotSaved, after removing what was written; any other error unchanged."""
         cause: BaseException | None = error
-        if isinstance(error, CheckpointException):  # of the processes that failed
+        if isinstance(error, CheckpointException):  # holds the errors of the processes that failed
             cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error)
         if not isinstance(cause, OSError):
             return error
         if path.exists():
-            return NotSaved(f"{path} is saved, but what comes after was not done: {cause}")
+            return NotSaved(f"{path} is saved, but not all that follows a save was done: {cause}")
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = str(cause)
         if cause.errno == errno.ENOSPC:
             free = _free(path.parent)
             reason = f"the disk is full: it takes {total} bytes and {free} are free, {max(total - free, 0)} are missing"
-        return NotSaved(f"{path} was not saved ({reason}); the checkpoints before it are as they were")
+        return NotSaved(f"{path} was not saved ({reason}); the checkpoints before it are unchanged")
 
 
 def _stager(pinned: bool) -> DefaultStager:
-    """One that returns when the copies are made; those from a CUDA device into ``pinned`` memory travel together."""
+    """A stager that returns when the copies are complete; with ``pinned``, copies from a GPU are asynchronous."""
     return DefaultStager(StagingOptions(pinned, False, False, pinned))
 
 
 def _stages_again() -> bool:
-    """Whether a stager can be used more than once: before torch 2.13 it empties itself, and fails at the second use."""
+    """Whether a stager can be used again: before torch 2.13, its second use fails."""
     stager = _stager(pinned=False)
     stager.stage({})
     try:
@@ -220,11 +224,11 @@ def _stages_again() -> bool:
 
 
 def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this process has to copy and write: its parts of sharded tensors, and some of those that all have alike."""
-    alike = sorted(
+    """The tensors that this process writes: its parts of sharded tensors, and a share of the replicated tensors."""
+    replicated = sorted(
         (name for name, t in tensors.items() if not isinstance(t, DTensor)), key=lambda n: -tensors[n].numel()
     )
-    others = set(alike) - set(alike[world.rank :: world.size])
+    others = set(replicated) - set(replicated[world.rank :: world.size])
     return {name: t for name, t in tensors.items() if name not in others}
 
 
@@ -232,16 +236,16 @@ def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, part in ((name, local(tensor)) for name, tensor in tensors.items() if name.startswith(MUST_BE_FINITE)):
         if part.is_floating_point() and part.numel() and not all(map(math.isfinite, map(float, torch.aminmax(part)))):
             raise FloatingPointError(
-                f"{path} is not saved: {name} is not finite; lower optim.lr or optim.linear_lr, and go on from the "
-                "checkpoint before"
+                f"{path} is not saved: {name} is not finite; lower optim.lr or optim.linear_lr, and resume from the "
+                "checkpoint before it"
             )
 
 
 def _make_room(temporary: Path, total: int) -> None:
-    """Make the folder to write ``total`` bytes in.
+    """Create the empty folder ``temporary`` for ``total`` bytes.
 
     Raises:
-        OSError: of what the disk lacks before a byte is written.
+        OSError: the disk has less than that free.
     """
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

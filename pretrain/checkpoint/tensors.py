@@ -1,10 +1,9 @@
-"""What a checkpoint holds: every tensor of a run by name, by torch.distributed.checkpoint in safetensors files.
+"""The tensors of a checkpoint: names, and reading them with torch.distributed.checkpoint from safetensors files.
 
-    model.…, optim.<parameter>.<state>, master.<parameter>, grass.<layer>, history.<layer>.<rows or latest>
-
-How it is written is in pretrain.saver, what lies beside the tensors in pretrain.checkpoint_folder.
+model.<parameter or buffer>, and the names of ``OptimizerStack.tensors``
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -15,73 +14,96 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from models.int8_weight import full_weight
+from models.weights import listed
 from optim.refresh_schedule import block_of
 from optim.stack import OptimizerStack
-from pretrain.checkpoint.directory import Damaged, latest, path_of, read_state, verify
+from pretrain.checkpoint.directory import Damaged, read_manifest, verify
 from pretrain.cli.errors import first_line
 
-__all__ = ["Damaged", "latest", "load", "path_of", "read_state", "read_weights", "tensors_of"]
-INT8_PARTS = ("weight_step", "rows", "index")  # what makes a weight in 8 bits whole
+INT8_PARTS = ("weight_step", "rows", "index")  # buffers and rows that an 8-bit weight is dequantised with
+
+
+def tensors_of(model: nn.Module, optim: OptimizerStack) -> dict[str, Tensor]:
+    """Every tensor that the next step depends on, by name. Views, not copies."""
+    # Unlike state_dict(), these name a tied weight once: safetensors refuses tensors that share memory.
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {f"model.{name}": tensor.detach() for name, tensor in named} | optim.tensors()
 
 
 def load(path: Path, model: nn.Module, optim: OptimizerStack) -> None:
-    """Fill ``model`` and all of ``optim`` in place with the tensors of the checkpoint at ``path``.
+    """Fill ``model`` and ``optim`` in place with the tensors of the checkpoint at ``path``.
 
     Raises:
-        ValueError: a damaged checkpoint, or one whose tensors are not those of this model and optimizer.
+        ValueError: a damaged checkpoint, or tensors that are not those of this model and optimizer.
     """
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise Damaged(path, first_line(error)) from None
+    reader, stored = _open(path)
     optim.make_room(stored)
     tensors = tensors_of(model, optim)
     if unlike := sorted(tensors.keys() ^ stored.keys()):
-        raise ValueError(f"{path} is not of this model and optimizer: {', '.join(unlike[:4])} …")
+        raise ValueError(
+            f"{path} and this model and optimizer differ in {listed(unlike)}; use the settings of the saved run "
+            "(model.*, optim.*)"
+        )
     for name, tensor in tensors.items():
-        entry: Any = stored[name]
-        if (dtype := entry.properties.dtype) != tensor.dtype:
-            mend = f"set optim.state_dtype={str(dtype).removeprefix('torch.')}" if name.endswith(".rows") else ""
+        if (dtype := stored[name].properties.dtype) != tensor.dtype:
+            fix = f"set optim.state_dtype={str(dtype).removeprefix('torch.')}" if name.endswith(".rows") else ""
             raise ValueError(
-                f"{path} holds {name} in {dtype}, this run wants {tensor.dtype}; {mend or 'check train.dtype'}"
+                f"{path} holds {name} in {dtype}, this run needs {tensor.dtype}; {fix or 'check train.dtype'}"
             )
     _fill(path, reader, tensors, no_dist=not torch.distributed.is_initialized())
 
 
+def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Read the model's weights of these names from the checkpoint at ``path``, a block of the model at a time.
+
+    Weights stored in 8 bits are dequantised to ``dtype``; others keep the dtype they are stored in.
+
+    Raises:
+        ValueError: a damaged checkpoint, or a checkpoint without a weight of ``names``.
+    """
+    verify(path)
+    reader, stored = _open(path)
+    if absent := [name for name in names if f"model.{name}" not in stored]:
+        raise ValueError(f"{path} lacks {listed(absent)}; use a checkpoint of this model")
+    for _, block in groupby(names, block_of):
+        yield from _read_block(path, reader, stored, list(block), dtype).items()
+
+
+class _Files(FileSystem):
+    """A folder in which only the files of these names exist: DCP would read every safetensors file that lies there."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.names = names
+
+    def ls(self, path: str | os.PathLike) -> list[str]:
+        return [str(Path(path) / name) for name in self.names]
+
+
+def _open(path: Path) -> tuple[dcp.HuggingFaceStorageReader, Mapping[str, Any]]:
+    """A reader of the checkpoint at ``path``, and its tensors' metadata by name."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    reader.fs = _Files(list(read_manifest(path)))
+    try:
+        return reader, reader.read_metadata().state_dict_metadata
+    except (SafetensorError, OSError) as error:
+        raise Damaged(path, first_line(error)) from None
+
+
 def _fill(path: Path, reader: dcp.HuggingFaceStorageReader, tensors: dict[str, Tensor], no_dist: bool) -> None:
-    """Copy into ``tensors`` what the checkpoint has by their names, one at a time."""
+    """Copy the stored tensors of the same names into ``tensors``, one at a time."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # single-process runs are expected
         try:
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
         except (SafetensorError, dcp.api.CheckpointException) as error:
             raise Damaged(path, first_line(error)) from None
 
 
-def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights of these names, and nothing else of the checkpoint at ``path``: read a block at a time.
-
-    Those that a run kept in 8 bits come whole, in ``dtype``; the others as they are.
-
-    Raises:
-        ValueError: a damaged checkpoint, or one that lacks a name.
-    """
-    verify(path)
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise Damaged(path, first_line(error)) from None
-    if absent := [name for name in names if f"model.{name}" not in stored]:
-        raise ValueError(f"{path} lacks {', '.join(absent[:4])} …")
-    for _, block in groupby(names, block_of):
-        yield from _read_together(path, reader, stored, list(block), dtype).items()
-
-
-def _read_together(
+def _read_block(
     path: Path, reader: dcp.HuggingFaceStorageReader, stored: Mapping[str, Any], names: list[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     layers = [name.removesuffix(".weight") for name in names if f"model.{name}_step" in stored]  # in 8 bits
@@ -97,10 +119,3 @@ def _read_together(
         dim = 0 if rows.shape == (len(index), codes.shape[1]) else 1
         tensors[f"model.{layer}.weight"] = full_weight(codes, step, rows, index, dim, dtype)
     return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-
-def tensors_of(model: nn.Module, optim: OptimizerStack) -> dict[str, Tensor]:
-    """Every tensor that the next step depends on, by name. Views, not copies."""
-    # Unlike state_dict(), these name a tied weight once: safetensors refuses tensors that share memory.
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {f"model.{name}": tensor.detach() for name, tensor in named} | optim.tensors()

@@ -12,6 +12,7 @@ console = Console(stderr=True)
 
 
 def progress_bar(steps: int, first_step: int) -> Progress | None:
+    """A started progress bar of a run that begins at ``first_step``; None when standard error is no terminal."""
     if not console.is_terminal:
         return None
     bar = Progress(
@@ -25,7 +26,7 @@ def progress_bar(steps: int, first_step: int) -> Progress | None:
 
 
 def log_to_terminal(is_main: bool) -> None:
-    """Send the main process' log lines to standard error: plain, or above the progress bar on a terminal."""
+    """Print the main process' log lines to standard error: plain, or above the progress bar on a terminal."""
     handler: logging.Handler = logging.NullHandler()
     if is_main and console.is_terminal:
         handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
@@ -38,24 +39,23 @@ def log_to_terminal(is_main: bool) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """Says once that the disk does not take its lines, instead of a traceback for each."""
+    """Warns once when the file cannot be written, instead of a traceback for each line."""
 
     def __init__(self, path: Path):
-        super().__init__(path, encoding="utf-8")
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names of files may be no valid UTF-8
         self._failing = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._failing:
-            self._failing = True  # before the warning, which comes here too
-            logger.warning("%s cannot be written; the run goes on", self.baseFilename)
+            self._failing = True  # before the warning, which is logged here too
+            logger.warning("%s cannot be written; the run continues without it", self.baseFilename)
 
 
 def log_to_file(path: Path) -> None:
+    """Add log lines to the file at ``path`` too, and to no other file from now on."""
     root = logging.getLogger()
-    for other in [
-        h for h in root.handlers if isinstance(h, _LogFile)
-    ]:  # of this run before it went back, or of another
-        root.removeHandler(other)
+    for other in [handler for handler in root.handlers if isinstance(handler, _LogFile)]:
+        root.removeHandler(other)  # of another run, or of this run before a rollback
         other.close()
     handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

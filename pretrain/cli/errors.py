@@ -1,12 +1,15 @@
 """Errors that a user can fix: one message and an exit code."""
 
+import io
 import os
+import select
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 EXIT_CODE = 2
 LOST_PEER = 3
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 
 class LostPeer(RuntimeError):
@@ -21,16 +24,36 @@ def first_line(error: BaseException) -> str:
 def clear_errors() -> Iterator[None]:
     """Turn an error that the user can fix into its message on standard error and exit code 2; a lost process into 3.
 
-    GRASS_TRACEBACK=1 shows the traceback instead.
+    When the reader of standard output is gone, as after ``| head``, the process ends with 141 and without a message.
+    Characters that the terminal's encoding lacks are printed as escapes. GRASS_TRACEBACK=1 shows tracebacks.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be handled
     except (ValueError, OSError, FloatingPointError, LostPeer) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_output():
+            sys.exit(CLOSED_PIPE)
         if os.environ.get("GRASS_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr)
+        with suppress(OSError):  # standard error may be closed too
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
         if isinstance(error, LostPeer):
-            sys.stdout.flush()
             os._exit(LOST_PEER)
         sys.exit(EXIT_CODE)
+
+
+def _nobody_reads_output() -> bool:
+    """Whether standard output is a pipe without a reader. The output that is left in its buffer is then dropped."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed

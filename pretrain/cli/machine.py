@@ -1,9 +1,9 @@
-"""What a run needs of its machine: a torch that is new enough, and GPUs that torch can use.
+"""Check that the machine can train: a torch that is new enough, and GPUs that torch can use.
 
-    python -m pretrain.cli.machine            print the version of the torch that this Python has, if it is new enough
+    python -m pretrain.cli.machine            print the version of this Python's torch, if it is new enough
     python -m pretrain.cli.machine VERSION    the same for a version that is not installed yet
 
-scripts/setup_env.sh asks this before there is an environment: nothing is imported that Python does not bring along.
+scripts/setup_env.sh runs this before there is an environment: only the standard library is imported at the top.
 """
 
 import os
@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST_TORCH = (2, 11)
-# The oldest driver that runs any CUDA of a major version: docs.nvidia.com/deploy/cuda-compatibility.
+# The oldest driver for each major version of CUDA: docs.nvidia.com/deploy/cuda-compatibility.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 
@@ -35,12 +35,12 @@ def require_installed_torch() -> None:
 
 
 def require_usable_gpus() -> None:
-    """A machine with GPUs must not train on its CPU without a word.
+    """Refuse to train on the CPU of a machine with GPUs, unless CUDA_VISIBLE_DEVICES names no GPU.
 
-    nvidia-smi is looked at only where torch finds no GPU. CUDA_VISIBLE_DEVICES that names none asks for the CPU.
+    nvidia-smi runs only where torch finds no GPU.
 
     Raises:
-        ValueError: nvidia-smi counts GPUs, and torch can use none of them; with the likely cause and the mend.
+        ValueError: nvidia-smi counts GPUs, and torch can use none of them; with the likely cause and the fix.
     """
     import torch
 
@@ -52,15 +52,15 @@ def require_usable_gpus() -> None:
         return
     cuda = torch.version.cuda
     built = f"built for CUDA {cuda}" if cuda else "a build without CUDA"
-    of_those = f" of CUDA_VISIBLE_DEVICES={wanted}" if wanted else ""
+    of_wanted = f" of CUDA_VISIBLE_DEVICES={wanted}" if wanted else ""
     raise ValueError(
-        f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_those} that nvidia-smi counts "
-        f"(driver {driver}); {_mend(driver, cuda)}; to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (to nothing)"
+        f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_wanted} that nvidia-smi counts "
+        f"(driver {driver}); {_fix(driver, cuda)}; to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (to nothing)"
     )
 
 
-def _mend(driver: str, cuda: str | None) -> str:
-    """What to do about a torch for ``cuda`` that does not run on ``driver``."""
+def _fix(driver: str, cuda: str | None) -> str:
+    """The fix for a torch for ``cuda`` that does not run on ``driver``."""
     major = int(driver.partition(".")[0])
     fits = max((family for family, oldest in OLDEST_DRIVER.items() if oldest <= major), default=None)
     another = f"install a torch built for CUDA {fits}, see docs/setup.md" if fits else "update the driver"
@@ -83,17 +83,17 @@ def _error_of_cuda() -> str:
 
 
 def _driver() -> tuple[int, str]:
-    """How many GPUs nvidia-smi counts, and its version of the driver."""
+    """The number of GPUs and the version of the driver that nvidia-smi prints; (0, "") without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         printed = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired):
         return 0, ""
-    if "version mismatch" in printed:  # after an update of the driver, before the machine was started again
+    if "version mismatch" in printed:  # the driver was updated, and the machine was not restarted
         raise ValueError(
             f"nvidia-smi says: {printed.strip()}; restart the machine, or set CUDA_VISIBLE_DEVICES= (to nothing)"
         )
-    drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # one line for each GPU, and none but words otherwise
+    drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # a line for each GPU; otherwise words
     return len(drivers), drivers[0] if drivers else ""
 
 

@@ -1,14 +1,14 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C ask a run to stop after the step it is in; a second Ctrl-C stops it at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C stop a run after the current step; a second Ctrl-C stops it at once."""
 
 import signal
 import sys
 import time
 
-EXIT_CODE = 85  # a run that was asked to stop, saved its state and can be resumed
+EXIT_CODE = 85  # of a run that a signal stopped after it saved its state; the same command resumes it
 
 
 class StopRequest:
-    """Set once a signal has asked the run to stop."""
+    """True once a signal has asked the run to stop."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -19,7 +19,7 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame) -> None:
-        # One Ctrl-C can arrive twice, from the terminal and from a launcher that passes it on.
+        # One Ctrl-C can arrive twice: from the terminal, and from a launcher that passes it on.
         if self.signal is not None and number == signal.SIGINT and time.monotonic() - self._since > 1.0:
             sys.exit(128 + number)
         if self.signal is None:

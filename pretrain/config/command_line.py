@@ -1,9 +1,11 @@
 """The command line of the commands that take settings: overrides ``key=value``, and flags such as --help."""
 
+import io
 import shlex
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 import hydra
@@ -35,9 +37,9 @@ Settings used most (key=value):
   train.micro_batch_size=4       sequences that a process takes at once
   train.seq_len=512              tokens in a sequence
   train.dtype=bfloat16           of weights, activations and gradients
-  optim.rank=128                 rows (or columns) trained in each linear
+  optim.rank=128                 rows (or columns) trained in each linear layer
   optim.lr=1e-3                  peak learning rate of embeddings and head
-  optim.linear_lr=1e-3           peak learning rate of the linears
+  optim.linear_lr=1e-3           peak learning rate of the linear layers
   data.paths=[notes]             with data=text: files, folders and globs
   logger.wandb.mode=disabled     or online, offline; auto chooses
 For python -m pretrain.estimate only:
@@ -75,7 +77,10 @@ def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
     else:
         if {"-c", "--cfg"} & {flag.partition("=")[0] for flag in flags}:
             compose(overrides)
-        run_hydra([*flags, *as_typed(overrides)], lambda _: None)
+        answer = io.StringIO()  # Hydra would report a closed pipe with a traceback
+        with redirect_stdout(answer):
+            run_hydra([*flags, *as_typed(overrides)], lambda _: None)
+        print(answer.getvalue(), end="")
     sys.exit()
 
 

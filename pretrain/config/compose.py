@@ -24,10 +24,12 @@ from pretrain.config.schema import (
     LoggerConfig,
     ModelConfig,
     OptimConfig,
+    types_of_settings,
 )
 from pretrain.config.text import FileConfigSource, as_typed, quoted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+SECTIONS = {name.rpartition(".")[0] for name in types_of_settings()}
 
 
 def register_schema() -> None:
@@ -173,12 +175,12 @@ def read_config(file: Path) -> DictConfig:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """``{"train.steps": 300, …}`` of a nested configuration."""
+    """``{"train.steps": 300, …}`` of a nested configuration. A setting that is a mapping is one value."""
     flat: dict[str, Any] = {}
 
     def visit(node: dict[str, Any], prefix: str) -> None:
         for key, value in node.items():
-            if isinstance(value, dict):
+            if isinstance(value, dict) and f"{prefix}{key}" in SECTIONS:
                 visit(value, f"{prefix}{key}.")
             else:
                 flat[f"{prefix}{key}"] = value

@@ -19,6 +19,7 @@ class ConfigError(ValueError):
 
 # Metadata of a field, joined by |. The functions at the end of this file read it.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}  # when a run resumes; on a section it holds for all its settings
+SAME_CONTENT = MAY_CHANGE  # a name or a place: a resume compares the content, which is in the checkpoint
 PER_RANK: dict[str, Any] = {"per_rank": True}  # processes on machines with disks of their own have their own paths
 AT_LEAST_0: dict[str, Any] = {"at_least": 0}
 AT_LEAST_1: dict[str, Any] = {"at_least": 1}
@@ -31,7 +32,9 @@ def one_of(*choices: str) -> dict[str, Any]:
 
 @dataclass
 class RunConfig:
-    name: str
+    """Where a run is kept: in the folder ``root/name``."""
+
+    name: str = field(metadata=SAME_CONTENT)
     root: str = field(metadata=MAY_CHANGE)
 
 
@@ -39,7 +42,7 @@ class RunConfig:
 class ModelConfig:
     """The keyword arguments of models.llama.Llama, which are Hugging Face's names."""
 
-    name: str
+    name: str = field(metadata=SAME_CONTENT)
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -49,6 +52,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: Any  # null or a mapping, see models.rope
     tie_word_embeddings: bool
     initializer_range: float
     attention: str = field(metadata=MAY_CHANGE)
@@ -58,7 +62,7 @@ class ModelConfig:
 class OptimConfig:
     """Full-rank training; Grass and the baselines add keys to these."""
 
-    name: str
+    name: str = field(metadata=SAME_CONTENT)
     inner: str
     embedding_inner: str | None
     lr: float = field(metadata=MAY_CHANGE)
@@ -100,7 +104,7 @@ class GrassConfig(OptimConfig):
 
 @dataclass
 class BaselineConfig(OptimConfig):
-    """Full-rank training with an optimizer that projects the gradients of the linears: a name of PROJECTED."""
+    """Full-rank training with an optimizer that projects the gradients of the linear layers: a name of PROJECTED."""
 
     rank: int
     update_gap: int = field(metadata=AT_LEAST_1)
@@ -110,9 +114,16 @@ class BaselineConfig(OptimConfig):
 
 @dataclass(kw_only=True)
 class DataConfig(DataSettings):
-    root: str = field(default=DataSettings.root, metadata=MAY_CHANGE | PER_RANK)
-    paths: list[str] = field(default_factory=list, metadata=PER_RANK)
-    tokenizer: str | None = field(default=None, metadata=PER_RANK)
+    """The settings of the preparation, and those of a run that reads the data."""
+
+    name: str = field(default=DataSettings.name, metadata=SAME_CONTENT)
+    root: str = field(default=DataSettings.root, metadata=SAME_CONTENT | PER_RANK)
+    paths: list[str] = field(default_factory=list, metadata=SAME_CONTENT | PER_RANK)
+    validation_paths: list[str] = field(default_factory=list, metadata=SAME_CONTENT | PER_RANK)
+    dataset: str | None = field(default=None, metadata=SAME_CONTENT)
+    mixture: list[Any] = field(default_factory=list, metadata=SAME_CONTENT)
+    tokenizer: str | None = field(default=None, metadata=SAME_CONTENT | PER_RANK)
+    vocab_size: int = field(default=DataSettings.vocab_size, metadata=SAME_CONTENT)
     workers: int | None = field(default=None, metadata=MAY_CHANGE)
     prompts: list[str] = field(default_factory=list, metadata=MAY_CHANGE)
     on_the_fly: bool = False
@@ -121,11 +132,13 @@ class DataConfig(DataSettings):
 
 @dataclass
 class TrainConfig:
+    """The training loop, its precision, its memory options and its processes."""
+
     steps: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
     tokens_per_step: int = field(metadata=AT_LEAST_1)
     micro_batch_size: int | None = field(metadata=MAY_CHANGE | AT_LEAST_1)
     seq_len: int = field(metadata=AT_LEAST_1)
-    init_from: str | None
+    init_from: str | None = field(metadata=SAME_CONTENT)
     dtype: str = field(metadata=one_of(*DTYPE_NAMES))
     step_in_backward: bool
     seed: int
@@ -159,6 +172,8 @@ class TrainConfig:
 
 @dataclass
 class WandbConfig:
+    """Weights & Biases."""
+
     mode: str = field(metadata=one_of("auto", "online", "offline", "disabled"))
     project: str | None
     entity: str | None
@@ -168,6 +183,8 @@ class WandbConfig:
 
 @dataclass
 class LoggerConfig:
+    """Loggers beside ``metrics.jsonl``."""
+
     wandb: WandbConfig = field(metadata=MAY_CHANGE)
 
 
@@ -184,6 +201,8 @@ class EstimateConfig:
 
 @dataclass
 class Config:
+    """A complete configuration; conf/config.yaml has the default values."""
+
     run: RunConfig
     model: ModelConfig
     optim: Any  # OptimConfig, GrassConfig or BaselineConfig, as the group says

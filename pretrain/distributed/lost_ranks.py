@@ -21,7 +21,7 @@ ROLL_CALL = timedelta(seconds=20)  # the longest wait for the others' signatures
 
 
 @contextmanager
-def named(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterator[None]:
+def name_lost_ranks(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterator[None]:
     """Turn the failure of a collective inside the context into an error that names the missing ranks.
 
     Args:
@@ -40,9 +40,9 @@ def named(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterat
         missing = _missing(world, place, min(timeout / 4, ROLL_CALL), leave)
         who = f"no answer from rank {', '.join(map(str, missing))}" if missing else "every rank answers"
         if leave():
-            raise LostPeer(f"rank {world.rank} was told to end while it waited in {place}") from error
+            raise LostPeer(f"rank {world.rank} was asked to end while it waited in {place}") from error
         raise LostPeer(
-            f"rank {world.rank} waited in vain in {place}: {who}; see what was said there last, or raise "
+            f"rank {world.rank} waited in vain in {place}: {who}; read the last messages there, or raise "
             f"train.timeout_minutes={timeout.total_seconds() / 60:g} if it was only slow ({_reason(error)})"
         ) from error
 

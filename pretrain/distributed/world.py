@@ -1,9 +1,10 @@
 """The processes of a run: the rank of this one, and the collectives that the engines do not do."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from pretrain.cli.errors import LostPeer, first_line
 from pretrain.cli.ranks import world_size_from_env
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,19 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What ``call()`` returns on the main process, on every process; a ValueError or OSError is raised on all."""
+        found: Any = None
+        if self.is_main:
+            try:
+                found = call()
+            except (ValueError, OSError) as error:
+                found = error
+        found = self.broadcast_object(found)
+        if isinstance(found, ValueError | OSError):
+            raise found
+        return found
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The ``value`` of every process, in the order of ranks; they are pickled."""

@@ -5,7 +5,7 @@ A run that starts from such a model keeps copies of them in its folder, and an e
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "additional_chat_templates",
 )  # fmt: skip
 
+FREE = ("attention_dropout", "use_cache")  # settings in config.json that models.llama does not have
+REPLACED = ("dtype", "rope_parameters")  # newer names of settings that an export writes by their older names
+
 
 def find_assets(path: Path) -> list[Path]:
     """The asset files of the model whose config.json lies in the folder ``path``; [] if there is no config.json."""
@@ -33,15 +36,21 @@ def copy_assets(assets: Iterable[Path], folder: Path) -> None:
     """Copy files and folders of assets into ``folder``, which is made if need be."""
     for asset in assets:
         folder.mkdir(parents=True, exist_ok=True)
-        if asset.is_dir():
-            shutil.copytree(asset, folder / asset.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(asset, folder / asset.name)
+        # Contents only: permissions are those of new files, whatever the model's files have.
+        for file in [path for path in asset.rglob("*") if path.is_file()] if asset.is_dir() else [asset]:
+            copy = folder / file.relative_to(asset.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
-def token_ids(folder: Path) -> dict[str, Any]:
-    """The ids of special tokens in ``folder``/config.json, such as ``eos_token_id``, as they stand there."""
-    return {key: value for key, value in read_config(folder).items() if key.endswith("_token_id")}
+def other_settings(folder: Path, ours: Container[str]) -> dict[str, Any]:
+    """The settings in ``folder``/config.json that an export leaves as they are, such as ``eos_token_id``.
+
+    Args:
+        ours: the settings that the export writes from its own model and weights.
+    """
+    config = {key: value for key, value in read_config(folder).items() if value is not None}
+    return {key: value for key, value in config.items() if key in FREE or not (key in ours or key in REPLACED)}
 
 
 def end_ids(folder: Path) -> list[int]:

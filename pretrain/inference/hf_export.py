@@ -1,4 +1,4 @@
-"""Write a model in Hugging Face's format: config.json, safetensors files, the tokenizer, generation settings."""
+"""Write a model in Hugging Face's format: config.json, safetensors, tokenizer, generation settings, model card."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.atomic import UNFINISHED
+from data.atomic import UNFINISHED, use_umask
 from data.tokenizer import Tokenizer
 from pretrain.inference.hf_assets import (
     GENERATION,
@@ -20,10 +20,11 @@ from pretrain.inference.hf_assets import (
     copy_assets,
     find_assets,
     has_tokenizer,
-    token_ids,
+    other_settings,
 )
 from pretrain.inference.hf_llama import CONFIG, INDEX, WEIGHTS, hf_name, model_config
 from pretrain.inference.hf_tokenizer import conversion_problem, tokenizer_config, tokenizer_json
+from pretrain.inference.model_card import CARD, model_card
 from pretrain.inference.pretrained import PretrainedModel, find_pretrained
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     """Write the model at ``path`` to the new folder ``out``.
 
     A model that came from Hugging Face, or a run that started from one, gets its generation settings, chat template and
-    special tokens back as they were. The embedding keeps its rows, also those that stand for no token.
+    special tokens back as they were. The embedding keeps its rows, also those that stand for no token. A run gets a
+    model card; the tokenizer's ``model_max_length`` is the length of its sequences.
 
     Args:
         dtype: of all weights; by default that of the model.
@@ -53,6 +55,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     dtype = dtype or found.dtype
     _write_weights(temporary, _weights(found, dtype), shard_bytes)
     _write_settings(temporary, found, dtype)
+    _write_card(temporary, found, out.name)
     temporary.rename(out)
     logger.info("exported %s to %s in %s", found.path, out, str(dtype).removeprefix("torch."))
     logger.info("files: %s", ", ".join(sorted(file.name for file in out.iterdir())))
@@ -81,6 +84,7 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
         names = [WEIGHTS]
     for file, shard in zip(names, shards, strict=True):
         save_file({name: tensors[name].contiguous() for name in shard}, folder / file, metadata={"format": "pt"})
+        use_umask(folder / file)  # safetensors makes it readable by its owner only
     if len(shards) > 1:
         file_of = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -104,18 +108,26 @@ def _write_settings(folder: Path, found: PretrainedModel, dtype: torch.dtype) ->
     path = found.tokenizer()
     assets = {asset.name: asset for asset in find_assets(found.assets)} if found.assets else {}
     tokenizer = Tokenizer(path)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if found.assets:
-        special |= {key: value for key, value in token_ids(found.assets).items() if value is not None}
-    _write_json(folder / CONFIG, {**model_config(found.arguments, dtype), **special})
+    settings = model_config(found.arguments, dtype)
+    brought = other_settings(found.assets, settings) if found.assets else {}
+    settings |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id} | brought
+    _write_json(folder / CONFIG, settings)
     if GENERATION in assets:
         copy_assets([assets[GENERATION]], folder)
     else:
-        _write_json(folder / GENERATION, {key: special[key] for key in ("bos_token_id", "eos_token_id")})
+        _write_json(folder / GENERATION, {key: settings[key] for key in ("bos_token_id", "eos_token_id")})
     if found.assets and has_tokenizer(found.assets, path):
         copy_assets([assets[name] for name in TOKENIZER_FILES if name in assets], folder)
     if not (folder / TOKENIZER_CONFIG).exists():
-        _write_tokenizer(folder, tokenizer, found.arguments["max_position_embeddings"])
+        _write_tokenizer(folder, tokenizer, found.seq_len)
+
+
+def _write_card(folder: Path, found: PretrainedModel, name: str) -> None:
+    """The model card: of a run one that describes it; of a model from Hugging Face its own."""
+    if found.run is not None:
+        (folder / CARD).write_text(model_card(found, found.run, name), encoding="utf-8")
+    elif found.assets and (found.assets / CARD).exists():
+        copy_assets([found.assets / CARD], folder)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.llama import Llama
+from models.rope import SCALINGS, scaling_problems
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_KEYS = set(inspect.signature(Llama).parameters) - {"attention"}
@@ -49,7 +50,7 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
         if key in config and config[key] not in values
     ]
     problems += _head_problems(config)
-    config["rope_theta"], rope_problems = _rope(config)
+    config["rope_theta"], config["rope_scaling"], rope_problems = _rope(config)
     problems += rope_problems
     problems += [f"{key} is missing" for key in sorted(MODEL_KEYS - config.keys())]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -82,21 +83,27 @@ def _head_problems(config: dict[str, Any]) -> list[str]:
     return [] if stated == derived else [f"head_dim={stated}: only {derived} is supported"]
 
 
-def _rope(config: dict[str, Any]) -> tuple[float, list[str]]:
-    """The base of the rotary frequencies, and the reasons why ``Llama`` cannot apply them, a line each.
+def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[str]]:
+    """``rope_theta`` and ``rope_scaling`` for ``Llama``, and a line for each setting that it does not implement.
 
-    transformers 5 writes both into ``rope_parameters``; versions before it wrote ``rope_theta`` and ``rope_scaling``.
+    transformers 5 writes both into ``rope_parameters``; versions before it wrote ``rope_theta`` and ``rope_scaling``,
+    in which the key of the type was first ``type``.
     """
     parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or parameters
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    problems = []
-    if kind != "default" and not (kind == "linear" and scaling.get("factor") == 1):
-        problems.append(f"rope_scaling of type {kind}: not supported, every position would be rotated otherwise")
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+    stated = config.get("rope_scaling") or parameters
+    kind = stated.get("rope_type") or stated.get("type") or "default"
     rotated = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
-    if rotated != 1:
-        problems.append(f"partial_rotary_factor={rotated}: only 1 is supported")
-    return parameters.get("rope_theta") or config.get("rope_theta") or 10000.0, problems
+    problems = [f"partial_rotary_factor={rotated}: only 1 is supported"] if rotated != 1 else []
+    if kind == "default" or (kind == "linear" and stated.get("factor") == 1):
+        return theta, None, problems
+    if kind not in SCALINGS:
+        problems.append(f"rope_scaling of type {kind}: not supported, only {' and '.join(SCALINGS)} are")
+        return theta, None, problems
+    scaling = {"rope_type": kind, **{name: stated[name] for name in SCALINGS[kind] if name in stated}}
+    if kind == "llama3":  # as transformers does
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return theta, scaling, problems + [line.removeprefix("model.") for line in scaling_problems(scaling)]
 
 
 def model_config(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def model_config(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, **{key: arguments[key] for key in MODEL_KEYS & arguments.keys()},
         "num_key_value_heads": arguments.get("num_key_value_heads") or arguments["num_attention_heads"],
-        "rope_scaling": None, "attention_dropout": 0.0, "use_cache": True,
+        "rope_scaling": arguments.get("rope_scaling"), "attention_dropout": 0.0, "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
 

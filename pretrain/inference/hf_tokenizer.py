@@ -63,7 +63,7 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
 def tokenizer_config(path: Path, positions: int) -> dict[str, Any]:
     """The content of tokenizer_config.json for the sentencepiece model at ``path``.
 
-    ``positions`` is the longest sequence, in tokens, that the model of the tokenizer takes.
+    ``positions`` is the longest sequence, in tokens, that the model of the tokenizer was trained on.
     """
     model = _read(path)
     spec = model.trainer_spec

@@ -1,15 +1,19 @@
 """Start a run from the weights at ``train.init_from``: the checks before it, and the files that it takes along."""
 
+import hashlib
 import logging
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data.atomic import sha256
 from data.tokenizer import Tokenizer
 from models.llama import Llama
+from pretrain.config.schema import ConfigError
 from pretrain.inference.hf_assets import copy_assets, find_assets
 from pretrain.inference.hf_llama import CONFIG, read_shapes, read_weights
 from pretrain.inference.pretrained import find_pretrained
@@ -23,6 +27,60 @@ def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
     """The weights by our names of a model that ``find_pretrained`` finds, or in one safetensors file."""
     path = Path(path)
     return read_weights(path) if path.is_file() else find_pretrained(path).weights()
+
+
+class InitialWeights:
+    """The weights at ``path``, to iterate over once: (name, tensor) as ``read_weights_at`` gives them.
+
+    ``identity()`` then names their content, wherever and in whatever files they lie.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self._digests = path, dict[str, str]()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_weights_at(self.path):
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            about = f"{name} {tensor.dtype} {list(tensor.shape)} ".encode()
+            self._digests[name] = hashlib.sha256(about + hashlib.sha256(content.data).digest()).hexdigest()
+            yield name, tensor
+
+    def identity(self) -> dict[str, str]:
+        """Path and SHA-256 of the weights, JSON-able; reads them unless they were read."""
+        if not self._digests:
+            for _ in self:
+                pass
+        together = "".join(digest for _, digest in sorted(self._digests.items()))
+        return {"path": str(self.path), "sha256": hashlib.sha256(together.encode()).hexdigest()}
+
+
+def require_same_start(path: str | None, started_from: dict[str, str] | None) -> None:
+    """Compare the weights at ``path``, a new value of train.init_from, with those that a resumed run started from.
+
+    Nothing is read without a path, or with the path that the run started from: it has its own checkpoint.
+
+    Args:
+        started_from: ``InitialWeights.identity()``; None for a run that did not start from weights.
+
+    Raises:
+        ConfigError: they differ, or cannot be read.
+    """
+    if path is None:
+        return
+    fix = "set it to null, because the run resumes from its own checkpoint, or choose another run.name"
+    if started_from is None:
+        raise ConfigError(f"train.init_from={path}: this run did not start from other weights; {fix}")
+    if Path(path).absolute() == Path(started_from["path"]).absolute():
+        return
+    try:
+        found = InitialWeights(path).identity()
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"train.init_from={path} cannot be compared with {started_from['path']}, which the run started from "
+            f"({error}); {fix}"
+        ) from None
+    if found["sha256"] != started_from["sha256"]:
+        raise ConfigError(f"train.init_from={path} has other weights than the run started from; {fix}")
 
 
 def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer: str | None = None) -> list[str]:
@@ -41,7 +99,10 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer:
             return problems
         if problems := _setting_problems(path, found.arguments, arguments):
             return problems
-        return _shape_problems(path, read_shapes(found.path), model) if (found.path / CONFIG).exists() else []
+        if not (found.path / CONFIG).exists():
+            return []
+        fix = f"{found.path / CONFIG} describes other weights: correct it, or copy both again"
+        return _shape_problems(path, read_shapes(found.path), model, fix)
     except ValueError as error:
         return [f"train.init_from: {line}" for line in str(error).splitlines()]
 
@@ -70,11 +131,20 @@ def _setting_problems(path: str, stored: dict[str, Any], wanted: dict[str, Any])
 
     stored, wanted = explicit(stored), explicit(wanted)
     unlike = {key: value for key, value in stored.items() if key not in FREE and wanted[key] != value}
-    changes = " ".join(f"model.{key}={str(value).lower()}" for key, value in unlike.items())
+    changes = " ".join(_override(f"model.{key}", value) for key, value in unlike.items())
     return [f"train.init_from={path} is a model of another shape; set {changes}"] if unlike else []
 
 
-def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama) -> list[str]:
+def _override(key: str, value: Any) -> str:
+    """``key=value`` as one types it in a shell."""
+    if isinstance(value, dict):
+        return shlex.quote(f"{key}={{{','.join(f'{name}:{number}' for name, number in value.items())}}}")
+    return f"{key}={'null' if value is None else str(value).lower()}"
+
+
+def _shape_problems(
+    path: str, stored: dict[str, tuple[int, ...]], model: Llama, fix: str = "change model.*"
+) -> list[str]:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.tie_word_embeddings and "lm_head.weight" not in stored:
         del wanted["lm_head.weight"]
@@ -83,11 +153,13 @@ def _shape_problems(path: str, stored: dict[str, tuple[int, ...]], model: Llama)
         for name in sorted(stored.keys() | wanted.keys()) if stored.get(name) != wanted.get(name)
     ]  # fmt: skip
     more = f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
-    return [f"train.init_from={path}: {unlike[0]}{more}; change model.*"] if unlike else []
+    return [f"train.init_from={path}: {unlike[0]}{more}; {fix}"] if unlike else []
 
 
-def require_same_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
     """Compare the run's ``tokenizer`` with the one that lies beside the weights at ``path``, if there is one.
+
+    None stands for a tokenizer that has yet to be trained, which differs from any other.
 
     Raises:
         ValueError: they differ.
@@ -97,9 +169,9 @@ def require_same_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         files = sorted(beside.glob("tokenizer.*"))
     except ValueError:
         files = []
-    if not files:
+    if not files and tokenizer is not None:
         logger.warning("there is no tokenizer beside train.init_from=%s to compare the run's with", path)
-    elif all(sha256(file) != tokenizer.sha256 for file in files):
+    elif files and (tokenizer is None or all(sha256(file) != tokenizer.sha256 for file in files)):
         raise ValueError(f"train.init_from={path} has another tokenizer than the run; set data.tokenizer={files[-1]}")
 
 

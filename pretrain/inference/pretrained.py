@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, find_tokenizer
 from models.llama import Llama
 from models.precision import DTYPES
 from models.weights import fill_weights
-from pretrain.checkpoint.directory import newest_to_read, read_state
+from pretrain.checkpoint.directory import latest, read_state
 from pretrain.checkpoint.tensors import read_weights as read_checkpoint_weights
 from pretrain.config.compose import read_config
 from pretrain.inference.hf_assets import ASSETS_FOLDER, end_ids
@@ -32,6 +32,7 @@ class PretrainedModel:
     weights     reads the weights: pairs of our name and a tensor, one at a time
     tokenizer   finds the tokenizer's file; raises ValueError if there is none
     assets      the folder with the files that Hugging Face keeps beside a model, see ``hf_assets``; None without any
+    run         the folder of the run that trained it; None if it came from Hugging Face
     """
 
     path: Path
@@ -41,6 +42,7 @@ class PretrainedModel:
     weights: Callable[[], Iterable[tuple[str, Tensor]]]
     tokenizer: Callable[[], Path]
     assets: Path | None
+    run: Path | None = None
 
     def load(self) -> tuple[Llama, Tokenizer]:
         """The model in its own dtype and in eval mode, on the GPU if there is one, and its tokenizer.
@@ -69,7 +71,7 @@ def find_pretrained(path: str | Path) -> PretrainedModel:
     """
     path = Path(path)
     if (path / "config.yaml").exists():
-        newest = newest_to_read(path / "checkpoints")
+        newest = latest(path / "checkpoints")
         if newest is None:
             raise ValueError(f"{path} holds no checkpoint yet; wait for one (train.checkpoint_every)")
         return _from_checkpoint(newest)
@@ -125,6 +127,7 @@ def _from_checkpoint(path: Path) -> PretrainedModel:
         path, arguments, dtype, config["train"]["seq_len"], weights,
         tokenizer=lambda: _tokenizer_of(run, path, config),
         assets=run / ASSETS_FOLDER if (run / ASSETS_FOLDER).exists() else None,
+        run=run,
     )  # fmt: skip
 
 

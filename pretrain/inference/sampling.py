@@ -54,7 +54,7 @@ class Sampling:
 def rows_without_token(tokenizer: Tokenizer, rows: int, ends: Collection[int] = ()) -> Tensor:
     """Which of a model's ``rows`` embedding rows stand for no token, as bool (rows,).
 
-    They are padding behind the vocabulary, or gaps in it. ``ends`` are tokens even if the tokenizer's file lacks them:
+    They are padding after the vocabulary, or gaps in it. ``ends`` are tokens even if the tokenizer's file lacks them:
     a sentencepiece model lacks those that were added to it later.
     """
     return torch.tensor([not (tokenizer.has(row) or row in ends) for row in range(rows)])
@@ -65,7 +65,7 @@ def new_tokens(
 ) -> Iterator[int]:
     """The tokens that follow ``prompt``, without end.
 
-    When the model's positions are used up, it goes on from the latest half of them.
+    When the model's positions are used up, it continues from the latest half of the tokens.
 
     Args:
         never: bool (rows,), the tokens that are never drawn, such as ``rows_without_token``.

@@ -82,7 +82,7 @@ def tokenize_files(paths: Sequence[str], patterns: Sequence[str], tokenizer: Tok
         ValueError: a path does not exist, or there is no readable text.
     """
     skipped: dict[str, list[str]] = {}
-    documents = list(read_documents(text_files(paths, patterns, max_bytes=2**63), skipped))
+    documents = list(read_documents(text_files(paths, patterns, max_bytes=2**63, key="--text"), skipped))
     for reason, names in skipped.items():
         logger.warning("skipped, %s: %s", reason, ", ".join(names))
     if not documents:

@@ -48,7 +48,8 @@ class TextGenerator:
     @property
     def speed(self) -> str:
         """The length and speed of the latest continuation, for people."""
-        return f"{self.tokens} tokens, {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else "no tokens"
+        unit = "token" if self.tokens == 1 else "tokens"
+        return f"{self.tokens} {unit}, {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else "no tokens"
 
 
 def _undecided(text: str, stops: Sequence[str]) -> int:

@@ -1,20 +1,20 @@
-"""Which blocks of a model hold the same in a step, and so which few stand for all."""
+"""Group the blocks of a model by the memory they hold in a step, so that a few of them stand for all."""
 
 from typing import NamedTuple
 
-from models import activation_checkpointing as checkpointing
+from models import activation_checkpointing
 from models.stacking import ON_CPU
 from optim.refresh_schedule import most_at_once
 from pretrain.config.schema import Config, GrassConfig
 
 
-class Layout(NamedTuple):
-    """Blocks in model order: ``front`` alike, ``middle`` alike, and the last one.
+class BlockLayout(NamedTuple):
+    """Blocks in model order: ``front`` equal blocks, ``middle`` equal blocks, and the last block.
 
-    Where blocks take turns at refreshing, the walked refresh probes those of the front and the last, together as many
-    as any step of a window does: no stretch of any such step holds more than the same one here. Where no step probes
-    more than one there is no front, and it is the first one's turn and then the last one's. Where all are probed at
-    once there is no middle.
+    With a staggered refresh, the simulated refresh probes the front blocks and the last one. That is the largest number
+    of blocks that any step of a window probes, so no phase of any step holds more than the simulated phase of the same
+    name. Where no step probes more than one block, ``front`` is 0, and the first and the last block refresh in two
+    simulated steps. Where every block refreshes at once, ``middle`` is 0.
     """
 
     front: int
@@ -25,38 +25,38 @@ class Layout(NamedTuple):
         return self.front + self.middle + 1
 
     def place(self, block: int) -> str | None:
-        """What the stretches of ``block`` are called; None between ends: peaks rise or fall from one to the other."""
+        """The name of ``block`` in phases, or None inside a group: its peaks lie between those of the group's ends."""
         last = self.blocks - 1
         ends = {last - 1: "middle end", self.front: "middle", self.front - 1: "front end", 0: "0", last: "-1"}
         return ends.get(block)
 
-    def turns(self) -> list[set[int]]:
-        """The blocks that each of the walked refreshes probes."""
+    def probed_blocks(self) -> list[set[int]]:
+        """The blocks that each of the simulated refreshes probes."""
         last = self.blocks - 1
         return [{*range(self.front), last}] if self.front else [{0}, {last}]
 
-    def longer(self, front: int = 0, middle: int = 0) -> "Layout":
-        return Layout(self.front + front, self.middle + middle)
+    def longer(self, front: int = 0, middle: int = 0) -> "BlockLayout":
+        return BlockLayout(self.front + front, self.middle + middle)
 
-    def shortest(self, period: int) -> "Layout":
-        """The fewest blocks to which as many times ``period`` can be added, in front and middle, as make this."""
-        least = 2 if self.front and self.middle else ON_CPU - 1  # and of each shape as many as are stacked at once
+    def shortest(self, period: int) -> "BlockLayout":
+        """The smallest layout from which this one follows by adding multiples of ``period`` to front and middle."""
+        least = 2 if self.front and self.middle else ON_CPU - 1  # enough of each shape to fill a stack
 
         def shorter(blocks: int) -> int:
             return min(blocks, least + (blocks - least) % period)
 
-        return Layout(shorter(self.front), shorter(self.middle))
+        return BlockLayout(shorter(self.front), shorter(self.middle))
 
 
-def layout_of(config: Config) -> Layout:
+def layout_of(config: Config) -> BlockLayout:
     optim, blocks = config.optim, config.model.num_hidden_layers
     if isinstance(optim, GrassConfig) and optim.stagger is not False:
         probed = most_at_once(blocks, optim.refresh_every, optim.probe_steps)
         if probed < blocks:
-            return Layout(probed - 1, blocks - probed)
-    return Layout(blocks - 1, 0)
+            return BlockLayout(probed - 1, blocks - probed)
+    return BlockLayout(blocks - 1, 0)
 
 
 def period_of(config: Config) -> int:
-    """After how many blocks what they keep of their activations repeats itself."""
-    return checkpointing.parse(config.train.checkpointing)[1]
+    """The number of blocks after which activation checkpointing repeats its pattern."""
+    return activation_checkpointing.parse(config.train.checkpointing)[1]

@@ -1,8 +1,9 @@
-"""The walk through a model with many identical blocks, from walks through models with few of them.
+"""Peak memory of a model with many blocks, extrapolated from simulations of models with few blocks.
 
-Where blocks are alike (pretrain.layout) one more adds the same to every stretch of a step (with ``every:N``, N more
-do). So what is held in a stretch is affine in the numbers of blocks of each kind, and a walk more than there are kinds
-tells it for every model. Another one is held against that; where it does not agree the whole model is walked.
+Equal blocks (pretrain.planner.block_layout) add equal bytes to every phase of a step; with ``checkpointing=every:N``
+each N of them do. So the bytes of a phase are affine in the number of blocks of each group, and one simulation more
+than there are groups determines them. A further simulation checks the result; where it differs, the complete model is
+simulated instead.
 """
 
 import logging
@@ -10,48 +11,50 @@ from collections import Counter
 
 from pretrain.config.schema import Config
 from pretrain.planner.block_layout import layout_of, period_of
-from pretrain.planner.simulate import BETWEEN, Seen, walk
+from pretrain.planner.simulate import BETWEEN, Peaks, simulate
 
 logger = logging.getLogger(__name__)
 
 
-def walk_all(config: Config, verify: bool = True) -> Seen:
-    """``walk`` through all blocks of the model, the stretches between the ends of those alike left out.
+def simulate_all_blocks(config: Config, verify: bool = True) -> Peaks:
+    """Return the result of ``simulate`` for all blocks of the model, without the phases inside a group of equal blocks.
 
-    Without ``verify`` the last walk is left out, for settings that differ from verified ones in sizes alone.
+    Args:
+        verify: check the extrapolation by one more simulation. Leave it out for settings that differ from verified ones
+            in sizes only.
     """
-    whole, period = layout_of(config), period_of(config)
-    few = whole.shortest(period)
-    times = {"front": (whole.front - few.front) // period, "middle": (whole.middle - few.middle) // period}
-    growing = [kind for kind, n in times.items() if n]
-    furthest = few.longer(**{kind: 2 * period for kind in growing})
-    if whole.blocks <= furthest.blocks:
-        return _ends(walk(config, whole))
-    first = _ends(walk(config, few))
-    with_more = {kind: _ends(walk(config, few.longer(**{kind: period}))) for kind in growing}
-    if verify and _extended(first, with_more, dict.fromkeys(growing, 2)) != _ends(walk(config, furthest)):
-        logger.info("the blocks are not all alike in memory: walking through every one")
-        return _ends(walk(config, whole))
-    return _extended(first, with_more, times)
+    complete, period = layout_of(config), period_of(config)
+    few = complete.shortest(period)
+    times = {"front": (complete.front - few.front) // period, "middle": (complete.middle - few.middle) // period}
+    growing = [group for group, n in times.items() if n]
+    check = few.longer(**{group: 2 * period for group in growing})
+    if complete.blocks <= check.blocks:
+        return _without_between(simulate(config, complete))
+    base = _without_between(simulate(config, few))
+    longer = {group: _without_between(simulate(config, few.longer(**{group: period}))) for group in growing}
+    if verify and _extrapolate(base, longer, dict.fromkeys(growing, 2)) != _without_between(simulate(config, check)):
+        logger.info("the blocks do not hold equal memory: simulating all of them")
+        return _without_between(simulate(config, complete))
+    return _extrapolate(base, longer, times)
 
 
-def _ends(seen: Seen) -> Seen:
-    return {stretch: held for stretch, held in seen.items() if BETWEEN not in stretch}
+def _without_between(peaks: Peaks) -> Peaks:
+    return {phase: held for phase, held in peaks.items() if BETWEEN not in phase}
 
 
-def _extended(first: Seen, with_more: dict[str, Seen], times: dict[str, int]) -> Seen:
-    """What is held with so many ``times`` more blocks of each kind than in the ``first``; {} where stretches differ."""
-    if any(more.keys() != first.keys() for more in with_more.values()):
+def _extrapolate(base: Peaks, longer: dict[str, Peaks], times: dict[str, int]) -> Peaks:
+    """Add to ``base`` the difference that one period of each group makes, ``times`` over; {} where phases differ."""
+    if any(more.keys() != base.keys() for more in longer.values()):
         return {}
 
-    def extend(stretch: str, held: Counter[str]) -> Counter[str]:
-        others = {kind: more[stretch] for kind, more in with_more.items()}
-        parts = held.keys() | {part for other in others.values() for part in other}
+    def extend(phase: str, held: Counter[str]) -> Counter[str]:
+        others = {group: more[phase] for group, more in longer.items()}
+        kinds = held.keys() | {kind for other in others.values() for kind in other}
         return Counter(
             {
-                part: held[part] + sum((other[part] - held[part]) * times[kind] for kind, other in others.items())
-                for part in parts
+                kind: held[kind] + sum((other[kind] - held[kind]) * times[group] for group, other in others.items())
+                for kind in kinds
             }
         )
 
-    return {stretch: extend(stretch, held) for stretch, held in first.items()}
+    return {phase: extend(phase, held) for phase, held in base.items()}

@@ -1,7 +1,7 @@
-"""One process of many, without the others: what the planner walks through for a device of N.
+"""Simulate rank 0 of several without the other ranks.
 
-Collectives go to torch's fake process group, which moves nothing. FSDP2 and HSDP are torch's own. DDP cannot be built
-from tensors without data, so its buckets are made here as it makes them.
+Collectives go to torch's fake process group, which moves no data. FSDP2 and HSDP are torch's own. DDP cannot be built
+from tensors without data, so ``SimulatedDDP`` allocates its buckets as DDP does.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.llama import Llama
-from pretrain.config.schema import DTYPES, TrainConfig
+from models.precision import DTYPES
+from pretrain.config.schema import TrainConfig
 from pretrain.distributed.engines import Engine, build_engine
 from pretrain.distributed.world import World
 
 
 @contextmanager
-def first_of(devices: int) -> Iterator[World]:
-    """The world of the first of so many processes, alone if there is one."""
+def fake_world(devices: int) -> Iterator[World]:
+    """Rank 0 of ``devices`` ranks; with one device there is no process group."""
     world = World(0, devices, torch.device("cpu"))
     if devices == 1:
         yield world
@@ -36,15 +37,15 @@ def first_of(devices: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-class Buckets(Engine):
-    """DDP by what it holds and sends: gradients are views of buckets, which live as long as the run.
+class SimulatedDDP(Engine):
+    """The memory and the traffic of DDP: gradients are views of buckets that live as long as the run.
 
     Args:
-        wire: what the buckets travel in.
+        wire_dtype: the dtype in which buckets are summed; None: that of the gradients.
     """
 
-    def __init__(self, wire: torch.dtype | None):
-        self.wire = wire
+    def __init__(self, wire_dtype: torch.dtype | None):
+        self.wire_dtype = wire_dtype
 
     def wrap(self, model: Llama) -> None:
         super().wrap(model)
@@ -57,7 +58,7 @@ class Buckets(Engine):
             parts = self.buckets[-1].split([p.numel() for p in held])
             self.views |= {p: part.view_as(p) for p, part in zip(held, parts, strict=True)}
         for p in trainable:
-            p.register_post_accumulate_grad_hook(self._into_bucket)
+            p.register_post_accumulate_grad_hook(self._copy_to_bucket)
 
     def backward(self, last: bool) -> AbstractContextManager:
         self.last = last
@@ -65,28 +66,29 @@ class Buckets(Engine):
 
     def finish_backward(self) -> None:
         for bucket in self.buckets:
-            travels = bucket.to(self.wire or bucket.dtype)
-            dist.all_reduce(travels)
-            if travels is not bucket:
-                bucket.copy_(travels)
+            sent = bucket.to(self.wire_dtype or bucket.dtype)
+            dist.all_reduce(sent)
+            if sent is not bucket:
+                bucket.copy_(sent)
 
-    def _into_bucket(self, p: nn.Parameter) -> None:
+    def _copy_to_bucket(self, p: nn.Parameter) -> None:
         if self.last and p.grad is not None:
             p.grad = self.views[p].copy_(p.grad)
 
 
-def walked_engine(train: TrainConfig, world: World) -> Engine:
-    """The engine of a run, or what stands for it."""
+def simulated_engine(train: TrainConfig, world: World) -> Engine:
+    """The engine of the run, or SimulatedDDP in place of DDP."""
     if world.size > 1 and train.parallel == "ddp":
-        return Buckets(DTYPES[train.reduce_dtype] if train.reduce_dtype else None)
-    with patch.object(dist.ProcessGroup, "set_timeout"):  # the fake group waits for nobody, and refuses it
+        return SimulatedDDP(DTYPES[train.reduce_dtype] if train.reduce_dtype else None)
+    with patch.object(dist.ProcessGroup, "set_timeout"):  # the fake group has no timeout and raises
         return build_engine(train, world)
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes of the tensors that collectives sum, gather together or divide, each as a whole.
+class TrafficCounter(TorchDispatchMode):
+    """Count the bytes of tensors given to collectives; of all_gather and reduce_scatter the complete tensor counts.
 
-    In a ring a process sends (N − 1) / N of a tensor that is gathered or divided, and twice that of one that is summed.
+    In a ring of N ranks, each rank sends (N − 1) / N of a tensor that is gathered or scattered, and twice that of a
+    tensor that is all-reduced.
     """
 
     def __init__(self) -> None:
@@ -96,5 +98,6 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
             sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.bytes += max(sizes) if "_base_" in func.__name__ else sum(sizes)  # the whole, beside a part of it
+            # The arguments of "_base_" collectives are the complete tensor and a rank's share of it.
+            self.bytes += max(sizes) if "_base_" in func.__name__ else sum(sizes)
         return func(*args, **(kwargs or {}))

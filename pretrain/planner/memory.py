@@ -1,17 +1,18 @@
-"""Estimate the memory of a run and find the largest micro-batch that fits."""
+"""Estimate the memory of a run on one device, and find the largest micro-batch that fits."""
 
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
 from pretrain.config.schema import Config, ConfigError
-from pretrain.planner.extrapolate import walk_all
-from pretrain.planner.simulate import COMPONENTS, MODEL, Seen, micro_batch_size
+from pretrain.planner.extrapolate import simulate_all_blocks
+from pretrain.planner.simulate import COMPONENTS, MODEL, Peaks, micro_batch_size
 from pretrain.setup.checks import check
+from pretrain.setup.trained_data import state_to_resume
 
 GIB, MIB = 2**30, 2**20
-MANY = 2**16
-MENDS = {
+NO_LIMIT = 2**16  # sequences: more than any device holds
+FIXES = {
     "weights": "train.dtype=bfloat16, optim.int8_weights=true with optim=grass, train.parallel=fsdp on several "
     "devices, or a smaller model",
     "rows": "a lower optim.rank",
@@ -28,14 +29,16 @@ MENDS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """The numbers of one device, in bytes but for the model's own.
+    """The estimate for one device. Memory and traffic are in bytes.
 
-    peak_bytes                   the most held in a step without a refresh
-    refresh_peak_bytes           the most held in the steps of a refresh
-    components                   what holds ``peak_bytes``
-    communicated_bytes_per_step  given to collectives in a step without a refresh, see pretrain.one_of_many.Traffic
-    communicated_bytes_per_refresh  the same in the last step of a window, the scores of all rows included
-    max_micro_batch_size         the largest that fits ``estimate.device_memory_gib``, 0 for none; None without a limit
+    peak_bytes                   peak of a step without a refresh
+    refresh_peak_bytes           peak of the steps that gather scores and refresh
+    components                   ``peak_bytes`` by component
+    parameters                   parameters of the model
+    flops_per_token              floating-point operations of forward and backward, per token
+    communicated_bytes_per_step  given to collectives in a step without a refresh (fake_ranks.TrafficCounter)
+    communicated_bytes_per_refresh  the same in the last step of a window, which includes the scores of all rows
+    max_micro_batch_size         largest that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
     """
 
     peak_bytes: int
@@ -49,57 +52,56 @@ class Estimate:
 
 
 def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
-    """The estimate of a run, and the components of its refresh's peak.
+    """Simulate a run; return its estimate, and the bytes by component at the peak of a refresh.
 
     Raises:
         ConfigError: the configuration cannot run.
     """
-    check(config, config.estimate.devices, needs_data=False)
-    seen = walk_all(config)
-    regular, refresh = highest(seen, "regular"), highest(seen, "refresh")
+    check(config, config.estimate.devices, needs_data=False, resumes=state_to_resume(config) is not None)
+    peaks = simulate_all_blocks(config)
+    regular, refresh = highest(peaks, "regular"), highest(peaks, "refresh")
     found = Estimate(
         peak_bytes=regular.total(),
         refresh_peak_bytes=refresh.total(),
         components=_in_order(regular),
-        parameters=seen[MODEL]["parameters"],
-        flops_per_token=seen[MODEL]["flops_per_token"],
-        communicated_bytes_per_step=seen[MODEL]["communicated"],
-        communicated_bytes_per_refresh=seen[MODEL]["refresh_communicated"],
-        max_micro_batch_size=largest_micro_batch(config, seen) if config.estimate.device_memory_gib else None,
+        parameters=peaks[MODEL]["parameters"],
+        flops_per_token=peaks[MODEL]["flops_per_token"],
+        communicated_bytes_per_step=peaks[MODEL]["communicated"],
+        communicated_bytes_per_refresh=peaks[MODEL]["refresh_communicated"],
+        max_micro_batch_size=largest_micro_batch(config, peaks) if config.estimate.device_memory_gib else None,
     )
     return found, _in_order(refresh)
 
 
-def highest(seen: Seen, step: str) -> Counter[str]:
-    """Bytes by component at the peak of the stretches whose names begin with ``step``."""
-    return max((held for stretch, held in seen.items() if stretch.startswith(step)), key=Counter.total)
+def highest(peaks: Peaks, step: str) -> Counter[str]:
+    """Bytes by component at the highest peak of the phases whose names begin with ``step``."""
+    return max((held for phase, held in peaks.items() if phase.startswith(step)), key=Counter.total)
 
 
 def _in_order(components: Counter[str]) -> dict[str, int]:
     return {name: components[name] for name in COMPONENTS}
 
 
-def limit(config: Config) -> float:
-    """Bytes of the device; without ``estimate.device_memory_gib`` there is no limit."""
+def device_bytes(config: Config) -> float:
+    """Memory of the device in bytes; infinite when ``estimate.device_memory_gib`` is null."""
     return (config.estimate.device_memory_gib or math.inf) * GIB
 
 
-def needed(config: Config, peak: int) -> int:
-    """Bytes of the device that a peak of tensors takes, with what the allocator and the device's context add."""
+def needed_bytes(config: Config, peak: int) -> int:
+    """Memory of the device that tensors of ``peak`` bytes need: with the allocator's overhead and the context."""
     return int(peak * (1 + config.estimate.allocator_overhead) + config.estimate.context_gib * GIB)
 
 
-def largest_micro_batch(config: Config, seen: Seen) -> int:
-    """The most sequences a device can take at once, in a run that accumulates if ``config`` does; 0 when not even one.
+def largest_micro_batch(config: Config, peaks: Peaks) -> int:
+    """Return the largest micro-batch size that fits the device, or 0. The run accumulates gradients if ``config`` does.
 
-    A stretch of a step holds a fixed number of bytes and some for each sequence, or nearly so: ``seen``, the walk of
-    ``config``, and one with a sequence more point to the answer, from where two more walks do the same. It is the
-    answer once it has been seen to fit, and one more not to.
+    Memory is roughly linear in the micro-batch size. Extrapolate from two simulations, ``peaks`` of ``config`` and one
+    with one sequence more, then search until size n fits and n + 1 does not.
     """
-    size, fits, too_many = micro_batch_size(config), 0, MANY
+    size, fits, too_many = micro_batch_size(config), 0, NO_LIMIT
     while True:
-        one_more = walk_all(_with_micro_batch(config, size + 1), verify=False)
-        room = min(_room(config, held.total(), one_more[name].total()) for name, held in seen.items() if name != MODEL)
+        one_more = simulate_all_blocks(_with_micro_batch(config, size + 1), verify=False)
+        room = min(_room(config, held.total(), one_more[name].total()) for name, held in peaks.items() if name != MODEL)
         if room < 0:
             too_many = min(too_many, size)
         else:
@@ -108,14 +110,16 @@ def largest_micro_batch(config: Config, seen: Seen) -> int:
         if fits + 1 >= too_many:
             return fits
         size = min(max(size + room, fits + 1), too_many - 1)
-        seen = walk_all(_with_micro_batch(config, size), verify=False)
+        peaks = simulate_all_blocks(_with_micro_batch(config, size), verify=False)
 
 
 def _room(config: Config, held: int, with_one_more: int) -> int:
-    """How many more sequences fit (fewer when negative) by what one stretch holds, and holds with one more."""
-    left = limit(config) - needed(config, held)
-    each = needed(config, with_one_more) - needed(config, held)
-    return math.floor(left / each) if each > 0 else MANY if left >= 0 else -MANY
+    """The number of sequences to add until a phase fills the device; negative: to remove. Both arguments in bytes."""
+    left = device_bytes(config) - needed_bytes(config, held)
+    each = needed_bytes(config, with_one_more) - needed_bytes(config, held)
+    if each > 0:
+        return math.floor(left / each)
+    return NO_LIMIT if left >= 0 else -NO_LIMIT
 
 
 def _with_micro_batch(config: Config, size: int) -> Config:
@@ -126,48 +130,51 @@ def _with_micro_batch(config: Config, size: int) -> Config:
 
 
 def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> None:
-    """Raise ConfigError when the run does not fit the device: what holds the most, and what to change.
+    """Check that the run fits the device.
 
     Args:
-        refresh: components of the refresh's peak.
+        refresh: bytes by component at the peak of a refresh.
+
+    Raises:
+        ConfigError: it does not; names the component that takes most, and the setting to change.
     """
     peak = max(found.peak_bytes, found.refresh_peak_bytes)
     if _fits(config, peak):
         return
-    components, blame = _to_blame(config, found, refresh)
-    mend = f"try {MENDS[blame]}"
+    components, blamed = _blame(config, found, refresh)
+    fix = f"try {FIXES[blamed]}"
     if found.max_micro_batch_size and (size := _smaller_micro_batch(config, found.max_micro_batch_size)):
-        mend = f"set train.micro_batch_size={size}"
+        fix = f"set train.micro_batch_size={size}"
     raise ConfigError(
-        f"the run does not fit: it takes {needed(config, peak) / GIB:.2f} GiB of estimate.device_memory_gib="
-        f"{config.estimate.device_memory_gib:g}; the {blame.replace('_', ' ')} {'are' if blame.endswith('s') else 'is'}"
-        f" to blame with {components[blame] / GIB:.2f} GiB: {mend}"
+        f"the run does not fit: it needs {needed_bytes(config, peak) / GIB:.2f} GiB, and estimate.device_memory_gib="
+        f"{config.estimate.device_memory_gib:g}; {components[blamed] / GIB:.2f} GiB of it are for the "
+        f"{blamed.replace('_', ' ')}: {fix}"
     )
 
 
 def _fits(config: Config, peak: int) -> bool:
-    return needed(config, peak) <= limit(config)
+    return needed_bytes(config, peak) <= device_bytes(config)
 
 
-def _to_blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[dict[str, int], str]:
-    """Components of a peak that does not fit, and the one to blame for it."""
+def _blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[dict[str, int], str]:
+    """The components of the peak that does not fit, and the component to reduce."""
     if _fits(config, found.peak_bytes):
         grown = max(refresh, key=lambda name: refresh[name] - found.components[name])
         return refresh, "sketch" if refresh["sketch"] else grown
     others = {name: size for name, size in found.components.items() if name != "weights"}
-    alone = found.components["weights"] > 0.8 * limit(config)
+    alone = found.components["weights"] > 0.8 * device_bytes(config)
     return found.components, "weights" if alone else max(others, key=lambda name: others[name])
 
 
 def _smaller_micro_batch(config: Config, most: int) -> int:
-    """The largest micro-batch up to ``most`` with which the same step fits, accumulated; 0 if none does."""
+    """The largest micro-batch size up to ``most`` that fits when the same step is accumulated from it; 0 if none."""
     share = config.train.tokens_per_step // (config.train.seq_len * config.estimate.devices)
     for size in range(min(most, micro_batch_size(config) - 1), 0, -1):
         smaller = replace(config, train=replace(config.train, micro_batch_size=size))
-        if share % size == 0 and _fits(config, _peak(walk_all(smaller, verify=False))):
+        if share % size == 0 and _fits(config, _peak(simulate_all_blocks(smaller, verify=False))):
             return size
     return 0
 
 
-def _peak(seen: Seen) -> int:
-    return max(highest(seen, step).total() for step in ("regular", "refresh"))
+def _peak(peaks: Peaks) -> int:
+    return max(highest(peaks, step).total() for step in ("regular", "refresh"))

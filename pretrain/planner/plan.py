@@ -1,7 +1,7 @@
-"""The plan of a run, told without starting it: ``train.dry_run=true``.
+"""Print the plan of a run without starting it: ``train.dry_run=true``.
 
-The run's own code builds it all and makes its first steps on fake tensors (pretrain.walk), so that a machine can plan
-what it could not hold. Nothing is written and no data is needed; what is prepared already is counted in epochs.
+The run's own code makes the first steps on fake tensors (pretrain.planner.simulate), so a laptop can plan a model that
+it could not hold. Nothing is written and no data is needed; prepared data is counted in epochs.
 """
 
 from dataclasses import replace
@@ -9,19 +9,21 @@ from dataclasses import replace
 from data.loading.batches import TrainBatches
 from data.prepare import find
 from models.flops import parameter_counts
+from pretrain.checkpoint.directory import Damaged, read_state
 from pretrain.config.schema import Config
-from pretrain.planner.memory import GIB, Estimate, estimate, needed, require_fit
+from pretrain.planner.memory import GIB, Estimate, estimate, needed_bytes, require_fit
 from pretrain.planner.simulate import micro_batch_size
 from pretrain.runs.folder import RunFolder
-from pretrain.setup.data import data_settings
 from pretrain.setup.model import outline
+from pretrain.setup.trained_data import data_settings
+from pretrain.training.rates import describe_change
 
 
 def dry_run(config: Config, world_size: int) -> None:
-    """Print the plan of ``config`` on ``world_size`` processes, or on ``estimate.devices`` when there is but one.
+    """Print the plan of ``config`` for ``world_size`` processes; for ``estimate.devices`` when there is only one.
 
     Raises:
-        ConfigError: the run cannot be, may not go on in its folder, or does not fit ``estimate.device_memory_gib``.
+        ConfigError: the run cannot start, cannot resume in its folder, or does not fit ``estimate.device_memory_gib``.
     """
     if world_size > 1:
         config = replace(config, estimate=replace(config.estimate, devices=world_size))
@@ -32,16 +34,18 @@ def dry_run(config: Config, world_size: int) -> None:
         print(f"{name:<18}  {text}")
     for change in changes:
         print(f"changed since the run began: {change}")
+    for line in _rate_changes(config):
+        print(line)
     require_fit(config, found, refresh)
 
 
 def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
-    """What there is to tell, by its heading."""
+    """The lines of the plan: heading → text."""
     train, devices = config.train, config.estimate.devices
     size, counts = micro_batch_size(config), parameter_counts(outline(config))
     trainable, tokens = counts["trainable"], train.steps * train.tokens_per_step
     micro_batches = train.tokens_per_step // (size * train.seq_len * devices)
-    step, refreshed = (f"{needed(config, peak) / GIB:.2f} GiB" for peak in (found.peak_bytes, refresh_peak))
+    step, refreshed = (f"{needed_bytes(config, peak) / GIB:.2f} GiB" for peak in (found.peak_bytes, refresh_peak))
     held = ", ".join(f"{name.replace('_', ' ')} {b / GIB:.2f}" for name, b in found.components.items() if b > GIB / 200)
     return {
         "model": f"{config.model.name}, {found.parameters / 1e6:,.1f}M parameters",
@@ -49,28 +53,39 @@ def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
         "a step": f"{train.tokens_per_step:,} tokens: {devices} process{'es' if devices > 1 else ''} × {micro_batches} "
         f"micro-batch{'es' if micro_batches > 1 else ''} × {size} sequences × {train.seq_len} tokens",
         "the run": f"{train.steps:,} steps, {tokens:,} tokens{_epochs(config)}",
-        "arithmetic": f"{found.flops_per_token / 1e9:,.2f} GFLOPs a token, {found.flops_per_token * tokens:.2e} in all",
+        "arithmetic": f"{found.flops_per_token / 1e9:,.2f} GFLOPs/token, {found.flops_per_token * tokens:.2e} FLOPs",
         "memory of a device": f"{step} in a step, {refreshed} in a step with a refresh",
         "of which tensors": f"{held} GiB",
-        "communicated": f"{found.communicated_bytes_per_step / GIB:.3f} GiB a step",
+        "communicated": f"{found.communicated_bytes_per_step / GIB:.3f} GiB per step",
         "would write to": f"{RunFolder(config).path}, {_place(config)}",
     }
 
 
+def _rate_changes(config: Config) -> list[str]:
+    """How the learning rates change if this run resumes here."""
+    newest = RunFolder(config).latest_checkpoint
+    try:
+        state = read_state(newest) if newest else None
+    except Damaged:  # the run resumes from an older one
+        return []
+    return describe_change(state.get("rates"), config, state["step"]) if state else []
+
+
 def _epochs(config: Config) -> str:
-    """How often the run would go through its data, if that is prepared."""
+    """The number of epochs, if the data is prepared."""
     prepared, sequences = find(data_settings(config)), config.train.tokens_per_step // config.train.seq_len
     if prepared is None:
-        first = f"from the first {config.data.shuffle_block * config.train.seq_len:,} tokens on at the earliest"
-        meanwhile = f" and will be meanwhile, {first}" if config.data.on_the_fly else ""
-        return f"; the data ({config.data.name}) is not prepared yet{meanwhile}"
+        first = f"from the first {config.data.shuffle_block * config.train.seq_len:,} tokens on"
+        during = f"; training begins during the preparation, {first}" if config.data.on_the_fly else ""
+        return f"; the data ({config.data.name}) is not prepared yet{during}"
     windows = TrainBatches(prepared.train, config.train.seq_len, sequences, 1, config.train.seed).windows
     return f", {config.train.steps * sequences / windows:.2f} epochs of {prepared.folder}"
 
 
 def _place(config: Config) -> str:
+    """The state of the run folder."""
     folder = RunFolder(config)
     if (newest := folder.latest_checkpoint) is None:
         return "a new run"
     finished = folder.is_finished(config.train.steps)
-    return "where this run is finished" if finished else f"going on from {newest.name}"
+    return "which holds this run, finished" if finished else f"resumed from {newest.name}"

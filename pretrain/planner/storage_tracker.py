@@ -1,7 +1,7 @@
-"""Every tensor storage that a program makes and lets go, in order: how much it holds at any moment, and in what.
+"""Record every tensor storage that a program allocates and frees: total bytes at any moment, and their kinds.
 
-Real tensors or fake ones, whose storages have sizes but no memory. What a kernel allocates and frees within one
-operation is not seen.
+Works on real tensors and on fake tensors, whose storages have sizes but no memory. Memory that a kernel allocates and
+frees within one operation is not seen.
 """
 
 import weakref
@@ -15,39 +15,39 @@ from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
-TEMPORARIES = "temporaries"  # what nobody gave another kind
-GATHERED = "gathered_weights"  # whose storages are emptied and filled again: FSDP2's alone
+TEMPORARIES = "temporaries"  # the kind of a storage without a label
+GATHERED = "gathered_weights"  # storages that are emptied and filled again: only FSDP2 does that
 
 
-class Storages(TorchDispatchMode):
-    """While entered, logs every storage that an operation returns, and its end.
+class StorageTracker(TorchDispatchMode):
+    """While entered, log the allocation and the end of every storage that an operation returns.
 
-    Storages have numbers in the order of their making, and a kind: TEMPORARIES until ``label`` gives them another,
-    which then holds for their whole life. ``mark`` divides the log into named stretches.
+    Storages are numbered in the order of allocation. Their kind is TEMPORARIES until ``label`` sets another one, which
+    then holds for the storage's complete life. ``mark`` divides the log into named phases.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.log: list[tuple[int, int]] = []  # the number of a storage and the bytes that it gains or loses
-        self.marks: list[tuple[int, str]] = []  # where in the log a stretch begins, and its name
+        self.log: list[tuple[int, int]] = []  # (number of a storage, bytes gained or lost)
+        self.marks: list[tuple[int, str]] = []  # (place in the log where a phase begins, its name)
         self.kinds: dict[int, str] = {}
-        self.made = 0
-        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: its number, and what tells of its end
-        self._sizes: dict[int, int] = {}  # by number, of those alive
+        self.allocated = 0  # storages so far; the number of the next one
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: number, and a reference that reports its end
+        self._sizes: dict[int, int] = {}  # bytes by number, living storages only
         self._resize: Any = UntypedStorage.resize_
-        self._resizing = patch.object(UntypedStorage, "resize_", lambda *arguments: self._resized(*arguments))
+        self._resize_patch = patch.object(UntypedStorage, "resize_", lambda *arguments: self._resized(*arguments))
 
     def __enter__(self):
-        self._resizing.start()
+        self._resize_patch.start()
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._resizing.stop()
+        self._resize_patch.stop()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
-            return NotImplemented  # a wrapper comes apart first, and the tensors within it come here
+            return NotImplemented  # the wrapper's inner tensors come here after it is unwrapped
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -55,23 +55,23 @@ class Storages(TorchDispatchMode):
         return result
 
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """The storages of ``tensors`` are of this kind; None stands for a tensor that is not there."""
+        """Set the kind of the storages of ``tensors``; entries that are None are skipped."""
         for tensor in tensors:
             if tensor is not None:
                 self.kinds |= dict.fromkeys(self._numbers(tensor), kind)
 
     def label_since(self, number: int, kind: str) -> None:
-        """Those from ``number`` on that are still alive and of no kind yet are of this kind."""
+        """Set the kind of living storages numbered ``number`` or higher that have no label yet."""
         for alive, _ in self._alive.values():
             if alive >= number:
                 self.kinds.setdefault(alive, kind)
 
     def mark(self, name: str) -> None:
-        """From here to the next mark the log is a stretch of this name."""
+        """Begin a phase called ``name``; it ends at the next mark."""
         self.marks.append((len(self.log), name))
 
     def peaks(self) -> dict[str, Counter[str]]:
-        """By stretch (names are numbered, they may repeat) what was held at its peak: bytes by kind."""
+        """Return for each phase the bytes by kind at its peak. Names get a number, since phases repeat: "end 1"."""
         peaks: dict[str, Counter[str]] = {}
         repeated: Counter[str] = Counter()
         held: Counter[str] = Counter()
@@ -91,21 +91,21 @@ class Storages(TorchDispatchMode):
         return peaks
 
     def _numbers(self, tensor: Tensor) -> list[int]:
-        """The numbers of a tensor's storages (a wrapper subclass has several); those not seen before are logged."""
+        """The numbers of a tensor's storages (a wrapper subclass has several); new storages are logged."""
         return [self._number(storage) for storage in get_untyped_storages(tensor)]
 
     def _number(self, storage: UntypedStorage) -> int:
         address = storage._cdata
         if address in self._alive:
             return self._alive[address][0]
-        number, size = self.made, storage.nbytes()
-        self.made += 1
+        number, size = self.allocated, storage.nbytes()
+        self.allocated += 1
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             del self._alive[address]
             self.log.append((number, -self._sizes.pop(number)))
 
-        self._alive[address] = number, weakref.ref(storage, gone)
+        self._alive[address] = number, weakref.ref(storage, freed)
         self._sizes[number] = size
         self.log.append((number, size))
         return number

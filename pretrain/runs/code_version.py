@@ -1,4 +1,4 @@
-"""Which code a run is made with, for its summary."""
+"""The commit of this code, for the summary of a run."""
 
 import subprocess
 from pathlib import Path
@@ -7,11 +7,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def git_commit() -> str | None:
-    """The commit that is checked out here, with ``-dirty`` when files differ from it; None when git does not know."""
+    """The commit that is checked out, with ``-dirty`` if files differ from it; None if git does not know."""
     try:
-        if (
-            Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT
-        ):  # a repository that merely contains this folder
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # a repository that contains this folder
             return None
         return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):

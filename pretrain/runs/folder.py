@@ -1,7 +1,7 @@
-"""The folder a run leaves behind, and the rules that keep what is in it from being lost.
+"""The folder of a run, and the rules by which nothing in it is lost.
 
-A name that exists is resumed or refused. Whatever a resumed run no longer stands on (metric lines after the
-checkpoint, an older config.yaml) is moved aside under a name of its own, never dropped.
+A run whose folder exists is resumed or refused. What a resumed run replaces (metric lines after the checkpoint, an
+older config.yaml) is renamed and kept.
 """
 
 import json
@@ -9,20 +9,25 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from data.atomic import UNFINISHED, write_atomic
+from data.file_lock import LockHeld, file_lock
 from pretrain.checkpoint.directory import Damaged, latest, read_state, remove_unfinished
 from pretrain.config.compose import flat, read_config
 from pretrain.config.schema import Config, ConfigError, marked
 
 logger = logging.getLogger(__name__)
 
+OUR_FILES = (
+    "config*.yaml", "metrics*.jsonl", "selection*.jsonl", "bad_batches*.jsonl", "rollbacks.json", "summary.json",
+)  # fmt: skip
+
 
 class RunFolder:
-    """``runs/<name>/``: config.yaml, tokenizer.model, metrics.jsonl, train.log, checkpoints/, samples, summary.json."""
+    """The paths in ``runs/<name>/``, and what may happen to the files there."""
 
     def __init__(self, config: Config):
         self.path = Path(config.run.root) / config.run.name
@@ -37,41 +42,28 @@ class RunFolder:
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
         self.profile = self.path / "profile"
-        self._lock = FileLock(self.path / ".lock")
 
     @property
     def latest_checkpoint(self) -> Path | None:
         return latest(self.checkpoints)
 
-    @property
-    def rollbacks(self) -> list[int]:
-        """The steps whose batches are passed over, because the loss jumped there."""
-        if not self.rollbacks_file.exists():
-            return []
-        try:
-            steps = json.loads(self.rollbacks_file.read_text())["steps"]
-            if all(isinstance(step, int) for step in steps):
-                return steps
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass
-        raise ConfigError(f"{self.rollbacks_file} lists no steps to pass over; bring it back from a copy")
-
     def is_finished(self, steps: int) -> bool:
-        """Whether a run of ``steps`` steps has come to its end here: nothing is left to do."""
+        """Whether a run of ``steps`` steps is finished: it has a summary, and its newest checkpoint is of that step."""
         newest = self.latest_checkpoint
         try:
             return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
         except Damaged:
-            return False  # the run goes on from the one before
+            return False  # the run resumes from the checkpoint before it
 
     def log_finished(self, steps: int) -> None:
+        """Log that nothing is left to do, and how to continue."""
         logger.info("%s is finished at step %d; raise train.steps or choose a new run.name", self.path, steps)
 
     def report_if_finished(self, config: Config) -> bool:
-        """Whether the run of ``config`` is finished here; says so.
+        """Whether the run of ``config`` is finished, which is then logged.
 
         Raises:
-            ConfigError: it was finished with other settings.
+            ConfigError: it is finished, with other settings.
         """
         if not self.is_finished(config.train.steps):
             return False
@@ -80,24 +72,20 @@ class RunFolder:
         return True
 
     def check(self, config: Config) -> list[str]:
-        """What the settings of an existing run differ in, a line each; [] for a new run.
+        """The settings in which ``config`` differs from the existing run, a line each; [] for a new run.
 
         Raises:
-            ConfigError: the run exists and ``config`` may not go on with it.
+            ConfigError: the run exists and cannot be resumed with ``config``.
         """
-        if not self.path.exists() or all(p.name == ".lock" or p.suffix == UNFINISHED for p in self.path.iterdir()):
+        if not self.path.exists() or all(_no_part_of_a_run(p) for p in self.path.iterdir()):
             return []
         if config.train.resume == "never":
-            raise ConfigError(
-                f"{self.path} exists; choose another run.name, or train.resume=auto to go on with that run"
-            )
+            raise ConfigError(f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run")
         if not self.config_file.exists():
             raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
         if self.latest_checkpoint is None:
             return []
-        old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
-        # A key that only one of them has belongs to another version of this program, which is no change of settings.
-        changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+        changed = self.changes(config)
         may_change = marked(config, "may_change")
         refused = [k for k in changed if k not in may_change]
         if refused:
@@ -108,43 +96,50 @@ class RunFolder:
             )
         return [f"{k}: {was} → {now}" for k, (was, now) in changed.items()]
 
+    def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """The old and the new value of each setting in which ``config`` differs from the run in this folder."""
+        old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
+        # Only another version of this program has other keys: that is no change of settings.
+        return {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder.
+        """Keep other runs out of the folder while the context is open.
 
         Raises:
-            ConfigError: a run is at work there.
+            ConfigError: another run is at work in the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with self._lock.acquire(timeout=0):
+            with file_lock(self.path / ".lock"):
                 yield
-        except Timeout:
+        except LockHeld:
             raise ConfigError(f"another run is at work in {self.path}; choose another run.name") from None
 
     def open(self, config: Config, step: int) -> None:
-        """Make the folder ready for a run that goes on after ``step``; call on one process, after ``check``."""
+        """Prepare the folder for a run that starts or resumes after ``step``; call on one process, after ``check``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.path)
+        remove_unfinished(self.path, *OUR_FILES)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
-        before = self.config_file.read_text() if self.config_file.exists() else text
+        before = self.config_file.read_text(encoding="utf-8") if self.config_file.exists() else text
         if before != text:
             write_atomic(_unused(self.path / "config.before.yaml"), before)
-        write_atomic(self.config_file, text)  # at no moment is there a run without it
+        write_atomic(self.config_file, text)
         self.checkpoints.mkdir(exist_ok=True)
-        remove_unfinished(self.checkpoints)
+        remove_unfinished(self.checkpoints, "step-*", "latest")
         for lines in (self.metrics_file, self.selection_file, self.bad_batches_file):
-            self._set_lines_after_aside(lines, step, ends_at=config.train.steps)
+            self._set_lines_aside(lines, step, last_step=config.train.steps)
         for stale in (self.samples_file, self.summary_file):
             if stale.exists():
                 stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
 
-    def _set_lines_after_aside(self, file: Path, step: int, ends_at: int) -> None:
+    def _set_lines_aside(self, file: Path, step: int, last_step: int) -> None:
+        """Move the lines after ``step`` to another file; they will be written again."""
         if not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
-        # The first and the last validation have no checkpoint behind them, and are made again.
-        again = [step in (0, ends_at) and _step_of(line) == step and '"val/loss"' in line for line in lines]
+        # The validations of step 0 and of the last step come after those steps' checkpoints, and are repeated.
+        again = [step in (0, last_step) and _step_of(line) == step and '"val/loss"' in line for line in lines]
         keep = [line for line, repeated in zip(lines, again, strict=True) if _step_of(line) <= step and not repeated]
         if len(keep) < len(lines):
             aside = _unused(file.with_stem(f"{file.stem}.after-step-{step}"))
@@ -152,8 +147,13 @@ class RunFolder:
             write_atomic(file, "".join(keep))
 
 
+def _no_part_of_a_run(path: Path) -> bool:
+    """Whether a file says nothing of a run: hidden files, among them our lock, and half-written ones."""
+    return path.name.startswith(".") or path.name.endswith(UNFINISHED)
+
+
 def _step_of(line: str) -> float:
-    """The step of a metric line; a line cut short by a crash counts as later than any."""
+    """The step of a metric line; infinity for a line that a crash cut short."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

@@ -35,7 +35,10 @@ class JsonLinesFile:
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of ``file``, which need not exist; the last one may be half-written."""
+    """Parse each line of ``file``. A missing file has no lines.
+
+    Lines that are not complete JSON, such as a half-written last line, are skipped.
+    """
     if file.exists():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:

@@ -21,7 +21,6 @@ class MetricLog:
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int):
         self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
-        self._bad_batches = JsonLinesFile(folder.bad_batches_file)
         self._wandb = WandbLogger(config, folder.path)
         self._bar = progress_bar(config.train.steps, first_step)
 
@@ -32,16 +31,12 @@ class MetricLog:
         self._wandb.log(line)
 
     def write_selection(self, step: int, layers: dict[str, Any]) -> None:
-        """Write a line of selection.jsonl: the rows selected since the last line, by layer; none if ``layers`` is {}."""
+        """Write a line of selection.jsonl, the rows selected since the last line by layer, unless there are none."""
         if layers:
             self._selection.write({"step": step, "layers": layers})
 
-    def write_bad_batch(self, line: dict[str, Any]) -> None:
-        """Write a line of bad_batches.jsonl: a step that was skipped, and why."""
-        self._bad_batches.write(line)
-
     def advance(self, step: int, shown: dict[str, float]) -> None:
-        """Move the progress bar to ``step``, and log ``shown`` (name and value) as a plain line where there is no bar."""
+        """Move the progress bar to ``step``, or, without a bar, log ``shown`` (name and value) as a plain line."""
         text = " · ".join(f"{name} {value:,.{0 if value >= 1000 else 3}f}" for name, value in shown.items())
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=step, shown=text)

@@ -11,9 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
+from data.atomic import sha256
+from pretrain.checkpoint.directory import latest, read_state
+from pretrain.config.compose import flat
 from pretrain.runs.json_lines import read_json_lines
 
 Series = NDArray[np.float64]
+HOW_TO_READ = {"root", "workers", "on_the_fly", "shuffle_block", "prompts"}  # data settings that change no text
 SEED = re.compile(r"[_-]?seed[-_=]?\d+")
 
 
@@ -51,6 +55,27 @@ class RunRecords:
     def summary(self) -> dict[str, Any]:
         file = self.path / "summary.json"
         return json.loads(file.read_text()) if file.exists() else {}
+
+    @cached_property
+    def flat_settings(self) -> dict[str, Any]:
+        """``{"train.steps": 700, …}``."""
+        return flat(OmegaConf.create(self.settings))
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Of the tokens, documents and tokenizer that the run is trained on; None before its first checkpoint."""
+        newest = latest(self.path / "checkpoints")
+        try:
+            return read_state(newest)["data"].get("fingerprint") if newest else None
+        except (OSError, ValueError):  # being written or deleted
+            return None
+
+    @cached_property
+    def data_settings(self) -> str:
+        """The settings that choose the text, and the tokenizer's hash, as text."""
+        chosen = {key: value for key, value in self.settings["data"].items() if key not in HOW_TO_READ}
+        tokenizers = [sha256(file) for file in sorted(self.path.glob("tokenizer.*"))]
+        return json.dumps([chosen, self.settings["model"]["vocab_size"], tokenizers], sort_keys=True)
 
     @property
     def step(self) -> int:
@@ -96,6 +121,25 @@ def find_runs(paths: list[Path]) -> list[RunRecords]:
     while len({p.parts[-parts:] for p in folders}) < len(folders):
         parts += 1
     return [RunRecords(p, "/".join(p.parts[-parts:])) for p in folders]
+
+
+def group_by_data(runs: list[RunRecords]) -> list[list[RunRecords]]:
+    """Sets of runs whose losses can be compared: trained and validated on the same tokens in sequences of one length.
+
+    A run without a checkpoint has no fingerprint of its data yet. It counts to the runs with the same data settings, if
+    these have one fingerprint.
+    """
+    known: dict[str, set[str]] = {}
+    for run in runs:
+        if run.fingerprint:
+            known.setdefault(run.data_settings, set()).add(run.fingerprint)
+    sets: dict[tuple, list[RunRecords]] = {}
+    for run in runs:
+        train, others = run.settings["train"], known.get(run.data_settings, set())
+        data = run.fingerprint or (next(iter(others)) if len(others) == 1 else run.data_settings)
+        key = (data, train["seq_len"], train["eval_sequences"], train["document_masks"])
+        sets.setdefault(key, []).append(run)
+    return list(sets.values())
 
 
 def group_by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:

@@ -1,154 +1,171 @@
-"""The page of a report: runs in a table and in figures, with their samples and settings.
+"""The page of a report: the settings and results of runs, their charts, coverage of rows and samples.
 
-The page needs no other file and no network: its figures are inside.
+The page needs no other file and no network. Its data are inside as JSON, and report.js draws them.
 """
 
-import base64
 import html
-from collections.abc import Callable
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
 
-from pretrain.runs.figures import WIDTHS, plot_coverage, plot_curves, save
-from pretrain.runs.records import RunRecords, find_runs, group_by_seed
-from pretrain.runs.sweep_results import LOGS, JobResult, results
+from pretrain.runs.charts import LOSSES, OTHERS, Chart, Group, as_json, charts_of
+from pretrain.runs.records import RunRecords, find_runs, group_by_data, group_by_seed
+from pretrain.runs.report_tables import about, differences, results
+from pretrain.runs.sweep_results import LOGS, JobResult
+from pretrain.runs.sweep_results import results as job_results
 
-Draw = Callable[[str], Figure | None]
-COLUMNS = ["run", "steps", "tokens", "validation loss", "perplexity", "bits/byte", "tokens/s", "peak memory", "minutes"]
-CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1060px; margin: 0 auto;
-       padding: 16px; }
-h1 { font-size: 1.5em; margin: .3em 0; } h2 { font-size: 1.15em; margin: 1.6em 0 .3em; }
-p, figcaption { color: #444; } figure { margin: 0; } img { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; white-space: nowrap; }
-th, td { padding: .25em .8em .25em 0; text-align: right; border-bottom: 1px solid #e6e6e6; }
-th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
-.best { font-weight: 700; } pre { overflow-x: auto; background: #f6f6f6; padding: .8em; font-size: .85em; }
-summary { cursor: pointer; margin: .4em 0; overflow-wrap: anywhere; }
-@media (max-width: 600px) { body { font-size: 15px; } table { font-size: .8em; } h2, li { overflow-wrap: anywhere; }
-  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7em; } }
-"""
+HERE = Path(__file__).parent
+MOST_COLUMNS = 200  # of a coverage map on the page
+WATCH_SECONDS = 30
 
 
-def write_report(paths: list[Path], out: Path) -> Path:
-    """Write ``out``/index.html, and its figures as PNG files; returns the path of the page.
+def write_report(paths: list[Path], out: Path, watched: bool = False) -> Path:
+    """Write ``out``/index.html, and its charts as PNG files; returns the path of the page.
 
     Args:
         paths: folders of runs, or folders that contain some, such as a sweep's. Finished or not.
+        watched: the page is written again and again: it reloads itself, and no PNG is written.
 
     Raises:
         ValueError: a path holds no run that has logged anything.
     """
     runs = find_runs(paths)
-    groups = group_by_seed(runs)
+    sets = _numbered(group_by_data(runs))
+    charts = _charts(sets)
     out.mkdir(parents=True, exist_ok=True)
-    figures = [_figure(out, *figure) for figure in _curves(groups)]
-    figures += [_figure(out, *_coverage(run)) for run in runs]
+    if not watched:
+        _write_pictures(charts, runs, out)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    body = [f"<h1>{html.escape(title)}</h1>", _table(runs), *_failed(paths), *figures, *map(_details, runs)]
+    body = [
+        f"<header><h1>{html.escape(title)}</h1>\n{about(runs)}</header>\n",
+        *_results(sets), *_failed(paths), differences(runs), _legend(sets), '<div id="charts"></div>\n',
+        *map(_details, runs),
+    ]  # fmt: skip
+    data = {"charts": [as_json(chart) for chart in charts], "names": _names(sets), "coverage": _coverage(runs)}
     page = out / "index.html"
-    page.write_text(
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<style>{CSS}</style>\n</head>\n<body>\n{''.join(body)}</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    temporary = out / "index.html.part"  # a browser may read the page while it is written
+    temporary.write_text(_document(title, "".join(body), data, watched), encoding="utf-8")
+    temporary.replace(page)
     return page
 
 
-def _curves(groups: dict[str, list[RunRecords]]) -> list[tuple[str, str, str, Draw]]:
-    """The name of the file, heading, caption and drawing of each figure of metrics."""
-
-    def draw(key: str, label: str, **options: Any) -> Draw:
-        return lambda width: plot_curves(groups, key, label, width, **options)
-
-    return [
-        ("loss-tokens", "Training loss against tokens", "A moving average; the logged values are behind it.",
-         draw("train/loss", "nats per token", log=True, smoothed=True)),
-        ("loss-time", "Training loss against time", "The time of training steps, without validation and saving.",
-         draw("train/loss", "nats per token", over="minutes", log=True, smoothed=True)),
-        ("validation-tokens", "Validation loss against tokens", "",
-         draw("val/loss", "nats per token", log=True, marker="o")),
-        ("validation-time", "Validation loss against time", "",
-         draw("val/loss", "nats per token", over="minutes", log=True, marker="o")),
-        ("captured", "Share of the gradient caught", "The gradient norm of the selected rows over that of all rows, "
-         "estimated when rows are selected; the mean over the layers.", draw("grass/captured", "%", scale=100)),
-        ("covered", "Rows ever selected", "The mean over the layers.", draw("grass/coverage", "%", scale=100)),
-        ("speed", "Speed", "", draw("perf/tokens_per_s", "tokens per second", from_zero=True)),
-        ("memory", "Peak memory so far", "Of CUDA's allocator, or of the process on a CPU.",
-         draw("mem/peak_bytes", "GiB", scale=2.0**-30, from_zero=True)),
-    ]  # fmt: skip
-
-
-def _coverage(run: RunRecords) -> tuple[str, str, str, Draw]:
-    name = f"coverage-{run.name.replace('/', '-')}"
-    caption = "The share of each layer's rows that have been selected so far."
-    return name, f"Rows ever selected: {run.name}", caption, lambda width: plot_coverage(run, width)
-
-
-def _figure(out: Path, name: str, heading: str, caption: str, draw: Draw) -> str:
-    """A section with the figure at both widths; "" if there is nothing to draw."""
-    sources = {}
-    for width in WIDTHS:
-        if (figure := draw(width)) is None:
-            return ""
-        file = save(figure, out / f"{name}{'-narrow' if width == 'narrow' else ''}.png")
-        sources[width] = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+def _document(title: str, body: str, data: dict[str, Any], watched: bool) -> str:
+    css, script = ((HERE / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    # "<" could end the element that holds the data.
+    inside = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    reload = f' data-reload="{WATCH_SECONDS}"' if watched else ""
     return (
-        f"<h2>{html.escape(heading)}</h2>\n<figure><picture>"
-        f'<source media="(max-width: 600px)" srcset="{sources["narrow"]}">'
-        f'<img src="{sources["wide"]}" alt="{html.escape(heading)}"></picture>\n'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+        f'<!doctype html>\n<html lang="en"{reload}>\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(title)}</title>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
+        f"<style>{css}</style>\n</head>\n<body>\n{body}"
+        "<noscript><p>The charts need JavaScript; they are also PNG files in the folder of this page.</p></noscript>\n"
+        f'<script type="application/json" id="data">{inside}</script>\n<script>{script}</script>\n</body>\n</html>\n'
     )
 
 
-def _table(runs: list[RunRecords]) -> str:
-    rows = [_row(run) for run in runs]
-    losses = [row["validation loss"] for row in rows]
-    best = min((loss for loss in losses if loss), default="", key=float)
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    lines = []
-    for row in rows:
-        mark = ' class="best"' if len(rows) > 1 and row["validation loss"] == best != "" else ""
-        cells = "".join(f"<td>{html.escape(row[name])}</td>" for name in COLUMNS)
-        lines.append(f"<tr{mark}>{cells}</tr>")
-    return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{chr(10).join(lines)}\n</table></div>\n'
+def _numbered(sets: list[list[RunRecords]]) -> dict[str, list[Group]]:
+    """The groups of each set of comparable runs, under the name of its data; groups are numbered over all sets."""
+    named: dict[str, list[Group]] = {}
+    count: Counter[str] = Counter()
+    number = 0
+    for runs in sets:
+        name = _data_name(runs[0])
+        count[name] += 1
+        groups = []
+        for group_name, group in group_by_seed(runs).items():
+            groups.append(Group(number, group_name, group))
+            number += 1
+        named[name if count[name] == 1 else f"{name} ({count[name]})"] = groups
+    return named
 
 
-def _row(run: RunRecords) -> dict[str, str]:
-    """The latest value of each column as text; "" where none was logged yet."""
+def _data_name(run: RunRecords) -> str:
+    """The data, the size of the vocabulary and the length of sequences, for people."""
+    data, pieces, length = run.settings["data"], run.settings["model"]["vocab_size"], run.settings["train"]["seq_len"]
+    places = [Path(path).name for path in data["paths"]] or [name for name in [data["dataset"]] if name]
+    text = f" ({', '.join(places[:3])}{', …' if len(places) > 3 else ''})" if places else ""
+    return f"{data['name']}{text}, vocabulary of {pieces:,}, sequences of {length:,}"
 
-    def latest(key: str, form: str, scale: float = 1.0) -> str:
-        _, values = run.series(key)
-        return format(values[-1] * scale, form) if len(values) else ""
 
-    _, speeds = run.series("perf/tokens_per_s")
-    texts = [
-        run.name, run.progress, latest("tokens", ",.0f"), latest("val/loss", ".4f"), latest("val/perplexity", ",.2f"),
-        latest("val/bits_per_byte", ".4f"), f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if len(speeds) else "",
-        latest("mem/peak_bytes", ".2f", 2.0**-30) + " GiB", latest("minutes", ".1f"),
-    ]  # fmt: skip
-    return dict(zip(COLUMNS, texts, strict=True))
+def _charts(sets: dict[str, list[Group]]) -> list[Chart]:
+    """Charts of losses for each set of comparable runs, and of everything else for all runs."""
+    charts = []
+    for number, (name, groups) in enumerate(sets.items(), start=1):
+        charts += charts_of(groups, LOSSES, name if len(sets) > 1 else "", f"-{number}" if number > 1 else "")
+    return charts + charts_of([group for groups in sets.values() for group in groups], OTHERS)
+
+
+def _write_pictures(charts: list[Chart], runs: list[RunRecords], out: Path) -> None:
+    from pretrain.runs.figures import plot_chart, plot_coverage, save  # matplotlib takes a second to import
+
+    for chart in charts:
+        save(plot_chart(chart), out / f"{chart.name}.png")
+    for run in runs:
+        if figure := plot_coverage(run):
+            save(figure, out / f"coverage-{run.name.replace('/', '-')}.png")
+
+
+def _names(sets: dict[str, list[Group]]) -> list[str]:
+    return [group.name for groups in sets.values() for group in groups]
+
+
+def _coverage(runs: list[RunRecords]) -> list[dict[str, Any]]:
+    """For each run that selects rows: its layers, tokens, and percentages of rows ever selected by layer and time."""
+    maps = []
+    for run in runs:
+        layers, tokens, shares = run.coverage()
+        if layers and len(tokens):
+            kept = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MOST_COLUMNS)).round().astype(int))
+            percent = np.nan_to_num(100 * shares[:, kept]).round().astype(int)
+            shown = {"tokens": tokens[kept].tolist(), "percent": percent.tolist()}
+            maps.append({"run": run.name, "layers": layers, **shown})
+    return maps
+
+
+def _results(sets: dict[str, list[Group]]) -> list[str]:
+    """A table per set of comparable runs; runs of several sets are never in one ranking."""
+    if len(sets) == 1:
+        return ["<h2>Results</h2>\n", *map(results, sets.values())]
+    note = "<p>Losses on different data, tokenizers or sequence lengths do not compare: such runs are apart.</p>\n"
+    return ["<h2>Results</h2>\n", note, *(f"<h3>{html.escape(name)}</h3>\n{results(g)}" for name, g in sets.items())]
+
+
+def _legend(sets: dict[str, list[Group]]) -> str:
+    """The names of the lines in all charts: a click hides a line."""
+    buttons = "".join(
+        f'<button type="button" data-group="{number}" aria-pressed="true"><i class="dot" data-group="{number}"></i>'
+        f"{html.escape(name)}</button>"
+        for number, name in enumerate(_names(sets))
+    )
+    one = " hidden" if len(_names(sets)) == 1 else ""
+    axis = '<label><input type="checkbox" id="log-x"> logarithmic x axis</label>'
+    return f'<h2>Charts</h2>\n<nav class="legend" aria-label="Lines"><span{one}>{buttons}</span>{axis}</nav>\n'
 
 
 def _failed(paths: list[Path]) -> list[str]:
     """A list of the jobs of sweeps whose latest attempt failed."""
     latest: dict[str, JobResult] = {}
     for logs in sorted(logs for path in paths for logs in path.rglob(f"{LOGS}/*")):
-        latest |= {job.folder: job for job in results(logs)}
+        latest |= {job.folder: job for job in job_results(logs)}
     failed = [job for job in latest.values() if job.status == "failed"]
     lines = [f"<li>{html.escape(job.name)}: {html.escape(job.reason)}</li>" for job in failed]
     return ["<h2>Failed</h2>\n<ul>", *lines, "</ul>\n"] if lines else []
 
 
 def _details(run: RunRecords) -> str:
-    """The run's samples and settings, to unfold."""
-    parts = []
+    """The run's coverage of rows, samples and settings, to unfold."""
+    name, parts = html.escape(run.name), []
+    if run.selection:
+        parts.append(
+            f'<details class="coverage" data-run="{name}"><summary>{name}: rows ever selected, by layer</summary>'
+            "</details>\n"
+        )
     for heading, file in (("samples", "samples.md"), ("settings", "config.yaml")):
         if (path := run.path / file).exists():
             text = html.escape(path.read_text(encoding="utf-8"))
-            parts.append(f"<details><summary>{html.escape(run.name)}: {heading}</summary><pre>{text}</pre></details>\n")
+            parts.append(f"<details><summary>{name}: {heading}</summary><pre>{text}</pre></details>\n")
     return "".join(parts)

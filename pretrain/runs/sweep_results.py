@@ -37,7 +37,7 @@ class JobResult:
     @property
     def reason(self) -> str:
         """The last line that a failed job printed."""
-        lines = [line for line in Path(self.log).read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in Path(self.log).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing"
 
 

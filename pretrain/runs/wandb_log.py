@@ -11,7 +11,9 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,11 @@ SETTINGS = [
     ("silent", "WANDB_SILENT", True),
     ("console", "WANDB_CONSOLE", "off"),
     ("init_timeout", "WANDB_INIT_TIMEOUT", 20.0),  # seconds for an online start; after them the run starts offline
-    ("finish_timeout", "WANDB_FINISH_TIMEOUT", 300.0),  # seconds for the upload of the rest at the end of the run
+    ("finish_timeout", "WANDB_FINISH_TIMEOUT", 300.0),  # seconds for the rest of the upload at the end of the run
     ("finish_timeout_raises", "WANDB_FINISH_TIMEOUT_RAISES", True),
 ]
+
+CHECKPOINT_SECONDS = 3600.0  # instead of finish_timeout, if a checkpoint is uploaded
 
 
 class WandbLogger:
@@ -43,11 +47,12 @@ class WandbLogger:
         self._modes = list[str]()  # still to be tried
         self._advice = ""
         if config.logger.wandb.mode != "disabled":
-            self._try("start", lambda: self._modes.extend(_modes(config.logger.wandb.mode)))
+            if not self._try("start", lambda: self._modes.extend(_modes(config.logger.wandb.mode))):
+                self._modes = ["offline"]
             self._start_next()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Log a metric line."""
+        """Log a metric line; if W&B's process has died, start an offline run that takes this line and the next ones."""
         if not self._try("log", lambda: self._run.log(line)) and self._start_next():
             self._try("log", lambda: self._run.log(line))
 
@@ -67,24 +72,26 @@ class WandbLogger:
         self._run = None
 
     def _start_next(self) -> bool:
-        """Start in the next of the modes that are left; returns whether the run is logged from now on."""
+        """Start in the next mode that works; returns whether there is one."""
         while self._run is None and self._modes:
-            self._try("start", lambda: self._start(self._modes.pop(0)))
+            mode = self._modes.pop(0)
+            if not self._try(f"start {mode}", partial(self._start, mode)):
+                self._modes = [other for other in self._modes if other != mode]
         return self._run is not None
 
     def _start(self, mode: str) -> None:
-        self._run = _start(self._config, self._folder, mode)
-        self._advice = f"; upload it with: {_sync_command(self._run)}"
+        self._run = _init(self._config, self._folder, mode)
+        self._advice = f"; the run goes online with: {_sync_command(self._run)}"
         logger.info("W&B is %s%s", mode, self._advice if self._run.offline else "")
 
     def _try(self, action: str, call: Callable[[], object]) -> bool:
         """Whether ``call`` succeeded; a failure is logged, and ends this run of W&B's."""
-        if self._run is None and action != "start":
+        if self._run is None and not action.startswith("start"):
             return True
         try:
             call()
         except Exception as error:  # whatever W&B raises must not end the training
-            logger.warning("W&B could not %s: %s%s", action, error, self._advice)
+            logger.warning("W&B could not %s: %s%s", action, error or type(error).__name__, self._advice)
             self._stop()
             return False
         return True
@@ -92,21 +99,20 @@ class WandbLogger:
     def _stop(self) -> None:
         """End W&B's own process, which would refuse to start another run of the same id."""
         self._run, self._advice = None, ""
-        try:
-            import wandb
-
-            wandb.teardown()
-        except Exception as error:
-            logger.warning("W&B's process could not be stopped: %s", error)
+        if wandb := sys.modules.get("wandb"):
+            with suppress(Exception):  # it may have died
+                wandb.teardown()
 
 
 def _modes(configured: str) -> list[str]:
-    """The modes to try, in order: the one to use, and offline in case that fails; none if W&B is disabled.
+    """The modes to try, in order: the one to use, and offline in case that fails; [] if W&B is disabled.
 
     ``auto`` is the mode that WANDB_MODE or W&B's settings files name, or else online where a login is known.
     """
     import wandb  # here and below: a broken installation must not end a run
 
+    for variable in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[variable]  # W&B takes an empty variable for a value, and refuses it
     mode = configured
     if configured == "auto":
         settings = wandb.setup(wandb.Settings(**_unless_set(SETTINGS))).settings
@@ -115,10 +121,10 @@ def _modes(configured: str) -> list[str]:
     if mode == "disabled":
         logger.info("W&B is disabled")
         return []
-    return list(dict.fromkeys((mode, "offline")))
+    return [mode, "offline"]
 
 
-def _start(config: Config, folder: Path, mode: Any) -> Any:
+def _init(config: Config, folder: Path, mode: Any) -> Any:
     """The W&B run, started in ``mode``; W&B's environment variables override what the configuration leaves open."""
     import wandb
 
@@ -136,8 +142,10 @@ def _start(config: Config, folder: Path, mode: Any) -> Any:
         ("dir", "WANDB_DIR", str(folder)),
     ]
     arguments = _unless_set(derived) | {key: value for key, value in explicit.items() if value is not None}
-    settings = wandb.Settings(**_unless_set(SETTINGS))
-    run = wandb.init(mode=mode, config=asdict(config), settings=settings, **arguments)
+    settings = _unless_set(SETTINGS)
+    if ours.log_checkpoint and "finish_timeout" in settings:
+        settings["finish_timeout"] = CHECKPOINT_SECONDS
+    run = wandb.init(mode=mode, config=asdict(config), settings=wandb.Settings(**settings), **arguments)
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
     return run
@@ -148,10 +156,11 @@ def _unless_set(values: list[tuple[str, str, Any]]) -> dict[str, Any]:
 
 
 def _sync_command(run: Any) -> str:
-    """The shell command that uploads every part of ``run``, one for each time it was started."""
-    program = os.path.relpath(Path(sys.executable).with_name("wandb"))
-    parts = Path(run.settings.sync_dir)
-    return f"{shlex.quote(program)} sync {shlex.quote(str(parts.parent))}/*run-*-{run.id}"
+    """The shell command that uploads ``run`` with the runs of the same id and mode before it: each start made one."""
+    script, folder = Path(sys.executable).with_name("wandb"), Path(run.settings.sync_dir)
+    program = shlex.join([os.path.relpath(script)] if script.exists() else [sys.executable, "-m", "wandb"])
+    option, kind = ("", "offline-run") if run.offline else ("--include-online ", "run")
+    return f"{program} sync {option}{shlex.quote(str(folder.parent))}/{kind}-*-{shlex.quote(run.id)}"
 
 
 def _results(folder: Path, samples: list[tuple[str, str]]) -> dict[str, Any]:
@@ -172,10 +181,10 @@ def _coverage_picture(data: RunRecords) -> Any:
 
     from pretrain.runs.figures import plot_coverage  # matplotlib takes a second to import, at the end of a run only
 
-    if (figure := plot_coverage(data, "wide")) is None:
+    if (figure := plot_coverage(data)) is None:
         return None
     file = io.BytesIO()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=200)
     return Image.open(file)
 
 

@@ -1,4 +1,4 @@
-"""How a GPU is to calculate: the precision of float32 products, and whether every sum has one order."""
+"""Precision and determinism of a GPU's arithmetic."""
 
 import logging
 import os
@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 
 def set_arithmetic(config: Config, device: torch.device) -> None:
-    """Set what ``train.matmul_precision`` and ``train.deterministic`` ask for, before the first product on ``device``.
+    """Apply ``train.matmul_precision`` and ``train.deterministic``; call before the first product on ``device``.
 
-    On a CPU neither changes anything: its sums have one order, and its float32 products are float32.
+    On a CPU neither has an effect: sums have a fixed order, and float32 products are exact float32.
     """
     if device.type != "cuda":
         return
@@ -26,10 +26,10 @@ def set_arithmetic(config: Config, device: torch.device) -> None:
             *("exact" if exact else "TF32", train.matmul_precision, "; high is several times faster" if exact else ""),
         )
     if train.deterministic:
-        # cuBLAS reads it when it makes its first handle; torch refuses the products otherwise.
+        # cuBLAS reads this when it creates its first handle; without it torch refuses the products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward sums in any order
-        # Tuning by time chooses among kernels that sum in different orders.
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no fixed order of sums
+        # Autotuning chooses among kernels that sum in different orders.
         torch._inductor.config.deterministic = True  # type: ignore[attr-defined]

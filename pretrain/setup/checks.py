@@ -1,4 +1,4 @@
-"""Holds the settings of a run against each other and against the model they describe, before anything is built."""
+"""Checks of the settings of a run, against each other and against the model that they describe."""
 
 import logging
 import math
@@ -40,15 +40,18 @@ from pretrain.inference.init_from import init_problems
 logger = logging.getLogger(__name__)
 
 
-def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
-    """Hold the settings against each other and against the model they describe, built without memory.
+def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes: bool = False) -> None:
+    """Check all settings, without allocating the model.
 
-    Without ``needs_data`` the text to train on need not be there.
+    Args:
+        world_size: number of processes.
+        needs_data: whether the files of ``data.paths`` must exist.
+        resumes: whether the run has a checkpoint, so that ``train.init_from`` is not needed any more.
 
     Raises:
-        ConfigError: lists every problem with its key and the mend.
+        ConfigError: lists every problem with its key and the fix.
     """
-    logging.disable(logging.INFO)  # what is looked at here is built again for the run, which says it then
+    logging.disable(logging.INFO)  # building the run will log the same again
     try:
         problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
         problems += _optim_problems(config.optim)
@@ -63,10 +66,10 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True) -> None:
                 f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
                 "lower it"
             )
-        problems += _model_problems(config, world_size)
+        problems += _model_problems(config, world_size, resumes)
         if needs_data:
             of_data = data_problems(config.data)
-            # The check of train.init_from has said it, with the fix that fits the weights.
+            # The check of train.init_from reports this too, with the fix for these weights.
             problems += [p for p in of_data if not (config.train.init_from and p.startswith("data.vocab_size: is"))]
     finally:
         logging.disable(logging.NOTSET)
@@ -85,10 +88,14 @@ def _one_of(key: str, value: str, known: Iterable[str]) -> list[str]:
 
 def _run_problems(config: Config) -> list[str]:
     name, parts = config.run.name, Path(config.run.name).parts
-    forbidden = set('\\:*?"<>|') & set(name)
-    if not name.strip() or forbidden or name.startswith("/") or not parts or ".." in parts:
-        return [f"run.name={name!r} cannot be a folder below run.root; use letters, digits, - and _"]
-    return []
+    forbidden, problems = '\\:*?"<>|', list[str]()
+    if not name.strip() or set(forbidden) & set(name) or name.startswith("/") or not parts or ".." in parts:
+        advice = f"use none of {' '.join(forbidden)}, and no .. or / at its start"
+        problems.append(f"run.name={name!r} cannot be a folder below run.root; {advice}")
+    for prompt in config.data.prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that Python could not decode
+            problems.append(f"data.prompts: {prompt!r} is not UTF-8")
+    return problems
 
 
 def _train_problems(config: Config, world_size: int) -> list[str]:
@@ -214,7 +221,7 @@ def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int)
     if optim.clip:
         problems.append(
             f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
-            "optim.norm_growth=1.01, which limits each linear by itself"
+            "optim.norm_growth=1.01, which limits each linear layer by itself"
         )
     if skips:
         problems.append(f"{key}: steps are made before all gradients are seen; set train.non_finite=stop")
@@ -227,13 +234,13 @@ def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int)
     return problems
 
 
-def _model_problems(config: Config, world_size: int) -> list[str]:
+def _model_problems(config: Config, world_size: int, resumes: bool) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
     try:
         with torch.device("meta"):
             model = Llama(**model_arguments(config))
-        if config.train.init_from:
+        if config.train.init_from and not resumes:
             problems += init_problems(config.train.init_from, model, model_arguments(config), config.data.tokenizer)
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
@@ -251,7 +258,7 @@ def _model_problems(config: Config, world_size: int) -> list[str]:
         resolve_backend(config.model.attention, device, DTYPES.get(config.train.dtype, torch.float32), head_dim)
     except ValueError as error:
         problems.append(str(error))
-    return problems + _vocabulary_problems(config)
+    return problems if resumes else problems + _vocabulary_problems(config)
 
 
 def _vocabulary_problems(config: Config) -> list[str]:

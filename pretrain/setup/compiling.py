@@ -1,6 +1,7 @@
-"""torch.compile of the model's blocks, tried on one first: a machine without a working compiler trains without."""
+"""torch.compile of the model's blocks. Without a working compiler, training continues uncompiled."""
 
 import logging
+import re
 import time
 
 import torch
@@ -10,7 +11,7 @@ from torch._dynamo.utils import calculate_time_spent
 from models.activation_checkpointing import checkpoint_blocks
 from models.attention import document_layout, resolve_backend
 from models.grass_linear import GrassLinear
-from models.llama import Llama, rope_tables
+from models.llama import Llama
 from models.precision import DTYPES
 from models.recompute import set_lean
 from optim.selection import WITH_REPLACEMENT
@@ -22,40 +23,51 @@ logger = logging.getLogger(__name__)
 
 
 def compile_seconds() -> float:
-    """What torch.compile has taken in this process so far, with looking up what an earlier one has left on the disk."""
+    """Seconds that torch.compile has taken in this process so far, including look-ups in its cache on disk."""
     return calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def compile_blocks(config: Config, model: Llama, world: World) -> bool:
-    """``torch.compile`` every block in place; without a working compiler say so and leave the model as it is.
+    """``torch.compile`` every block in place. Without a working compiler, log the reason and leave the model unchanged.
 
-    A block like the model's, without its values, makes a forward and a backward of a micro-batch's size first, with
-    probes of Grass and without: what is compiled for it serves the model's blocks too, unless they are sharded.
+    A separate block of the same shape is compiled first, in a forward and backward of a micro-batch, with probes of
+    Grass and without. The blocks of the model then reuse its code, unless they are sharded.
+
+    Returns:
+        Whether the blocks are compiled.
     """
     logger.info("compiling …")
     began = time.perf_counter()
     try:
         _try_block(config, model, world)
     except Exception as error:  # no C++ compiler, no Triton, no writable cache: the toolchain fails in many ways
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason is given")
-        logger.warning("torch.compile does not work here, training without it: %s: %s", type(error).__name__, reason)
+        logger.warning("torch.compile does not work here, training without it: %s", failure(error))
         torch.compiler.reset()
         return False
     logger.info("compiled in %.0f s", time.perf_counter() - began)
     for layer in model.layers:
         layer.compile()
     if any(getattr(module, "lean", False) for module in model.layers.modules()):
-        logger.info("train.lean_activations does nothing in compiled blocks: the compiler chooses what to make again")
+        logger.info("train.lean_activations has no effect in compiled blocks: the compiler decides what to recompute")
     return True
 
 
+def failure(error: Exception) -> str:
+    """The reason for ``error`` in one line: torch's, and the first error in the output of the compiler that it ran."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not re.fullmatch(r"backend=.* raised:", line)]
+    reason = f"{type(error).__name__}: {reasons[0] if reasons else 'no reason is given'}"
+    found = next((line for line in reasons[1:] if re.search(r"\berror: |No space left|Read-only|denied", line)), "")
+    return f"{reason} ({found})" if found else reason
+
+
 def _try_block(config: Config, model: Llama, world: World) -> None:
-    """Compile a block of ``config``: its forward and backward, in each of the states that a run brings it into."""
+    """Compile forward and backward of one block of ``config``, in each state that occurs in a run."""
     train, optim, device = config.train, config.optim, world.device
     block = _block_of(config, device)
     sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
     x = torch.zeros(sequences, train.seq_len, config.model.hidden_size, device=device, dtype=DTYPES[train.dtype])
-    cos, sin = rope_tables(train.seq_len, model.head_dim, model.rope_theta, like=x)
+    cos, sin = model.rope_tables(train.seq_len, like=x)
     backend = resolve_backend(model.attention, device, x.dtype, model.head_dim, train.document_masks)
     layout = None
     if train.document_masks:
@@ -75,9 +87,9 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
 
 
 def _block_of(config: Config, device: torch.device) -> nn.Module:
-    """The first block of such a model on ``device``, by itself and with no values of any use."""
+    """A block like those of the model, on ``device``, with arbitrary values."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)  # the model's own outline has said what there is to say
+    logging.disable(logging.INFO)  # building the model has logged the same
     try:
         block = outline(config).layers[0]
     finally:

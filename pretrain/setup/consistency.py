@@ -1,4 +1,4 @@
-"""What the processes of a run must have alike before they compute: settings, code, torch, data, the first weights."""
+"""Checks that all processes of a run have the same settings, code, torch, data and first weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ CODE = ("models", "optim", "data", "pretrain")
 
 
 class Disagreement(ValueError):
-    """Processes of one run differ; the message says which ranks, in what and how, a line each."""
+    """Processes of one run differ; the message has a line for each difference, with the ranks and values."""
 
 
 def require_same_setting(config: Config, data: PreparedDataset, world: World) -> None:
-    """Call on every process before anything is built.
+    """Compare settings, code, torch and data; call on every process before anything is built.
 
     Raises:
-        Disagreement: on all of them, when processes were started with different settings, code, torch or data.
+        Disagreement: on every process.
     """
     if world.size == 1:
         return
@@ -37,26 +37,27 @@ def require_same_setting(config: Config, data: PreparedDataset, world: World) ->
     mine |= {"code": code_hash(), "torch": torch.__version__}
     mine |= {"tokenizer": data.tokenizer.sha256, "data": data.fingerprint}
     if found := _differences(world.gather_objects(mine)):
-        mend = "start every process with the same command, code, environment and corpus"
-        raise Disagreement("\n".join(["the processes of this run differ", *found, mend]))
+        fix = "start every process with the same command, code, environment and corpus"
+        raise Disagreement("\n".join(["the processes of this run differ", *found, fix]))
 
 
 def require_same_weights(tensors: Mapping[str, Tensor], world: World) -> None:
-    """Compare ``tensors``, by name, among the processes that hold the same part of them.
+    """Compare ``tensors`` by name; sharded tensors only among the processes that hold the same shard.
 
     Raises:
-        Disagreement: on all of them, when a tensor differs somewhere.
+        Disagreement: on every process.
     """
     if world.size == 1:
         return
     mine = {f"{name}{_place(tensor)}": _digest(local(tensor)) for name, tensor in tensors.items()}
     if found := _differences(world.gather_objects(mine)):
         first = f"the processes of this run begin with different values of {len(found)} tensors"
-        mend = "they come from train.seed, train.init_from or a checkpoint: every process must read the same files"
-        raise Disagreement("\n".join([first, *found[:4], mend]))
+        fix = "they come from train.seed, train.init_from or a checkpoint: every process must read the same files"
+        raise Disagreement("\n".join([first, *found[:4], fix]))
 
 
 def _differences(by_rank: list[dict[str, Any]]) -> list[str]:
+    """A line for each key that has several values; a process that lacks the key does not count."""
     lines = []
     for key in dict.fromkeys(key for mine in by_rank for key in mine):
         holders: dict[str, list[int]] = {}
@@ -73,10 +74,10 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _place(tensor: Tensor) -> str:
-    """Which part of a sharded tensor is here; nothing for a whole one."""
+    """The part of a sharded tensor that this process holds, as text; "" for all of it."""
     here = place(tensor)
-    whole = all(part == slice(0, size) for part, size in zip(here, tensor.shape, strict=True))
-    return "" if whole else str([(part.start, part.stop) for part in here])
+    complete = all(part == slice(0, size) for part, size in zip(here, tensor.shape, strict=True))
+    return "" if complete else str([(part.start, part.stop) for part in here])
 
 
 def _digest(tensor: Tensor) -> str:
@@ -85,7 +86,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def code_hash() -> str:
-    """Of the source files that a run is made of, whether or not git knows them."""
+    """A hash of the source files of the packages that training runs, with files that git does not track."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(file for folder in CODE for file in Path(ROOT, folder).rglob("*.py")):
         digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())

@@ -1,20 +1,14 @@
-"""Training while the data are being prepared: all processes of a run wait together, and end together.
-
-Each reads for itself what is on the disk, but none goes on with a step before all can: one that waited alone would
-neither hear of a signal that another got, nor that the preparation, which belongs to the main process, has failed.
-"""
+"""From a configuration to its dataset: checked, then prepared before training or in the background of it."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
 from functools import partial
 
 import torch
 
-from data.prepare import prepare
-from data.settings import DataSettings
+from data.prepare import find, prepare
 from data.streaming.background import BackgroundPreparation, StreamedDataset
 from data.token_dataset import PreparedDataset
 from data.tokenizer import Tokenizer
@@ -24,95 +18,112 @@ from pretrain.distributed.world import World
 from pretrain.inference.init_from import require_same_tokenizer
 from pretrain.inference.pretrained import require_embeddings
 from pretrain.runs.folder import RunFolder
+from pretrain.runs.writable import require_writable
 from pretrain.setup.checks import check
+from pretrain.setup.trained_data import data_settings, find_trained_data, state_to_resume, validation_tokens
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-SHARED_SECONDS = 60.0  # what a disk may take to show the others what one process has written
-SAY_SECONDS = 10.0
+SHARED_SECONDS = 60.0  # within which a shared disk shows the other processes what the main process sees
+LOG_SECONDS = 10.0
 
 
-class Waiting:
-    """Waits until something is ready on every process; once the data are `whole` on all of them, everything is."""
+class DataWait:
+    """Waits, on all processes together, for data that is still being prepared.
+
+    Each process looks at the disk, but none continues before all can: a process that waited by itself would not notice
+    a signal that another one got, nor that the preparation, a child of the main process, has failed.
+
+    Args:
+        stop: ends a wait on all processes when it is set on one.
+        complete: whether this process sees all of the data; once all do, there is nothing to wait for.
+    """
 
     def __init__(
-        self, world: World, beside: BackgroundPreparation, stop: StopRequest, whole: Callable[[], bool]
+        self, world: World, preparation: BackgroundPreparation, stop: StopRequest, complete: Callable[[], bool]
     ) -> None:
-        self._world, self._beside, self._stop, self._whole, self._over = world, beside, stop, whole, False
+        self._world, self._preparation, self._stop = world, preparation, stop
+        self._complete, self._over = complete, False
 
     def __call__(self, ready: Callable[[], bool]) -> bool:
-        """False when the run is asked to stop first. Call on every process.
+        """Wait until ``ready()`` on every process; returns False when the run is asked to stop before that.
 
         Raises:
-            ValueError: on every process, the preparation has failed on one; nothing more will come.
+            ValueError: on every process: the preparation has failed.
         """
-        began = said = alone = time.monotonic()
+        began = logged = others_waited = time.monotonic()
         while not self._over:
-            try:
-                there, problem = ready(), self._beside.problem()
-            except (ValueError, OSError) as error:
-                there, problem = False, str(error)
-            alone = alone if there and self._world.is_main else time.monotonic()
-            if time.monotonic() > alone + SHARED_SECONDS:
+            there, problem = self._look(ready)
+            others_waited = others_waited if there and self._world.is_main else time.monotonic()
+            if time.monotonic() > others_waited + SHARED_SECONDS:
                 problem = "data.root: not all processes see what is prepared there; put it on a disk that they share"
-            mine = [not there, bool(self._stop), problem is not None, not self._whole()]
+            mine = [not there, bool(self._stop), problem is not None, not self._complete()]
             missing, asked, problems, growing = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
             if problems:
                 raise ValueError(next(text for text in self._world.gather_objects(problem) if text is not None))
             self._over = not growing
             if not missing or asked:
                 return not missing
-            if (now := time.monotonic()) > said + SAY_SECONDS:
-                said, tokens = now, self._beside.prepared_tokens()
+            if (now := time.monotonic()) > logged + LOG_SECONDS:
+                logged, tokens = now, self._preparation.prepared_tokens()
                 logger.info("training has waited %.0f s for data: %s tokens are prepared", now - began, f"{tokens:,}")
             time.sleep(POLL_SECONDS)
         return True
 
+    def _look(self, ready: Callable[[], bool]) -> tuple[bool, str | None]:
+        """Whether this process is ready, and why it never will be."""
+        try:
+            return ready(), self._preparation.problem()
+        except (ValueError, OSError) as error:
+            return False, str(error)
 
-def data_of(config: Config, world_size: int) -> Callable[[World], AbstractContextManager[PreparedDataset]]:
-    """Check everything that can be checked without compute, and prepare the data unless that is done ``on_the_fly``.
 
-    Returns what opens them for the processes of the run.
+def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractContextManager[PreparedDataset]]:
+    """Check all that can be checked without compute, and prepare the data, with ``data.on_the_fly`` in the background.
+
+    Returns:
+        A function that opens the data on a process of the run.
 
     Raises:
-        ValueError, OSError: with the key or file at fault and the mend.
+        ValueError, OSError: with the key or file at fault, and the fix.
     """
     if config.data.on_the_fly:
-        check_run(config, world_size)
-        return partial(on_the_fly, config)
-    prepared = ready(config, world_size)
+        prepared = check_run(config, world_size)
+        if prepared is None:
+            return partial(stream, config)
+    else:
+        prepared = ready(config, world_size)
     return lambda world: nullcontext(prepared)
 
 
 @contextmanager
-def on_the_fly(config: Config, world: World) -> Iterator[StreamedDataset]:
-    """The data of ``config`` as soon as training can begin; the main process has them prepared until this ends.
+def stream(config: Config, world: World) -> Iterator[StreamedDataset]:
+    """The data of ``config`` as soon as training can begin. In the context the main process prepares the rest.
 
     Raises:
-        ValueError: on every process, what is wrong with the text, or with the tokenizer for this run.
+        ValueError: on every process: the text has a fault, or the tokenizer is not for this run.
     """
-    validated, found = config.train.eval_sequences * config.train.seq_len + 1, list[StreamedDataset]()
+    found = list[StreamedDataset]()
 
     def opened() -> bool:
-        if not found and (data := beside.dataset(validated)):
+        if not found and (data := preparation.dataset(validation_tokens(config))):
             found.append(data)
         return bool(found)
 
-    with BackgroundPreparation(data_settings(config), start=world.is_main) as beside:
-        Waiting(world, beside, StopRequest(), whole=lambda: False)(opened)
+    with BackgroundPreparation(data_settings(config), start=world.is_main) as preparation:
+        DataWait(world, preparation, StopRequest(), complete=lambda: False)(opened)
         check_tokenizer(config, found[0].tokenizer)
         yield found[0]
 
 
 def ready(config: Config, world_size: int) -> PreparedDataset:
-    """Check everything that can be checked without compute, and prepare the data.
+    """Check all that can be checked without compute, and prepare the data.
 
     Raises:
-        ValueError, OSError: with the key or file at fault and the mend.
+        ValueError, OSError: with the key or file at fault, and the fix.
     """
-    check_run(config, world_size)
-    prepared = prepare(data_settings(config))
+    prepared = check_run(config, world_size) or prepare(data_settings(config))
     check_tokenizer(config, prepared.tokenizer)
     return prepared
 
@@ -124,22 +135,27 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         ValueError: they do not go together.
     """
     require_embeddings(tokenizer, config.model.vocab_size)
-    if unused := config.model.vocab_size - tokenizer.vocab_size:
+    if (unused := config.model.vocab_size - tokenizer.vocab_size) > 0:
         logger.info("%d of %d embedding rows stand for no token of the tokenizer", unused, config.model.vocab_size)
-    if config.train.init_from:
+    if config.train.init_from and state_to_resume(config) is None:
         require_same_tokenizer(config.train.init_from, tokenizer)
 
 
-def check_run(config: Config, world_size: int) -> None:
-    """What ``ready`` checks before it prepares.
+def check_run(config: Config, world_size: int) -> PreparedDataset | None:
+    """Check the settings and the run folder, before any data is prepared.
+
+    Returns:
+        The data of a resumed run when its corpus is gone, see ``find_trained_data``.
 
     Raises:
-        ValueError, OSError: with the key or file at fault and the mend.
+        ValueError, OSError: with the key or file at fault, and the fix.
     """
-    check(config, world_size)
+    state = state_to_resume(config)
+    trained = find_trained_data(config, state) if state else None
+    check(config, world_size, needs_data=trained is None, resumes=state is not None)
     RunFolder(config).check(config)
-
-
-def data_settings(config: Config) -> DataSettings:
-    """What the preparation is told of ``config``."""
-    return DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)})
+    require_writable(config.run.root, config.run.name)
+    starts = state is None and config.train.init_from
+    if starts and config.data.tokenizer is None and find(data_settings(config)) is None:
+        require_same_tokenizer(starts, None)  # before the data are prepared with a new tokenizer
+    return trained

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run: the model, its optimizer, and what is attached to it."""
+"""Build the model of a run."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -25,10 +25,11 @@ def build_model(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     shard: Callable[[Llama], None] | None = None,
 ) -> Llama:
-    """The model on ``device``, its linears converted when the run uses Grass.
+    """The model on ``device``, with its linears converted when the run uses Grass.
 
-    It starts from ``weights`` by name, or is initialised from the run's seed. ``shard`` gets it on the meta device and
-    may leave this process only a part of it to hold.
+    Args:
+        weights: names and tensors to start from; by default the model is initialised from ``train.seed``.
+        shard: called with the model on the meta device; may replace its parameters by shards.
     """
     if device.type == "cuda" and config.train.dtype == "bfloat16":
         warn_of_odd_sizes(config.model.hidden_size, config.model.intermediate_size, config.model.vocab_size)
@@ -40,13 +41,13 @@ def build_model(
 
 @cache
 def warn_of_odd_sizes(hidden_size: int, intermediate_size: int, vocab_size: int) -> None:
-    """Log the sizes that make products slow, once."""
+    """Log once which sizes make matrix products slow."""
     for message in odd_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size, vocab_size=vocab_size):
         logger.warning(message)
 
 
 def outline(config: Config) -> Llama:
-    """The model in its dtypes, its linears converted when the run uses Grass, without memory: on the meta device."""
+    """The model on the meta device, in its dtypes, with its linears converted when the run uses Grass."""
     with torch.device("meta"):
         model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
         if isinstance(config.optim, GrassConfig):
@@ -59,7 +60,11 @@ def outline(config: Config) -> Llama:
 def materialise(
     config: Config, model: Llama, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> Llama:
-    """Give an outline its memory on ``device``, its weights, and its first rows when the run uses Grass."""
+    """Allocate ``model`` (from ``outline``) on ``device`` and fill its weights. Grass layers select rows 0 to r-1.
+
+    Args:
+        weights: as in ``build_model``.
+    """
     model.to_empty(device=device)
     if weights is None:
         model.init_weights(config.train.seed)

@@ -1,4 +1,4 @@
-"""Build the optimizer of a run."""
+"""Build the optimizer of a run from its configuration."""
 
 from torch import nn
 
@@ -13,7 +13,13 @@ from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
 
 def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
-    """The optimizer over the trainable parameters of ``model``, with master weights and Grass if configured."""
+    """The optimizer over all trainable parameters of ``model``, with everything that ``config`` attaches to it.
+
+    Under Grass the linear layers are converted before, and their rows chosen or loaded after.
+
+    Raises:
+        ValueError: settings that the optimizer or Grass refuses, or a package that is not installed.
+    """
     optim = config.optim
     alpha = optim.alpha if isinstance(optim, GrassConfig) else 1.0
     groups = parameter_groups(model, lr=optim.lr, linear_lr=optim.linear_lr * alpha, weight_decay=optim.weight_decay)

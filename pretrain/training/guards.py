@@ -1,48 +1,146 @@
-"""What goes wrong with single steps: losses and gradients that are not finite, and losses that jump.
+"""Judges steps: losses and gradients that are not finite, and losses that jump.
 
-Batches that no update was made from, or that ended the run, are told in ``bad_batches.jsonl`` with their documents.
+Batches that no update was made from, or that ended the run, are listed in ``bad_batches.jsonl`` with their documents.
 """
 
+import logging
 import math
 from collections import deque
+from collections.abc import Iterable, Sequence
+from enum import Enum
 from statistics import median
-from typing import Any
 
-SPIKE_WINDOW = 32  # losses that a step's loss is held against
-SPIKE_AFTER = 8  # with fewer there is no spike
-MOST_SKIPPED_IN_A_ROW = 10  # then it is not the batches: the weights themselves make no finite loss
-NAMED = 5  # documents in a message; the file has all
+import torch
+
+from pretrain.config.schema import TrainConfig
+from pretrain.distributed.world import World
+from pretrain.runs.folder import RunFolder
+from pretrain.runs.json_lines import JsonLinesFile
+from pretrain.training.batch_feed import BatchFeed
+from pretrain.training.train_step import StepNumbers, StepResult
+
+logger = logging.getLogger(__name__)
+
+SPIKE_WINDOW = 32  # number of earlier losses that a loss is compared with
+SPIKE_AFTER = 8  # with fewer earlier losses nothing is a spike
+MOST_SKIPPED_IN_A_ROW = 10  # more than this is not due to single batches but to the weights
+NAMED = 5  # documents in a message; the file lists all
+
+Verdict = Enum("Verdict", ["CONTINUE", "SKIP", "FAIL", "ROLL_BACK"])
 
 
-class RolledBack(Exception):
-    """The run goes on from its newest checkpoint, and passes over the batch that its loss jumped at."""
+class Guards:
+    """Judges every step of a run, and keeps all counters of steps that went wrong.
 
-
-class SpikeWatch:
-    """The latest losses, part of a checkpoint, so that a run that goes on sees the same spikes.
+    ``skipped`` is the number of steps without an update, ``losses`` are the latest losses in nats per target, which
+    checkpoints hold so that a resumed run finds the same spikes. ``reason`` explains the verdict FAIL.
 
     Args:
-        factor: a loss above so many times their median is a spike; 0: none is.
+        rollbacks: steps whose batches are left out, see ``CheckpointManager``.
     """
 
-    def __init__(self, factor: float):
-        self.factor, self.losses = factor, deque[float](maxlen=SPIKE_WINDOW)
+    def __init__(self, train: TrainConfig, world: World, feed: BatchFeed, folder: RunFolder, rollbacks: Sequence[int]):
+        self.train, self.world, self.feed, self.rollbacks = train, world, feed, rollbacks
+        self.skipped, self.reason = 0, ""
+        self.losses = deque[float](maxlen=SPIKE_WINDOW)
+        self._skipped_at = self._skipped_in_a_row = 0
+        # The first step that was not finite, 0 for none: on the device, so that no step waits to know.
+        self._first_failed = torch.zeros((), dtype=torch.int64, device=world.device)
+        self._file = folder.bad_batches_file
+        self._lines = JsonLinesFile(self._file) if world.is_main else None
 
-    def sees_spike(self, loss: float) -> bool:
-        """Whether ``loss`` is one; if it is not, it is one of the latest losses from now on."""
-        if len(self.losses) >= SPIKE_AFTER and loss > self.factor * median(self.losses):
-            return True
-        if math.isfinite(loss):
-            self.losses.append(loss)
-        return False
+    @property
+    def skips(self) -> int | None:
+        """``skipped`` to be logged; None when the settings of the run allow no skips."""
+        return self.skipped if self.train.non_finite == "skip" or self.rollbacks else None
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the batch of ``step`` (from 1) is left out after a rollback."""
+        return step in self.rollbacks
+
+    def resume(self, skipped: int, losses: Iterable[float]) -> None:
+        """Continue with the counters of a checkpoint."""
+        self.skipped = skipped
+        self.losses.extend(losses)
+
+    def judge(self, step: int, result: StepResult, reduce: bool) -> Verdict:
+        """Judge the result of ``step`` (from 1); call on every process, after every step.
+
+        Args:
+            reduce: compute the numbers of the step, which waits for the device. Without it, values that are not finite
+                are noticed in a later call. ``train.spike_factor`` always computes them.
+
+        Returns:
+            CONTINUE; SKIP after a step without an update; FAIL when the run has to end, see ``reason``; ROLL_BACK when
+            it has to return to the newest checkpoint and leave out the batch of ``step``.
+        """
+        if result.skipped:
+            return self._skip(step)
+        failed_now = (self._first_failed == 0) & ~result.finite()
+        self._first_failed = torch.where(failed_now, step, self._first_failed)
+        if not reduce and not self.train.spike_factor:
+            return Verdict.CONTINUE
+        numbers = result.reduce(self.world, self._first_failed > 0)
+        if not numbers.finite:
+            return self._fail(step, numbers)
+        return self._look_for_spike(step, numbers.loss) if self.train.spike_factor else Verdict.CONTINUE
+
+    def _skip(self, step: int) -> Verdict:
+        what = "passed over: the loss jumped here" if self.leaves_out(step) else "skipped: loss or gradient not finite"
+        self.skipped += 1
+        self._skipped_in_a_row = 1 if step != self._skipped_at + 1 else self._skipped_in_a_row + 1
+        self._skipped_at = step
+        documents = self._write_bad_batch(step, what)
+        logger.warning("step %d is %s; its batch has %s", step, what, _in_short(documents))
+        if self._skipped_in_a_row <= MOST_SKIPPED_IN_A_ROW:
+            return Verdict.SKIP
+        self.reason = (
+            f"{self._skipped_in_a_row} steps in a row, up to step {step}, have a loss or gradient that is not finite: "
+            f"lower optim.lr or optim.linear_lr; {self._file} lists their documents"
+        )
+        return Verdict.FAIL
+
+    def _fail(self, step: int, numbers: StepNumbers) -> Verdict:
+        first = min(int(value) or step for value in self.world.gather_objects(int(self._first_failed)))
+        documents = self._write_bad_batch(
+            first, "stopped: loss or gradient not finite", loss=numbers.loss, grad_norm=numbers.grad_norm
+        )
+        since = f", not finite since step {first}" if first < step else ""
+        self.reason = (
+            f"the training loss is {numbers.loss} and the gradient's norm {numbers.grad_norm} at step {step}{since}: "
+            f"lower optim.lr or optim.linear_lr, or set train.non_finite=skip; the batch of step {first} has "
+            f"{_in_short(documents)}, see {self._file} for all of its documents"
+        )
+        return Verdict.FAIL
+
+    def _look_for_spike(self, step: int, loss: float) -> Verdict:
+        """A spike is a loss above ``train.spike_factor`` times the median of the latest losses."""
+        spike = len(self.losses) >= SPIKE_AFTER and loss > self.train.spike_factor * median(self.losses)
+        if spike and len(self.rollbacks) < self.train.most_rollbacks:
+            logger.warning(
+                "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint and "
+                "continuing from there without this batch",
+                *(loss, step, _in_short(self.feed.documents(step - 1))),
+            )
+            return Verdict.ROLL_BACK
+        if spike:
+            logger.warning(
+                "the loss jumped to %.4f at step %d; training continues, after train.most_rollbacks=%d rollbacks",
+                *(loss, step, self.train.most_rollbacks),
+            )
+        self.losses.append(loss)  # of a spike too: a loss that stays up is soon none
+        return Verdict.CONTINUE
+
+    def _write_bad_batch(self, step: int, what: str, **numbers: float) -> list[str]:
+        """Add a line to ``bad_batches.jsonl``; returns the names of the documents in the batch of ``step``."""
+        documents = self.feed.documents(step - 1)
+        if self._lines:
+            # JSON has no word for numbers that are not finite.
+            values = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+            self._lines.write({"step": step, "what": what, **values, "documents": documents})
+        return documents
 
 
-def bad_batch(step: int, what: str, documents: list[str], **numbers: float) -> dict[str, Any]:
-    """A line of ``bad_batches.jsonl``; numbers that JSON has no word for are strings."""
-    told = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
-    return {"step": step, "what": what, **told, "documents": documents}
-
-
-def in_short(documents: list[str]) -> str:
+def _in_short(documents: list[str]) -> str:
     more = len(documents) - NAMED
     return ", ".join(documents[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""``train.profile=N``: a trace of N steps, and on a GPU what held its memory meanwhile, in ``profile/`` of the run.
+"""``train.profile=N``: a trace of N steps, and on a GPU a snapshot of its memory, in ``profile/`` of the run.
 
 The trace opens in https://ui.perfetto.dev, the memory snapshot in https://docs.pytorch.org/memory_viz.
 """
@@ -12,14 +12,17 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from pretrain.config.schema import SETTLING
 
 logger = logging.getLogger(__name__)
-EVENTS = 100_000  # of the allocator, at most
+EVENTS = 100_000  # most events of the allocator that are kept
 
 
 class StepProfile:
-    """Records ``steps`` steps of those made within it, after SETTLING others. Call ``step`` after each; 0 records none.
+    """A context that records ``steps`` training steps after the first SETTLING. Call ``step`` after each step.
 
-    folder/trace.json.gz  what ran when, on the CPU and the GPU
-    folder/memory.pickle  on a GPU: every allocation of those steps, and the line that made it
+    folder/trace.json.gz  operations and kernels over time, on the CPU and the GPU
+    folder/memory.pickle  on a GPU: every allocation and the line of code that made it
+
+    Args:
+        steps: 0 records nothing.
     """
 
     def __init__(self, steps: int, folder: Path, device: torch.device):
@@ -45,7 +48,7 @@ class StepProfile:
 
     def __exit__(self, *_) -> None:
         if self.profiler:
-            self.profiler.stop()  # writes what is still being recorded
+            self.profiler.stop()  # writes the steps recorded so far
 
     def _write(self, recorded: profile) -> None:
         self.folder.mkdir(exist_ok=True)

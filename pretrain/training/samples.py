@@ -30,5 +30,6 @@ def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tup
 
 
 def write_samples(file: Path, samples: list[tuple[str, str]], of: str) -> None:
+    """Write prompts and continuations to the Markdown file ``file``; ``of`` names the run and step."""
     parts = [f"Prompt: `{prompt!r}`\n\n````text\n{text}\n````\n" for prompt, text in samples]
     file.write_text("\n".join([f"# Samples of {of}\n", *parts]), encoding="utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StepObserver:
-    """Override the methods of the events you need; each is called on every process, before or after what it names.
+    """Override the methods of the events you need; each is called on every process.
 
     In one step: ``before_forward`` to ``before_backward`` once for each micro-batch, ``after_backward`` once the
     gradients of all micro-batches are complete, then the optimizer and the refresh. The optimizer may step several

@@ -3,20 +3,42 @@
 import platform
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 
 
 class Stopwatch:
-    """Seconds and tokens of training since the last ``lap``, with pauses for evaluation and checkpoints left out."""
+    """Seconds and tokens of training steps, without the evaluations and saves between them.
 
-    def __init__(self, clock=time.perf_counter):
+    ``total_seconds`` is the time of all training steps of the run.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
-        self.total_seconds = self._seconds = 0.0
+        self._began: float | None = None
+        self.total_seconds = self._earlier_seconds = self._seconds = 0.0
         self._tokens = self._steps = 0
         self._since: float | None = None
 
+    @property
+    def wall_seconds(self) -> float:
+        """Wall time of the run so far, from ``begin`` on."""
+        return self._earlier_seconds + (0.0 if self._began is None else self._clock() - self._began)
+
+    def resume(self, wall_seconds: float, total_seconds: float) -> None:
+        """Continue with the times of a checkpoint."""
+        self._earlier_seconds, self.total_seconds = wall_seconds, total_seconds
+
+    def begin(self) -> None:
+        """Begin to count wall time."""
+        self._began = self._clock()
+
     def start(self) -> None:
+        """Begin a step."""
         self._since = self._clock()
 
     def stop(self, tokens: int) -> None:
@@ -34,7 +56,7 @@ class Stopwatch:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: by CUDA's allocator, or, on a CPU, resident in the process."""
+    """Largest memory use so far in bytes: of CUDA's allocator, or on a CPU the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

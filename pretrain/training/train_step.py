@@ -114,15 +114,21 @@ class TrainStep:
             self.optim.step()
         return result
 
+    def leave_out(self) -> StepResult:
+        """Make no update and read no batch; the step still counts towards the next refresh."""
+        self.optim.skip()
+        missing = torch.full((), math.nan, device=self.world.device)
+        return StepResult(missing, missing, 0, skipped=True)
+
     def accumulate(self, micro_batches: Iterable[MicroBatch], targets: int | None = None, step: bool = False) -> Tensor:
         """Run forward and backward of every micro-batch. Gradients are those of the mean loss over all targets.
 
         Args:
-            targets: number of the step's targets on all processes; by default every token is one.
+            targets: number of the step's targets on all processes; by default every token counts as a target.
             step: let the last backward make the optimizer's steps, when ``train.step_in_backward`` is set.
 
         Returns:
-            Loss summed over this process' targets, in nats, float64 () on the device.
+            Loss summed over this process' targets, in nats, as a float64 scalar tensor on the device.
         """
         nats = torch.zeros((), device=self.world.device, dtype=torch.float64)
         # The engine averages over processes; the mean over tokens needs their sum.
@@ -145,3 +151,6 @@ class TrainStep:
         observers = self.observers  # the hooks must not hold this object, which holds the optimizer
         self.optim.optimizer.register_step_pre_hook(lambda *_: notify(observers, "before_optimizer"))
         self.optim.optimizer.register_step_post_hook(lambda *_: notify(observers, "after_optimizer"))
+        if grass := self.optim.grass:
+            grass.register_refresh_pre_hook(lambda: notify(observers, "before_refresh"))
+            grass.register_refresh_post_hook(lambda: notify(observers, "after_refresh"))

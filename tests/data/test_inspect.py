@@ -38,8 +38,8 @@ def test_it_shows_counts_shards_and_documents_and_that_all_is_well(prepared, cap
     out = capsys.readouterr().out
     (name,) = prepared.train.documents(*prepared.train.document_bounds(2))
     text = (REPO / name).read_text()
-    assert end.value.code == 0 and f"document 2, {name}: " in out and text[:300] in out and text[:301] not in out
-    assert f"… and {len(text) - 300:,} characters more" in out and "all checksums are right" in out
+    assert end.value.code == 0 and f"document 2, {name}: " in out and "all checksums are right" in out
+    assert f" tokens\n{text[:300]}\n… and {len(text) - 300:,} characters more\n" in out
     shards = prepared.manifest["splits"]["train"]["shards"]
     assert len(shards) > 1 and all(f"train  {shard['name']}: " in out for shard in shards)
 

@@ -7,45 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 import data.shards.writer
 from data.prepare import prepare, problems
-from data.settings import SOURCES, DataSettings
-from data.sources.files import stdlib_files
-from data.sources.records import read_documents
+from data.settings import DataSettings
 from data.token_dataset import FORMAT, PreparedDataset, load
 
 REPO = Path(__file__).resolve().parents[2]
-VOCAB_SIZE = 400
-
-
-@pytest.fixture(scope="module")
-def library() -> dict[str, str]:
-    """Sixty files of real text, below 20 kB each."""
-    files = [file for file in stdlib_files(10**9) if 200 < file.size < 20_000][:60]
-    return {f"{number:02d}.py": document.text for number, document in enumerate(read_documents(files, {}))}
-
-
-@pytest.fixture
-def settings(tmp_path, library) -> DataSettings:
-    (tmp_path / "corpus").mkdir()
-    for name, text in library.items():
-        (tmp_path / "corpus" / name).write_bytes(text.encode())
-    return DataSettings(
-        name="own",
-        source="text",
-        paths=[str(tmp_path / "corpus")],
-        vocab_size=VOCAB_SIZE,
-        validation_share=0.2,
-        root=str(tmp_path / "prepared"),
-    )
 
 
 def texts(prepared: PreparedDataset, split: str) -> dict[str, str]:
@@ -78,7 +51,7 @@ def test_the_shards_hold_every_document_exactly_in_one_split(settings, library):
         assert tokens.text_bytes == entry["bytes"] == text_bytes
         assert prepared.tokenizer.token_bytes[tokens[0 : len(tokens)]].sum() == text_bytes
         assert (entry["documents"], entry["tokens"]) == (len(documents), len(tokens))
-    assert prepared.tokenizer.vocab_size == VOCAB_SIZE
+    assert prepared.tokenizer.vocab_size == settings.vocab_size
 
 
 def test_a_second_call_reuses_what_is_there(settings):
@@ -345,61 +318,6 @@ def test_a_file_that_changes_during_preparation_is_noticed(settings, tmp_path, m
 
     train = data.prepare.train_tokenizer
     monkeypatch.setattr(data.prepare, "train_tokenizer", append)
-    with pytest.raises(ValueError, match=r"corpus/59\.py changed while it was being read"):
+    with pytest.raises(ValueError, match=r"corpus/59\.py changed during preparation"):
         prepare(settings)
     assert folders(settings) == []
-
-
-def command(*flags: str) -> subprocess.CompletedProcess:
-    full = [sys.executable, "-m", "data.prepare", *flags]
-    return subprocess.run(full, cwd=REPO, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_prints_where_the_preparation_lies_and_what_it_holds(settings):
-    flags = ["--name", "own", "--source", "text", "--paths", *settings.paths, "--vocab-size", "400"]
-    run = command(*flags, "--validation-share", "0.2", "--root", settings.root)
-    prepared = prepare(settings)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"{prepared.folder}: train {len(prepared.train):,} tokens of ")
-    assert "vocabulary 400" in run.stdout
-
-
-def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
-    run = command("--source", "text", "--paths", str(tmp_path / "missing"), "--root", str(tmp_path))
-    assert run.returncode != 0 and run.stdout == ""
-    assert run.stderr.startswith("data.paths: there is no file or folder") and "Traceback" not in run.stderr
-    help_text = command("--help").stdout
-    names = {field.name for field in fields(DataSettings)} - {"mixture"}
-    assert all(f"--{name.replace('_', '-')}" in help_text for name in names)
-
-
-@pytest.mark.parametrize("file", sorted((REPO / "conf" / "data").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_yaml_files_set_what_is_usually_set_and_nothing_unknown(file):
-    values = yaml.safe_load(file.read_text())
-    usual = {"name", "source", "tokenizer", "vocab_size", "validation_share", "root", "seed"}
-    of_runs = {"defaults", "prompts", "on_the_fly", "shuffle_block"}
-    assert usual <= set(values) <= {field.name for field in fields(DataSettings)} | of_runs
-    assert values["name"] == file.stem and values["source"] in SOURCES
-
-
-@pytest.fixture(scope="module")
-def stdlib(tmp_path_factory) -> tuple[PreparedDataset, DataSettings, float]:
-    settings = DataSettings(root=str(tmp_path_factory.mktemp("prepared")))
-    start = time.perf_counter()
-    return prepare(settings), settings, time.perf_counter() - start
-
-
-def test_the_standard_library_is_prepared_within_a_minute_and_compact(stdlib):
-    prepared, _, seconds = stdlib
-    assert seconds < 60
-    for split in (prepared.train, prepared.val):
-        assert split.text_bytes / len(split) > 2.7
-    assert 0.01 < prepared.val.text_bytes / prepared.train.text_bytes < 0.12
-    assert prepared.train[0:1].dtype == np.uint16 and prepared.tokenizer.vocab_size == 4096
-
-
-def test_the_standard_library_is_reused_within_a_second(stdlib):
-    prepared, settings, _ = stdlib
-    start = time.perf_counter()
-    assert prepare(settings).fingerprint == prepared.fingerprint
-    assert time.perf_counter() - start < 1

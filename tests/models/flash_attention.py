@@ -1,4 +1,4 @@
-"""Stand-ins for flash-attn, which needs a GPU, and what its distributions say of its functions.
+"""Stand-ins for flash-attn, which needs a GPU, and the signatures in its distributions.
 
 The stand-ins take the arguments that this project gives and no others, and compute the plain formula.
 """

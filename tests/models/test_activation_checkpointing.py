@@ -1,4 +1,4 @@
-"""Activation checkpointing: it changes no bit of a gradient, keeps less, and computes again what it says."""
+"""Activation checkpointing: gradients equal to the bit, less memory, and the recomputation that the mode names."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from models.convert import convert_linears
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from optim.grass import Grass
-from tests.helpers import allocations
+from tests.helpers import PAPER, allocations
 
 SIZES = {
     "vocab_size": 61,
@@ -39,7 +39,7 @@ def loss_of(model):
 
 
 def gradients(model):
-    """Of every trainable parameter, and what the sketch of every GrassLinear gathers beside them."""
+    """The gradients of every trainable parameter, and the sketch of every GrassLinear."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GrassLinear)}
     for layer in layers.values():
         layer.start_probe(key=7, width=4)
@@ -87,7 +87,11 @@ def test_training_through_refreshes_ends_in_the_same_rows_and_weights(mode, scor
     for each in ("none", mode):
         model = build(each, "rows")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        grass = Grass(model, optimizer, refresh_every=3, probe_steps=2, score=score, state_at_refresh="carry")
+        grass = Grass(
+            model,
+            optimizer,
+            **PAPER | {"refresh_every": 3, "probe_steps": 2, "score": score, "state_at_refresh": "carry"},
+        )
         grass.start(lambda model=model: loss_of(model).backward())
         for _ in range(7):
             loss_of(model).backward()
@@ -126,7 +130,7 @@ def test_less_is_kept_for_the_backward(linears):
     assert kept["none"] > kept["selective"] > kept["every:2"] > kept["full"]
 
 
-def test_full_checkpointing_keeps_the_input_of_every_block_alone():
+def test_full_checkpointing_keeps_only_the_input_of_every_block():
     inputs = SIZES["num_hidden_layers"] * IDS[:, 1:].numel() * SIZES["hidden_size"] * 4
     deeper = SIZES | {"num_hidden_layers": 6}
     kept = []

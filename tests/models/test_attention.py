@@ -1,4 +1,4 @@
-"""Attention, held to the plain formula on every backend, and what is handed to SDPA."""
+"""Attention against the plain formula on every backend, and the arguments of SDPA."""
 
 import logging
 
@@ -11,7 +11,8 @@ from models import attention as attention_module
 from models.activation_checkpointing import PRODUCTS, run
 from models.attention import attention, document_layout, log_kernel
 from models.attention_kernels import FLASH, functions
-from models.llama import Block, Llama, rope_tables
+from models.llama import Block, Llama
+from models.rope import rope_tables
 from tests.models.flash_attention import flash_attn_varlen_func, install, plain_attention
 
 
@@ -74,7 +75,7 @@ def outcome_of(block, x, *others):
 
 @pytest.mark.parametrize("heads", [6, 2])
 @pytest.mark.parametrize("new", [1, 4])
-def test_new_tokens_after_a_cache_see_what_they_saw_in_a_row(heads, new):
+def test_new_tokens_after_a_cache_attend_as_in_one_sequence(heads, new):
     q, k, v = qkv(heads)
     expected = attention(q, k, v, backend="sdpa")[:, -new:]
     torch.testing.assert_close(attention(q[:, -new:], k, v, backend="sdpa"), expected, rtol=1e-12, atol=1e-12)
@@ -144,7 +145,7 @@ def test_a_compiled_block_takes_any_number_of_documents(monkeypatch):
 
 
 @pytest.mark.parametrize("namespace", ["flash_attn", "flash_attn_3", "flash_attn_4", "torch_attn"])
-def test_selective_checkpointing_keeps_what_attention_kernels_make(namespace):
+def test_selective_checkpointing_keeps_the_results_of_attention_kernels(namespace):
     """By an operator in that namespace, as the real ones need a GPU; its calls are counted."""
     calls = []
 
@@ -178,7 +179,7 @@ def tiny(**changes):
     return model
 
 
-def test_the_kernel_that_torch_chose_is_said_once(caplog, monkeypatch):
+def test_the_kernel_that_torch_chose_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(attention_module, "_logged", set())
     ids, begins = torch.zeros(2, 16, dtype=torch.int64), torch.tensor([0, 5, 16, 32], dtype=torch.int32)
     with caplog.at_level(logging.INFO, logger="models.attention"):
@@ -196,7 +197,7 @@ def test_the_kernel_that_torch_chose_is_said_once(caplog, monkeypatch):
         assert caplog.messages == ["attention: torch's SDPA, math kernel"]
 
 
-def test_other_backends_are_said_by_name(caplog, monkeypatch):
+def test_other_backends_are_logged_by_name(caplog, monkeypatch):
     monkeypatch.setattr(attention_module, "_logged", set())
     x = torch.zeros(2, 16, 32)
     with caplog.at_level(logging.INFO, logger="models.attention"):

@@ -83,7 +83,7 @@ def test_the_calls_bind_to_flash_attns_own_signatures(version, monkeypatch, dete
 
 
 @pytest.mark.parametrize("version", FLASH)
-def test_what_is_looked_for_is_in_flash_attns_own_signatures(version):
+def test_the_required_arguments_are_in_flash_attns_own_signatures(version):
     for name, own in signatures(version).items():
         lengths = set() if name == "flash_attn_func" else attention_kernels.LENGTHS
         assert {"q", "k", "v"} | attention_kernels.OPTIONS | lengths <= set(own.parameters)
@@ -193,7 +193,7 @@ EARLY = FUNCTIONS.replace(", deterministic=False", "")
 
 @pytest.fixture
 def packages(monkeypatch, tmp_path):
-    """Called with files and what is in them, they are all that is there of flash-attn, on a path to import from."""
+    """Install files (name and contents) as the only flash-attn that can be imported."""
     install(monkeypatch)
     for name in [name for name in sys.modules if name.startswith("flash_attn")]:
         monkeypatch.delitem(sys.modules, name)
@@ -212,7 +212,7 @@ def packages(monkeypatch, tmp_path):
     functions.clear()
 
 
-def test_flash_attn_4_alone_is_not_taken_for_2(packages, gpu):
+def test_flash_attn_4_without_2_is_not_taken_for_2(packages, gpu):
     packages(flash_attn__cute=FUNCTIONS, flash_attn__cute__interface=FUNCTIONS)
     assert importlib.import_module("flash_attn").__file__ is None  # the import succeeds: a namespace
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "flash-attn 4"
@@ -231,7 +231,7 @@ def test_flash_attn_2_brings_a_cute_that_is_not_4(packages, gpu, caplog, cute):
     assert caplog.messages == []
 
 
-def test_a_broken_flash_attn_is_told_once_and_passed_over(packages, gpu, caplog):
+def test_a_broken_flash_attn_is_reported_once_and_skipped(packages, gpu, caplog):
     packages(flash_attn="raise ImportError('undefined symbol: c10')")
     for _ in range(3):
         assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "sdpa"

@@ -8,6 +8,7 @@ from models.convert import convert_linears, restore_linears
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from optim.grass import Grass
+from tests.helpers import PAPER
 
 IDS = torch.randint(0, 32, (3, 9), generator=torch.Generator().manual_seed(0))
 
@@ -20,7 +21,7 @@ class Tiny(nn.Module):
         self.lm_head = nn.Linear(8, 32, bias=False)
 
 
-def test_conversion_shares_weights_takes_the_smaller_side_and_says_what_it_left(caplog):
+def test_conversion_shares_weights_takes_the_smaller_side_and_logs_the_other_layers(caplog):
     model = nn.ModuleList([Tiny()])
     weights = {name: p for name, p in model.named_parameters()}
     with caplog.at_level("INFO"):
@@ -89,7 +90,7 @@ def trained(dtype=torch.float32, **options):
     model = llama().to_dtype(dtype)
     convert_linears(model, rank=4, **options)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    grass = Grass(model, optimizer, refresh_every=2)
+    grass = Grass(model, optimizer, refresh_every=2, **PAPER)
     grass.start(lambda: model(IDS, IDS).backward())
     for _ in range(5):
         model(IDS, IDS).backward()

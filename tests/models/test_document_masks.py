@@ -1,4 +1,4 @@
-"""A packed document gets the loss, and gives the gradient, that it would alone."""
+"""A packed document has the loss and the gradient that it has unpacked."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def numbered(documents: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", ["sdpa", *FLASH])
-def test_a_packed_document_gets_the_loss_it_would_get_alone(tokens, model, backend, monkeypatch):
+def test_a_packed_document_gets_the_loss_of_an_unpacked_one(tokens, model, backend, monkeypatch):
     install(monkeypatch, *FLASH)
     packed, apart = [], []
     for inputs, targets, documents in train(tokens, masks=True).micro_batches(0):

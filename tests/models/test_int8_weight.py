@@ -1,4 +1,4 @@
-"""Frozen weights in 8 bits: rounding without bias, the plain layer's results on what they stand for, one at a time."""
+"""Frozen weights in 8 bits: unbiased rounding, the results of the plain layer, and one dequantised layer at a time."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def plain(layer):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_codes_are_within_half_a_step_of_what_they_stand_for_and_nothing_is_clipped(dim):
+def test_codes_are_within_half_a_step_of_their_values_and_nothing_is_clipped(dim):
     x = values(12, 16) * torch.logspace(-6, 6, 16)
     codes, step = quantise(x, dim)
     error = (dequantise(codes, step, dim, torch.float32) - x).abs()
@@ -56,7 +56,7 @@ def test_codes_are_within_half_a_step_of_what_they_stand_for_and_nothing_is_clip
     assert all(torch.equal(dequantise(codes, step, dim, dtype).double(), exact) for dtype in DTYPES)
 
 
-def test_zeros_stay_and_what_is_not_finite_does_not_become_a_number():
+def test_zeros_stay_and_values_that_are_not_finite_do_not_become_finite():
     x = torch.zeros(3, 4)
     x[1, 2], x[2, 0] = torch.inf, torch.nan
     found = dequantise(*quantise(x, 0), 0, torch.float32)
@@ -64,7 +64,7 @@ def test_zeros_stay_and_what_is_not_finite_does_not_become_a_number():
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_mean_of_many_folds_into_8_bits_is_what_was_folded(side):
+def test_the_mean_of_many_folds_into_8_bits_is_the_folded_value(side):
     """Within the standard error of each element and of them all; rows that stay lose nothing."""
     draws, row = 2000, values(40)
     stack, dim = (torch.stack, 0) if side == "rows" else (torch.column_stack, 1)
@@ -124,7 +124,7 @@ def test_it_compiles_to_one_graph_that_serves_every_index():
     assert len(graphs) == 1
 
 
-def test_weights_are_whole_one_layer_at_a_time():
+def test_weights_are_dequantised_one_layer_at_a_time():
     size, layers = 128, 4
     linears = [nn.Parameter(values(size, size, seed=i)) for i in range(layers)]
     model = nn.Sequential(*(GrassLinear(weight, 2, "rows", int8=True) for weight in linears))
@@ -149,7 +149,7 @@ def test_a_model_starts_within_rounding_of_the_plain_one_and_the_planner_counts_
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_what_is_trained_is_read_back_whole(overrides, side):  # noqa: F811
+def test_trained_8_bit_weights_are_read_back_in_full(overrides, side):  # noqa: F811
     folder, trainer = train(overrides("optim.int8_weights=true", f"optim.side={side}", "train.sample_tokens=0"))
     stored = dict(read_weights_at(folder.path))
     for name, layer in trainer.model.named_modules():

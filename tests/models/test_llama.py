@@ -10,7 +10,8 @@ import yaml
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.llama import Llama, RMSNorm, rope_tables, rotate
+from models.llama import Llama, RMSNorm
+from models.rope import rope_tables, rotate
 
 SMALL = {
     "vocab_size": 97,
@@ -92,7 +93,7 @@ def test_loss_is_the_sum_over_targets_that_are_not_ignored():
     torch.testing.assert_close(loss, by_hand, rtol=1e-13, atol=0)
 
 
-def test_loss_of_ignored_targets_alone_is_zero():
+def test_loss_of_only_ignored_targets_is_zero():
     assert small()(tokens(), torch.full((2, 16), -100)).item() == 0
 
 
@@ -105,7 +106,7 @@ def test_a_later_token_never_changes_an_earlier_logit():
     assert not torch.equal(before[:, -1], after[:, -1])
 
 
-def test_rotated_products_depend_on_the_distance_alone():
+def test_rotated_products_depend_only_on_the_distance():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     cos, sin = rope_tables(64, 8, 10000.0, like=q)
     q, k = (rotate(x.expand(1, 64, 1, 8), cos, sin).squeeze(2) for x in (q, k))
@@ -190,7 +191,7 @@ def test_a_tied_head_stays_tied_when_weights_are_loaded_after_the_meta_device():
     assert torch.equal(model(tokens()), trained(tokens()))
 
 
-def test_a_draw_depends_on_seed_and_name_alone():
+def test_a_draw_depends_only_on_seed_and_name():
     reference = small(seed=1).state_dict()
     larger = Llama(**SMALL | {"num_hidden_layers": 5, "vocab_size": 200})
     for children in (larger._modules, larger.layers._modules, larger.layers[0].mlp._modules):
@@ -256,7 +257,7 @@ PARAMETERS = {  # in millions; all but nano and 1b_5504 as published for these s
 
 
 def arguments(path):
-    """What a model config gives to Llama: all of it but `defaults` and `name`, which are Hydra's side."""
+    """The arguments of Llama in a model config: all keys except `defaults` and `name`, which are Hydra's."""
     config = yaml.safe_load(path.read_text())
     return {key: value for key, value in config.items() if key not in ("defaults", "name")}
 

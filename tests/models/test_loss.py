@@ -107,11 +107,11 @@ def test_the_logits_of_all_tokens_are_never_there_at_once(head, dtype):
         model.loss_chunk_tokens = 8
 
 
-def test_without_targets_the_logits_are_whole():
+def test_without_targets_all_logits_are_returned():
     ids, _ = batch()
     assert torch.equal(build(chunk=7)(ids), build()(ids))
 
 
-def test_ignored_targets_alone_give_zero():
+def test_only_ignored_targets_give_zero():
     ids, _ = batch()
     assert build(chunk=7)(ids, torch.full_like(ids, -100)).item() == 0

@@ -1,4 +1,4 @@
-"""Recipes saved in place of norms and SwiGLU products: the same gradients from less, and no matrix product again."""
+"""Norms and SwiGLU products recomputed: the same gradients from less memory, and no matrix product twice."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import recompute
-from models.llama import rope_tables
 from models.recompute import set_lean
+from models.rope import rope_tables
 from pretrain.config.compose import load
 from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
@@ -37,7 +37,7 @@ def test_in_bfloat16_gradients_and_probes_are_the_same_to_the_bit(linears):
 
 @pytest.mark.parametrize("linears", ["dense", "rows"])
 def test_a_block_keeps_at_least_35_percent_less(linears):
-    """By what the allocator has given out once the forward is over, its input left out."""
+    """Measured by the allocator after the forward, without the block's input."""
     kept = []
     for model in (build("none", linears), lean(linears)):
         x = model.embed_tokens(IDS)
@@ -59,7 +59,7 @@ def test_no_matrix_product_is_computed_again(linears):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("linears", LINEARS)
 def test_saved_tensor_hooks_count_at_least_35_percent_less_than_of_the_plain_block(linears, dtype, monkeypatch):
-    """Its input among what it saves; a storage counted once, parameters and the rotation's tables left out."""
+    """Counts saved storages once, the block's input included, without parameters and rotary tables."""
 
     def saved(model):
         x = model.embed_tokens(IDS)
@@ -85,11 +85,11 @@ def test_saved_tensor_hooks_count_at_least_35_percent_less_than_of_the_plain_blo
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_that_compiled_blocks_make_their_own_choice_is_said_once(wanted, caplog, monkeypatch):
+def test_compiled_blocks_log_once_that_they_decide_themselves(wanted, caplog, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = lean("rows") if wanted else build("none", "rows")
     sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
     config = load([*sizes, "optim.rank=8", "train.seq_len=8", "train.tokens_per_step=8"])
     with caplog.at_level("INFO"):
         compile_blocks(config, model, World(0, 1, torch.device("cpu")))
-    assert caplog.text.count("train.lean_activations does nothing in compiled blocks") == wanted
+    assert caplog.text.count("train.lean_activations has no effect in compiled blocks") == wanted

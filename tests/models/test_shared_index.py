@@ -10,6 +10,7 @@ from models.llama import Llama
 from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.param_groups import parameter_groups
+from tests.helpers import PAPER
 
 RANK, TOKENS = 4, 18
 SIDES = ("rows", "columns")
@@ -48,7 +49,7 @@ def assert_same(found, expected):
 
 
 def saved_bytes(model, then=None):
-    """What the graph of a forward holds, a storage counted once, parameters left out; ``then`` gets the loss."""
+    """The bytes in the graph of a forward, each storage once, without parameters; ``then`` gets the loss."""
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     storages = {}
 
@@ -86,13 +87,13 @@ def test_a_column_selection_saves_the_share_r_of_n_of_an_input_that_nothing_else
 
 @pytest.mark.parametrize("score", ["exact", "sketch"])
 def test_with_stagger_no_forward_of_a_run_keeps_the_whole_inputs_of_more_than_a_block(score):
-    """The first window's probes included. Its columns are those that one probe of all layers would choose."""
+    """Includes the first window's probes, which choose the columns that one probe of all layers would choose."""
     trained, indices = {}, {}
     for stagger in ("auto", False):
         model, layers = llama(False)
         regular = saved_bytes(model)
         optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
-        grass = Grass(model, optimizer, refresh_every=2, score=score, stagger=stagger)
+        grass = Grass(model, optimizer, **PAPER | {"refresh_every": 2, "score": score, "stagger": stagger})
         saved = []
         with all_checkpointed(model.layers):  # as a run does
             grass.start(lambda model=model, saved=saved: saved.append(saved_bytes(model, lambda loss: loss.backward())))
@@ -151,13 +152,13 @@ def test_a_compiled_block_is_one_graph_for_all_layers_and_every_index():
 
 
 @pytest.mark.parametrize("score", ["exact", "sketch"])
-def test_the_columns_are_chosen_by_the_norms_of_the_gradients_put_together(score):
+def test_the_columns_are_chosen_by_the_joint_norms_of_the_gradients(score):
     model, layers = llama(True)
     dense = plain_llama()
     dense.load_state_dict({name: p for name, p in model.state_dict().items() if name in dense.state_dict()})
     expected = gradients(dense)
     optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
-    grass = Grass(model, optimizer, refresh_every=2, score=score, state_at_refresh="carry")
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 2, "score": score, "state_at_refresh": "carry"})
     grass.start(lambda: model(ids(), ids()).backward())
     for block in range(2):
         for module, *children in (("self_attn", "q_proj", "k_proj", "v_proj"), ("mlp", "gate_proj", "up_proj")):

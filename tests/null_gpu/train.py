@@ -18,6 +18,7 @@ from unittest.mock import patch
 from counts import contexts, counts, since
 
 from pretrain.inference.scoring import Score
+from pretrain.training.guards import Guards, Verdict
 from pretrain.training.trainer import Trainer
 
 metrics, train_step = Score.metrics.fget, Trainer.train_step
@@ -53,6 +54,6 @@ if counting:
 with (
     patch.object(Score, "metrics", property(metrics_of_some)),
     patch.object(Trainer, "train_step", counted_step),
-    patch.object(Trainer, "_stop_at_non_finite", lambda *_: None),
+    patch.object(Guards, "_fail", lambda *_: Verdict.CONTINUE),
 ):
     runpy.run_module("pretrain.train", run_name="__main__", alter_sys=True)

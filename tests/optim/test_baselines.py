@@ -1,4 +1,4 @@
-"""The baselines against their packages used as those document it, without a package, and across a checkpoint."""
+"""The baselines against their packages used as documented, without a package, and across a checkpoint."""
 
 import importlib.util
 import sys
@@ -12,6 +12,7 @@ from optim.inner import INNER_OPTIMIZERS, inner_optimizer
 from optim.muon import MuonAndAdamW
 from optim.param_groups import parameter_groups, set_rates
 from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.directory import path_of
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.compose import load
 from pretrain.config.schema import BaselineConfig, ConfigError, OptimConfig
@@ -75,7 +76,7 @@ DOCUMENTED = {
 
 @pytest.mark.parametrize("name", [*PROJECTED])
 def test_it_is_the_package_used_as_documented(name):
-    """Up to rounding: a matrix that comes out of an SVD is laid out anew when it becomes state."""
+    """Up to rounding: a matrix from an SVD has another memory layout once it is state."""
     config = configuration(name)
     model, optim = build(config)
     alone = build_model(config, ALONE.device)
@@ -165,8 +166,8 @@ def test_the_groups_have_the_keys_that_the_package_documents(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16 with master weights"])
 @pytest.mark.parametrize("name", [*PROJECTED, *FULL])
-def test_what_a_checkpoint_holds_goes_on_to_the_bit(name, dtype, tmp_path):
-    """Saved between two projections, loaded into objects anew; the projection after that is met as well."""
+def test_a_run_resumes_from_a_checkpoint_to_the_bit(name, dtype, tmp_path):
+    """Saved between two projections and loaded into new objects; the steps after it include the next projection."""
     more = ["train.dtype=bfloat16", "optim.master_weights=true"] if dtype != "float32" else []
     config = configuration(name, *more)
     model, optim = build(config)
@@ -175,7 +176,7 @@ def test_what_a_checkpoint_holds_goes_on_to_the_bit(name, dtype, tmp_path):
     saver.save(7, checkpoint.tensors_of(model, optim), {"step": 7})
     saver.finish()
     again, optim_again = build(config)
-    checkpoint.load(checkpoint.path_of(tmp_path, 7), again, optim_again)
+    checkpoint.load(path_of(tmp_path, 7), again, optim_again)
     assert train(again, [optim_again.optimizer], 9) == train(model, [optim.optimizer], 9)
     expected, resumed = (checkpoint.tensors_of(*pair) for pair in ((model, optim), (again, optim_again)))
     assert expected.keys() == resumed.keys()
@@ -190,7 +191,7 @@ def test_with_the_package_the_check_passes_and_without_it_names_the_file(name, m
     check(config)
     package = INNER_OPTIMIZERS[name].partition(".")[0]
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"optim\.inner={name}: cannot import {package} .*; pip install -r requirements-baselines\.txt"
+    message = rf"optim\.inner={name}: cannot import {package} .*; \.venv/bin/pip install -r requirements-baselines\.txt"
     with pytest.raises(ConfigError, match=message):
         check(config)
 

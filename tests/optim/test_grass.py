@@ -1,4 +1,4 @@
-"""Grass as an optimizer: dense training with every row selected, AdamW on the rows alone with fewer."""
+"""Grass as an optimizer: dense training with every row selected, AdamW on only the selected rows with fewer."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.mixed_precision import MasterWeights
 from optim.param_groups import parameter_groups
+from tests.helpers import PAPER
 
 HIDDEN = 16
 
@@ -49,7 +50,7 @@ def grass_of(rank, dtype=torch.float64, model=None, **kwargs):
     model = model or tiny_llama(dtype)
     layers = convert_linears(model, rank, side=kwargs.pop("side", "auto"))
     optimizer = optimizer_of(model)
-    grass = Grass(model, optimizer, **{"refresh_every": 1000} | kwargs)
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 1000} | kwargs)
     grass.start(lambda: loss_at(model, 0).backward())
     return model, layers, optimizer, grass
 
@@ -80,7 +81,7 @@ def test_each_step_changes_only_the_selected_rows(side):
             assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows)
 
 
-def test_the_step_on_the_rows_is_adamw_on_those_rows_alone():
+def test_the_step_on_the_rows_is_that_of_adamw_on_the_rows_as_parameters():
     model, layers, optimizer, _ = grass_of(4)
     alone = {name: nn.Parameter(layer.rows.detach().clone()) for name, layer in layers.items()}
     adamw = torch.optim.AdamW(alone.values(), lr=2e-3, weight_decay=0.1)
@@ -122,12 +123,12 @@ def test_the_first_window_is_probed_without_an_update():
 
 
 def test_the_head_can_train_rows_of_the_vocabulary():
-    """The rows of the largest gradients: here of tokens that occur. Only they change, by AdamW on them alone."""
+    """The rows of the largest gradients: here of tokens that occur. Only they change, by AdamW on only them."""
     model = tiny_llama()
     dense = tiny_llama()
     layers = convert_linears(model, 4, ["lm_head", "*_proj"], side={"lm_head": "rows"})
     optimizer = optimizer_of(model)
-    grass = Grass(model, optimizer, refresh_every=3, state_at_refresh="carry", score="exact")
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 3, "state_at_refresh": "carry", "score": "exact"})
     grass.start(lambda: loss_at(model, 0).backward())
     loss_at(dense, 0).backward()
     head = layers["lm_head"]
@@ -165,7 +166,7 @@ def test_clipping_acts_on_the_norm_of_the_dense_gradient_s_rows_rho_and_repeats_
     model, dense = tiny_llama(), tiny_llama()
     layers = convert_linears(model, 8)
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    grass = Grass(model, sgd, refresh_every=9, selection=selection)
+    grass = Grass(model, sgd, refresh_every=9, selection=selection, **PAPER)
     grass.start(lambda: loss_at(model, 0).backward())
     for one in (model, dense):
         for micro_batch in (1, 2):
@@ -202,7 +203,7 @@ def test_useless_scores_do_not_stop_a_run(caplog):
 def test_a_model_without_grass_layers_is_refused():
     model = tiny_llama()
     with pytest.raises(ValueError, match="convert_linears"):
-        Grass(model, optimizer_of(model), refresh_every=1)
+        Grass(model, optimizer_of(model), refresh_every=1, **PAPER)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_options_that_mean_nothing_are_refused(options, message):
     model = tiny_llama()
     convert_linears(model, 4)
     with pytest.raises(ValueError, match=message):
-        Grass(model, optimizer_of(model), **{"refresh_every": 4} | options)
+        Grass(model, optimizer_of(model), **PAPER | {"refresh_every": 4} | options)
 
 
 def test_parameter_groups_name_the_same_layers_in_dense_and_grass_training():
@@ -285,7 +286,7 @@ def test_a_layer_without_a_gradient_is_sampled_beside_one_that_has_some():
     nn.init.zeros_(model[1].weight)
     layers = convert_linears(model, 2, ["*"])
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    grass = Grass(model, optimizer, refresh_every=2, selection="multinomial_norm_with_replacement")
+    grass = Grass(model, optimizer, refresh_every=2, selection="multinomial_norm_with_replacement", **PAPER)
     grass.start(lambda: (model(torch.ones(4, 8)) - 1).square().sum().backward())
     assert torch.equal(layers["0"].scale, torch.ones(2))
     assert (layers["1"].scale != 1).any()

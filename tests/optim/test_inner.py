@@ -1,4 +1,4 @@
-"""Every inner optimizer under Grass against the same optimizer on the selected rows alone, and on the dense model."""
+"""Every inner optimizer under Grass against the same optimizer on the selected rows, and on the dense model."""
 
 import sys
 
@@ -12,6 +12,7 @@ from optim import muon
 from optim.grass import Grass
 from optim.inner import inner_optimizer, optimizer_class, optimizer_of_groups
 from optim.param_groups import parameter_groups, set_rates
+from tests.helpers import PAPER
 
 # The optimizer by name, and its class as anyone would call it with lr, weight_decay and what is given here.
 INNER = {
@@ -40,7 +41,7 @@ def grass_of(name, rank, **kwargs):
     layers = convert_linears(model, rank, patterns=["*"])
     groups = parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY)
     optimizer = inner_optimizer(name, groups, **OPTIONS)
-    grass = Grass(model, optimizer, **{"refresh_every": 1000} | kwargs)
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 1000} | kwargs)
     grass.start(lambda: backward(model, 0))
     return model, layers, optimizer
 
@@ -53,7 +54,7 @@ def backward(model, step):
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_the_step_on_the_rows_is_the_optimizer_s_on_those_rows_alone(name):
+def test_the_step_on_the_rows_is_that_of_the_optimizer_on_the_rows_as_parameters(name):
     """Weight decay and, for Adafactor, the scaling by the parameter's size included."""
     model, layers, optimizer = grass_of(name, rank=3)
     alone = [nn.Parameter(layer.rows.detach().clone()) for layer in layers.values()]
@@ -104,7 +105,7 @@ def test_decoupled_decay_is_taken_once_whatever_rho_is(name):
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=3)
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer(name, parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY))
-    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement")
+    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement", **PAPER)
     layer.select(torch.tensor([1, 1, 3]), torch.tensor([3.0, 3.0, 0.5]))
     expected = layer.weight.detach().clone()
     expected[[1, 3]] *= 1 - LR * DECAY
@@ -117,7 +118,7 @@ def test_decay_in_the_gradient_is_part_of_the_step_and_counts_rho_times():
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=2)
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer("sgd", parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY))
-    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement")
+    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement", **PAPER)
     layer.select(torch.tensor([1, 3]), torch.tensor([3.0, 0.5]))
     expected = layer.weight.detach().clone()
     expected[1] *= 1 - 3.0 * LR * DECAY
@@ -127,13 +128,13 @@ def test_decay_in_the_gradient_is_part_of_the_step_and_counts_rho_times():
     torch.testing.assert_close(layer.weight.detach(), expected)
 
 
-def test_8_bit_adamw_steps_on_the_rows_as_it_does_alone_and_has_quantised_moments():
+def test_8_bit_adamw_steps_on_the_rows_as_parameters_and_has_quantised_moments():
     weight = torch.randn(64, 256)
     layer = GrassLinear(nn.Parameter(weight.clone()), rank=32)
     model = nn.ModuleDict({"layer": layer})
     groups = parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY)
     optimizer = inner_optimizer("adamw8bit", groups, betas=(0.9, 0.99))
-    Grass(model, optimizer, refresh_every=1000)
+    Grass(model, optimizer, refresh_every=1000, **PAPER)
     layer.select(torch.arange(0, 64, 2))
     alone = nn.Parameter(weight[::2].clone())
     reference = optimizer_class("adamw8bit")([alone], lr=LR, betas=(0.9, 0.99), weight_decay=DECAY)
@@ -148,9 +149,9 @@ def test_8_bit_adamw_steps_on_the_rows_as_it_does_alone_and_has_quantised_moment
     assert optimizer.state[layer.rows]["exp_avg"].codes.dtype == torch.uint8
 
 
-def test_8_bit_adamw_without_torchao_names_what_to_install(monkeypatch):
+def test_8_bit_adamw_without_torchao_names_the_requirements(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(ValueError, match=r"optim\.inner=adamw8bit: .*torchao.*pip install -r requirements-extra\.txt"):
+    with pytest.raises(ValueError, match=r"optim\.inner=adamw8bit: .*torchao.*\.venv/bin/pip install -r requirements-extra\.txt"):
         optimizer_class("adamw8bit")
 
 
@@ -164,7 +165,7 @@ def test_8_bit_adamw_without_torchao_names_what_to_install(monkeypatch):
         ("torch.optim.adamw", r"torch\.optim\.adamw is not a torch\.optim\.Optimizer"),
     ],
 )
-def test_what_is_no_optimizer_is_refused(name, message):
+def test_a_name_of_no_optimizer_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         optimizer_class(name)
 
@@ -175,7 +176,7 @@ def test_weight_decay_for_an_optimizer_that_has_none_is_refused():
         inner_optimizer("torch.optim.Rprop", groups)
 
 
-def test_what_an_optimizer_was_given_is_logged(caplog):
+def test_the_options_of_an_optimizer_are_logged(caplog):
     groups = parameter_groups(model_of(), lr=LR, linear_lr=LR)
     with caplog.at_level("INFO"):
         inner_optimizer("sgd", groups, **OPTIONS)

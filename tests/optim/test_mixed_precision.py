@@ -17,6 +17,7 @@ from optim.param_groups import parameter_groups
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.setup.checks import check
+from tests.helpers import PAPER
 from tests.processes import in_processes
 
 BF16 = torch.bfloat16
@@ -59,14 +60,14 @@ def test_rounding_goes_to_a_neighbour_and_the_mean_is_the_number_itself():
     assert_mean_is(samples, x)
 
 
-def test_what_bf16_can_hold_or_is_not_finite_stays():
+def test_bfloat16_values_and_values_that_are_not_finite_stay():
     x = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, float("inf"), float("-inf")])
     for i in range(20):
         assert torch.equal(round_stochastically(x, BF16, key(0, i), torch.arange(6)).float(), x)
     assert round_stochastically(torch.tensor([float("nan")]), BF16, 1, torch.arange(1)).isnan().all()
 
 
-def test_the_rounding_of_an_element_depends_on_its_key_and_position_alone():
+def test_the_rounding_of_an_element_depends_only_on_its_key_and_position():
     x, position = values(8, 6), torch.arange(48).view(8, 6)
     whole = round_stochastically(x, BF16, 7, position)
     for shard in (slice(0, 3), slice(3, 6)):
@@ -81,7 +82,7 @@ def layer_of(side, rows_dtype=BF16, rank=4, shape=(12, 16)):
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_positions_are_those_in_the_full_weight(side):
+def test_positions_count_in_the_full_weight(side):
     layer = layer_of(side)
     assert torch.equal(layer.weight.flatten()[positions(layer, layer.index)], layer.rows)
 
@@ -130,7 +131,7 @@ def test_a_step_on_bf16_rows_is_the_float32_step_rounded_to_neighbours_moments_t
     layer = layer_of("rows")
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer(name, parameter_groups(model, lr=1e-3, linear_lr=1e-3, weight_decay=0.1), **OPTIONS)
-    Grass(model, optimizer, refresh_every=1000)
+    Grass(model, optimizer, refresh_every=1000, **PAPER)
     for step in range(3):
         full = nn.Parameter(layer.rows.detach().float())
         reference = inner_optimizer(name, [{"params": [full]} | {"lr": 1e-3, "weight_decay": 0.1}], **OPTIONS)
@@ -165,7 +166,7 @@ def moved(rows_dtype, grass=True, steps=240):
     layer = GrassLinear(weight, 16, "rows", rows_dtype)
     model = nn.ModuleDict({"layer": layer})
     optimizer = torch.optim.SGD([layer.rows], lr=update)
-    grass = Grass(model, optimizer, refresh_every=1000)
+    grass = Grass(model, optimizer, refresh_every=1000, **PAPER)
     for i in range(steps):
         layer.rows.grad = torch.ones_like(layer.rows)
         optimizer.step()
@@ -189,14 +190,14 @@ def test_master_weights_refuse_bf16_rows():
     optimizer = inner_optimizer("adamw", parameter_groups(model, lr=1e-3, linear_lr=1e-3))
     MasterWeights(optimizer)
     with pytest.raises(ValueError, match=r"optim\.state_dtype=float32"):
-        Grass(model, optimizer, refresh_every=10)
+        Grass(model, optimizer, refresh_every=10, **PAPER)
     with pytest.raises(ConfigError, match=r"set optim\.state_dtype=float32 or null"):
         check(load(["train.dtype=bfloat16", "optim.master_weights=true", "optim.state_dtype=bfloat16"]))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon"])
 def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
-    """Weight decay and a repeated row included; what is full-rank is stepped on once."""
+    """Includes weight decay and a repeated row; full-rank parameters are stepped on once."""
 
     def trained(block_by_block):
         torch.manual_seed(0)
@@ -206,7 +207,7 @@ def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
         groups = parameter_groups(model, lr=1e-2, linear_lr=1e-2, weight_decay=0.1)
         optimizer = inner_optimizer(name, groups, **OPTIONS)
         options = {"refresh_every": 2, "selection": "multinomial_norm_with_replacement", "state_at_refresh": "carry"}
-        grass = Grass(model, optimizer, block_by_block=block_by_block, **options)
+        grass = Grass(model, optimizer, block_by_block=block_by_block, **PAPER | options)
         held = [list(group["params"]) for group in optimizer.param_groups]
         stand_ins = []
         optimizer.register_step_pre_hook(lambda *_: stand_ins.append(len(grass._float32_steps.stand_ins)))
@@ -240,7 +241,7 @@ def _train_as(rank):
                 p.copy_(values(*p.shape))
         convert_linears(model, 4, ["*"], state_dtype=rows_dtype)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        grass = Grass(model, optimizer, refresh_every=3, score="sketch", state_at_refresh="carry")
+        grass = Grass(model, optimizer, **PAPER | {"refresh_every": 3, "score": "sketch", "state_at_refresh": "carry"})
         parallel = DistributedDataParallel(model)
 
         def backward(seed, parallel=parallel):

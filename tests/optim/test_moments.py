@@ -1,4 +1,4 @@
-"""What becomes of the optimizer's state at a refresh, against examples worked by hand."""
+"""The optimizer's state at a refresh, against examples worked by hand."""
 
 import logging
 
@@ -11,6 +11,7 @@ from models.row_updates import Change
 from optim.grass import Grass
 from optim.inner import optimizer_class
 from optim.moments import carry
+from tests.helpers import PAPER
 
 # A (4, 2) weight, rows 0 and 1 selected; its gradient's squared row norms make the next selection rows 1 and 3.
 WEIGHT = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
@@ -29,7 +30,7 @@ def refreshed(side, optimizer_class, state=None, **kwargs):
 
     layer = GrassLinear(nn.Parameter(lay(WEIGHT)), rank=2, side=side)
     optimizer = optimizer_class([layer.rows], lr=0.1)
-    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=3, **kwargs)
+    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, **PAPER | {"refresh_every": 3} | kwargs)
     if state:
         optimizer.state[layer.rows] = {k: torch.tensor(7.0) if v is None else lay(v) for k, v in state.items()}
     grass.probes.gathered = {"layer": torch.tensor(SQUARED_NORMS)}
@@ -66,7 +67,7 @@ def test_the_momentum_of_muon_and_sgd_is_carried_as_a_first_moment(name, side):
     assert torch.equal(optimizer.state[layer.rows]["momentum_buffer"], lay([[3.0, 4.0], [0.0, 0.0]]))
 
 
-def test_what_other_optimizers_of_torch_keep_is_carried_by_what_it_is():
+def test_the_moments_of_other_torch_optimizers_are_carried_by_their_kind():
     names = {"exp_avg": FIRST, "exp_inf": FIRST, "grad_avg": FIRST, "square_avg": SECOND, "sum": SECOND}
     layer, optimizer, lay = refreshed("rows", torch.optim.AdamW, {"step": None, **names}, state_at_refresh="carry")
     new = {name: [0.0, 0.0] if before is FIRST else NEW_SECOND["mean"] for name, before in names.items()}
@@ -136,10 +137,12 @@ NOT_CARRIED = {
 
 
 @pytest.mark.parametrize("name", NOT_CARRIED)
-def test_state_that_cannot_be_carried_is_reset_and_said_once(name, caplog):
+def test_state_that_cannot_be_carried_is_reset_with_one_warning(name, caplog):
     layer = GrassLinear(nn.Parameter(torch.randn(64, 256)), rank=32)
     optimizer = optimizer_class(name)([layer.rows])
-    grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, refresh_every=2, state_at_refresh="carry")
+    grass = Grass(
+        nn.ModuleDict({"layer": layer}), optimizer, **PAPER | {"refresh_every": 2, "state_at_refresh": "carry"}
+    )
     with caplog.at_level(logging.WARNING):
         for step in range(1, 7):
             layer.rows.grad = torch.randn_like(layer.rows)

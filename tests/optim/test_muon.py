@@ -47,7 +47,7 @@ def _sharded(rank):
     assert sent == 2 * [(2, 1, 1), (2, 6, 6)] and others.get_total_counts() == len(sent)
 
 
-def test_shards_are_stepped_on_as_the_whole_is(tmp_path):
+def test_steps_on_shards_equal_the_step_on_the_full_matrix(tmp_path):
     in_processes(2, tmp_path, _sharded)
 
 

@@ -25,7 +25,7 @@ def test_a_norm_may_grow_by_the_limit_and_shrink_as_it_likes():
     assert first == pytest.approx([0.6, 0.8]) and second == pytest.approx([2.25, 3.0])
 
 
-def test_a_gradient_of_zero_neither_breaks_nor_freezes_what_follows():
+def test_a_gradient_of_zero_neither_breaks_nor_freezes_later_steps():
     p = nn.Parameter(torch.zeros(2))
     limiter = NormGrowthLimiter([p], limit=1.01)
     for gradient in ([3.0, 4.0], [0.0, 0.0], [3.0, 4.0], [3.0, 4.0]):

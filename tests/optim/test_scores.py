@@ -1,4 +1,4 @@
-"""The sketch: how well it estimates, that it adds up over micro-batches, processes and steps, and what it costs."""
+"""The sketch: its error, its sums over micro-batches, processes and steps, and its cost."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.param_groups import parameter_groups
 from optim.selection import SELECTIONS
-from tests.helpers import Allocations, allocations
+from tests.helpers import PAPER, Allocations, allocations
 from tests.processes import in_processes
 
 
 def sketch_of(selected, other, key, width):
-    """What a backward sketches of the gradient ``selectedᵀ @ other``."""
+    """The sketch that backwards make of the gradient ``selectedᵀ @ other``."""
     layer = GrassLinear(nn.Parameter(torch.zeros(selected.shape[1], other.shape[1], dtype=other.dtype)), 1, "rows")
     layer.start_probe(key, width)
     for x, dy in zip(other.split(8), selected.split(8), strict=True):
@@ -42,7 +42,7 @@ def test_the_relative_error_of_the_norms_falls_as_one_over_the_root_of_the_width
 
 
 def test_micro_batches_sketched_apart_add_up_exactly():
-    """In whole numbers, which fp32 adds without rounding."""
+    """With integers, which float32 adds without rounding."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randint(-3, 4, (16, size), generator=generator).float() for size in (40, 24))
     whole = sketch_of(dy, x, key=5, width=8)
@@ -65,9 +65,8 @@ def chosen_rows(selection, score, world_size, rank, micro_batches):
     layers = convert_linears(model, rank=6, patterns=["*"])
     assert {layer.side for layer in layers.values()} == {"rows", "columns"}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    grass = Grass(
-        model, optimizer, refresh_every=3, selection=selection, score=score, probe_steps=2, state_at_refresh="carry"
-    )
+    options = {"selection": selection, "score": score, "probe_steps": 2, "state_at_refresh": "carry"}
+    grass = Grass(model, optimizer, refresh_every=3, **PAPER | options)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
 
     def backward(step):
@@ -103,7 +102,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_with_sketch_two_processes_choose_as_one_with_the_whole_batch(two_processes, selection):
+def test_with_sketch_two_processes_choose_as_one_with_the_full_batch(two_processes, selection):
     expected = chosen_rows(selection, "sketch", 1, 0, 1)
     assert (expected[0] == expected[-1]) == (selection == "frozen")
     assert two_processes[selection, 1] == expected
@@ -183,7 +182,11 @@ def test_neither_start_nor_refresh_with_sketch_makes_a_tensor_of_a_full_gradient
         model.init_weights(seed=0)
         layers = convert_linears(model, rank=4, side=side)
         optimizer = inner_optimizer(inner, parameter_groups(model, lr=1e-3, linear_lr=1e-3, weight_decay=0.1))
-        grass = Grass(model, optimizer, refresh_every=2, score=score, sketch_width=3, state_at_refresh="carry")
+        grass = Grass(
+            model,
+            optimizer,
+            **PAPER | {"refresh_every": 2, "score": score, "sketch_width": 3, "state_at_refresh": "carry"},
+        )
         ids = torch.zeros(3, 7, dtype=torch.int64)
         with Allocations() as allocations:
             grass.start(lambda: model(ids, ids).backward())

@@ -113,7 +113,7 @@ def test_an_unknown_name_is_refused():
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
-def test_many_layers_choose_what_a_stable_sort_puts_first(rank):
+def test_many_layers_choose_the_first_of_a_stable_sort(rank):
     generator = torch.Generator().manual_seed(0)
     scores = [torch.randint(0, 4, (12,), generator=generator).double() + 1 for _ in range(5)]  # with many ties
     scores += [torch.zeros(12, dtype=torch.float64), torch.rand(20, generator=generator, dtype=torch.float64)]

@@ -1,4 +1,4 @@
-"""What a run shows of its selections, worked by hand and against the gradient itself."""
+"""The record of a run's selections, against examples worked by hand and the gradient."""
 
 import math
 
@@ -9,6 +9,7 @@ from torch import nn
 from models.grass_linear import GrassLinear
 from optim.grass import Grass
 from optim.selection_history import SelectionHistory
+from tests.helpers import PAPER
 
 SCORES = torch.tensor([3.0, 0.0, 4.0, 12.0])  # of norm 13
 
@@ -19,7 +20,7 @@ def note(history, step, index, scores=SCORES):
     return layer
 
 
-def test_each_refresh_says_what_it_caught_what_changed_and_what_ever_had_a_turn():
+def test_each_refresh_records_the_captured_share_new_rows_and_coverage():
     history = SelectionHistory({"layer": 4})
     assert note(history, 0, [0, 2]) == {
         "captured": round(5 / 13, 4), "changed": 2, "selected": 2, "ever_selected": 2, "rows": 4,
@@ -46,7 +47,7 @@ def test_useless_scores_leave_the_share_unknown(scores):
     assert history.means().keys() == {"grass/changed", "grass/coverage"}
 
 
-def test_only_refreshes_after_the_given_step_are_told():
+def test_only_refreshes_after_the_given_step_are_reported():
     history = SelectionHistory({"early": 4, "late": 4})
     assert history.by_layer(since=0) == {}
     for name, step in (("early", 3), ("late", 7)):
@@ -63,7 +64,7 @@ def test_with_exact_scores_the_share_caught_is_that_of_the_gradient_s_norm(side)
     weight = layer.weight.detach().clone().requires_grad_()
     model = nn.ModuleDict({"layer": layer})
     x = torch.randn(5, 10, dtype=torch.float64)
-    grass = Grass(model, torch.optim.SGD([layer.rows]), refresh_every=10, score="exact")
+    grass = Grass(model, torch.optim.SGD([layer.rows]), **PAPER | {"refresh_every": 10, "score": "exact"})
     grass.start(lambda: layer(x).square().sum().backward())
     (x @ weight.T).square().sum().backward()
     expected = weight.grad.index_select(layer.dim, layer.index).norm() / weight.grad.norm()

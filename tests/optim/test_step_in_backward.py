@@ -92,13 +92,13 @@ def test_no_two_gradients_exist_at_a_time():
         (["optim=galore", "optim.clip=0"], 1, r"galore counts its steps over all parameters"),
     ],
 )
-def test_what_needs_all_gradients_is_refused(overrides, processes, message):
+def test_settings_that_need_all_gradients_are_refused(overrides, processes, message):
     with pytest.raises(ConfigError, match=message):
         check(load([*overrides, IN_BACKWARD]), processes)
 
 
 @pytest.mark.parametrize("overrides", [GRASS, ["optim=adamw"]])
-def test_a_model_that_nobody_holds_is_let_go(overrides):
+def test_a_model_without_references_is_freed(overrides):
     """A run that goes back to a checkpoint builds another model, and there is room for one."""
     models = []
     trained([*overrides, IN_BACKWARD], look=lambda model: models.append(weakref.ref(model)))

@@ -1,4 +1,4 @@
-"""Evaluation held to Hugging Face's loss on the same windows, to hand-made sums, and to what the command prints."""
+"""Evaluation compared with Hugging Face's loss on the same windows, and the output of the command."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_windows_can_be_shorter_and_documents_are_framed_as_in_a_preparation(fol
         (["MODEL", "--data", "nowhere"], "manifest.json: cannot be read"),
     ],
 )
-def test_what_is_not_there_is_said_without_a_traceback(folder, arguments, message, capsys):
+def test_missing_files_are_named_without_a_traceback(folder, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(folder) if word == "MODEL" else word for word in arguments])
     assert stop.value.code == 2

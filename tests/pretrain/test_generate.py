@@ -1,20 +1,15 @@
-"""Sampling is held to Hugging Face's, the cache to the full forward, the stream to its text; the page to a browser."""
+"""Sampling against Hugging Face's, the cache against the full forward, a stream against its text."""
 
-import json
-import socket
-import threading
 from itertools import islice
 
 import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from werkzeug.serving import make_server
 
 from data.train_tokenizer import train_tokenizer
 from models.kv_cache import KVCache
 from models.llama import Llama
 from pretrain import generate as command
-from pretrain.inference.page import HOST, make_app
 from pretrain.inference.sampling import Sampling, generate, new_tokens
 from pretrain.inference.text_generator import TextGenerator
 
@@ -86,12 +81,12 @@ def test_probabilities_are_hugging_face_s(temperature, top_k, top_p):
     torch.testing.assert_close(torch.zeros(50).index_put((tokens,), p), theirs)
 
 
-def test_the_command_samples_as_the_library_does_unless_told_otherwise():
+def test_the_command_s_defaults_are_the_library_s():
     args = command.parser().parse_args(["model"])
     assert Sampling(args.temperature, args.top_k, args.top_p, args.seed) == Sampling()
 
 
-def test_what_sampling_cannot_be_is_said_at_once():
+def test_values_out_of_range_are_refused_at_once():
     with pytest.raises(ValueError, match=r"temperature=-1 must be at least 0\ntop_k=-2 .*\ntop_p=0 must be above 0"):
         Sampling(-1, -2, 0)
 
@@ -128,68 +123,3 @@ def test_the_end_token_ends_the_text(model):
     ids = list(islice(new_tokens(model, PROMPT, Sampling(seed=1)), 20))
     ended = generate(model, PROMPT, 20, temperature=0.8, top_k=50, seed=1, ends=[99999, ids[7]])
     assert ended == [*PROMPT, *ids[: ids.index(ids[7])]]
-
-
-@pytest.fixture
-def server(generator):
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    server = make_server(HOST, port, make_app(generator))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://{HOST}:{port}"
-    server.shutdown()
-
-
-def test_the_page_streams_what_the_generator_writes(generator):
-    client = make_app(generator).test_client()
-    asked = {"prompt": "self", "tokens": 20, "temperature": 0.9, "seed": 5, "stops": ["\n\n"]}
-    lines = [json.loads(line) for line in client.post("/write", json=asked).text.splitlines()]
-    expected = "".join(generator.stream("self", 20, Sampling(0.9, seed=5), ["\n\n"]))
-    assert "".join(line.get("text", "") for line in lines) == expected
-    assert "tokens/s" in lines[-1]["speed"]
-
-
-def test_the_page_is_for_this_machine_and_refuses_what_is_wrong(generator):
-    client = make_app(generator).test_client()
-    assert HOST == "127.0.0.1"
-    assert client.get("/", base_url="http://evil.example").status_code == 400
-    assert client.post("/write", data='{"prompt": "x"}', content_type="text/plain").status_code == 415
-    refused = client.post("/write", json={"prompt": "x", "top_p": 2})
-    assert refused.status_code == 400 and "top_p=2.0 must be above 0" in refused.text
-
-
-def test_tokens_arrive_in_a_browser(server, generator, browser):
-    from playwright.sync_api import TimeoutError
-
-    page = browser.new_page(viewport={"width": 400, "height": 800})
-    page.set_default_timeout(120_000)
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(server)
-    page.fill("#prompt", "class A")
-    page.fill("#tokens", "60")
-    page.fill("#seed", "7")
-    page.click("#write")
-    page.wait_for_function("document.getElementById('text').textContent.length > 5")
-    page.wait_for_selector("#write:enabled")
-    assert page.text_content("#prompted") == "class A"
-    assert page.text_content("#text") == "".join(generator.stream("class A", 60, Sampling(seed=7)))
-    assert "tokens/s" in page.text_content("#speed")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    page.fill("#tokens", "1000000")
-
-    def stopped(seed):
-        page.fill("#seed", str(seed))
-        page.click("#write")
-        try:
-            page.click("#stop", timeout=2000)
-        except TimeoutError:  # the text came to its end before
-            page.wait_for_selector("#write:enabled")
-            return False
-        return True
-
-    assert any(stopped(seed) for seed in range(20))
-    page.wait_for_function("document.getElementById('speed').textContent === 'stopped'")
-    assert problems == []

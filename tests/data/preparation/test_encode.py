@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from data.preparation.encode import BATCHES_PER_WORKER, encoders
-from data.sources.documents import Batch, Parser, Record
+from data.sources.documents import Batch, Record
 from data.sources.files import stdlib_files
+from data.sources.parser import Parser
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 
@@ -25,7 +26,8 @@ ENDLESS = """
 import itertools, sys
 print("started", flush=True)
 from data.preparation.encode import encoders
-from data.sources.documents import Batch, Parser, Record
+from data.sources.documents import Batch, Record
+from data.sources.parser import Parser
 from data.tokenizer import Tokenizer
 
 batches = (Batch([Record(0, number, "name", "a text")], 0) for number in itertools.count(1))

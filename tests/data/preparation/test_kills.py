@@ -124,7 +124,7 @@ def test_five_kills_lose_nothing(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_forty_kills_lose_nothing(corpus, tmp_path):
-    """Two minutes: pytest -m slow -s tests/test_preparation_kills.py shows where the kills hit."""
+    """Two minutes: pytest -m slow -s tests/data/preparation/test_kills.py shows where the kills hit."""
     moments = kill_and_go_on(*corpus, tmp_path, kills=40, seed=int(os.environ.get("SEED", "1")))
     print("\n40 kills:", ", ".join(f"{count} {moment}" for moment, count in moments.most_common()))
     assert min(moments["in a commit"], moments["between commits"]) > 0

@@ -1,9 +1,12 @@
 """Text is decoded by its byte-order mark or as UTF-8; anything else is counted by its true reason."""
 
+import bz2
 import codecs
 import gzip
 import json
+import lzma
 import random
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -11,8 +14,9 @@ import pytest
 from data.prepare import prepare
 from data.settings import DataSettings
 from data.sources import records
-from data.sources.documents import Document, Parser
+from data.sources.documents import Document
 from data.sources.files import text_files
+from data.sources.parser import Parser
 from data.text_encoding import UNMARKED, Utf8Reader
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
@@ -39,6 +43,10 @@ UNREADABLE = {
     "utf-16 le without a mark": ("Latin letters".encode("utf-16-le"), UNMARKED),
     "utf-16 be without a mark": ("Latin letters, é\n".encode("utf-16-be"), UNMARKED),
     "utf-32 without a mark": ("Latin letters".encode("utf-32-le"), UNMARKED),
+    "gzip under another name": (gzip.compress(b"x"), "compressed with gzip, whose name would end in .gz"),
+    "zstd under another name": (b"(\xb5/\xfd\x04\x00", "compressed with zstd, whose name would end in .zst"),
+    "xz": (lzma.compress(b"x"), "compressed with xz, which is not supported"),
+    "bzip2": (bz2.compress(b"x"), "compressed with bzip2, which is not supported"),
     "a mark and nothing else": (codecs.BOM_UTF16_BE, "empty"),
     "nothing": (b"", "empty"),
 }
@@ -189,3 +197,8 @@ def test_a_broken_line_of_instructions_is_named_with_its_reason(tmp_path):
         )  # fmt: skip
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: is {problem}.*; fix that line"):
             prepare(settings)
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"data\.paths: instructions are read from JSON lines, and not from .*a\.parquet"
+    ):
+        prepare(replace(settings, paths=[str(tmp_path / "a.parquet")]))

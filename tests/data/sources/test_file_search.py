@@ -252,6 +252,22 @@ def test_a_file_keeps_its_own_name_where_links_lead_to_it_as_well(tmp_path):
     assert found(root) == ["r/m/f.txt"]
 
 
+def test_files_that_are_also_for_validation_are_named(tmp_path, caplog):
+    root = write(tmp_path / "r", "a.txt", "held/b.txt")
+    both = [root, root / "held"]
+    train, own = (text_files([str(path)], PATTERNS, ENOUGH) for path in both)
+    assert [(file.name, file.held_out) for file in files.with_held_out(train, own)] == [
+        ("r/a.txt", False),
+        ("held/b.txt", True),
+    ]
+    assert "1 files are also in data.paths (r/held/b.txt); they are for validation only" in caplog.text
+
+
+def test_a_line_of_the_log_stays_one_line(tmp_path, caplog):
+    root = write(tmp_path / "r", "a.txt", "b\n.png")
+    assert found(root) == ["r/a.txt"] and f"{root}/b\\n.png" in caplog.messages[0]
+
+
 def test_files_left_out_for_their_size_are_named(tmp_path, caplog):
     root = write(tmp_path / "r", "a.txt", "b.txt")
     (file,) = text_files([str(root)], PATTERNS, 13)

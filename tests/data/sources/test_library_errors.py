@@ -10,6 +10,7 @@ import pytest
 
 from data.prepare import prepare
 from data.settings import DataSettings
+from data.sources.odd_files import find_odd_file
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 
@@ -143,11 +144,11 @@ def test_rows_that_differ_are_taken_or_counted(tokenizer, tmp_path, name):
 DATASETS = {
     "unlike columns": (
         {"b.jsonl": lines([{"text": "x", "meta": {"url": "y"}}])},
-        "b.jsonl, line 1, has other columns than the lines before (meta); fix that file",
+        "b.jsonl, line 1, has other columns than the data before (meta); fix or replace that file",
     ),
     "fewer columns": (
         {"a.jsonl": lines([{"text": "x", "meta": {"url": "y"}}]), "b.jsonl": lines([{"other": "x"}] * 9)},
-        "b.jsonl, line 1, has other columns than the lines before (",
+        "b.jsonl, line 1, has other columns than the data before (",
     ),
     "a broken line": ({"b.jsonl": lines([*ROWS, b'{"text": "cut\n'])}, "b.jsonl, line 31, is no JSON in UTF-8 ("),
     "a broken first line": ({"a.jsonl": lines([b'{"text"\n', *ROWS])}, "a.jsonl, line 1, is no JSON in UTF-8 ("),
@@ -158,11 +159,13 @@ DATASETS = {
     "numbers": ({"a.jsonl": lines([{"text": 1}])}, "data.column: text of D is Value('int64'), which is no text"),
     "nested": ({"a.jsonl": lines([{"text": {"a": "x"}}])}, "data.column: text of D is {'a': Value('string')}, which"),
     "another column": ({"a.jsonl": lines([{"content": "x"}])}, "data.column: D has no text, but content; name one of"),
-    "parquet that breaks off": ({"a.parquet": GOOD_PARQUET[:-20]}, "data.dataset: D cannot be read"),
+    "parquet that breaks off": ({"a.parquet": GOOD_PARQUET[:-20]}, "a.parquet cannot be read after row 0 ("),
     "parquet of unlike columns": (
         {"a.parquet": GOOD_PARQUET, "b.parquet": parquet([1, 2], "other")},
-        "data.dataset: D cannot be read",
+        "b.parquet has other columns than the data before (text, other); fix or replace that file",
     ),
+    "csv in another encoding": ({"a.csv": b"text\nx\n\xe9\n"}, "a.csv, line 3, is not UTF-8; fix or replace that file"),
+    "no rows": ({"a.jsonl": b""}, "data.dataset: D cannot be read (it holds no rows); "),
     "files of no known kind": ({"a.jsonl": None, "a.xyz": b"x"}, "data.dataset: D cannot be "),
 }  # fmt: skip
 
@@ -174,7 +177,7 @@ def test_a_dataset_that_cannot_be_read_is_one_message(tokenizer, tmp_path, name,
     folder = tmp_path / "dataset"
     folder.mkdir()
     files, message = DATASETS[name]
-    own = {} if any(file.endswith("parquet") for file in files) else {"a.jsonl": GOOD_LINES}
+    own = {} if any(file.endswith(("parquet", "csv")) for file in files) else {"a.jsonl": GOOD_LINES}
     for file, content in {**own, **files}.items():
         if content is not None:
             (folder / file).write_bytes(content)
@@ -207,6 +210,49 @@ def test_a_tokenizer_is_trained_on_the_rows_of_a_dataset_of_any_kind(tmp_path, f
         source="datasets", dataset=str(tmp_path / "dataset"), vocab_size=290, root=str(tmp_path / "prepared")
     )
     assert prepare(settings).manifest["corpus"]["documents"] == len(TEXTS)
+
+
+def test_the_first_file_of_a_kind_with_other_columns_is_found(tmp_path):
+    """A file that cannot be read comes before all that can; null and a missing value have any type."""
+    contents = {
+        "a.csv": b"text,url\nx,y\n", "b.csv": b'text,"url"\n', "c.jsonl": lines([{"other": 1}, {"other": None}]),
+        "d.json": b'[\n{"text": "x"}\n]', "e.parquet": GOOD_PARQUET, "f.bin": b"\xff",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert find_odd_file(tmp_path) == ""
+    (tmp_path / "g.csv").write_bytes(b"text,more\nx,y\n")
+    expected = f"{tmp_path}/g.csv, line 1, has other columns than the data before (url, more)"
+    assert find_odd_file(tmp_path) == expected
+    (tmp_path / "h.jsonl").write_bytes(lines([{"other": "x"}]))
+    assert find_odd_file(tmp_path) == expected
+    (tmp_path / "i.tsv").write_bytes("é".encode("latin-1"))
+    assert find_odd_file(tmp_path) == f"{tmp_path}/i.tsv, line 1, is not UTF-8"
+    assert find_odd_file(tmp_path / "nowhere") == ""
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("data-00000-of-00001.arrow", b"cut", "D/data-00000-of-00001.arrow cannot be read after row 0 ("),
+        ("data-00000-of-00001.arrow", None, "No such file or directory: 'D/data-00000-of-00001.arrow'"),
+        ("state.json", b"{", "(JSONDecodeError: "),
+        ("dataset_info.json", None, "cannot be read ("),
+    ],
+)
+def test_a_saved_dataset_that_is_damaged_is_one_message(tokenizer, tmp_path, file, content, message, streaming):
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    settings = DataSettings(
+        source="datasets", dataset=str(folder), streaming=streaming, tokenizer=tokenizer, vocab_size=290,
+        root=str(tmp_path / "prepared"),
+    )  # fmt: skip
+    found = refused(settings)
+    assert found.startswith(f"data.dataset: {folder} cannot be read") and message.replace("D/", f"{folder}/") in found
 
 
 TOKENIZERS = {

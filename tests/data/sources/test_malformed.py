@@ -1,6 +1,6 @@
 """Files of any content: a message that names them, or a counted skip; no traceback of another kind, no hang.
 
-Everyday a few of each kind; all 500 with `pytest -m slow tests/test_malformed.py`.
+Everyday a few of each kind; all 500 with `pytest -m slow tests/data/sources/test_malformed.py`.
 """
 
 import json
@@ -38,7 +38,7 @@ def limits(few: int, name: str):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def intact(tmp_path_factory):
     """A preparation, and a folder to break copies of it in."""
     folder = tmp_path_factory.mktemp("malformed")
     own = DataSettings(
@@ -59,8 +59,8 @@ def opened(folder: Path) -> str | None:
         return str(error)
 
 
-def broken(whole, name: str, content: bytes) -> Path:
-    folder, copy = whole
+def broken(intact, name: str, content: bytes) -> Path:
+    folder, copy = intact
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(folder, copy)
     (copy / name).write_bytes(content)
@@ -83,8 +83,8 @@ def with_(value, path, new):
     return copy
 
 
-def check_manifests(whole, few):
-    manifest = json.loads((whole[0] / "manifest.json").read_text())
+def check_manifests(intact, few):
+    manifest = json.loads((intact[0] / "manifest.json").read_text())
     places = [
         path for path in paths_of(manifest) if not path[:1] or path[0] in ("format", "dtype", "splits", "tokenizer")
     ]
@@ -93,26 +93,26 @@ def check_manifests(whole, few):
     @limits(*few)
     @given(texts | st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
     def run(content):
-        folder = broken(whole, "manifest.json", content)
+        folder = broken(intact, "manifest.json", content)
         if opened(folder) is None:  # what was changed is not what tokens are made of
             assert json.loads(content)["splits"]["train"]["shards"]
 
     run()
 
 
-def check_shards(whole, few):
+def check_shards(intact, few):
     @limits(*few)
     @given(st.sampled_from(SHARDS), st.floats(0, 1, exclude_max=True), st.integers(1, 255), st.booleans())
     def run(name, where, change, cut):
-        content = bytearray((whole[0] / name).read_bytes())
+        content = bytearray((intact[0] / name).read_bytes())
         place = int(where * len(content))
         content[place] ^= change
-        assert opened(broken(whole, name, bytes(content[:place] if cut else content)))
+        assert opened(broken(intact, name, bytes(content[:place] if cut else content)))
 
     run()
 
 
-def check_lines(whole, few, tmp_path):
+def check_lines(intact, few, tmp_path):
     @limits(*few)
     @given(LINES)
     def run(lines):
@@ -121,7 +121,7 @@ def check_lines(whole, few, tmp_path):
         (tmp_path / "lines" / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n' + b"\n".join(lines))
         own = DataSettings(
             name="lines", source="records", paths=[str(tmp_path / "lines")], patterns=["*"], vocab_size=400,
-            tokenizer=str(whole[0] / "tokenizer.model"), validation_share=0.5, root=str(tmp_path / "lines" / "root"),
+            tokenizer=str(intact[0] / "tokenizer.model"), validation_share=0.5, root=str(tmp_path / "lines" / "root"),
         )  # fmt: skip
         corpus = prepare(own).manifest["corpus"]
         written = b"\n".join(lines).split(b"\n")
@@ -140,8 +140,8 @@ def has_text(line: bytes) -> bool:
         return False
 
 
-def check_tokenizers(whole, few, tmp_path):
-    model = (whole[0] / "tokenizer.model").read_bytes()
+def check_tokenizers(intact, few, tmp_path):
+    model = (intact[0] / "tokenizer.model").read_bytes()
     cut = st.tuples(st.integers(0, len(model) - 1), st.integers(1, 255), st.booleans())
 
     @limits(*few)
@@ -168,13 +168,13 @@ def check_tokenizers(whole, few, tmp_path):
 
 @pytest.mark.parametrize("few", [(6, "everyday"), pytest.param((125, "slow"), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", ["manifests", "shards", "lines", "tokenizers"])
-def test_malformed(whole, kind, few, tmp_path):
+def test_malformed(intact, kind, few, tmp_path):
     folder = [tmp_path] if kind in ("lines", "tokenizers") else []
     {"manifests": check_manifests, "shards": check_shards, "lines": check_lines, "tokenizers": check_tokenizers}[kind](
-        whole, few, *folder
+        intact, few, *folder
     )
 
 
-def test_an_untouched_preparation_is_well(whole):
-    assert opened(whole[0]) is None
-    assert np.dtype(load(whole[0]).manifest["dtype"]) == np.uint16
+def test_an_untouched_preparation_is_well(intact):
+    assert opened(intact[0]) is None
+    assert np.dtype(load(intact[0]).manifest["dtype"]) == np.uint16

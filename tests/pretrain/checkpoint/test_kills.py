@@ -10,8 +10,8 @@ import pytest
 
 def kill(root, folder, times, seed):
     done = subprocess.run(
-        [sys.executable, "tests/kills.py", str(times), str(folder), str(seed)], cwd=root, text=True,
-        capture_output=True, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, timeout=3600,
+        [sys.executable, "-m", "tests.kills", str(times), str(folder), str(seed)], cwd=root, text=True,
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=3600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     print(done.stdout)
@@ -19,7 +19,9 @@ def kill(root, folder, times, seed):
 
 
 def assert_little_is_lost(told):
-    assert max(map(int, [*told["steps lost"]["sync"], *told["steps lost"]["async"]]), default=0) <= told["interval"]
+    """At most an interval, and in the background the steps made during a save, which kills.py counts for each kill."""
+    lost = {way: max(map(int, steps), default=0) for way, steps in told["steps lost"].items()}
+    assert lost["sync"] <= told["interval"] and lost["async"] <= 2 * told["interval"]
 
 
 def test_ten_kills_leave_no_trace(root, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.grass_linear import GrassLinear
-from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.tensors import tensors_of
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.inference.pretrained import load_pretrained
@@ -66,7 +66,7 @@ def test_a_checkpoint_is_read_into_its_place(deep, int8):
 
     peak, trainer = peak_and_trainer()
     assert trainer.step == 3
-    assert peak <= ALMOST * bytes_of(checkpoint.tensors_of(trainer.model, trainer.optim).values())
+    assert peak <= ALMOST * bytes_of(tensors_of(trainer.model, trainer.optim).values())
     peak, trainer = peak_and_trainer(f"train.init_from={folder.path}", "run.name=another")
     assert trainer.step == 0
     assert peak <= ALMOST * bytes_of([*trainer.model.parameters(), *trainer.model.buffers()])
@@ -83,7 +83,7 @@ def shapes_of_a_run(settings):
     config = load(settings)
     trainer = Trainer(config, ALONE, ready(config, 1), RunFolder(config), StopRequest())
     with Allocations() as made:
-        trainer.optim.grass.start(lambda: trainer.update.accumulate(trainer.batches.micro_batches(0)))
+        trainer.optim.grass.start(lambda: trainer.update.accumulate(trainer.feed.micro_batches(0)))
         for step in range(config.train.steps):
             trainer.train_step(step)
     layers = [layer for layer in trainer.model.modules() if isinstance(layer, GrassLinear)]

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from data.train_tokenizer import train_tokenizer
 from optim.inner import INNER_OPTIMIZERS, REQUIREMENTS
-from pretrain.config.compose import CONF, load
+from pretrain.config.compose import CONF, flat, load
 from pretrain.config.schema import Config, ConfigError, GrassConfig, OptimConfig
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
@@ -91,6 +92,7 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("train.loss_chunk_tokens=0", r"train\.loss_chunk_tokens=0 must be at least 1"),
         ("data.vocab_size=500", r"data\.vocab_size=500 is not model\.vocab_size=4096"),
         ("data.validation_share=2", r"data\.validation_share"),
+        ("data.prompts=[caf\udce9]", r"data\.prompts: 'caf\\udce9' is not UTF-8"),
     ],
 )
 def test_a_setting_that_cannot_be_is_named_with_its_mend(override, message):
@@ -197,3 +199,13 @@ def test_a_tied_head_under_grass_is_refused_with_its_mend():
     check(load(head))
     with pytest.raises(ConfigError, match=r"lm_head: has a tied weight .*set model\.tie_word_embeddings=false"):
         check(load([*head, "model.tie_word_embeddings=true"]))
+
+
+def test_a_setting_that_is_a_mapping_is_compared_as_one_value():
+    before = flat(OmegaConf.structured(load([])))
+    after = flat(OmegaConf.structured(load(["model.rope_scaling={rope_type:linear,factor:2.0}", "optim.rank={*:9}"])))
+    assert before.keys() == after.keys()
+    assert {key: after[key] for key in after if after[key] != before[key]} == {
+        "model.rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "optim.rank": {"*": 9},
+    }

@@ -1,16 +1,18 @@
 """Settings and files of a run that hold anything at all: one clear error, or none, and never another."""
 
 import json
-import shutil
 import string
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
-from pretrain.checkpoint.directory import MANIFEST, STATE, newest_good, path_of, read_state
+from pretrain.checkpoint.directory import MANIFEST, STATE, checksum, newest_good, path_of, read_state, seal
+from pretrain.checkpoint.manager import read_rollbacks
 from pretrain.config.compose import keys, load
 from pretrain.config.schema import ConfigError, RunConfig
 from pretrain.runs.folder import RunFolder
@@ -58,9 +60,14 @@ def test_two_hundred_overrides_are_taken_or_refused_in_words(key, value):
 
 
 @pytest.fixture
-def kept(root, tmp_path):
-    """A copy of the run that is kept with the tests: a checkpoint of format 1."""
-    shutil.copytree(root / "tests" / "data" / "format-1", tmp_path / "kept", dirs_exist_ok=True)
+def kept(tmp_path):
+    """The folder of a run with one small checkpoint."""
+    path = path_of(tmp_path / "kept" / "checkpoints", 2)
+    path.mkdir(parents=True)
+    save_file({"model.x": torch.ones(2)}, path / "shard.safetensors")
+    state = {"step": 2, "seconds": 1.0, "training_seconds": 1.0, "data": {}}
+    seal(path, state, {"shard.safetensors": checksum(path / "shard.safetensors")})
+    (tmp_path / "kept" / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(CONFIG)))
     return tmp_path / "kept"
 
 
@@ -71,15 +78,15 @@ def kept(root, tmp_path):
 @example(name=MANIFEST, content=b"[" * 100_000)
 def test_anything_in_the_json_of_a_checkpoint_is_refused(kept, name, content):
     path = path_of(kept / "checkpoints", 2)
-    before = (path / STATE).read_bytes()
+    before = {file: (path / file).read_bytes() for file in (STATE, MANIFEST)}
     (path / name).write_bytes(content)
     try:
         with pytest.raises(ValueError, match="00000002"):
             newest_good(kept / "checkpoints")
             read_state(path)
     finally:
-        (path / MANIFEST).unlink(missing_ok=True)
-        (path / STATE).write_bytes(before)
+        for file, content in before.items():
+            (path / file).write_bytes(content)
 
 
 @SEVERAL
@@ -96,7 +103,7 @@ def test_anything_in_the_files_of_a_run_is_refused_or_read(kept, name, content):
         if name == "config.yaml":
             folder.check(config)  # an empty file or one of other keys differs in nothing that both have
         else:
-            assert all(isinstance(step, int) for step in folder.rollbacks)
+            assert all(isinstance(step, int) for step in read_rollbacks(folder.rollbacks_file))
     except ConfigError as error:
         assert str(kept) in str(error)
     finally:

@@ -92,22 +92,22 @@ def two(common, four, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(common):
-    """The run of a single process, by what Grass is told; its batch in one piece."""
+def single(common):
+    """The run of a single process, by its settings of Grass; its batch is not divided."""
     return {name: train([*common, f"run.name=alone-{name}", *more]) for name, more in GRASS.items()}
 
 
-def test_two_processes_train_as_one(two, alone):
-    assert_same_run(two["ddp"], 2, alone["top_r"])
-    assert_same_run(two["fsdp"], 2, alone["top_r"])
-    assert_same_run(two["fsdp-columns"], 2, alone["columns"])
+def test_two_processes_train_as_one(two, single):
+    assert_same_run(two["ddp"], 2, single["top_r"])
+    assert_same_run(two["fsdp"], 2, single["top_r"])
+    assert_same_run(two["fsdp-columns"], 2, single["columns"])
 
 
-def test_four_processes_in_two_sharded_copies_train_as_one(four, alone):
-    assert_same_run(four["hsdp-multinomial"], 4, alone["multinomial_norm"])
+def test_four_processes_in_two_sharded_copies_train_as_one(four, single):
+    assert_same_run(four["hsdp-multinomial"], 4, single["multinomial_norm"])
 
 
-def test_a_run_that_goes_on_sums_in_the_order_of_one_that_was_never_stopped(common, four):
+def test_a_resumed_run_sums_in_the_order_of_one_that_was_never_stopped(common, four):
     stopped, whole = (RunFolder(load([*common, *STOPPED, *more])) for more in ([], ["run.name=never-stopped"]))
     assert values(stopped, "train/loss") == values(whole, "train/loss")
     held, expected = (torch.load(folder.path / "held-0.pt") for folder in (stopped, whole))
@@ -134,7 +134,7 @@ def test_a_run_handed_on_between_engines_and_numbers_of_processes_is_one_run(com
 
 
 def test_no_gradient_of_a_frozen_weight_travels(two):
-    """What DDP and FSDP2 sum is as large as what is trained, and no larger; in another dtype where one is asked for."""
+    """DDP and FSDP2 sum as many numbers as there are trained parameters, in the dtype that is configured."""
     for name, dtype in (("ddp", "Float"), ("ddp-bf16", "BFloat16"), ("ddp-wide", "Float"), ("fsdp", "Float")):
         said, sizes = two["wire"][name]
         trained = sum(size for size, trains in sizes.values() if trains)
@@ -144,7 +144,7 @@ def test_no_gradient_of_a_frozen_weight_travels(two):
         assert sum(summed) == trained
 
 
-def test_what_cannot_be_sharded_is_refused_with_the_mend(common):
+def test_models_that_cannot_be_sharded_are_refused_with_the_fix(common):
     narrow = ["train.parallel=fsdp", "model.intermediate_size=49"]
     with pytest.raises(
         ConfigError, match=r"down_proj selects rows of 49 .* 2 shards; set optim\.side=\{down_proj: columns\}"

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from optim.scores import _require_agreement
+from optim.scores import require_agreement
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
@@ -43,7 +43,7 @@ def disagreement(require, *arguments):
 
 
 def setting_of_rank_1(overrides, settings, corpus, version, rank, size):
-    """What is said when the settings, the corpus or the torch of rank 1 are others."""
+    """The messages on this rank when rank 1 has other settings, another corpus or another torch."""
     own, prepared = ([*overrides, *settings], [*overrides, *corpus]) if rank == 1 else (overrides, overrides)
     there, torch.__version__ = torch.__version__, version if rank == 1 and version else torch.__version__
     try:
@@ -53,7 +53,7 @@ def setting_of_rank_1(overrides, settings, corpus, version, rank, size):
 
 
 def weights_of_rank_1(overrides, rank, size):
-    """What is said of a tensor that rank 1 has changed, of shards, which differ by nature, and of a whole model."""
+    """The messages about a tensor that rank 1 has changed, about shards (none), and about a complete model."""
     world, mesh = World(rank, size, CPU), init_device_mesh("cpu", (2,))
     sharded = {"w": distribute_tensor(torch.arange(6.0).view(2, 3), mesh, [Shard(0)])}
     changed = {"norm.weight": torch.ones(3), "w": torch.zeros(2, dtype=torch.bfloat16) + rank}
@@ -66,16 +66,16 @@ def weights_of_rank_1(overrides, rank, size):
 
 
 def choice_of_rank_1(chosen, rank, size):
-    """What is said when rank 1 has chosen the rows ``chosen`` for the second layer, and rank 0 the rows 0 and 2."""
+    """The message when rank 1 has selected the rows ``chosen`` of the second layer, and rank 0 the rows 0 and 2."""
     indices = [torch.tensor([1, 3]), torch.tensor(chosen if rank == 1 else [0, 2])]
     try:
-        _require_agreement(indices, CPU)
+        require_agreement(indices, CPU)
     except RuntimeError as error:
         return str(error)
     return None
 
 
-def test_processes_that_differ_are_told_which_in_what_and_how_before_they_compute(common, tmp_path):
+def test_differences_between_processes_are_named_before_any_compute(common, tmp_path):
     ready(load(common), 2)
     ready(load([*common, "data.seed=1"]), 2)
     elsewhere = f"data.root={tmp_path / 'elsewhere'}"
@@ -108,7 +108,7 @@ def test_processes_that_differ_are_told_which_in_what_and_how_before_they_comput
 
 
 class Pair:
-    """Two processes of one run, without a launcher that would end the one when the other dies."""
+    """Two processes of one run, without a launcher, which would end one process when the other dies."""
 
     def __init__(self, root, overrides):
         with socket.socket() as free:
@@ -161,14 +161,14 @@ def test_a_process_that_is_stuck_is_named_by_the_one_that_waits_for_it(pair):
 
 
 @pytest.mark.slow
-def test_one_that_is_told_to_end_when_another_is_dead_ends_and_saves_nothing(pair):
+def test_a_process_asked_to_end_after_another_died_ends_without_saving(pair):
     first, second = pair.after(3)
     second.kill()
     first.terminate()
     began = time.monotonic()
     code, last = pair.end_of_first()
     assert code == 3 and time.monotonic() - began < 15
-    assert "rank 0 was told to end while it waited in gloo:" in last or "no answer from rank 1" in last
+    assert "rank 0 was asked to end while it waited in gloo:" in last or "no answer from rank 1" in last
     assert pair.folder.latest_checkpoint is None
     assert all(json.loads(line) for line in pair.metrics.read_text().splitlines())
 

@@ -24,17 +24,17 @@ def test_it_is_one_run(root, tmp_path, size, dtype):
     ready(load([*common, "run.name=none"]), 1)
     runs = {}
     for (engine, more), accumulation, choice in itertools.product(
-        ENGINES.get(size, {"alone": []}).items(), (1, 2), GRASS
+        ENGINES.get(size, {"single": []}).items(), (1, 2), GRASS
     ):
         micro = f"train.micro_batch_size={8 // size // accumulation}"
         runs[choice, f"{engine}-{accumulation}-{choice}"] = [*more, *GRASS[choice], micro]
     overrides = {names: [*common, *more, f"run.name={names[1]}"] for names, more in runs.items()}
-    alone = {name: train([*common, *more, f"run.name=one-{name}"]) for name, more in GRASS.items()}
+    single = {name: train([*common, *more, f"run.name=one-{name}"]) for name, more in GRASS.items()}
     if size == 1:
         for each in overrides.values():
             train(each)
     else:
         spawn(size, tmp_path, [(run, each) for each in overrides.values()])
     for (choice, _), each in overrides.items():
-        assert_same_run(RunFolder(load(each)), size, alone[choice], TOLERANCE[dtype])
-    assert max(values(alone["top_r"], "train/grad_norm").values()) > CLIP
+        assert_same_run(RunFolder(load(each)), size, single[choice], TOLERANCE[dtype])
+    assert max(values(single["top_r"], "train/grad_norm").values()) > CLIP

@@ -1,4 +1,4 @@
-"""Stopped on N processes and gone on with on M, in other micro-batches: the same rows of tokens, the same losses."""
+"""A run resumed on another number of processes, in other micro-batches, has the same rows of tokens and losses."""
 
 import shutil
 import zlib
@@ -27,7 +27,7 @@ class Asked(StopRequest):
 
 
 class Noted:
-    """What hands a step its micro-batches, noting the rows of inputs by step."""
+    """Records the rows of inputs of each step."""
 
     def __init__(self, ahead, rows):
         self.ahead, self.rows = ahead, rows
@@ -48,13 +48,13 @@ def go_on(name, overrides, to_the_end, rank, size):
     stop = StopRequest() if to_the_end else Asked()
     trainer = Trainer(config, World(rank, size, CPU), ready(config, size), folder, stop)
     rows = {}
-    trainer.ahead = Noted(trainer.ahead, rows)
+    trainer.feed._ahead = Noted(trainer.feed._ahead, rows)
     trainer.fit()
     return rows
 
 
 def together(by_rank):
-    """Of all processes, in the order of the step's sequences."""
+    """The rows of all processes by step, in the order of the step's sequences."""
     return {step: [row for rows in by_rank for row in rows[step]] for step in by_rank[0]}
 
 

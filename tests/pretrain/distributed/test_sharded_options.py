@@ -1,4 +1,4 @@
-"""What a run can be told besides, on two processes under FSDP2 against one process."""
+"""Other settings of a run, on two processes under FSDP2 against one process."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_a_run_in_bfloat16_learns_as_that_of_one_process(folders, name):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_exported_whole(folders, tmp_path):
+def test_a_sharded_run_is_exported_completely(folders, tmp_path):
     ours, theirs = folders["checkpointing-full"]
     for name, folder in (("ours", ours), ("theirs", theirs)):
         export(folder.path, tmp_path / name)
@@ -95,8 +95,8 @@ def test_a_sharded_run_is_exported_whole(folders, tmp_path):
         torch.testing.assert_close(mine[name], other[name], rtol=0, atol=1e-9)
 
 
-def test_the_usual_1b_is_refused_with_a_mend_that_works():
-    """Its 5461 inputs of down_proj divide among no even number of processes."""
+def test_the_1b_of_the_paper_is_refused_with_a_fix_that_works():
+    """Its down_proj has 5461 inputs, which an even number of processes cannot share equally."""
     usual = ["model=llama_1b", "data.vocab_size=32000", "train.parallel=fsdp", "train.tokens_per_step=16384"]
     with pytest.raises(ConfigError) as error:
         check(load(usual), 8)

@@ -12,7 +12,11 @@ from models.weights import fill_weights
 from pretrain.inference.hf_llama import read_arguments, read_shapes, read_weights
 from tests.pretrain.inference.hf_models import change_json, llama
 
-IDS = torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(60, (2, 100), generator=torch.Generator().manual_seed(0))
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 SAME = {
     "as saved": {},
     "no number of heads for keys": {"num_key_value_heads": ...},
@@ -26,6 +30,17 @@ SAME = {
         "rope_parameters": ...,
         "rope_theta": 5e3,
         "rope_scaling": {"type": "linear", "factor": 1.0},
+    },
+    "linear scaling, by transformers 5": {
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    },
+    "linear scaling, by its first name": {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "scaling of Llama 3.1, by transformers 5": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
+    "scaling of Llama 3.1, before": {"rope_parameters": ..., "rope_theta": 500.0, "rope_scaling": LLAMA3},
+    "both, of which the older counts": {"rope_scaling": LLAMA3},
+    "scaling of Llama 3.1 without the positions before": {
+        "rope_parameters": ...,
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"},
     },
     "another name of silu": {"hidden_act": "swish"},
     "the dtype's older key": {"dtype": ..., "torch_dtype": "float32"},
@@ -43,10 +58,11 @@ OTHER = {
     "mlp_bias": {"mlp_bias": True},
     "model_type": {"model_type": "mistral"},
     "head_dim": {"head_dim": 64},
-    "type llama3": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "type yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},
+    "low_freq_factor is missing": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
     "type dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-    "type linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "type yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    "factor=0 must be a number above 0": {"rope_scaling": {"type": "linear", "factor": 0}},
+    "only linear and llama3 are": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "quantization_config": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     "dtype": {"dtype": "int8"},
@@ -67,9 +83,12 @@ def test_settings_by_other_names_mean_what_transformers_takes_them_for(folder, c
     arguments, dtype = read_arguments(folder)
     theirs = LlamaConfig.from_pretrained(folder)
     heads = arguments["num_key_value_heads"] or arguments["num_attention_heads"]
-    assert {**arguments, "num_key_value_heads": heads} == {
-        key: theirs.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(theirs, key) for key in arguments
-    }
+    plain = {key: value for key, value in arguments.items() if key not in ("rope_theta", "rope_scaling")}
+    assert {**plain, "num_key_value_heads": heads} == {key: getattr(theirs, key) for key in plain}
+    rope = {key: value for key, value in theirs.rope_parameters.items() if key != "type"}
+    if rope.get("factor") != 1:
+        scaling = arguments["rope_scaling"] or {"rope_type": "default"}
+        assert {**scaling, "rope_theta": arguments["rope_theta"]} == rope
     model = Llama(**arguments).to_dtype(dtype).eval()
     fill_weights(model, read_weights(folder), folder)
     assert (model(IDS) - AutoModelForCausalLM.from_pretrained(folder)(IDS).logits).abs().max() < 1e-4

@@ -1,16 +1,19 @@
-"""Models go to Hugging Face and come from there: held to transformers' own reading and writing of them."""
+"""Exports and imports of Hugging Face models, compared with transformers' reading and writing of them."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data.sources.files import stdlib_files
 from data.tokenizer import Tokenizer
-from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.tensors import tensors_of
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
@@ -27,8 +30,19 @@ SHAPES = {
     "llama-2": {},
     "grouped": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "tied": {"tie_word_embeddings": True},
+    "llama-3.2": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "linear": {},
 }
-THETAS = {"llama-2": 10000.0, "grouped": 500000.0, "tied": 10000.0}
+ROPE = {
+    "llama-2": {"rope_type": "default", "rope_theta": 10000.0},
+    "grouped": {"rope_type": "default", "rope_theta": 500000.0},
+    "tied": {"rope_type": "default", "rope_theta": 10000.0},
+    "llama-3.2": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+}  # fmt: skip
 TINY = [
     "data=text", "model.vocab_size=500", "model.hidden_size=48", "model.intermediate_size=80",
     "model.num_hidden_layers=2", "model.num_attention_heads=6", "optim.rank=8", "optim.warmup_steps=1",
@@ -68,9 +82,9 @@ def theirs(request, run, tmp_path):
         "vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
         "num_attention_heads": 6, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, **shape,
     }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": THETAS[request.param]}
+    rope = ROPE[request.param]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, initializer_range=0.2)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={**rope}, initializer_range=0.2)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data.uniform_(0.5, 1.5)
@@ -78,7 +92,9 @@ def theirs(request, run, tmp_path):
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     shutil.copy(run / "tokenizer.model", folder)
-    changes = [f"model.{key}={value}" for key, value in {**shape, "rope_theta": THETAS[request.param]}.items()]
+    scaling = ",".join(f"{key}:{value}" for key, value in rope.items() if key != "rope_theta")
+    changes = [f"model.{key}={value}" for key, value in {**shape, "rope_theta": rope["rope_theta"]}.items()]
+    changes += [f"model.rope_scaling={{{scaling}}}"] if "factor" in rope else []
     return model, folder, changes
 
 
@@ -120,19 +136,33 @@ def test_a_hugging_face_model_comes_in_with_the_same_logits_and_goes_out_bit_for
     run = trainer(overrides(f"run.root={tmp_path}", "run.name=in", f"train.init_from={folder}", *changes,
                             f"data.tokenizer={folder / 'tokenizer.model'}"))  # fmt: skip
     assert (run.model(IDS) - model(IDS).logits).abs().max() < 1e-4
-    run.began = 0.0
-    run.save()
-    run.saver.finish()
+    run.checkpoints.save(0, tensors_of(run.model, run.optim), run.state_dict())
+    run.checkpoints.finish()
     export(tmp_path / "in", tmp_path / "out")
     before, after = tensors_in(folder), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(
         torch.equal(before[name], tensor) and before[name].dtype == tensor.dtype for name, tensor in after.items()
     )
-    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits == model(IDS).logits).all()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (again(IDS).logits == model(IDS).logits).all()
+    assert again.config.rope_parameters == model.config.rope_parameters
 
 
-def test_a_run_starts_where_what_it_starts_from_ended_without_its_optimizer_state(run, overrides, tmp_path):
+@pytest.mark.parametrize("theirs", ["llama-3.2", "linear"], indirect=True)
+@torch.no_grad()
+def test_scaled_positions_generate_and_evaluate_as_transformers_does(theirs):
+    model, folder, _ = theirs
+    ours, _ = load_pretrained(folder)
+    prompt = IDS[:1]  # longer than original_max_position_embeddings
+    expected = model.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None)[0].tolist()
+    assert generate(ours, prompt[0].tolist(), 30, temperature=0, top_k=0, seed=0) == expected
+    ids = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(1))
+    loss = F.cross_entropy(ours(ids[:, :-1]).flatten(0, 1), ids[0, 1:])
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss, rtol=0, atol=1e-5)
+
+
+def test_a_run_starts_with_the_loss_of_its_initial_weights_and_no_optimizer_state(run, overrides, tmp_path):
     export(run, tmp_path / "out")
     ended = json.loads((run / "summary.json").read_text())["val/loss"]
     sources = {"run": run, "folder": tmp_path / "out", "file": tmp_path / "out" / "model.safetensors"}
@@ -142,20 +172,23 @@ def test_a_run_starts_where_what_it_starts_from_ended_without_its_optimizer_stat
         assert started.step == 0 and not started.optim.optimizer.state
 
 
-def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_what_it_started_from(run, overrides):
+def test_a_run_resumes_from_its_checkpoint_and_not_from_its_initial_weights(run, overrides):
     more = overrides("run.name=resumed", f"train.init_from={run}")
     first = trainer(more)
     first.fit()
     second = trainer([*more, "train.steps=4"])
     assert second.step == 3
-    for name, tensor in checkpoint.tensors_of(first.model, first.optim).items():
-        assert torch.equal(checkpoint.tensors_of(second.model, second.optim)[name], tensor), name
+    for name, tensor in tensors_of(first.model, first.optim).items():
+        assert torch.equal(tensors_of(second.model, second.optim)[name], tensor), name
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type llama3: not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            r"set 'model\.rope_scaling=\{rope_type:linear,factor:8\.0\}'$",
+        ),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling of type yarn: not supported"),
         ({"attention_bias": True}, "attention_bias=True: only False is supported"),
         ({"head_dim": 16}, "head_dim=16: only 8 is supported"),
@@ -165,7 +198,9 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_what_it_started_
         ({"rope_theta": 500.0}, r"another shape; set model\.rope_theta=500\.0"),
     ],
 )
-def test_what_the_model_here_does_not_do_is_refused_before_any_compute(change, message, run, overrides, tmp_path):
+def test_settings_that_the_model_does_not_implement_are_refused_before_any_compute(
+    change, message, run, overrides, tmp_path
+):
     export(run, tmp_path / "out")
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text()) | change
@@ -212,3 +247,38 @@ def test_transformers_writes_the_same_greedy_tokens(exported, run):
     written = theirs.generate(**prompt, max_new_tokens=20, do_sample=False)[0].tolist()
     ids = prompt["input_ids"][0].tolist()
     assert written == generate(load_pretrained(run)[0], ids, 20, temperature=0, top_k=0, seed=0)
+
+
+def test_an_exported_run_has_a_card_and_a_length_that_it_was_trained_on(exported, run, root):
+    tokenizer = json.loads((exported / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == AutoTokenizer.from_pretrained(exported).model_max_length == 32
+    generation = GenerationConfig.from_pretrained(exported)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    header, card = (exported / "README.md").read_text().split("---\n")[1:]
+    assert yaml.safe_load(header)["library_name"] == "transformers"
+    assert card.startswith("\n# out\n")
+    facts = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE))
+    assert facts["corpus"] == "text: models, optim" and facts["tokens trained on"] == "384"
+    assert facts["rows trained"].startswith("8 of each linear layer") and facts["optimizer"] == "muon"
+    assert facts["initial weights"] == "random" and facts["sequence length"] == "32"
+    assert str(root) not in card and str(run.parent) not in card  # a card is published
+    ended = json.loads((run / "summary.json").read_text())
+    assert f"| 3 | 384 | {ended['val/loss']:.4f} | {ended['val/bits_per_byte']:.4f} |" in card
+    assert "\n| 0 | 0 | " in card and "Last training loss: " in card
+    assert f"{ended['parameters'] / 1e6:.1f}M parameters, trained for 3 steps of 128 tokens" in card
+
+
+def test_the_card_of_an_earlier_checkpoint_has_no_later_losses(run, overrides, tmp_path):
+    more = trainer(overrides("run.name=early", "train.checkpoint_every=2", f"train.init_from={run}"))
+    more.fit()
+    export(more.folder.path / "checkpoints" / "step-00000002", tmp_path / "early")
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "| 2 | 256 | " in card and "| 3 | 384 | " not in card and "at step 2." in card
+    assert f"| initial weights | {run.name} (SHA-256 `" in card and str(run.parent) not in card
+
+
+def test_a_model_of_hugging_face_keeps_its_own_card(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("# Theirs\n")
+    export(tmp_path / "theirs", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == "# Theirs\n"

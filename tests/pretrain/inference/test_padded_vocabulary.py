@@ -1,6 +1,6 @@
-"""Models with more embedding rows than tokens: they train, write nothing but tokens, and go out as they came.
+"""Models with more embedding rows than tokens: they train, generate only tokens, and are exported with all rows.
 
-Those whose tokenizer has more tokens than the model has rows are refused in one message.
+A tokenizer with more tokens than the model has rows is refused in one message.
 """
 
 import json
@@ -22,7 +22,7 @@ from pretrain.inference.sampling import Sampling, new_tokens, rows_without_token
 from pretrain.inference.text_generator import TextGenerator
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
-from pretrain.setup.data import ready
+from pretrain.setup.data import prepare_data, ready
 from pretrain.training.trainer import Trainer
 from tests.pretrain.inference.hf_models import (
     OVERRIDES,
@@ -46,7 +46,7 @@ def with_a_gap(folder):
 
 
 def with_an_end_of_its_own(folder):
-    """As chat models are made from LLaMA 2: an end token in a row behind those of the sentencepiece model."""
+    """As in chat models made from LLaMA 2: the row after those of the sentencepiece model is an end token."""
     sentencepiece(folder)
     write_json(folder / "added_tokens.json", **{"<|im_end|>": 300})
     return {"eos_token_id": [2, 300]}
@@ -64,7 +64,7 @@ MODELS = {
     "tied embeddings": (sentencepiece, 320, {"tie_word_embeddings": True}, range(300, 320)),
     "a tokenizer.json": (byte_level, 320, {}, range(304, 320)),
     "a gap in the vocabulary": (with_a_gap, 384, {}, [300, *range(305, 350), *range(351, 384)]),
-    "an end behind the tokenizer": (with_an_end_of_its_own, 320, {}, range(301, 320)),
+    "an end that the tokenizer lacks": (with_an_end_of_its_own, 320, {}, range(301, 320)),
     "special tokens beyond the rows": (lambda f: byte_level(f, 300, ["<|begin|>", "<|end|>", "<pad>"]), 302, {}, []),
 }
 
@@ -92,7 +92,7 @@ def overrides(tmp_path, folder, *more):
     tokenizer = next(path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.exists())
     return [
         "data=text", f"data.paths=[{tmp_path / 'corpus'}]", f"data.root={tmp_path / 'prepared'}",
-        f"run.root={tmp_path}", *OVERRIDES, "model.max_position_embeddings=128", "model.rms_norm_eps=1e-6",
+        f"run.root={tmp_path}", *OVERRIDES, "model.max_position_embeddings=128", "model.initializer_range=0.2",
         "optim.rank=8", "optim.warmup_steps=1", "train.seq_len=32", "train.tokens_per_step=128", "train.steps=2",
         "train.eval_every=0", "train.eval_sequences=2", "train.log_every=1", "train.sample_tokens=8",
         "train.compile=false", "logger.wandb.mode=disabled", "run.name=run", f"train.init_from={folder}",
@@ -211,3 +211,15 @@ def test_weights_of_other_rows_than_the_config_says_are_refused_before_anything_
     change_json(folder / "config.json", vocab_size=300)
     with pytest.raises(ConfigError, match=r"embed_tokens\.weight is \(320, 32\) there and \(300, 32\) in the model"):
         check(load(overrides(tmp_path, folder, "model.vocab_size=300")))
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_a_new_tokenizer_for_a_model_that_has_one_is_refused_before_the_data_are_prepared(on_the_fly, tmp_path):
+    (folder := tmp_path / "hf").mkdir()
+    sentencepiece(folder)
+    llama(folder, 320)
+    unnamed = overrides(tmp_path, folder, "model.vocab_size=320", f"data.on_the_fly={on_the_fly}")
+    unnamed = [override for override in unnamed if not override.startswith("data.tokenizer")]
+    with pytest.raises(ValueError, match=r"another tokenizer than the run; set data\.tokenizer=.*tokenizer\.model"):
+        prepare_data(load(unnamed), 1)
+    assert not (tmp_path / "prepared").exists()

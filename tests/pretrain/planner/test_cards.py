@@ -5,8 +5,8 @@ import re
 import pytest
 
 from pretrain.config.compose import CONF, load
-from pretrain.planner.extrapolate import walk_all
-from pretrain.planner.memory import GIB, highest, limit, needed
+from pretrain.planner.extrapolate import simulate_all_blocks
+from pretrain.planner.memory import GIB, device_bytes, highest, needed_bytes
 from pretrain.setup.checks import check
 
 CARDS = sorted(path.stem for path in (CONF / "experiment").glob("*gb.yaml"))
@@ -46,9 +46,9 @@ def test_the_documents_say_what_the_header_says(name, root):
 @pytest.mark.parametrize("name", CARDS)
 def test_its_steps_and_its_refresh_fit_the_card_and_are_what_the_header_says(name):
     config = load([f"experiment={name}"])
-    seen = walk_all(config)
+    seen = simulate_all_blocks(config)
     regular, refresh = (highest(seen, step).total() for step in ("regular", "refresh"))
-    on_the_device = needed(config, max(regular, refresh))
-    assert on_the_device <= limit(config)
+    on_the_device = needed_bytes(config, max(regular, refresh))
+    assert on_the_device <= device_bytes(config)
     assert refresh <= 1.02 * regular
     assert header(name) == tuple(f"{size / GIB:.2f}" for size in (regular, refresh, on_the_device))

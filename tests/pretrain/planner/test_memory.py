@@ -10,10 +10,10 @@ from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
 from pretrain.estimate import run
 from pretrain.planner.block_layout import layout_of
-from pretrain.planner.extrapolate import _ends, walk_all
+from pretrain.planner.extrapolate import _without_between, simulate_all_blocks
 from pretrain.planner.memory import GIB, estimate, highest
-from pretrain.planner.simulate import walk
-from pretrain.planner.storage_tracker import Storages
+from pretrain.planner.simulate import simulate
+from pretrain.planner.storage_tracker import StorageTracker
 
 TINY = [
     "model.vocab_size=64", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
@@ -28,7 +28,7 @@ def tiny(*overrides):
 
 
 def test_storages_are_counted_from_their_making_to_their_end_and_once():
-    with Storages() as storages:
+    with StorageTracker() as storages:
         kept = torch.ones(100)
         storages.label([kept], "kept")
         storages.mark("a")
@@ -70,15 +70,15 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
 def test_few_blocks_tell_what_many_hold_to_the_byte(overrides, monkeypatch):
     """And the peak is never between the ends, where the shortcut does not look."""
     config = tiny("model.num_hidden_layers=10", *overrides)
-    full = walk(config, layout_of(config))
+    full = simulate(config, layout_of(config))
     walked = []
     monkeypatch.setattr(
-        "pretrain.planner.extrapolate.walk", lambda config, few: walked.append(few.blocks) or walk(config, few)
+        "pretrain.planner.extrapolate.simulate", lambda config, few: walked.append(few.blocks) or simulate(config, few)
     )
-    assert walk_all(config) == _ends(full)
+    assert simulate_all_blocks(config) == _without_between(full)
     assert max(walked) < 10
     for step in ("regular", "refresh"):
-        assert highest(full, step).total() == highest(_ends(full), step).total()
+        assert highest(full, step).total() == highest(_without_between(full), step).total()
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,17 @@ def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides
     It may hold more by the sketches of earlier steps: it takes all that are probed to have one already.
     """
     config = tiny("model.num_hidden_layers=6", "optim.stagger=true", "train.tokens_per_step=256", *overrides)
-    planned = highest(walk(config, layout_of(config)), "refresh")
+    planned = highest(simulate(config, layout_of(config)), "refresh")
 
-    def window(walker):
-        grass = walker.optim.grass
+    def window(steps):
+        grass = steps.optim.grass
         offsets = turn_offsets(list(grass.layers), grass.schedule.refresh_every)
-        for step in range(2 * grass.schedule.refresh_every):  # the first sketches lie from one step to the next in the second
-            walker.step(f"window {step}", step, offsets)
+        # Two windows: only in the second one do sketches of the first turns lie from one step to the next.
+        for step in range(2 * grass.schedule.refresh_every):
+            steps.run(f"window {step}", step, offsets)
 
-    monkeypatch.setattr("pretrain.planner.simulate._Walker.refresh", window)
-    worst = highest(walk(config, layout_of(config)), "window").total()
+    monkeypatch.setattr("pretrain.planner.simulate._Steps.refresh", window)
+    worst = highest(simulate(config, layout_of(config)), "window").total()
     assert worst <= planned.total() <= worst + planned["sketch"]
 
 
@@ -141,8 +142,8 @@ def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides
 )
 def test_a_few_blocks_are_walked_where_they_are_like_many(overrides, walked, monkeypatch):
     layouts = []
-    monkeypatch.setattr("pretrain.planner.extrapolate.walk", lambda config, few: layouts.append(tuple(few)) or {})
-    walk_all(tiny("model.num_hidden_layers=12", *overrides))
+    monkeypatch.setattr("pretrain.planner.extrapolate.simulate", lambda config, few: layouts.append(tuple(few)) or {})
+    simulate_all_blocks(tiny("model.num_hidden_layers=12", *overrides))
     assert layouts == walked
 
 
@@ -163,6 +164,12 @@ def test_gradients_and_state_of_grass_are_those_of_the_rows():
     assert dense.components["optimizer_state"] - grass.components["optimizer_state"] == 8 * (linears - rows)
     assert grass.components["rows"] == 4 * rows + 7 * 4 * (8 + 4)  # and index and scale of each
     assert grass.components["sketch"] == 0 < refresh["sketch"]
+
+
+def test_scaled_rotary_positions_are_planned_and_hold_no_memory():
+    scaling = "factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,original_max_position_embeddings:8"
+    found, _ = estimate(tiny("model.num_hidden_layers=2", f"model.rope_scaling={{rope_type:llama3,{scaling}}}"))
+    assert found == estimate(tiny("model.num_hidden_layers=2"))[0]
 
 
 def test_json_is_one_object_with_the_named_keys(capsys):
@@ -193,7 +200,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
     def peak(size):
         sized = [f"train.micro_batch_size={size}", f"train.tokens_per_step={size * tokens // 2}"]
         config = tiny("model.num_hidden_layers=7", *sized)
-        seen = walk(config, layout_of(config))
+        seen = simulate(config, layout_of(config))
         return max(highest(seen, "regular").total(), highest(seen, "refresh").total())
 
     assert peak(size) <= budget < peak(size + 1)
@@ -202,9 +209,9 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=llama_1b", "estimate.device_memory_gib=4"], "the weights are to blame with 4.99 GiB.*bfloat16"),
+        (["model=llama_1b", "estimate.device_memory_gib=4"], r"4\.99 GiB of it are for the weights: .*bfloat16"),
         (["model=llama_130m", "optim=adamw", "train.micro_batch_size=1", "train.seq_len=64",
-          "estimate.device_memory_gib=2"], "optimizer state is to blame.*optim=grass, optim.embedding_inner="),
+          "estimate.device_memory_gib=2"], "are for the optimizer state: .*optim=grass, optim.embedding_inner="),
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
         (["model.attention=flash"], "flash-attn needs a CUDA device"),
         (["estimate.devices=0"], "estimate.devices=0 must be at least 1"),
@@ -220,17 +227,17 @@ def test_what_cannot_be_is_refused_with_its_cause_and_mend(overrides, message, c
 def test_the_micro_batch_that_is_advised_divides_the_step_and_fits():
     """Though a run that accumulates holds its gradients besides: what fits without is 17 sequences of the 64."""
     base = ["model.num_hidden_layers=1", "train.seq_len=1024", "train.tokens_per_step=65536", "estimate.context_gib=0"]
-    with pytest.raises(ConfigError, match=r"the activations are to blame .*: set train.micro_batch_size=16$"):
+    with pytest.raises(ConfigError, match=r"are for the activations: set train.micro_batch_size=16$"):
         run(load([*base, "estimate.device_memory_gib=1.3"]))
     run(load([*base, "estimate.device_memory_gib=1.3", "train.micro_batch_size=16"]))
 
 
-def test_where_only_a_refresh_does_not_fit_the_sketch_is_to_blame():
+def test_where_only_a_refresh_does_not_fit_the_message_names_the_sketch():
     wide = ["optim.sketch_width=512", "model.num_hidden_layers=2", "train.micro_batch_size=1"]
     found, _ = estimate(tiny(*wide))
     between = (found.peak_bytes + found.refresh_peak_bytes) / 2 / GIB
     exact = ["estimate.context_gib=0", "estimate.allocator_overhead=0", f"estimate.device_memory_gib={between}"]
-    with pytest.raises(ConfigError, match=r"the sketch is to blame .* try a smaller optim.sketch_width"):
+    with pytest.raises(ConfigError, match=r"are for the sketch: try a smaller optim.sketch_width"):
         run(tiny(*wide, *exact))
 
 

@@ -49,3 +49,29 @@ def test_a_block_that_does_not_compile_is_said_and_the_model_trains_as_it_is(cap
     assert not compile_blocks(config, steps.model, ALONE)
     assert "training without it: RuntimeError: Scalar -7046029254386353131 is out of range" in caplog.text
     assert all(layer._compiled_call_impl is None for layer in steps.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "backend='inductor' raised:\nOSError: [Errno 28] No space left on device",
+            "OSError: [Errno 28] No space left",
+        ),
+        (
+            "backend='inductor' raised:\n\nPermissionError: [Errno 13] denied: '/x'",
+            "PermissionError: [Errno 13] denied",
+        ),
+        (
+            "C++ compile error\n\nOutput:\nx.h:3:1: warning: w\nx.h:9:2: fatal error: No space left",
+            "(x.h:9:2: fatal error",
+        ),
+        ("C++ compile error\n\nOutput:\nx.cpp:1:1: error: no <omp.h>\nmore", "C++ compile error (x.cpp:1:1: error: no"),
+        ("\n\nFileNotFoundError: g++", "FileNotFoundError: g++"),
+        ("backend='inductor' raised:", "RuntimeError: no reason is given"),
+        ("", "RuntimeError: no reason is given"),
+    ],
+)
+def test_the_reason_of_a_failure_is_in_its_one_line(text, reason):
+    line = compiling.failure(RuntimeError(text))
+    assert reason in line and "\n" not in line and "raised:" not in line

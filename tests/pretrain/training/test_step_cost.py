@@ -72,7 +72,7 @@ class Kernels(TorchDispatchMode):
 
 def waits_of(steps):
     with Calls() as calls, Kernels() as kernels:
-        steps.update(steps.batch)
+        steps.train_step(steps.batch)
     return calls.waits + [name for name in kernels.counts if name.startswith(WAITING_KERNELS)]
 
 
@@ -114,7 +114,7 @@ def test_a_grass_layer_is_products_gathers_and_what_adds_them_up():
 def test_the_optimizer_s_step_launches_one_kernel_for_each_linear_and_six_in_all(blocks):
     """Fused AdamW takes two for each group, whatever is in it; the fold one for each layer of Grass."""
     steps = steps_of("grass", f"model.num_hidden_layers={blocks}", REGULAR)
-    steps.update.accumulate(steps.batch)
+    steps.train_step.accumulate(steps.batch)
     with Kernels() as kernels:
         steps.optim.optimizer.step()
     assert kernels.counts == {
@@ -126,7 +126,7 @@ def test_the_optimizer_s_step_launches_one_kernel_for_each_linear_and_six_in_all
 
 def muon_kernels(blocks):
     steps = steps_of("grass+muon", f"model.num_hidden_layers={blocks}", REGULAR)
-    steps.update.accumulate(steps.batch)
+    steps.train_step.accumulate(steps.batch)
     with Kernels() as kernels:
         steps.optim.optimizer.step()
     return sum(kernels.counts.values())
@@ -143,7 +143,7 @@ def test_no_step_makes_a_tensor_as_large_as_a_weight(method, score):
     steps = steps_of(method, f"optim.score={score}", "optim.sketch_width=4", "model.num_hidden_layers=1")
     with Allocations() as made:
         for _ in range(4):
-            steps.update(steps.batch)
+            steps.train_step(steps.batch)
     smallest = min(layer.weight.numel() for layer in steps.optim.grass.layers.values())
     assert smallest == (32 * 64 if method == "grass+head" else 64 * 64)
     largest = {shape for shape in made.shapes if torch.Size(shape).numel() >= 64 * 64}
@@ -170,7 +170,7 @@ def test_the_products_of_forward_backward_and_refresh_in_exact_numbers():
     assert forward == 2 * tokens * (linears + head + attention)
     backward, _ = products(loss.backward)
     assert backward == 2 * tokens * (linears + linears * 8 // 64 + 2 * head + 2 * attention)
-    steps.update(steps.batch)  # the step before the one that is probed
-    probed, _ = products(lambda: steps.update(steps.batch))  # with the refresh that follows it
+    steps.train_step(steps.batch)  # the step before the one that is probed
+    probed, _ = products(lambda: steps.train_step(steps.batch))  # with the refresh that follows it
     sketches = sum(2 * tokens * 16 * (layer.in_features + layer.out_features) for layer in layers)
     assert probed == forward + backward + sketches

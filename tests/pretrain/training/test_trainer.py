@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import tensors as checkpoint
+from pretrain.checkpoint.directory import latest
+from pretrain.checkpoint.tensors import tensors_of
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
@@ -93,7 +94,7 @@ def files_of(folder):
 
 
 def state(trainer):
-    return {name: tensor.clone() for name, tensor in checkpoint.tensors_of(trainer.model, trainer.optim).items()}
+    return {name: tensor.clone() for name, tensor in tensors_of(trainer.model, trainer.optim).items()}
 
 
 def test_a_run_leaves_what_it_promises(overrides):
@@ -349,9 +350,9 @@ def test_a_signal_saves_and_exits_with_its_own_code(overrides, root, tmp_path):
         if "step 3 ·" in line:
             process.terminate()
             break
-    assert "goes on from here" in process.stderr.read()
+    assert "resumes the run from here" in process.stderr.read()
     assert process.wait(60) == 85
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
+    assert latest(tmp_path / "run" / "checkpoints") is not None
 
 
 def test_bad_settings_give_one_message_with_every_problem_and_no_traceback(overrides, root):
@@ -391,7 +392,7 @@ def test_a_run_of_an_older_version_may_lack_new_keys(overrides):
 def test_with_masters_the_weights_are_the_rows_rounded_at_every_step(overrides):
     config = load(overrides("train.dtype=bfloat16", "optim.master_weights=true", "optim.refresh_every=2"))
     trainer = Trainer(config, ALONE, ready(config, 1), RunFolder(config), StopRequest())
-    trainer.optim.grass.start(lambda: trainer.update.accumulate(trainer.batches.micro_batches(0)))
+    trainer.optim.grass.start(lambda: trainer.update.accumulate(trainer.feed.micro_batches(0)))
     for step in range(6):
         for layer in trainer.optim.grass.layers.values():
             assert torch.equal(layer.weight.index_select(layer.dim, layer.index), layer.rows.bfloat16())
@@ -401,7 +402,7 @@ def test_with_masters_the_weights_are_the_rows_rounded_at_every_step(overrides):
 def test_one_launch_is_one_run(root):
     result = run_cli(root, "-m", "train.steps=2,3")
     assert result.returncode == 2
-    assert "a sweep is no run" in result.stderr and "Traceback" not in result.stderr
+    assert "-m starts a sweep: use ./launch.sh -m" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_and_repeats_no_line(overrides):

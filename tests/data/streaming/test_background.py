@@ -1,4 +1,4 @@
-"""Training while the corpus is being prepared: the same samples, to the bit, whatever is finished, killed or broken."""
+"""Runs that train while their corpus is prepared end the same, to the bit, whatever is killed, stopped or broken."""
 
 import gzip
 import json
@@ -12,21 +12,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from threading import Timer
 
-import numpy as np
 import pytest
 import torch
 
 import data.streaming.background
-import data.streaming.tokens
-from data.loading.batches import TrainBatches, validation_batches
-from data.loading.order import ENDLESS, permute
-from data.preparation.corpus_writer import CorpusWriter
 from data.prepare import command, parser, prepare
 from data.settings import DataSettings
-from data.shards.array_file import _opened
-from data.sources.files import stdlib_files
 from data.streaming.background import BackgroundPreparation
 from data.train_tokenizer import train_tokenizer
 from pretrain import train
@@ -37,13 +29,13 @@ from pretrain.distributed.world import World
 from pretrain.planner.plan import _epochs
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
-from pretrain.setup.data import on_the_fly
+from pretrain.setup.data import stream
 from pretrain.training.trainer import Trainer
 from tests.kills import losses, tensors
 from tests.parallel_runs import CPU, TINY, assert_same_losses
 from tests.processes import in_processes
 
-SEQ_LEN, BLOCK, STEPS, VALIDATED = 32, 96, 30, 7 * 32 + 1
+SEQ_LEN, BLOCK, STEPS = 32, 96, 30
 SMALL = [
     *TINY, "train.dtype=float32", "train.tokens_per_step=2048", f"train.steps={STEPS}", "train.checkpoint_every=4",
     "train.sample_tokens=0", "data.name=own", "data.on_the_fly=true", f"data.shuffle_block={BLOCK}",
@@ -63,108 +55,6 @@ data.preparation.corpus_writer.CorpusWriter._add = slow_add
 from data.streaming.background import main
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def texts():
-    files = [file for file in stdlib_files(10**9) if 2_000 < file.size < 8_000][:18]
-    return [file.path.read_text() for file in files]
-
-
-@pytest.fixture
-def settings(texts, tmp_path):
-    """Of some files of real text; three shards or so, and the end of the second epoch within the run."""
-    (tmp_path / "corpus").mkdir()
-    for number, text in enumerate(texts):
-        (tmp_path / "corpus" / f"{number:03d}.txt").write_text(text)
-    return DataSettings(
-        name="own", source="text", paths=[str(tmp_path / "corpus")], vocab_size=400, shard_tokens=20_000, workers=1,
-        root=str(tmp_path / "prepared"), validation_share=0.2,
-    )  # fmt: skip
-
-
-def batches(opened, rank=0, size=1, micro=4, masks=False):
-    return TrainBatches(opened.train, SEQ_LEN, 24, micro, 5, rank, size, masks, BLOCK)
-
-
-def rows(loader, step):
-    return [torch.cat(parts) for parts in zip(*loader.micro_batches(step), strict=True)]
-
-
-def validated(opened):
-    return [tensor for batch in validation_batches(opened.val, SEQ_LEN, 4, max_sequences=7) for tensor in batch]
-
-
-def watched(settings, monkeypatch, look):
-    """Prepare, and `look` at what there is at every commit and when all is done."""
-    commit = CorpusWriter._commit
-    monkeypatch.setattr("data.sources.corpus.BATCH_CHARS", 2**12)
-    monkeypatch.setattr("data.preparation.corpus_writer.COMMIT_SECONDS", 0)
-    monkeypatch.setattr(CorpusWriter, "_commit", lambda writing: (commit(writing), look()))
-    prepare(settings)
-    look()
-
-
-@pytest.mark.parametrize("masks", [False, True])
-def test_samples_are_those_of_the_finished_preparation_however_far_it_is(settings, monkeypatch, masks):
-    beside, seen, early, ahead = BackgroundPreparation(settings, start=False), {}, [], set()
-
-    def look():
-        opened = beside.dataset(VALIDATED)
-        if opened is None:
-            return
-        early[:] = early or [batches(opened, masks=masks), opened]
-        for loader in (batches(opened, masks=masks), early[0]):  # opened now, and one that grows
-            step = max(seen, default=-1) + 1
-            while loader.ready(step) and step < 3 * STEPS:
-                seen[step], step = [rows(loader, step), loader.targets(step), loader.documents(step)], step + 1
-            assert all(torch.equal(a, b) for a, b in zip(validated(opened), validated(early[1]), strict=True))
-        if not opened.train.complete:
-            ahead.update(seen)
-            assert loader.windows == ENDLESS and not loader.ready(10**6) and loader.epoch(step) == 0
-
-    watched(settings, monkeypatch, look)
-    held_out = validated(early[1])
-    _opened.cache_clear()  # files that are open have no name
-    assert all(torch.equal(a, b) for a, b in zip(validated(early[1]), held_out, strict=True))
-    finished = batches(beside.dataset(VALIDATED), masks=masks)
-    assert 20 < len(ahead) < finished.windows // 24 < len(seen)  # some before the end, and some of the second epoch
-    for loader in (finished, early[0]):  # which was opened under another name
-        for step, (expected, targets, documents) in seen.items():
-            assert all(torch.equal(a, b) for a, b in zip(rows(loader, step), expected, strict=True))
-            assert (loader.targets(step), loader.documents(step)) == (targets, documents)
-    assert early[0].epoch(finished.windows // 24 + 1) == 1
-    assert early[0].digest(9) == finished.digest(9) != finished.digest(99)
-
-
-def test_the_first_epoch_is_in_blocks_and_the_next_one_a_whole_shuffle(settings):
-    prepare(settings)
-    opened = BackgroundPreparation(settings, start=False).dataset(VALIDATED)
-    loader, tokens = batches(opened), opened.train[:]
-    windows, samples = loader.windows, np.arange(2 * loader.windows)
-    assert windows % BLOCK and loader.ready(10**6)
-    expected = [
-        block * BLOCK + permute(np.array([place]), min(BLOCK, windows - block * BLOCK), f"5 block {block}")[0]
-        for block, place in map(divmod, range(windows), [BLOCK] * windows)
-    ]
-    assert sorted(expected) == list(range(windows))
-    expected += permute(np.arange(windows), windows, "5 shuffle 1").tolist()
-    for step in range(2 * windows // 24):
-        inputs, _ = rows(loader, step)
-        here = [expected[sample] * SEQ_LEN for sample in samples[step * 24 : (step + 1) * 24]]
-        assert torch.equal(inputs, torch.stack([torch.from_numpy(tokens[i : i + SEQ_LEN].astype("i8")) for i in here]))
-        shares = [rows(batches(opened, rank, 2, micro=3), step)[0] for rank in range(2)]
-        assert torch.equal(torch.cat(shares), inputs)
-
-
-def test_validation_files_of_their_own_come_first_and_whole(settings, tmp_path, monkeypatch):
-    own = tmp_path / "corpus" / "000.txt"
-    settings = DataSettings(**{**vars(settings), "validation_paths": [str(own)]})
-    beside, found = BackgroundPreparation(settings, start=False), []
-    watched(settings, monkeypatch, lambda: found.append(beside.dataset(VALIDATED)))
-    finished, (first, *_) = prepare(settings), [opened for opened in found if opened]
-    assert found[0] is None and found.index(first) < len(found) // 2
-    assert len(first.val) == len(finished.val) and np.array_equal(first.val[:], finished.val[:])
 
 
 # Whole runs, each in a process of its own.
@@ -264,7 +154,7 @@ def test_a_run_killed_while_it_prepares_ends_as_if_nothing_had_happened(settings
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_leave_no_trace(settings, tmp_path):
-    """Two minutes: pytest -m slow -s tests/test_on_the_fly.py shows where the kills hit."""
+    """Two minutes: pytest -m slow -s tests/data/streaming shows where the kills hit."""
     undisturbed = Runs(tmp_path / "whole", tmp_path / "corpus")
     assert undisturbed() == 0, undisturbed.said.read_text()
     draw, kills, rounds, ended, moments = random.Random(3), 0, 0, True, Counter()
@@ -337,7 +227,7 @@ def _on_ranks(rank, overrides, pause, size):
     data.streaming.background.COMMAND = [sys.executable, "-c", SLOWLY, str(pause)]
     config, world = load(overrides), World(rank, size, CPU)
     try:
-        with on_the_fly(config, world) as opened:
+        with stream(config, world) as opened:
             assert not opened.train.complete
             Trainer(config, world, opened, RunFolder(config), StopRequest()).fit()
     except ValueError as error:
@@ -347,7 +237,7 @@ def _on_ranks(rank, overrides, pause, size):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(settings, tmp_path):
-    """Seven seconds, as the next one: pytest -m slow tests/test_on_the_fly.py"""
+    """Seven seconds, as the next one: pytest -m slow tests/data/streaming"""
     one, two = (Runs(tmp_path / str(size), tmp_path / "corpus") for size in (1, 2))
     precise = ["train.dtype=float64"]
     assert one(*precise) == 0, one.said.read_text()
@@ -401,24 +291,3 @@ def test_a_preparation_of_other_files_than_the_run_s_is_said(settings):
     assert "data.paths" in beside.problem() and "changed while the run began" in beside.problem()
     prepare(settings)
     assert beside.problem() is None
-
-
-def test_a_folder_that_has_gone_and_not_come_yet_is_waited_for(settings, monkeypatch):
-    def look():
-        if found := beside.dataset(VALIDATED):
-            seen.append(found)
-
-    beside, seen = BackgroundPreparation(settings, start=False), []
-    with pytest.raises(KeyboardInterrupt):
-        watched(settings, monkeypatch, lambda: (look(), interrupt(seen)))
-    (opened, *_) = seen
-    wanted = opened.train[0:64]
-    away = beside.plan.work_folder.rename(beside.plan.work_folder.with_suffix(".away"))
-    _opened.cache_clear()
-    Timer(0.3, lambda: away.rename(beside.plan.work_folder)).start()
-    assert (opened.train[0:64] == wanted).all()
-
-
-def interrupt(seen):
-    if seen:
-        raise KeyboardInterrupt

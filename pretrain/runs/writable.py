@@ -1,0 +1,65 @@
+"""Check that a run folder can be written, before anything is read or computed for it."""
+
+import errno
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from pretrain.config.schema import ConfigError
+
+PATIENCE = 5.0  # seconds in which other processes that make the same check are done with it
+
+
+def require_writable(root: str, name: str) -> None:
+    """Make the run folder ``root/name`` and a file in it, and remove again whatever was made.
+
+    Permissions alone do not tell: a disk can be read-only, and /proc takes no folders.
+
+    Raises:
+        ConfigError: the folder cannot be made or written; names the key, ``run.root`` or ``run.name``, and the reason.
+    """
+    folder = path = Path(root, name)
+    made = list[Path]()
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                for folder in [*reversed(path.parents), path]:
+                    _make(folder, made)
+                with tempfile.TemporaryFile(dir=path):
+                    break
+            except FileNotFoundError:  # another process of this run, or of a sweep, removes the folder that it made
+                if time.monotonic() > deadline:
+                    raise
+    except OSError as error:
+        in_root = folder in (Path(root), *Path(root).parents)
+        key, value = ("run.root", root) if in_root else ("run.name", name)
+        shown = value if len(value) <= 100 else f"{value[:40]}…"
+        raise ConfigError(f"{key}={shown}: {_reason(error, folder, key)}") from None
+    finally:
+        for made_here in reversed(made):
+            with suppress(OSError):  # another process of the run has put something there
+                made_here.rmdir()
+
+
+def _make(folder: Path, made: list[Path]) -> None:
+    """Make ``folder`` unless it is there, and note it in ``made``."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(errno.EEXIST, "it is a file")
+    if folder.exists():
+        return
+    try:
+        folder.mkdir()
+        made.append(folder)
+    except FileExistsError:
+        if os.path.lexists(folder) and not folder.is_dir():  # a link to nothing; a folder was made by another process
+            raise
+
+
+def _reason(error: OSError, folder: Path, key: str) -> str:
+    if error.errno == errno.ENAMETOOLONG:
+        longest = max(len(os.fsencode(part)) for part in folder.parts)
+        return f"a name of {longest} bytes is too long for this disk; shorten {key}"
+    return f"{folder} cannot be written ({error.strerror}); choose another {key}"

@@ -1,0 +1,58 @@
+"""The tokens that a resumed run was trained on, found without the files that they were made from."""
+
+import logging
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+from data.prepare import find_by_fingerprint
+from data.prepare import problems as data_problems
+from data.settings import DataSettings
+from data.streaming.background import find_by_fingerprint as find_streamed
+from data.token_dataset import PreparedDataset
+from pretrain.checkpoint.directory import read_state
+from pretrain.config.schema import Config
+from pretrain.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def state_to_resume(config: Config) -> dict[str, Any] | None:
+    """``state.json`` of the run's newest checkpoint, {} if it is damaged; None for a run that starts at step 0."""
+    newest = None
+    with suppress(OSError, ValueError):  # a name that cannot be a folder is reported by the checks of settings
+        newest = RunFolder(config).latest_checkpoint
+    if newest is None:
+        return None
+    try:
+        return read_state(newest)
+    except ValueError:  # the run resumes from an older checkpoint, or is refused with the reason
+        return {}
+
+
+def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset | None:
+    """The tokens that the run with this ``state`` was trained on, when the files they were made from are gone.
+
+    None when those files are there, so that they are compared with the checkpoint; or when ``data.root`` does not hold
+    all of the tokens.
+    """
+    settings, fingerprint = data_settings(config), state.get("data", {}).get("fingerprint")
+    if fingerprint is None or not (problems := data_problems(settings)):
+        return None
+    if config.data.on_the_fly:
+        found = find_streamed(settings, fingerprint, validation_tokens(config))
+    else:
+        found = find_by_fingerprint(settings, fingerprint)
+    if found:
+        logger.warning("%s; resuming with the tokens in %s, which the run was trained on", problems[0], found.folder)
+    return found
+
+
+def validation_tokens(config: Config) -> int:
+    """The most tokens that a validation reads of a streamed dataset."""
+    return config.train.eval_sequences * config.train.seq_len + 1
+
+
+def data_settings(config: Config) -> DataSettings:
+    """The settings of the preparation."""
+    return DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)})

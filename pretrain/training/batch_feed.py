@@ -1,0 +1,114 @@
+"""The batches of a run: made ahead by a thread, from a prepared dataset or from one that is still being prepared."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data.loading.batches import TrainBatches, validation_batches
+from data.loading.prefetch import MicroBatches, Prefetch
+from data.streaming.background import StreamedDataset
+from data.token_dataset import PreparedDataset, content_of
+from pretrain.cli.signals import StopRequest
+from pretrain.config.schema import Config, ConfigError
+from pretrain.distributed.world import World
+from pretrain.setup.data import DataWait
+
+
+class BatchFeed:
+    """The training and validation batches of one process.
+
+    Steps count from 0. Call ``wait`` on every process before the methods that read a step.
+
+    Args:
+        data: prepared, or a ``StreamedDataset`` that grows during training.
+        stop: ends ``wait`` when it is set.
+    """
+
+    def __init__(self, config: Config, world: World, data: PreparedDataset, stop: StopRequest):
+        train = config.train
+        self.data, self._train, self._world = data, train, world
+        self._sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
+        self._batches = TrainBatches(
+            data.train, train.seq_len, train.tokens_per_step // train.seq_len, self._sequences,
+            train.seed, world.rank, world.size, train.document_masks,
+            config.data.shuffle_block if config.data.on_the_fly else None,
+        )  # fmt: skip
+        self._streams = config.data.on_the_fly
+        self._wait: DataWait | None = None
+        if isinstance(data, StreamedDataset):
+            self._wait = DataWait(world, data.preparation, stop, lambda: data.train.complete)
+        self._ahead = Prefetch(self._batches.micro_batches, world.device.type == "cuda", self._batches.ready)
+
+    def wait(self, step: int) -> bool:
+        """Wait until the batch of ``step`` can be read; returns False when the run is asked to stop before that.
+
+        Raises:
+            ValueError: on every process: the preparation of the data has failed.
+        """
+        if self._wait is None:
+            return True
+        began = time.perf_counter()
+        try:
+            return self._wait(lambda: self._batches.ready(step))
+        finally:
+            self._ahead.add(time.perf_counter() - began)
+
+    def micro_batches(self, step: int) -> MicroBatches:
+        """This process' micro-batches of ``step``: int64 (micro_batch_size, seq_len) inputs and targets each.
+
+        With ``train.document_masks`` also the document starts, see ``data.loading.batches``.
+        """
+        return self._ahead(step)
+
+    def targets(self, step: int) -> int:
+        """Number of targets of ``step`` on all processes."""
+        return self._batches.targets(step)
+
+    def documents(self, step: int) -> list[str]:
+        """Names of the documents in the batch of ``step`` on all processes."""
+        return self._batches.documents(step)
+
+    def identity(self, steps: int) -> dict[str, Any]:
+        """What identifies the data of the first ``steps`` steps, for a checkpoint: JSON-able."""
+        content = content_of(self.data.manifest)
+        identity = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
+        identity |= {"content": content} if content else {}
+        return identity | ({"read": self._batches.digest(steps)} if self._streams else {})
+
+    def require_same(
+        self, identity: dict[str, Any], steps: int, trained: Path | None, changes: dict[str, tuple[Any, Any]]
+    ) -> None:
+        """Compare the data of the first ``steps`` steps with the ``identity`` in a checkpoint, ``trained``.
+
+        Args:
+            changes: settings that differ from those of the run, old and new value.
+
+        Raises:
+            ConfigError: the data differ.
+        """
+        if steps:
+            self.wait(steps - 1)
+        ours = self.identity(steps)
+        # The fingerprint also depends on the names of documents, and so on the name of the folder that they are in.
+        free = "fingerprint" if "content" in identity else "content"
+        if any(identity.get(key) != ours.get(key) for key in {*identity, *ours} - {free}):
+            other = [f"{key} was {old}, is now {new}" for key, (old, new) in changes.items() if key.startswith("data.")]
+            raise ConfigError(
+                f"{trained} was trained on another corpus or tokenizer than {self.data.folder}; bring that one back, "
+                + "\n".join(["or choose another run.name", *other])
+            )
+
+    def validation(self) -> Iterator[tuple[Tensor, ...]]:
+        """This process' validation batches, at most ``train.eval_sequences`` sequences on all processes."""
+        train = self._train
+        return validation_batches(
+            self.data.val, train.seq_len, self._sequences, self._world.rank, self._world.size,
+            train.eval_sequences, train.document_masks,
+        )  # fmt: skip
+
+    def lap(self) -> float:
+        """Seconds per step that training has waited for batches since the last call."""
+        return self._ahead.lap()

@@ -1,0 +1,73 @@
+"""Learning rates of a run by its settings, and how they change when a run resumes with other settings."""
+
+from dataclasses import asdict
+from typing import Any
+
+from optim.schedule import rate_factor
+from pretrain.config.schema import Config
+
+# Names of the peak rates, and the parameters that have them.
+RATES = {"optim.linear_lr": "the linear layers", "optim.lr": "the other parameters"}
+JUMP = 1.05  # above this multiple of the planned rate, a rate is a jump
+
+
+def schedule_factor(config: Config, step: int) -> float:
+    """The factor of the schedule on all peak rates for ``step`` (from 0)."""
+    return _factor(rate_settings(config), step)
+
+
+def rate_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide the learning rates, JSON-able; part of a checkpoint."""
+    optim = asdict(config.optim)
+    names = ("schedule", "warmup_steps", "final_lr", "decay_share", "lr", "linear_lr", "alpha")
+    return {"steps": config.train.steps, **{name: optim[name] for name in names if name in optim}}
+
+
+def describe_change(before: dict[str, Any] | None, config: Config, step: int) -> list[str]:
+    """How the learning rates from ``step`` (from 0) on differ from the planned ones, in lines; [] if they do not.
+
+    Args:
+        before: ``rate_settings`` in the checkpoint that the run resumes from; None if it lacks them.
+    """
+    now, steps = rate_settings(config), config.train.steps
+    before = before or now
+    if step >= steps:
+        return [f"the run is at step {step}, and train.steps={steps}: no step is left to train"] if step > steps else []
+    lines, shown = [], sorted({step, (step + steps) // 2, steps - 1})
+    for name, parameters in RATES.items():
+        if all(_rate(before, name, n) == _rate(now, name, n) for n in _sampled(step, steps)):
+            continue
+        points = []
+        for n in shown:
+            planned = f" (planned: {_rate(before, name, n):.3g})" if n < before["steps"] else ""
+            points.append(f"{_rate(now, name, n):.3g} at step {n + 1}{planned}")
+        lines.append(
+            f"the learning rate of {parameters}: {_rate(before, name, step - 1):.3g} so far, {', '.join(points)}"
+        )
+    jump = _factor(now, step) / max(_factor(before, step), 1e-12)
+    same_peaks = all(before.get(name) == now.get(name) for name in ("lr", "linear_lr", "alpha"))
+    if lines and same_peaks and jump > JUMP:
+        lines.append(
+            f"step {step + 1} has {jump:.3g} times the planned learning rate; to lengthen a run without a jump, use "
+            "optim.schedule=wsd, whose rate is constant until it decays, and resume from a checkpoint before the decay"
+        )
+    return lines
+
+
+def _factor(settings: dict[str, Any], step: int) -> float:
+    """The factor of a step (from 0); beyond the planned last step that of the last one."""
+    return rate_factor(
+        min(max(step, 0), settings["steps"] - 1),
+        total=settings["steps"], schedule=settings["schedule"], warmup=settings["warmup_steps"],
+        final=settings["final_lr"], decay_share=settings["decay_share"],
+    )  # fmt: skip
+
+
+def _rate(settings: dict[str, Any], name: str, step: int) -> float:
+    peak = settings["lr"] if name == "optim.lr" else settings["linear_lr"] * settings.get("alpha", 1.0)
+    return peak * _factor(settings, step)
+
+
+def _sampled(first: int, stop: int) -> list[int]:
+    """At most 1001 steps from ``first`` to ``stop`` - 1, both among them."""
+    return sorted({*range(first, stop, max(1, (stop - first) // 1000)), stop - 1})

@@ -1,0 +1,129 @@
+"""The saver: copies in the background, pinned memory, tensors that are not finite, and faults other than the disk's."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.checkpoint import saver
+from pretrain.checkpoint.directory import newest_good, path_of
+from pretrain.checkpoint.saver import Saver
+from pretrain.distributed.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_a_step_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
+    waits, may_write, put = threading.Event(), threading.Event(), Saver._put_in_place
+    monkeypatch.setattr(Saver, "_put_in_place", lambda *given: (waits.set(), may_write.wait(30), put(*given)))
+    saving, weight = Saver(tmp_path, ALONE), torch.ones(8)
+    saving.save(1, {"model.weight": weight}, {"step": 1})
+    weight.fill_(2.0)  # the run goes on
+    assert waits.wait(30) and [p.name for p in tmp_path.iterdir()] == ["step-00000001.tmp"]
+    may_write.set()
+    saving.save(2, {"model.weight": weight}, {"step": 2})  # waits for the first
+    assert newest_good(tmp_path)[0].name >= "step-00000001"
+    saving.finish()
+    for step, value in ((1, 1.0), (2, 2.0)):
+        (file,) = path_of(tmp_path, step).glob("*.safetensors")
+        assert load_file(file)["model.weight"].tolist() == [value] * 8
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    saving = Saver(tmp_path, ALONE)
+    saving.save(1, {"model.weight": torch.tensor([1.0, float("inf")])}, {"step": 1})
+    with pytest.raises(FloatingPointError, match=r"step-00000001 is not saved: model.weight is not finite"):
+        saving.finish()
+    assert newest_good(tmp_path) == (None, [])
+
+
+def test_what_fails_otherwise_in_a_save_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "seal", lambda *given: 1 / 0)
+    saving = Saver(tmp_path, ALONE)
+    saving.save(1, {"model.weight": torch.ones(8)}, {"step": 1})
+    with pytest.raises(ZeroDivisionError):
+        saving.finish()
+
+
+class OnAGpu(World):
+    """A process of a device that is not there; notes the threads that take it."""
+
+    def use_device(self):
+        self.__dict__.setdefault("threads", []).append(threading.current_thread())
+
+
+class CopyingStager:
+    """Torch's stager on a CPU: with ``once`` it can be used once, as in torch 2.11."""
+
+    made, once = [], False
+
+    def __init__(self, options):
+        self.pinned, self.uses, self.closed = options.use_pinned_memory, 0, False
+        self.made.append(self)
+
+    def stage(self, tensors):
+        if self.uses and self.once:
+            raise KeyError(type)
+        self.uses += 1
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def stagers(monkeypatch):
+    monkeypatch.setattr("pretrain.checkpoint.saver.DefaultStager", CopyingStager)
+    monkeypatch.setattr(CopyingStager, "made", [])
+    return CopyingStager
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_pinned_memory_is_used_again_where_torch_s_stager_can_be(tmp_path, stagers, monkeypatch, once):
+    monkeypatch.setattr(stagers, "once", once)
+    saving = Saver(tmp_path, OnAGpu(0, 1, torch.device("cuda", 1)))
+    for step in (1, 2, 3):
+        saving.save(step, {"model.x": torch.full((4,), step)}, {})
+        saving.finish()
+        assert load_file(next(path_of(tmp_path, step).glob("*.safetensors")))["model.x"].tolist() == [step] * 4
+    used = [(stager.uses, stager.closed) for stager in stagers.made if stager.pinned]
+    assert used == ([(1, True)] * 3 if once else [(3, False)])
+
+
+def test_the_thread_that_saves_takes_its_device_before_anything_else(tmp_path, stagers, monkeypatch):
+    world, threads = OnAGpu(0, 1, torch.device("cuda", 1)), []
+    monkeypatch.setattr("pretrain.checkpoint.saver._require_finite", lambda *_: threads.append(list(world.threads)))
+    saving = Saver(tmp_path, world)
+    saving.save(1, {"model.x": torch.ones(4)}, {})
+    thread = saving._thread
+    saving.finish()
+    assert threads == [[thread]]
+
+
+def test_a_process_takes_its_own_device_and_a_cpu_needs_none(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    ALONE.use_device()
+    World(1, 2, torch.device("cuda", 1)).use_device()
+    assert taken == [torch.device("cuda", 1)]
+
+
+def test_the_copies_of_a_cpu_go_with_their_save(tmp_path, monkeypatch):
+    copies, write = [], Saver._write
+
+    def note(saver, path, tensors, *rest):
+        copies.append(weakref.ref(tensors["model.x"].untyped_storage()))
+        write(saver, path, tensors, *rest)
+
+    monkeypatch.setattr(Saver, "_write", note)
+    saving = Saver(tmp_path, ALONE)
+    gc.disable()
+    try:
+        saving.save(1, {"model.x": torch.ones(4)}, {})
+        saving.finish()
+        assert [copy() for copy in copies] == [None]
+    finally:
+        gc.enable()
