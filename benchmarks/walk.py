@@ -44,10 +44,14 @@ class SparseMuon(Muon):
 
 
 class QuarterMuon(SparseMuon):
+    """A quarter of the rows in each step."""
+
     share = 1 / 4
 
 
 class HalfMuon(SparseMuon):
+    """Half of the rows in each step."""
+
     share = 1 / 2
 
 
