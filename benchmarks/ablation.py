@@ -2,7 +2,7 @@
 
 Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``. Each result is added to
 ``docs/ablation.jsonl``, and what that file has is not run again, on any machine; an unfinished run is resumed. From the
-file it writes ``docs/ablation.md`` and ``docs/ablation.png``; with ``--written`` that alone.
+file it writes ``docs/ablation.md``, ``docs/ablation.png`` and ``docs/losses.png``; with ``--written`` that alone.
 
 A record is of the defaults of its commit. Who changes a default takes its lines out of the file, or out of the listing.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 RECORDS = DOCS / "ablation.jsonl"
 SEED = "train.seed="
+COMPARED = {"optim=adamw": "AdamW, all weights", "optim=galore": "GaLore", "optim=grass": "Grass"}  # in losses.png
+LABEL_WIDTH = 34  # characters of a line
 
 # A line of the file is one run: stage, setting, seed, loss, tokens_per_s, commit, machine, date. Or it is a trial of
 # which only the sums are left: seeds instead of seed, error, commits, and minus: {setting: [difference, its error]}.
@@ -171,13 +174,38 @@ def plus_minus(error: float) -> str:
 
 
 def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
-    """A dot for each trial, a panel for each stage, topics apart by colour; the best dense and GaLore runs as lines."""
-    heights = [sum(map(len, topics.values())) for topics in stages.values()]
-    with new_figure(height=1.2 * len(stages) + 0.21 * sum(heights), grid="x") as figure:
+    """A dot for each trial, a panel for each stage, topics apart by colour; the best dense and GaLore runs as lines.
+
+    Args:
+        stages: for the title of each stage, its trials by topic.
+    """
+    heights = [1 + sum(map(len, topics.values())) for topics in stages.values()]
+    with new_figure(height=0.6 * len(stages) + 0.26 * sum(heights), grid="x") as figure:
         axes = figure.subplots(len(stages), 1, height_ratios=heights, squeeze=False)
-        for axis, (name, topics) in zip(axes[:, 0], stages.items(), strict=True):
+        for axis, (title, topics) in zip(axes[:, 0], stages.items(), strict=True):
             plot_stage(axis, topics)
-            axis.set(title=name, xlabel="validation loss, nats per token")
+            axis.set_title(title)
+        axes[-1, 0].set_xlabel("validation loss, nats per token")
+        named = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[:, 0]]
+        lines = {label: line for pairs in named for line, label in pairs}
+        if lines:
+            figure.legend(lines.values(), lines, loc="outside upper center", ncols=2)
+        save(figure, file)
+
+
+def plot_losses(trials: list[Trial], file: Path) -> None:
+    """The final losses of the methods in COMPARED, with standard errors over their seeds."""
+    found = {COMPARED[t.setting]: t for t in trials if t.setting in COMPARED}
+    with new_figure(height=1.7, grid="x") as figure:
+        axis = figure.add_subplot()
+        for place, name in enumerate(name for name in COMPARED.values() if name in found):
+            loss, error = found[name].loss, found[name].error
+            axis.errorbar(loss, place, xerr=error, fmt="o", capsize=3, markersize=6)
+            axis.annotate(f"{loss:.3f}", (loss, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_yticks(range(len(found)), [name for name in COMPARED.values() if name in found], fontsize=9)
+        axis.set_ylim(len(found) - 0.5, -0.7)
+        axis.set_title("Validation loss of a 5M LLaMA, three seeds ± standard error")
+        axis.set_xlabel("nats per token after 0.41M tokens; less is better")
         save(figure, file)
 
 
@@ -187,12 +215,12 @@ def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
     for colour, trials in enumerate(topics.values()):
         for t in sorted(trials, key=lambda t: t.loss):
             axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
-            labels.append(t.setting.removeprefix("optim=grass ").replace("optim.", ""))
+            label = t.setting.removeprefix("optim=grass ").replace("optim.", "").replace(",", ", ")
+            labels.append("\n".join(textwrap.wrap(label, LABEL_WIDTH)).replace(", ", ","))
     for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
         losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
         if losses:
             axis.axvline(min(losses), ls=style, c=GREY, label=f"best of {method}")
-            axis.legend()
     axis.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
     axis.set_ylim(len(labels) - 0.5, -0.5)
 
@@ -232,7 +260,9 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
         ]
         lines += table(topics, against)
     (DOCS / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
-    plot(stages, DOCS / f"{page}.png")
+    plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / f"{page}.png")
+    if losses := stages.get(study.get("losses", "")):
+        plot_losses([t for trials in losses.values() for t in trials], DOCS / "losses.png")
 
 
 def main(page: str = "ablation", about: str | None = __doc__) -> None:
@@ -250,7 +280,8 @@ def main(page: str = "ablation", about: str | None = __doc__) -> None:
     for name, stage in study["stages"].items() if not arguments.written else ():
         if name in (arguments.stages or study["stages"]):
             run_missing(name, stage, study["common"], arguments.root, arguments.jobs, file)
-    write(study, recorded(file), page)
+    if records := recorded(file):
+        write(study, records, page)
 
 
 if __name__ == "__main__":

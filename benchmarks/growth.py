@@ -80,9 +80,9 @@ def measure_all(pairs: int) -> dict[str, Any]:
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Seconds against each number, on log-log axes; a dotted line grows in proportion to it."""
-    with new_figure(height=3.2) as figure:
-        axes = figure.subplots(1, len(VALUES), sharey=True)
-        for axis, name in zip(axes, VALUES, strict=True):
+    with new_figure(height=4.4) as figure:
+        axes = figure.subplots(2, 2, sharey=True)
+        for axis, name in zip(axes.flat, VALUES, strict=True):
             of_this = [row for row in rows if row["varied"] == name]
             values = [row[name] for row in of_this]
             for what in SECONDS:
@@ -92,8 +92,10 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             axis.set_xticks(values, map(str, values))
             axis.minorticks_off()
             axis.set_xlabel(name)
-        axes[0].set_ylabel("seconds")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SECONDS) + 1)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("seconds")
+        figure.suptitle("Time of a step and its parts as one size grows", x=0.01, ha="left", fontsize=9)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         save(figure, file)
 
 

@@ -39,15 +39,15 @@ def plot(found: dict[tuple[str, str], dict[str, float]], file: Path) -> None:
     """The parts of every size and method, each as a share of the full-rank step's FLOPs."""
     labels, left = ["  ".join(names) for names in found], [0.0] * len(found)
     dense = [sum(found[size, "adamw"].values()) for size, _ in found]
-    with new_figure(8, 1 + 0.27 * len(found), grid="x") as figure:
+    with new_figure(height=1.3 + 0.22 * len(found), grid="x") as figure:
         axis = figure.add_subplot()
         for part in PARTS:
             shares = [parts[part] / whole for parts, whole in zip(found.values(), dense, strict=True)]
             axis.barh(labels, shares, left=left, label=part)
             left = [a + b for a, b in zip(left, shares, strict=True)]
         axis.invert_yaxis()
-        axis.set_xlabel("FLOPs, as a share of the full-rank step's")
-        figure.legend(ncols=len(PARTS), loc="outside upper center")
+        axis.set_title("FLOPs of a training step, relative to full-rank AdamW")
+        figure.legend(ncols=3, loc="outside lower center")
         save(figure, file)
 
 

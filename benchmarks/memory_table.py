@@ -34,6 +34,9 @@ METHODS = {
     "Grass, r = 256": ["optim.rank=256", "optim.state_dtype=bfloat16"],
     "Grass, r = 64": ["optim.rank=64", "optim.state_dtype=bfloat16"],
 }
+COMPARED = {  # in the overview, at one rank
+    "AdamW": "AdamW, all weights", "GaLore, r = 256": "GaLore, rank 256", "Grass, r = 256": "Grass, rank 256",
+}  # fmt: skip
 # arXiv 2406.17660: LLaMA-13B, bf16, Adam, 256 tokens, in its "GB", which 24 for 13.0e9 weights shows to be GiB.
 PAPER = {"weights": 24, "gradients": 24, "optimizer_state": 49, "activations": 2}
 PAPER_TOTAL = 102  # "at least"
@@ -69,25 +72,51 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
 
 
 def picture(rows: dict[tuple[str, str], Row]) -> Figure:
-    """A panel a size, a bar a method, a colour a component; the paper's beside the 13B."""
-    sizes = [size for size in SIZES if any(of == size for of, _ in rows)]
-    with new_figure(height=4.6, grid="y") as figure:
-        for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-            bars = {method: row for (of, method), row in rows.items() if of == size}
-            if size == "13b":
-                bars = {"Adam, the paper's": {name: held * GIB for name, held in PAPER.items()}} | bars
-            bottom = [0.0] * len(bars)
+    """A panel for each size and a bar for each method, with a colour for each component; the paper's for 13B."""
+    panels = {}
+    for size in SIZES:
+        bars = {method: row for (of, method), row in rows.items() if of == size}
+        if size == "13b":
+            bars = {"Adam, the paper's": {name: held * GIB for name, held in PAPER.items()}} | bars
+        if bars:
+            panels[f"LLaMA {size.upper()}, GiB by the planner"] = bars
+    return stacked(panels)
+
+
+def overview(rows: dict[tuple[str, str], Row]) -> Figure:
+    """The methods in COMPARED for 13B and 7B."""
+    return stacked(
+        {
+            f"LLaMA {size.upper()}: GiB for a training step, by the planner": {
+                name: rows[size, method] for method, name in COMPARED.items() if (size, method) in rows
+            }
+            for size in ("13b", "7b")
+        },
+        height=0.3,
+    )
+
+
+def stacked(panels: dict[str, dict[str, Row]], height: float = 0.25) -> Figure:
+    """A panel below the other for each title, with a bar of ``height`` inches for each method."""
+    counts = [len(bars) + 1 for bars in panels.values()]
+    with new_figure(height=0.8 + height * sum(counts) + 0.25 * len(panels), grid="x") as figure:
+        for axes, (title, bars) in zip(
+            figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts)[:, 0], panels.items(), strict=True
+        ):
+            left = [0.0] * len(bars)
             for name, colour in zip(COMPONENTS, [*COLOURS, GREY], strict=False):
-                heights = [row.get(name, 0) / GIB for row in bars.values()]
-                if max(heights) > 0.02:
-                    axes.bar(list(bars), heights, bottom=bottom, color=colour, width=0.7, label=name.replace("_", " "))
-                bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-            axes.set_title(f"LLaMA {size.upper()}")
-            axes.tick_params(axis="x", rotation=90)
-            axes.set_ylabel("GiB")
+                widths = [row.get(name, 0) / GIB for row in bars.values()]
+                if max(widths) > 0.02:
+                    axes.barh(list(bars), widths, left=left, color=colour, height=0.7, label=name.replace("_", " "))
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+            for place, total in enumerate(left):
+                axes.text(total, place, f" {total:.1f}", va="center", fontsize=8)
+            axes.set_title(title)
+            axes.set_xlim(0, 1.1 * max(left))
+            axes.invert_yaxis()
         named = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
         handles = {label: handle for pairs in named for handle, label in pairs}
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
         return figure
 
 
@@ -105,6 +134,7 @@ def main() -> None:
     ordered = {(size, m): rows[size, m] for size in SIZES for m in METHODS if (size, m) in rows}
     print(table(ordered))
     save(picture(ordered), FOLDER / "memory.png")
+    save(overview(ordered), FOLDER / "memory_overview.png")
 
 
 if __name__ == "__main__":

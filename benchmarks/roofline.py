@@ -165,7 +165,7 @@ def plot(measured: list[dict[str, Any]], file: Path) -> None:
 
     Beyond it the model would take for computing what may still be waiting for the link.
     """
-    with new_figure(7, 4) as figure:
+    with new_figure(height=3.4) as figure:
         axis = figure.add_subplot()
         tokens, slowest = 256 * measured[0]["ranks"], min(run["mbit"] for run in measured)
         for method, curve in curves(measured).items():
@@ -174,9 +174,9 @@ def plot(measured: list[dict[str, Any]], file: Path) -> None:
             found = sorted(curve.measured.items())
             axis.plot([m for m, _ in found], [tokens / s for _, s in found], "o", color=line.get_color(), label=method)
         axis.set_xscale("log")
+        axis.set_title("Tokens per second against bandwidth (points: measured, lines: model)")
         axis.set_xlabel("Mbit/s of each process")
-        axis.set_ylabel("tokens/s of regular steps\n(points measured, lines modelled)")
-        axis.legend()
+        figure.legend(loc="outside lower center", ncols=4)
         save(figure, file)
 
 

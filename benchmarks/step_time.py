@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -149,22 +150,24 @@ def table(size: str, rows: list[dict[str, Any]]) -> Table:
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Where a step's time goes: a panel for each run of a size, and in it a stack for each method."""
     runs = list(by_run(rows))
-    heights = [len(of_one) + 1 for _, of_one in runs]
-    with new_figure(8, 0.8 + 0.3 * sum(heights), grid="x") as figure:
+    lines = [max(len(re.split("[:;]", row["method"])) for row in of_one) for _, of_one in runs]
+    heights = [1 + len(of_one) * (0.5 + 0.5 * most) for most, (_, of_one) in zip(lines, runs, strict=True)]
+    with new_figure(height=0.8 + 0.27 * sum(heights), grid="x") as figure:
         axes = figure.subplots(len(runs), squeeze=False, height_ratios=heights)
         for axis, (title, of_one) in zip(axes[:, 0], runs, strict=True):
-            labels, left = [row["method"] for row in of_one], [0.0] * len(of_one)
+            labels = ["\n".join(re.split("[:;]", row["method"])) for row in of_one]
+            left = [0.0] * len(of_one)
             for part, label in PARTS.items():
                 share = [row[part] / (row["refresh_every"] if part == "refresh_s" else 1) for row in of_one]
                 axis.barh(labels, share, left=left, label=label)
                 left = [a + b for a, b in zip(left, share, strict=True)]
-            for row, end in zip(of_one, left, strict=True):
-                axis.text(end, row["method"], f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=8)
-            axis.set_title(title)
-            axis.set_xlim(0, 1.25 * max(left))
+            for row, label, end in zip(of_one, labels, left, strict=True):
+                axis.text(end, label, f" {row['tokens_per_s']:,.0f} tokens/s", va="center", fontsize=8)
+            axis.set_title(f"LLaMA {title}".replace(ONE_BLOCK, ", one block"))
+            axis.set_xlim(0, 1.4 * max(left))
             axis.invert_yaxis()
         axes[-1, 0].set_xlabel("seconds per step")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(PARTS), loc="outside upper center")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=2, loc="outside upper center")
         save(figure, file)
 
 

@@ -9,18 +9,17 @@ an interruption it resumes.
 """
 
 import argparse
-import ast
 import errno
 import inspect
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, get_args
 
@@ -75,27 +74,28 @@ def find(settings: DataSettings) -> PreparedDataset | None:
     return None if plan.problems else _find(plan)
 
 
-def find_by_fingerprint(settings: DataSettings, fingerprint: str) -> PreparedDataset | None:
+def find_by_fingerprint(
+    settings: DataSettings, fingerprint: str, mixture: list[tuple[str, float]] | None = None
+) -> PreparedDataset | None:
     """The complete preparation with this fingerprint in `settings.root`, if there is one.
 
     No file of the corpus and no tokenizer is needed: a run that has trained on the preparation can resume without them.
 
+    Args:
+        mixture: For source `mixture`, the fingerprint and the weight of each corpus, as `manifest["mixture"]` of the
+            prepared mixture has them.
+
     Raises:
         ValueError: The preparation was damaged.
     """
-    if settings.source == "mixture":
-        return _find_mixture(PreparationPlan(settings), fingerprint)
-    found = (folder for folder, manifest in manifests(settings.root) if manifest["fingerprint"] == fingerprint)
-    return next(map(load, found), None)
-
-
-def _find_mixture(plan: PreparationPlan, fingerprint: str) -> PreparedDataset | None:
-    weights = [weight for _, weight in plan.parts]
-    fingerprints = [(folder, manifest["fingerprint"]) for folder, manifest in manifests(plan.settings.root)]
-    for chosen in product(fingerprints, repeat=len(weights)):
-        if hash_of([[found, weight] for (_, found), weight in zip(chosen, weights, strict=True)]) == fingerprint:
-            return _mix(plan, [(load(folder), weight) for (folder, _), weight in zip(chosen, weights, strict=True)])
-    return None
+    folders = {str(manifest["fingerprint"]): folder for folder, manifest in manifests(settings.root)}
+    if settings.source != "mixture":
+        return load(folders[fingerprint]) if fingerprint in folders else None
+    plan = PreparationPlan(settings)
+    parts = [(part, weight) for (part, _), (_, weight) in zip(mixture or [], plan.parts, strict=False)]
+    if hash_of(parts) != fingerprint or not all(part in folders for part, _ in parts):
+        return None
+    return _mix(plan, [(load(folders[part]), weight) for part, weight in parts])
 
 
 def manifests(root: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -235,28 +235,16 @@ def parser() -> argparse.ArgumentParser:
         several = isinstance(default, list)
         shown = " ".join(default) if several else default
         (kind,) = [t for t in get_args(entry.type) or (entry.type,) if t is not type(None)]
-        p.add_argument(
-            flag,
-            type=str if several else kind,
-            nargs="*" if several else None,
-            default=default,
-            help=(meaning[entry.name] + (f" Default: {shown}" if shown not in ("", None) else "")).replace("%", "%%"),
-        )
+        about = (meaning[entry.name] + (f" Default: {shown}" if shown not in ("", None) else "")).replace("%", "%%")
+        form: dict[str, Any] = {"type": str, "nargs": "*"} if several else {"type": kind}
+        p.add_argument(flag, **form, default=default, help=about)
     return p
 
 
 def meanings() -> dict[str, str]:
     """The docstring of each setting of DataSettings, by the setting's name."""
-    (settings,) = ast.parse(inspect.getsource(DataSettings)).body
-    assert isinstance(settings, ast.ClassDef)
-    return {
-        a.target.id: inspect.cleandoc(str(b.value.value)).replace("`", "")
-        for a, b in pairwise(settings.body)
-        if isinstance(a, ast.AnnAssign)
-        and isinstance(a.target, ast.Name)
-        and isinstance(b, ast.Expr)
-        and isinstance(b.value, ast.Constant)
-    }
+    documented = re.findall(r'^    (\w+): .*\n    """([^"]+)"""', inspect.getsource(DataSettings), re.MULTILINE)
+    return {name: inspect.cleandoc(text).replace("`", "") for name, text in documented}
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def train(out: Path, steps: int, save_every: int = 20) -> list[float]:
         grass.load_state_dict(state_dict=state["grass"])
         print(f"resumed after {grass.steps} steps")
     else:
-        grass.start(lambda: loss_of(model, text, 0).backward())  # chooses the first rows; makes no update
+        grass.start(lambda: loss_of(model, text, 0).backward())  # chooses the initial rows; makes no update
 
     losses = []
     for step in range(grass.steps, steps):

@@ -30,7 +30,7 @@ class _Recomputable(torch.autograd.Function):
 
 
 def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)`, which saves its inputs for the backward and no intermediate results."""
+    """Call `function(*inputs)` and save its inputs for the backward, but no intermediate results."""
     return function(*inputs) if torch.compiler.is_compiling() else _Recomputable.apply(function, *inputs)
 
 

@@ -11,7 +11,7 @@ copies while they are selected, and are rounded stochastically when they leave t
     layers = convert_linears(model, rank=64)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     grass = Grass(model, optimizer)
-    grass.start(lambda: loss_of(first_batch).backward())   # rows for the first window; makes no update
+    grass.start(lambda: loss_of(first_batch).backward())   # chooses the initial rows; makes no update
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,7 +35,8 @@ from optim.selection import SELECTIONS, WITH_REPLACEMENT, select_layers
 from optim.selection_history import SelectionHistory
 
 Choose = Callable[[list[str], list[Tensor]], list[tuple[Tensor, Tensor | None]]]
-"""(names of layers, estimated norms (m,) of their rows' gradients) → sorted index (r,) and ρ (r,) or None of each."""
+"""Arguments: the names of layers, and for each layer the estimated norms (m,) of its rows' gradients, float64. Result:
+for each layer the selected rows (r,) int64, ascending, and ρ (r,) float32 or None where it is 1. All are on the CPU."""
 
 
 class Grass:
@@ -62,7 +63,7 @@ class Grass:
         seed: the run's seed.
 
     Attributes:
-        choose: chooses the rows at a refresh; may be replaced.
+        choose: chooses the rows at a refresh; may be replaced by any ``Choose``. All processes have to choose alike.
         steps: updates made.
 
     Raises:
@@ -115,7 +116,7 @@ class Grass:
         optimizer.register_step_post_hook(self._after_step)
 
     def start(self, backward: Callable[[], object]) -> None:
-        """Choose the rows of the first window from one gradient, computed by ``backward`` and then dropped.
+        """Choose the initial rows from one gradient, computed by ``backward`` and then dropped.
 
         Every layer is probed, and a probed layer that selects columns keeps its complete input: where memory is tight
         ``backward`` should keep little else, by activation checkpointing.
@@ -128,24 +129,28 @@ class Grass:
         self._start_probes()
 
     def resume(self, steps: int) -> None:
-        """Continue after ``steps`` updates, with layers, moments and ``tensors()`` loaded from a checkpoint."""
+        """Continue after ``steps`` updates, once layers, moments and ``tensors()`` are loaded. For ``OptimizerStack``.
+
+        In your own training loop, use ``load_state_dict``.
+        """
         self.steps = steps
         self._start_probes()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that neither the model nor the optimizer holds, for a checkpoint beside those of both.
+        """The part of the state that is not in the model's or the optimizer's state_dict. Save all three.
 
-        ``{"steps": int, "tensors": {name: Tensor}}``. The tensors are not copied, as in a state_dict of torch.
+        ``{"steps": int, "tensors": {name: Tensor}}``. As in torch, the tensors are references, not copies.
         """
         return {"steps": self.steps, "tensors": self.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict()``, exactly; call it instead of ``start``, after the model's and optimizer's.
+        """Continue exactly from a ``state_dict()``.
 
-        The model has the same conversion, and Grass the same arguments.
+        Call it instead of ``start``, after loading the model and the optimizer. The model has to be converted, and
+        Grass created, with the arguments of the saved run.
 
         Raises:
-            ValueError: it belongs to other layers.
+            ValueError: the state belongs to other layers.
         """
         tensors, history = dict(state_dict["tensors"]), self.history.tensors()
         gathered = {name: tensors.pop(f"grass.{name}") for name in self.layers if f"grass.{name}" in tensors}
@@ -191,7 +196,7 @@ class Grass:
         self._refresh_hooks[1].append(hook)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state for a checkpoint, to be filled in place on resuming: grass.<layer>, history.<layer>.<name>."""
+        """The tensors of the state, which a resume fills in place: grass.<layer>, history.<layer>.<name>."""
         tensors = {f"grass.{name}": gathered for name, gathered in self.probes.gathered.items()}
         return tensors | {f"history.{name}": tensor for name, tensor in self.history.tensors().items()}
 
@@ -269,7 +274,7 @@ class Grass:
         if not names:
             return
         norms = self.probes.take_norms(names)
-        chosen = self.choose(names, norms)
+        chosen = self._choose_rows(names, norms)
         device = norms[0].device
         index = upload(torch.cat([index for index, _ in chosen]), device).split([len(index) for index, _ in chosen])
         scales = [scale if scale is None else upload(scale, device) for _, scale in chosen]
@@ -277,15 +282,20 @@ class Grass:
         for numbers, change in select_rows(layers, index, scales, keys):
             self._state.update([layers[n] for n in numbers], change, torch.stack([norms[n] for n in numbers]))
 
-    def _choose_by_scores(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    def _choose_rows(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Call ``choose``, compare the result over the processes, and record it in the history."""
         # One transfer for all layers: each waits for the device.
         on_cpu = torch.cat(norms).cpu().double().split([n.numel() for n in norms])
-        scores, layers = dict(zip(names, on_cpu, strict=True)), {name: self.layers[name] for name in names}
+        chosen = self.choose(names, list(on_cpu))
+        require_agreement([index for index, _ in chosen], norms[0].device)
+        for name, (index, _), scores in zip(names, chosen, on_cpu, strict=True):
+            self.history.note(name, self.steps, index, scores)
+        return chosen
+
+    def _choose_by_scores(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        scores, layers = dict(zip(names, norms, strict=True)), {name: self.layers[name] for name in names}
         windows = {name: self.schedule.window(name, self.steps) for name in names}
         selected = select_layers(self.selection, layers, scores, windows, self.seed, self.steps)
-        for name, (index, _, _) in selected.items():
-            self.history.note(name, self.steps, index, scores[name])
-        require_agreement([index for index, _, _ in selected.values()], norms[0].device)
         return [selected[name][:2] for name in names]
 
 

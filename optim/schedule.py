@@ -5,12 +5,21 @@ import math
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
+def warmup_updates(warmup: float, total: int) -> int:
+    """The number of updates of a warm-up in a run of ``total`` updates.
+
+    Args:
+        warmup: a number of updates, or, between 0 and 1, a share of ``total``; a share leaves the last update out.
+    """
+    return min(round(warmup * total), max(0, total - 1)) if 0 < warmup < 1 else int(warmup)
+
+
 def rate_factor(
-    step: int, *, total: int, schedule: str, warmup: int = 0, final: float = 0.1, decay_share: float = 0.2
+    step: int, *, total: int, schedule: str, warmup: float = 0, final: float = 0.1, decay_share: float = 0.2
 ) -> float:
     """The factor on the peak rate for the update from ``step`` to ``step + 1`` (0 ≤ step < total).
 
-    Linear warm-up from 1/warmup to 1 over ``warmup`` updates, then
+    Linear warm-up from 1/n to 1 over the n updates of ``warmup``, then
 
     cosine    half a cosine from 1 to ``final`` at the last update (Loshchilov & Hutter, arXiv 1608.03983)
     wsd       1, then linear to ``final`` over the last ``decay_share`` of all updates (warm-up, stable, decay: Hu et
@@ -21,7 +30,7 @@ def rate_factor(
         step: updates made so far.
         total: updates of the run.
         schedule: a name of SCHEDULES.
-        warmup: updates.
+        warmup: updates, or a share of ``total``, see ``warmup_updates``.
         final: the factor in the last update, 0 … 1.
         decay_share: 0 … 1, for "wsd".
 
@@ -30,6 +39,7 @@ def rate_factor(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"optim.schedule={schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
+    warmup = warmup_updates(warmup, total)
     if step < warmup:
         return (step + 1) / warmup
     last = total - 1

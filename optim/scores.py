@@ -102,7 +102,8 @@ def require_agreement(indices: list[Tensor], device: torch.device) -> None:
     fingerprint = key(0, *(str(index.tolist()) for index in indices))
     if "cpu:" in str(dist.get_backend_config()):
         device = torch.device("cpu")  # between the hosts, without waiting for a device
-    low_high = torch.tensor([-fingerprint, fingerprint], device=device)
-    dist.all_reduce(low_high, op=dist.ReduceOp.MAX)
-    if low_high.tolist() != [-fingerprint, fingerprint]:
+    ends = torch.tensor([-fingerprint, fingerprint], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)  # now the negative of the smallest fingerprint, and the largest
+    agree = ends.sum() == 0
+    if not agree:
         raise RuntimeError("the processes chose different rows: their scores or seeds differ")

@@ -56,6 +56,22 @@ def test_every_link_leads_to_a_file_and_a_heading(root):
     assert checked > 50
 
 
+def test_the_readme_begins_with_memory_then_losses_and_says_what_it_takes(root):
+    first_screen = (root / "README.md").read_text().partition("## Quick start")[0]
+    assert re.findall(r"!\[.+\]\((.+)\)", first_screen) == ["docs/memory_overview.png", "docs/losses.png"]
+    for said in (
+        "by the planner",
+        "Needs",
+        "disk",
+        "Python 3.10",
+        "Not shown",
+        "Tested with",
+        "LICENSE",
+        "CITATION.cff",
+    ):
+        assert said in first_screen
+
+
 def test_every_file_and_test_that_is_named_exists(root):
     tests = 0
     for page, text in pages(root).items():

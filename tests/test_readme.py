@@ -97,6 +97,7 @@ def test_what_is_done_with_runs_can_be_done_in_the_order_told(tmp_path, tmp_path
         follow(command, tmp_path, prepared + tasks)
     for file in ("mine-exported/model.safetensors", "exported/config.json", "report/index.html"):
         assert (tmp_path / file).exists(), file
+    assert (tmp_path / "continued/hf_assets").is_dir()
     for name in ("continued", "tuned"):
         assert json.loads((tmp_path / name / "summary.json").read_text())["steps"] == 2
 
@@ -130,7 +131,7 @@ def test_the_commands_run(command, tmp_path, tmp_path_factory):
     (folder,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
     table = RUNS.split("## Run folder")[1].split("##")[0]
     for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
-        assert (folder / name).exists() or name in ("wandb/", "selection.jsonl"), name
+        assert (folder / name).exists() or name in ("wandb/", "selection.jsonl", "hf_assets/"), name
 
 
 def test_the_python_block_runs():

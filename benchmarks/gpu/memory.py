@@ -45,7 +45,7 @@ def _limit(bench: Bench, gib: float) -> None:
 
 
 def _train(bench: Bench, config: Config, compile: bool, row: Row) -> None:
-    """Choose the first rows and make some steps as a run does, and note what that held."""
+    """Choose the initial rows and make some steps as a run does, and note what that held."""
     run = TrainingRun(config, bench.device, compile=compile)
     batch = random_batch(config, pinned=bench.on_gpu)
     row["compiled"] = run.compiled
@@ -53,7 +53,7 @@ def _train(bench: Bench, config: Config, compile: bool, row: Row) -> None:
     began = time.perf_counter()
     run.choose_rows(batch)
     bench.synchronize()
-    row["first_rows_s"] = time.perf_counter() - began
+    row["initial_rows_s"] = time.perf_counter() - began
     row |= {f"{key}_choosing": gib for key, gib in _peaks(bench).items()}
     times = []
     for _ in range(2 if bench.dry else STEPS):

@@ -40,7 +40,7 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     "memory": [
         ("", "case", ""), ("planned GiB", "planned_gib", ".2f"), ("peak", "peak_gib", ".2f"),
         ("reserved", "reserved_gib", ".2f"), ("of the device", "taken_gib", ".2f"),
-        ("peak choosing rows", "peak_gib_choosing", ".2f"), ("choosing s", "first_rows_s", ".1f"),
+        ("peak choosing rows", "peak_gib_choosing", ".2f"), ("choosing s", "initial_rows_s", ".1f"),
         ("step s", "step_s", ".2f"),
     ],
     "step_times": [

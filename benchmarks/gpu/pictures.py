@@ -38,7 +38,7 @@ def step_times(rows: list[Row]) -> Figure | None:
             axes.bar_label(bars, [f"{row['of_adamw']:.2f}" for row in of_case], padding=3, fontsize=8)
             axes.axvline(1.0, color=GREY, linewidth=0.8)
             axes.axvline(AIMS[case.partition("_")[0]], color=COLOURS[2], linewidth=1.2, linestyle="--")
-            axes.set_title(f"{case}: tokens per second, in AdamW's (dashed: the aim for grass)")
+            axes.set_title(f"{case}: speed relative to AdamW (dashed: the aim for Grass)")
             axes.invert_yaxis()
         return figure
 
@@ -55,7 +55,8 @@ def memory(rows: list[Row]) -> Figure | None:
             axes.bar([n + shift for n in range(len(rows))], [row[key] for row in rows], width=0.25, label=label)
         for place, row in enumerate(rows):
             axes.hlines(row["card_gib"], place - 0.42, place + 0.42, color="#000000", linewidth=1.2)
-        axes.set_xticks(range(len(rows)), labels)
-        axes.set_ylabel("GiB (line: the card)")
+        axes.set_xticks(range(len(rows)), labels, rotation=90 if len(rows) > 4 else 0)
+        axes.set_title("Planned and measured memory (line: the card)")
+        axes.set_ylabel("GiB")
         figure.legend(loc="outside lower center", ncols=3)
         return figure

@@ -13,7 +13,7 @@ from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model, outline
 from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.first_rows import choose_first_rows
+from pretrain.training.initial_rows import choose_initial_rows
 from pretrain.training.train_step import MicroBatch, TrainStep
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -60,9 +60,9 @@ class TrainingRun:
         self.train_step = TrainStep(config, self.world, self.model, engine, self.optim)
 
     def choose_rows(self, batch: Sequence[MicroBatch]) -> None:
-        """Choose the first rows by the gradient of ``batch``, as a run does."""
+        """Choose the initial rows by the gradient of ``batch``, as a run does."""
         if self.optim.grass:
-            choose_first_rows(self.optim.grass, self.train_step, batch, None)
+            choose_initial_rows(self.optim.grass, self.train_step, batch, None)
 
     def take_some_rows(self) -> None:
         """Begin with evenly spread rows, where it does not matter which."""

@@ -14,6 +14,7 @@ from data.preparation.corpus_writer import CorpusWriter
 from data.preparation.plan import PreparationPlan, hash_of
 from data.shards.reader import COUNTS, token_dtype
 from data.sources.corpus import Corpus
+from data.sources.file_search import shorten
 from data.sources.records import PART_CHARS
 from data.token_dataset import FORMAT, MANIFEST, describe
 from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer
@@ -30,8 +31,7 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
         ValueError: Files of the corpus changed during preparation, or a split has no document.
     """
     if changed := corpus.changed():
-        more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
-        raise ValueError(f"data.paths: {', '.join(changed[:8])}{more} changed during preparation; start again")
+        raise ValueError(f"data.paths: {shorten(changed)} changed during preparation; start again")
     skipped, documents = writer.describe_skipped(), writer.state.documents
     if not documents:
         raise corpus.no_documents_error(skipped)

@@ -111,6 +111,6 @@ def confirm_tokenizer(work: Path, tokenizer: Tokenizer) -> None:
         if old_tokenizer.read_bytes() == tokenizer.path.read_bytes():
             os.replace(old_state, work / STATE)
         else:
-            logger.warning("the tokenizer trained on these files is another one; preparing from the start")
+            logger.warning("the tokenizer of the present files differs from the earlier one; preparing from the start")
             old_state.unlink()
     old_tokenizer.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ A split is one or more shards in order, and each document lies within one shard.
 - `.index.npy`: for each document its first token, the offset of its name, and the bytes of its text (dtype INDEX).
 - `.names`: the documents' names, concatenated.
 
-Where documents begin with a prompt there is a fourth, `.given.npy`: the number of tokens of each prompt. The manifest
-of the dataset lists the shards, with lengths and checksums of their files.
+If documents begin with a prompt, a fourth file, `.given.npy`, has the number of tokens of each prompt. The manifest of
+the dataset lists the shards, with lengths and checksums of their files.
 """
 
 from bisect import bisect_right

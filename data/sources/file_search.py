@@ -18,14 +18,14 @@ ODD_NAME = "names that are not UTF-8, written with escapes"
 
 
 def shorten(names: Iterable[str], limit: int = 8) -> str:
-    """The first names, and the number of the others."""
+    """The first `limit` of `names`, and the number of the others, for messages: "a, b and 3 more"."""
     names = list(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def readable(path: str | Path) -> str:
-    """A path in characters that can be written as UTF-8; bytes of it that are not UTF-8 become escapes."""
+    """`path` as text that can be written in UTF-8: bytes that are not UTF-8 become escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 

@@ -176,7 +176,7 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Prepare; a problem of the text or the disk is written to standard output."""
+    """Prepare, as the background process. An error of the text or the disk is written to standard output."""
     given = json.load(sys.stdin)
     Thread(target=_end_with, args=(given["parent"],), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Memory of tensors on a CPU: glibc keeps freed memory for the next step instead of returning it to the kernel."""
+"""Settings with which glibc keeps freed memory for the next step instead of returning it to the kernel (CPU runs)."""
 
 import os
 

@@ -74,7 +74,7 @@ class OptimConfig:
     clip: float = field(metadata=MAY_CHANGE)
     norm_growth: float
     schedule: str = field(metadata=MAY_CHANGE)
-    warmup_steps: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    warmup_steps: float = field(metadata=MAY_CHANGE | AT_LEAST_0)
     final_lr: float = field(metadata=MAY_CHANGE)
     decay_share: float = field(metadata=MAY_CHANGE)
     master_weights: bool

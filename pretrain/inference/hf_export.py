@@ -36,12 +36,12 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     """Write the model at ``path`` to the new folder ``out``.
 
     A model that came from Hugging Face, or a run that started from one, gets its generation settings, chat template and
-    special tokens back as they were. The embedding keeps its rows, also those that stand for no token. A run gets a
-    model card; the tokenizer's ``model_max_length`` is the length of its sequences.
+    special tokens back as they were. The embedding keeps all rows, padding included. The export of a run has a model
+    card, and the length of the run's sequences as the tokenizer's ``model_max_length``.
 
     Args:
-        dtype: of all weights; by default that of the model.
-        shard_bytes: the most that a file of weights holds, except for a single larger tensor.
+        dtype: of all weights; by default the model's dtype.
+        shard_bytes: maximum size of a file of weights; a single larger tensor gets a file of its own.
 
     Raises:
         ValueError: there is no model at ``path``, or ``out`` exists.

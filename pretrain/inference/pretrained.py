@@ -67,7 +67,7 @@ def find_pretrained(path: str | Path) -> PretrainedModel:
     """The model at ``path``: a run's folder (its newest checkpoint), a checkpoint's folder, or a Hugging Face folder.
 
     Raises:
-        ValueError: there is no model, or one that cannot be read.
+        ValueError: there is no model, or it cannot be read.
     """
     path = Path(path)
     if (path / "config.yaml").exists():

@@ -1,1 +1,1 @@
-"""Memory planning without memory."""
+"""Plan the memory of a run without allocating it."""

@@ -1,6 +1,6 @@
 """Simulate the first steps of a run on fake tensors, with the run's own code, and record the memory they hold.
 
-No memory is allocated and nothing is computed. Scores are unknown, so a refresh selects the first rows of each layer.
+No memory is allocated and nothing is computed. Scores are unknown, so a refresh selects rows 0 to r-1 of each layer.
 Shapes and lifetimes are those of the CPU without ``torch.compile``. Of several devices, rank 0 is simulated.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,7 +205,8 @@ class _Steps:
         self.config, self.layout, self.phases, self.traffic = config, layout, phases, traffic
         self.optim = phases.optim = build_optimizer(config, model)
         if self.optim.grass:
-            self.optim.grass.choose = partial(_first_rows, self.optim.grass)
+            self.optim.grass.choose = partial(_rows_in_order, self.optim.grass)
+            self.optim.grass.history.note = lambda *_: None  # type: ignore[method-assign]  # fake scores have no values
         engine.wrap(model)
         self.train_step = TrainStep(config, world, model, engine, self.optim, observers=[phases])
         self.sent = 0
@@ -256,9 +257,9 @@ class _Steps:
         return [(tokens, tokens, *documents)] * min(accumulated, 2)
 
 
-def _first_rows(grass: Grass, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-    """Choose the first rows of each layer, in place of a choice by scores."""
+def _rows_in_order(grass: Grass, names: list[str], _norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Choose rows 0 to r-1 of each layer. The index is a real tensor, because ranks hash and compare its values."""
     layers = [grass.layers[name] for name in names]
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(2, dtype=torch.int64))  # ranks compare their choices
-    return [(torch.arange(layer.rank), torch.ones(layer.rank) if layer.scaled else None) for layer in layers]
+    return [
+        (torch.from_numpy(np.arange(layer.rank)), torch.ones(layer.rank) if layer.scaled else None) for layer in layers
+    ]

@@ -85,7 +85,7 @@ class Chart:
 
 
 LOSSES = [
-    Metric("loss", "train/loss", "Training loss", LOSS, "A moving average; the logged values are behind it.",
+    Metric("loss", "train/loss", "Training loss", LOSS, "A moving average.",
            ("tokens", "minutes"), log=True, smoothed=True),
     Metric("validation", "val/loss", "Validation loss", LOSS, "From before the first step on.", ("tokens", "minutes"),
            log=True, markers=True),
@@ -116,6 +116,8 @@ def charts_of(groups: list[Group], metrics: Iterable[Metric], data: str = "", su
             axis = "time" if over == "minutes" else over
             name, title = f"{name}-{axis}", f"{title} against {axis}"
         caption = "The time of training steps, without validation and saving." if over == "minutes" else metric.caption
+        if keep_logged and over == "tokens":
+            caption += " The logged values are behind it."
         charts.append(Chart(name + suffix, title, data, caption, over, metric, lines))
     return charts
 

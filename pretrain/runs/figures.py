@@ -3,6 +3,7 @@
 Figures are 5.2 inches wide, so that their letters can be read at 400 pixels.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,9 @@ def save(figure: Figure, path: Path) -> Path:
 
 def plot_chart(chart: Chart) -> Figure:
     """The chart as a figure, with its legend below it."""
-    with new_figure() as figure:
+    names = [line.group.name for line in chart.lines]
+    columns = max(1, min(len(names), 3, 60 // (4 + max(map(len, names)))))
+    with new_figure(height=2.9 + 0.17 * math.ceil(len(names) / columns)) as figure:
         axes = figure.add_subplot()
         colours = _colours(1 + max(line.group.number for line in chart.lines))
         for line in chart.lines:
@@ -81,7 +84,7 @@ def plot_chart(chart: Chart) -> Figure:
         axes.xaxis.set_major_formatter(EngFormatter(sep="") if chart.over == "tokens" else FuncFormatter(_plain))
         axes.set_xlabel(UNITS[chart.over])
         axes.set_title(f"{chart.title}, {chart.metric.unit}" + (f"\n{chart.data}" if chart.data else ""))
-        _legend(figure, axes)
+        figure.legend(loc="outside lower left", ncols=columns)
         return figure
 
 
@@ -121,12 +124,6 @@ def _logarithmic(axes: Axes) -> None:
 
 def _plain(value: float, _position: int) -> str:
     return f"{value:g}"
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    columns = max(1, min(len(names), 3, 60 // (4 + max(map(len, names)))))
-    figure.legend(handles, names, loc="outside lower left", ncols=columns)
 
 
 def _label_layers(axes: Axes, layers: list[str]) -> None:

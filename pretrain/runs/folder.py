@@ -107,14 +107,14 @@ class RunFolder:
         """Keep other runs out of the folder while the context is open.
 
         Raises:
-            ConfigError: another run is at work in the folder.
+            ConfigError: another run uses the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with file_lock(self.path / ".lock"):
                 yield
         except LockHeld:
-            raise ConfigError(f"another run is at work in {self.path}; choose another run.name") from None
+            raise ConfigError(f"another run uses {self.path}; wait for its end, or choose another run.name") from None
 
     def open(self, config: Config, step: int) -> None:
         """Prepare the folder for a run that starts or resumes after ``step``; call on one process, after ``check``."""

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import tempfile
 import time
 from contextlib import suppress
@@ -46,15 +47,18 @@ def require_writable(root: str, name: str) -> None:
 
 def _make(folder: Path, made: list[Path]) -> None:
     """Make ``folder`` unless it is there, and note it in ``made``."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(errno.EEXIST, "it is a file")
-    if folder.exists():
-        return
     try:
-        folder.mkdir()
-        made.append(folder)
+        mode = folder.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise FileExistsError(errno.EEXIST, "it is a file")
+    try:
+        if mode is None:
+            folder.mkdir()
+            made.append(folder)
     except FileExistsError:
-        if os.path.lexists(folder) and not folder.is_dir():  # a link to nothing; a folder was made by another process
+        if folder.is_symlink():  # a link to nothing; a folder was made by another process just now
             raise
 
 

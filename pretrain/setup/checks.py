@@ -20,7 +20,7 @@ from optim.baselines import PROJECTED, SCALE_TYPES
 from optim.inner import optimizer_class
 from optim.moments import NEW_SECOND_MOMENTS, POLICIES
 from optim.param_groups import parameter_groups
-from optim.schedule import SCHEDULES
+from optim.schedule import SCHEDULES, warmup_updates
 from optim.scores import SCORES
 from optim.selection import SELECTIONS
 from pretrain.config.schema import (
@@ -61,11 +61,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
         problems += _baseline_problems(config.optim)
         if config.train.step_in_backward:
             problems += _step_in_backward_problems(config.optim, config.train.non_finite == "skip", world_size)
-        if 0 <= config.train.steps <= config.optim.warmup_steps:
-            problems.append(
-                f"optim.warmup_steps={config.optim.warmup_steps} leaves nothing of train.steps={config.train.steps}; "
-                "lower it"
-            )
+        problems += _warmup_problems(config.optim.warmup_steps, config.train.steps)
         problems += _model_problems(config, world_size, resumes)
         if needs_data:
             of_data = data_problems(config.data)
@@ -80,6 +76,15 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
 def _within(low: float, high: float, node: Any, *names: str) -> list[str]:
     values = {name: getattr(node, name) for name in names}
     return [f"optim.{n}={v} must be between {low:g} and {high:g}" for n, v in values.items() if not low <= v <= high]
+
+
+def _warmup_problems(warmup: float, steps: int) -> list[str]:
+    share = "or give a share of the run between 0 and 1"
+    if not math.isfinite(warmup) or (warmup > 1 and warmup != int(warmup)):
+        return [f"optim.warmup_steps={warmup:g} is no number of steps; round it, {share}"]
+    if 0 < steps <= warmup_updates(warmup, steps):
+        return [f"optim.warmup_steps={warmup:.15g} leaves nothing of train.steps={steps}; lower it, {share}"]
+    return []
 
 
 def _one_of(key: str, value: str, known: Iterable[str]) -> list[str]:

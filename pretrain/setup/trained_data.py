@@ -36,13 +36,14 @@ def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset 
     None when those files are there, so that they are compared with the checkpoint; or when ``data.root`` does not hold
     all of the tokens.
     """
-    settings, fingerprint = data_settings(config), state.get("data", {}).get("fingerprint")
+    settings, trained = data_settings(config), state.get("data", {})
+    fingerprint = trained.get("fingerprint")
     if fingerprint is None or not (problems := data_problems(settings)):
         return None
     if config.data.on_the_fly:
         found = find_streamed(settings, fingerprint, validation_tokens(config))
     else:
-        found = find_by_fingerprint(settings, fingerprint)
+        found = find_by_fingerprint(settings, fingerprint, trained.get("mixture"))
     if found:
         logger.warning("%s; resuming with the tokens in %s, which the run was trained on", problems[0], found.folder)
     return found

@@ -73,9 +73,10 @@ class BatchFeed:
 
     def identity(self, steps: int) -> dict[str, Any]:
         """What identifies the data of the first ``steps`` steps, for a checkpoint: JSON-able."""
-        content = content_of(self.data.manifest)
-        identity = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
+        content, mixture = content_of(self.data.manifest), self.data.manifest.get("mixture")
+        identity: dict[str, Any] = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
         identity |= {"content": content} if content else {}
+        identity |= {"mixture": mixture} if mixture else {}
         return identity | ({"read": self._batches.digest(steps)} if self._streams else {})
 
     def require_same(
@@ -92,9 +93,9 @@ class BatchFeed:
         if steps:
             self.wait(steps - 1)
         ours = self.identity(steps)
-        # The fingerprint also depends on the names of documents, and so on the name of the folder that they are in.
-        free = "fingerprint" if "content" in identity else "content"
-        if any(identity.get(key) != ours.get(key) for key in {*identity, *ours} - {free}):
+        # Fingerprints also depend on the names of documents, and so on the name of the folder that they are in.
+        free = {"mixture", "fingerprint" if "content" in identity else "content"}
+        if any(identity.get(key) != ours.get(key) for key in {*identity, *ours} - free):
             other = [f"{key} was {old}, is now {new}" for key, (old, new) in changes.items() if key.startswith("data.")]
             raise ConfigError(
                 f"{trained} was trained on another corpus or tokenizer than {self.data.folder}; bring that one back, "

@@ -24,10 +24,11 @@ def rate_settings(config: Config) -> dict[str, Any]:
 
 
 def describe_change(before: dict[str, Any] | None, config: Config, step: int) -> list[str]:
-    """How the learning rates from ``step`` (from 0) on differ from the planned ones, in lines; [] if they do not.
+    """Lines for the log if a resumed run has other learning rates than its checkpoint planned; [] if it has the same.
 
     Args:
-        before: ``rate_settings`` in the checkpoint that the run resumes from; None if it lacks them.
+        before: ``rate_settings`` in the checkpoint that the run resumes from; None if an older checkpoint lacks them.
+        step: the first step to be trained, from 0.
     """
     now, steps = rate_settings(config), config.train.steps
     before = before or now
@@ -55,7 +56,7 @@ def describe_change(before: dict[str, Any] | None, config: Config, step: int) ->
 
 
 def _factor(settings: dict[str, Any], step: int) -> float:
-    """The factor of a step (from 0); beyond the planned last step that of the last one."""
+    """The factor of ``step`` (from 0); after the planned last step, the factor of the last step."""
     return rate_factor(
         min(max(step, 0), settings["steps"] - 1),
         total=settings["steps"], schedule=settings["schedule"], warmup=settings["warmup_steps"],
@@ -69,5 +70,5 @@ def _rate(settings: dict[str, Any], name: str, step: int) -> float:
 
 
 def _sampled(first: int, stop: int) -> list[int]:
-    """At most 1001 steps from ``first`` to ``stop`` - 1, both among them."""
+    """At most 1001 steps from ``first`` to ``stop`` - 1, including both."""
     return sorted({*range(first, stop, max(1, (stop - first) // 1000)), stop - 1})

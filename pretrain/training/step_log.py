@@ -57,7 +57,7 @@ class StepLog:
         return step % self.config.train.log_every == 0 or step == self.config.train.steps
 
     def tokens(self, step: int) -> int:
-        """Tokens that ``step`` steps have trained on, on all processes."""
+        """The number of tokens in the first ``step`` steps, over all processes."""
         return step * self.config.train.tokens_per_step
 
     def step(self, step: int, result: StepResult, data_s: float, skipped: int | None) -> None:

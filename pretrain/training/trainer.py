@@ -23,8 +23,8 @@ from pretrain.setup.consistency import require_same_weights
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.batch_feed import BatchFeed
-from pretrain.training.first_rows import choose_first_rows
 from pretrain.training.guards import Guards, Verdict
+from pretrain.training.initial_rows import choose_initial_rows
 from pretrain.training.profiler import StepProfile
 from pretrain.training.rates import describe_change, rate_settings, schedule_factor
 from pretrain.training.samples import make_samples
@@ -41,8 +41,7 @@ Outcome = Enum("Outcome", ["FINISHED", "STOPPED", "ROLLED_BACK"])
 class Trainer:
     """One process of a run: its model, optimizer, batches, and ``step``, the number of steps made.
 
-    Construction builds everything and resumes from the newest checkpoint; ``fit`` trains. Call every method on all
-    processes. Once ``stop`` is set, ``fit`` ends after the running step.
+    Construction resumes from the newest checkpoint; ``fit`` trains. Call every method on all processes.
 
     Raises:
         ValueError: the run cannot be resumed with this configuration or data.
@@ -94,7 +93,7 @@ class Trainer:
         if self.step < train.steps and not self._wait_for_batch():
             return self.stop()
         if self.step == 0 and self.optim.grass:
-            choose_first_rows(self.optim.grass, self.update, self.feed.micro_batches(0), self.feed.targets(0))
+            choose_initial_rows(self.optim.grass, self.update, self.feed.micro_batches(0), self.feed.targets(0))
         if self.step == 0 and train.eval_every:
             self.validate()
         with StepProfile(train.profile if world.is_main else 0, self.folder.profile, world.device) as profile:
@@ -176,9 +175,10 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The JSON-able state of the run beside its tensors: see ``TrainingState``."""
         return TrainingState(
-            self.step, self.log.tokens(self.step), self.watch.wall_seconds, self.watch.total_seconds, self.world.size,
-            self.feed.identity(self.step), self.guards.skipped, list(self.guards.losses), rate_settings(self.config),
-            self.init_from,
+            step=self.step, tokens=self.log.tokens(self.step), seconds=self.watch.wall_seconds,
+            training_seconds=self.watch.total_seconds, world_size=self.world.size,
+            data=self.feed.identity(self.step), skipped=self.guards.skipped, losses=list(self.guards.losses),
+            rates=rate_settings(self.config), init_from=self.init_from,
         ).to_json()  # fmt: skip
 
     def load_state_dict(self, content: dict[str, Any]) -> None:

@@ -98,8 +98,8 @@ def test_training_through_refreshes_ends_in_the_same_rows_and_weights(mode, scor
             optimizer.step()
             optimizer.zero_grad()
         ends.append(model.state_dict())
-    first_rows = build("none", "rows").layers[0].mlp.up_proj.index
-    assert not torch.equal(ends[0]["layers.0.mlp.up_proj.index"], first_rows)
+    rows_before = build("none", "rows").layers[0].mlp.up_proj.index
+    assert not torch.equal(ends[0]["layers.0.mlp.up_proj.index"], rows_before)
     for name, tensor in ends[1].items():
         assert torch.equal(tensor, ends[0][name]), name
 

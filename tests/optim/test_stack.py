@@ -91,9 +91,15 @@ def test_an_exception_in_the_last_backward_ends_no_update():
     assert stack.grass.steps == 1
 
 
-def test_the_choice_of_rows_can_be_replaced():
+def test_the_choice_of_rows_can_be_replaced_and_is_still_compared_and_recorded(monkeypatch):
     model, stack = built(*GRASS)
+    compared = []
+    monkeypatch.setattr("optim.grass.require_agreement", lambda indices, device: compared.append(indices))
     stack.grass.choose = lambda names, norms: [(torch.tensor([1, 2, 3, 5]), None) for _ in names]
     for _ in range(3):
         update(model, stack)
-    assert all(layer.index.tolist() == [1, 2, 3, 5] for layer in stack.grass.layers.values())
+    layers = stack.grass.layers
+    assert all(layer.index.tolist() == [1, 2, 3, 5] for layer in layers.values())
+    assert {tuple(index.tolist()) for indices in compared for index in indices} == {(1, 2, 3, 5)}
+    recorded = stack.grass.history.by_layer(since=0)
+    assert recorded.keys() == layers.keys() and all(0 < entry["captured"] < 1 for entry in recorded.values())

@@ -1,14 +1,17 @@
 """A mixture gives every corpus its share, goes through each in epochs, and its order is nobody's but the seed's."""
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.loading.batches import TrainBatches, validation_batches
 from data.loading.order import ROUND, MixtureOrder, samples_per_round
-from data.prepare import find, prepare, problems
+from data.preparation.plan import hash_of
+from data.prepare import find, find_by_fingerprint, prepare, problems
 from data.settings import DataSettings
 from data.sources.files import stdlib_files
 from data.sources.records import read_documents
@@ -86,6 +89,24 @@ def test_a_run_draws_from_both_whatever_the_ranks(settings):
     )]  # fmt: skip
     scored = sum(int((targets != -100).sum()) for _, targets in validation_batches(prepared.val, SEQ_LEN, 4))
     assert scored == sum(len(one.val) for one in alone) - 1
+
+
+def test_a_mixture_is_found_again_by_the_fingerprints_of_its_corpora(settings, monkeypatch):
+    prepared = prepare(settings)
+    manifest = json.loads(next(Path(settings.root).glob("mixed-0-*/manifest.json")).read_text())
+    for number in range(20):  # other preparations in the same folder: they are not tried one by one
+        other = Path(settings.root, f"other-{number:012x}", "manifest.json")
+        other.parent.mkdir()
+        other.write_text(json.dumps(manifest | {"fingerprint": f"{number:064x}"}))
+    hashes = []
+    monkeypatch.setattr("data.prepare.hash_of", lambda *parts: hashes.append(parts) or hash_of(*parts))
+    of_run = json.loads(json.dumps(prepared.manifest["mixture"]))  # as a checkpoint has it
+    found = find_by_fingerprint(settings, prepared.fingerprint, of_run)
+    assert found.fingerprint == prepared.fingerprint and found.manifest == prepared.manifest and len(hashes) <= 3
+    assert (found.train[0:500] == prepared.train[0:500]).all()
+    heavier = replace(settings, mixture=[{**settings.mixture[0], "weight": 2}, settings.mixture[1]])
+    for different, mixture in ((settings, of_run[::-1]), (settings, of_run[:1]), (settings, None), (heavier, of_run)):
+        assert find_by_fingerprint(different, prepared.fingerprint, mixture) is None
 
 
 @pytest.mark.parametrize(

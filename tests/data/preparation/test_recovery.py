@@ -149,7 +149,7 @@ def test_a_tokenizer_of_its_own_is_trained_again_and_has_to_be_the_same(broken, 
         texts = texts[5:]
     prepared = prepare(own)
     assert (len(taken) == FILES * EACH) == (not same)
-    assert ("is another one; preparing from the start" in caplog.text) == (not same)
+    assert ("differs from the earlier one; preparing from the start" in caplog.text) == (not same)
     assert_as_prepared_at_once(folder, own, prepared)
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from data.train_tokenizer import train_tokenizer
 from optim.inner import INNER_OPTIMIZERS, REQUIREMENTS
+from optim.schedule import warmup_updates
 from pretrain.config.compose import CONF, flat, load
 from pretrain.config.schema import Config, ConfigError, GrassConfig, OptimConfig
 from pretrain.setup.checks import check
@@ -52,6 +53,14 @@ def test_the_optimizers_have_schemas_of_their_own():
         load(["optim=adamw", "optim.rank=8"])
 
 
+def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
+    config = load([])
+    assert warmup_updates(config.optim.warmup_steps, config.train.steps) == 60
+    (tmp_path / "some.txt").write_text("text")
+    for steps in (50, 2, 1):
+        check(load(["data=text", f"data.paths=[{tmp_path}]", f"train.steps={steps}"]))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -74,7 +83,12 @@ def test_the_optimizers_have_schemas_of_their_own():
         ("optim.momentum=1", r"optim\.momentum=1\.0 must be in \[0, 1\)"),
         ("optim.norm_growth=0.5", r"optim\.norm_growth=0\.5 must be greater than 1, or 0 for none"),
         ("optim.lr=0", r"optim\.lr=0\.0 must be greater than 0"),
-        ("optim.warmup_steps=100000", r"optim\.warmup_steps=100000 leaves nothing"),
+        (
+            "optim.warmup_steps=100000",
+            r"optim\.warmup_steps=100000 leaves nothing of train\.steps=700; lower it, or .* share",
+        ),
+        ("optim.warmup_steps=60.5", r"optim\.warmup_steps=60\.5 is no number of steps; round it, or give a share"),
+        ("optim.warmup_steps=nan", r"optim\.warmup_steps=nan is no number of steps"),
         ("model.hidden_size=250", r"model\.hidden_size=250"),
         ("model.attention=flash", r"model\.attention=flash: flash-attn needs"),
         ("logger.wandb.mode=maybe", r"logger\.wandb\.mode=maybe is unknown"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,14 @@ def test_commands_refuse_it_before_the_data_are_prepared(root, place, command):
     )
     assert result.returncode == 2 and result.stderr.startswith(f"error: run.root={place}/file: ")
     assert not (place / "prepared").exists()
+
+
+def test_processes_that_check_at_the_same_time_do_not_refuse_each_other(tmp_path):
+    """As the ranks of a run and the jobs of a sweep do; threads make and remove folders in the same way."""
+
+    def check(number):
+        for _ in range(100):
+            require_writable(str(tmp_path / "a" / "b"), f"job-{number % 2}/run")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(check, range(4)))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.convert import convert_linears
 from models.flops import flops_per_token, parameter_counts
 from models.llama import Llama
-from optim.schedule import rate_factor
+from optim.schedule import rate_factor, warmup_updates
 from pretrain.distributed.world import World
 from pretrain.inference.scoring import Score, evaluate
 from pretrain.training.throughput import Stopwatch
@@ -80,6 +80,15 @@ def test_schedules():
     assert rates(1, schedule="cosine", final=0.1) == [0.1]
     with pytest.raises(ValueError, match="choose from cosine, wsd, constant"):
         rate_factor(0, total=1, schedule="square")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "updates"),
+    [(60, 700, 60), (0.086, 700, 60), (0.086, 50, 4), (0.086, 1, 0), (0.99, 4, 3), (0, 9, 0), (1, 9, 1), (0.5, 0, 0)],
+)
+def test_a_warmup_is_a_number_of_steps_or_a_share_of_the_run(warmup, total, updates):
+    assert warmup_updates(warmup, total) == updates
+    assert rates(total, schedule="wsd", warmup=warmup) == rates(total, schedule="wsd", warmup=updates)
 
 
 def llama():

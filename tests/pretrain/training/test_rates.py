@@ -24,7 +24,7 @@ CHANGES = {
     "finished wsd": (WSD, [*WSD, "train.steps=40"], 20, ["0.0002 so far, 0.002 at step 21", "far, 0.02", "times"]),
     "wsd before its decay": (WSD, [*WSD, "train.steps=40"], 8, ["0.002 at step 9 (planned: 0.002)", "0.02"]),
     "another peak": ([], ["optim.lr=0.04"], 10, ["of the other parameters: 0.0155 so far, 0.0276"]),
-    "the rate of the linear layers": ([], ["optim.linear_lr=0.001"], 10, ["of the linear layers: 0.00155 so far, 0.000689"]),
+    "rate of linear layers": ([], ["optim.linear_lr=0.001"], 10, ["of the linear layers: 0.00155 so far, 0.000689"]),
     "alpha": ([], ["optim.alpha=2"], 10, ["of the linear layers: 0.00155 so far, 0.00276"]),
     "another schedule": (
         [],

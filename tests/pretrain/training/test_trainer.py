@@ -366,7 +366,7 @@ def test_bad_settings_give_one_message_with_every_problem_and_no_traceback(overr
 
 def test_two_runs_never_share_a_folder(overrides):
     config = load(overrides())
-    with RunFolder(config).locked(), pytest.raises(ConfigError, match=r"another run is at work .* another run\.name"):
+    with RunFolder(config).locked(), pytest.raises(ConfigError, match=r"another run uses .* another run\.name"):
         train(overrides())
     train(overrides())
 

@@ -1,4 +1,4 @@
-"""The first rows of a run: chosen by the gradient of its first batch, before training on that batch."""
+"""The initial rows of a run, chosen by the gradient of its first batch, before training on that batch."""
 
 import logging
 import time
@@ -14,19 +14,19 @@ logger = logging.getLogger(__name__)
 LOG_SECONDS = 10  # between two lines on the progress of the pass
 
 
-def choose_first_rows(
+def choose_initial_rows(
     grass: Grass, update: TrainStep, micro_batches: Sequence[MicroBatch], targets: int | None
 ) -> None:
     """Probe all layers in one forward and backward over ``micro_batches``, and let ``grass`` choose rows.
 
     Compiled blocks run eagerly, because compiling for a single pass takes longer. All blocks are under activation
-    checkpointing: layers that select columns keep complete inputs while they are probed, and the pass still needs no
-    more memory than a training step.
+    checkpointing: so the pass needs no more memory than a training step, although layers that select columns keep
+    complete inputs while they are probed.
 
     Args:
-        targets: number of targets of the batch on all processes; None when every token is one.
+        targets: number of targets of the batch on all processes; None when every token counts as a target.
     """
-    logger.info("choosing the first rows in one pass over %d micro-batches …", len(micro_batches))
+    logger.info("choosing the initial rows in one pass over %d micro-batches …", len(micro_batches))
     hook = update.model.register_forward_hook(_Progress(len(micro_batches)))
     blocks = update.model.layers  # type: ignore[union-attr]
     try:
