@@ -22,7 +22,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     exit
 fi
 
-# The CUDA GPUs that the processes will see, without the seconds that importing torch takes.
+# The number of CUDA GPUs that the processes will see. Asking torch would take seconds.
 count_gpus() {
     local gpus visible=0 device devices
     gpus=$(timeout 30 nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || true
@@ -53,7 +53,7 @@ forward() { # FLAG...: torchrun's --some-flag from the variable SOME_FLAG, where
 }
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then RDZV_BACKEND=${RDZV_BACKEND:-c10d}; fi
 forward nnodes rdzv-backend rdzv-endpoint rdzv-id rdzv-conf local-addr max-restarts monitor-interval
-# Clusters and containers leave these behind; a single node would only take a port from another run by them.
+# Clusters and containers may set these: on a single node they would only take a port from another run.
 if [[ $nodes != 1 ]]; then forward node-rank master-addr master-port; fi
 
 setup_env runtime requirements.txt
@@ -72,10 +72,10 @@ WORLD_SIZE=$((${nodes##*:} * processes)) LOCAL_WORLD_SIZE=$processes attend "$py
 if ((status == 86)); then exit 0; fi # the run is finished already
 if ((status != 0)); then exit "$status"; fi
 
-if ((gpus == 0)); then # as many threads as there are cores, over all processes
+if ((gpus == 0)); then # divide the cores among the processes
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-    # Threads that spin in waiting are 3 % faster, and 3 times slower when anything else runs on the cores.
+    # Threads that spin while they wait are 3 % faster, but 3 times slower when another program uses the cores.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 exec "$python" -m pretrain.launch "${flags[@]}" -m pretrain.train "$@"

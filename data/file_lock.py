@@ -14,7 +14,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class LockHeld(Exception):
-    """Another process holds the lock; the message names the file that shows it."""
+    """Another process holds the lock; the message names the lock file."""
 
 
 @contextmanager
@@ -23,11 +23,11 @@ def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
 
     The kernel releases the lock when the process ends, however it ends. On a file system without locks, such as NFS
     without its lock service, a second file `*.owner.lock` takes the lock's place: while it exists the lock is held. It
-    names the process and the host that made it, and is replaced when that process has ended; only when another host
-    was switched off while it held the lock, the file has to be deleted by hand.
+    names the process and the host that made it, and is replaced when that process has ended. If another host was
+    switched off while it held the lock, the file has to be deleted by hand.
 
     Args:
-        on_wait: Called with a text that says what is waited for, before this waits for another process.
+        on_wait: Called with a message before this waits for another process.
 
     Raises:
         LockHeld: Another process holds the lock, and there is no `on_wait`.
@@ -44,10 +44,10 @@ def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
             lock = SoftFileLock(path.with_suffix(".owner.lock"))
             lock.acquire(timeout=0)
     except Timeout:
-        by_file = f"; if none is at work, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
+        by_file = f"; if no other process is running, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
         if on_wait is None:
             raise LockHeld(f"{lock.lock_file} is held by another process{by_file}") from None
-        on_wait(f"waiting for another process that holds {lock.lock_file}{by_file}")
+        on_wait(f"waiting for the process that holds {lock.lock_file}{by_file}")
         lock.acquire()
     try:
         yield

@@ -23,9 +23,13 @@ def names_beside(path: Path, is_json: bool) -> dict[str, str]:
             found = {key: known.get(key) or known.get(f"{key}_token") for key in ("bos", "eos")}
             found = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items() if name}
         except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path.with_name(file)}: cannot be read ({error!r}); correct or delete it") from None
+            raise ValueError(
+                f"{path.with_name(file)}: cannot be read ({error!r}); correct or delete the file"
+            ) from None
         if not all(isinstance(name, str) for name in found.values()):
-            raise ValueError(f"{path.with_name(file)}: bos and eos are no names of tokens; correct or delete it")
+            raise ValueError(
+                f"{path.with_name(file)}: bos and eos have to be names of tokens; correct or delete the file"
+            )
         names = {**found, **names}
     return names
 

@@ -184,7 +184,7 @@ class Grass:
         self._end_update()
 
     def rate_factor(self) -> float:
-        """The factor of the warm-up after a refresh on the rows' learning rate, for the coming update."""
+        """The factor on the rows' learning rate in the coming update; below 1 in the warm-up after a refresh."""
         return self.schedule.rate_factor(self.steps)
 
     def register_refresh_pre_hook(self, hook: Callable[[], object]) -> None:

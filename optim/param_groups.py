@@ -21,8 +21,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in one of three groups, with ``name`` and ``peak_lr`` for the schedule.
 
-    linears     rate ``linear_lr``: the rows of GrassLinear layers, and the weights of linears that match ``patterns``:
-                the same layers under Grass and in full-rank training
+    linears     rate ``linear_lr``: the rows of GrassLinear layers, and the weights of linear layers that match
+                ``patterns``; the same layers under Grass and in full-rank training
     embeddings  rate ``lr``: embeddings, head and all other matrices
     norms       rate ``lr``, without weight decay: vectors
 
@@ -33,7 +33,7 @@ def parameter_groups(
         patterns: globs of module names, see ``models.convert.matches``.
 
     Returns:
-        Groups for a torch.optim.Optimizer, with named parameters; without those that would be empty.
+        Groups for a torch.optim.Optimizer, with named parameters. Empty groups are left out.
     """
     linear_weights = {
         p

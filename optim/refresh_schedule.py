@@ -68,7 +68,7 @@ class RefreshSchedule:
         return [name for name in self.offsets if self.steps_to_refresh(name, steps) <= self.probe_steps]
 
     def rate_factor(self, steps: int) -> float:
-        """The factor of the warm-up after a refresh on the rows' learning rate, for the update after ``steps``."""
+        """The factor on the rows' learning rate in the update after ``steps``; below 1 right after a refresh."""
         return min(1.0, (steps % self.refresh_every + 1) / self.warmup) if self.warmup else 1.0
 
 

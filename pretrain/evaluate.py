@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.cli.console import number
 from pretrain.cli.errors import clear_errors
 
 
@@ -71,7 +72,7 @@ def _as_text(result: dict[str, Any]) -> str:
         [
             f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, {result['seq_len']} at a time",
             f"loss           {result['loss']:.4f} nats per token",
-            f"perplexity     {result['perplexity']:.3f}",
+            f"perplexity     {number(result['perplexity'], '1e6')}",
             f"bits per byte  {result['bits_per_byte']:.4f}",
         ]
     )

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
                 while True:
                     time.sleep(WATCH_SECONDS)
                     write_report(arguments.runs, out, watched=True)
+            print("writing the page once more, with its charts as PNG …", flush=True)
         print(f"wrote {write_report(arguments.runs, out)}")
 
 

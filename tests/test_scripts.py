@@ -1,4 +1,4 @@
-"""launch.sh and test.sh, and the environments they make, with recorders in the place of Python and pip."""
+"""launch.sh, test.sh and the environments that they make, with recorders instead of Python and pip."""
 
 import os
 import shutil
@@ -321,8 +321,8 @@ exec "$python" -c 'import importlib.util; print(importlib.util.find_spec("torch"
     for name in ("__init__.py", "cli/__init__.py", "cli/machine.py"):
         shutil.copy(Path(__file__).resolve().parents[1] / "pretrain" / name, tree.folder / "pretrain" / name)
     env = {"PATH": os.environ["PATH"], "GRASS_TORCH": "installed", "PYTHON": sys.executable}
-    command = ["bash", "-ec", script]
-    result = subprocess.run(command, cwd=tree.folder, env=env, capture_output=True, text=True, timeout=120)
+    options = {"cwd": tree.folder, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    result = subprocess.run(["bash", "-ec", script], **options)
     assert (result.returncode, result.stdout) == (0, f"{torch.__file__}\n"), result.stderr
     assert lines(tree.folder / ".venv-torch-installed/.torch") == [f"torch=={version('torch')} # of {sys.executable}"]
 
@@ -340,9 +340,8 @@ def test_the_tests_run_last_and_any_failed_check_fails(tree, script):
     code, out, _ = tree.run(*arguments, script=script)
     assert code == 0 and out.endswith("1 passed\n")
     checks = ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
-    optional = " ".join(
-        f"--requirement=requirements-{name}.txt" for name in ("dev", "extra", "baselines", "sweep", "docs")
-    )
+    names = ("dev", "extra", "baselines", "sweep", "docs")
+    optional = " ".join(f"--requirement=requirements-{name}.txt" for name in names)
     assert tree.calls[:6] == [*MAKE_VENV, f"{INSTALL} {optional}", checks[0]]
     assert tree.calls[6:8] == checks[1:] and "lint_imports" in tree.calls[8]
     on_all_cores = ("-n auto", "--maxprocesses 8", "--dist loadfile")

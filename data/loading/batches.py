@@ -106,7 +106,8 @@ class TrainBatches:
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's micro-batches of a step (from 0): inputs and targets, int64 (micro_batch_size, seq_len) each.
 
-        With masks each has a third tensor, the places where documents begin, as `_batch` describes it.
+        With masks each also has the document starts, int32 (documents + 1,): positions among the micro-batch's inputs,
+        row after row, and at the end the number of inputs.
         """
         places = self._places(step, self._first, self._share)
         for chunk in places.reshape(-1, self._micro_batch_size):

@@ -70,7 +70,7 @@ class BlockOrder:
         return windows
 
     def digest(self, samples: int) -> str:
-        """A hash that differs if the text read for the first `samples` samples does, up to the end of their block."""
+        """A hash of the text of all blocks up to the block in which the first `samples` samples end; see TAIL."""
         end = self._end(samples, self.windows) if samples else 0
         start = max(0, end - TAIL)
         names = "\0".join(self._tokens.documents(start, end))

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.shards.reader import token_dtype
 from data.sources.documents import Batch, Document, Record, digest
-from data.sources.parser import Parser
+from data.sources.parse_record import Parser
 from data.tokenizer import Tokenizer
 
 _NONE = np.empty(0, np.int32)

@@ -141,7 +141,10 @@ class Tokens:
 
 
 class Shard:
-    """One shard, opened to be read. `done` is the `state` of the writer of an unfinished shard: only so much is read.
+    """One shard, opened to be read.
+
+    Args:
+        done: of an unfinished shard, the `state` of its writer; nothing after it is read.
 
     Raises:
         ValueError: The files are no shard, or are shorter than `done`.

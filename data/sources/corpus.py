@@ -13,7 +13,7 @@ from data.sources.file_search import shorten
 from data.sources.files import SourceFile
 from data.sources.huggingface import Rows
 from data.sources.open_text import COMPRESSED
-from data.sources.parser import Parser
+from data.sources.parse_record import Parser
 from data.sources.records import PARQUET, PART_CHARS, Records
 from data.sources.token_files import TokenRecords
 from data.tokenizer import Tokenizer

@@ -30,7 +30,7 @@ class TextFile(io.BufferedReader):
         self.encoding, self.problem = reader.encoding, reader.problem
 
     def place(self) -> int:
-        """How many bytes of the file on the disk are read."""
+        """The number of bytes read so far from the file on disk, which may be compressed."""
         return 0 if self._file.closed else self._file.tell()
 
     def close(self) -> None:

@@ -66,10 +66,10 @@ class CheckpointManager:
         load(self.resume_from, model, optim)
 
     def open(self) -> None:
-        """Make the folder that of a run resumed from ``resume_from``; call on the main process only.
+        """Prepare the folder for a run that resumes from ``resume_from``; call on the main process only.
 
-        Damaged checkpoints are renamed; what ``keep_last`` and ``keep_every`` leave out is deleted. Nothing on disk
-        changes before this.
+        Damaged checkpoints are renamed, and checkpoints that ``keep_last`` and ``keep_every`` do not keep are deleted.
+        Nothing on disk changes before this.
         """
         for error in self._damaged:
             logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, set_aside(error).name)

@@ -122,7 +122,7 @@ class Saver:
         """Wait for the latest save.
 
         Raises:
-            NotSaved: it is not on disk.
+            NotSaved: the save failed.
         """
         if failure := self._end() or self._lost:
             raise failure

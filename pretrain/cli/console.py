@@ -1,35 +1,87 @@
 """Log lines and the progress bar on a terminal."""
 
 import logging
+import math
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
+SMOOTHING = 0.8  # weight of the earlier losses in the moving average beside the bar
 
 
-def progress_bar(steps: int, first_step: int) -> Progress | None:
-    """A started progress bar of a run that begins at ``first_step``; None when standard error is no terminal."""
-    if not console.is_terminal:
-        return None
-    bar = Progress(
-        *(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        TextColumn("{task.fields[shown]}"),
-        console=console,
+class RunBar:
+    """A progress bar on the terminal of a run that begins at ``first_step``; call ``stop`` at its end."""
+
+    def __init__(self, steps: int, first_step: int):
+        self._loss: float | None = None
+        self._bar = Progress(
+            *(BarColumn(bar_width=14), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+            *(TextColumn("left"), TextColumn("{task.fields[shown]}")),
+            console=console, speed_estimate_period=300,
+        )  # fmt: skip
+        self._task = self._bar.add_task("training", total=steps, completed=first_step, shown="")
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step``."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, values: dict[str, float]) -> None:
+        """Show ``values`` beside the bar, with "loss" as a moving average over the losses shown so far."""
+        if math.isfinite(loss := values.get("loss", math.nan)):
+            self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        if self._loss is not None:
+            values = {**values, "loss": self._loss}
+        self._bar.update(self._task, shown=as_text(values))
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+def run_bar(steps: int, first_step: int) -> RunBar | None:
+    """A started ``RunBar``; None when standard error is no terminal."""
+    return RunBar(steps, first_step) if console.is_terminal else None
+
+
+def as_text(values: dict[str, float]) -> str:
+    """Names and values in one line, three decimals below 1000; a perplexity above 1e6 is only called that."""
+    return " · ".join(
+        f"{name} {number(value, '1e6' if name.endswith('perplexity') else '')}" for name, value in values.items()
     )
-    bar.add_task("training", total=steps, completed=first_step, shown="")
-    bar.start()
-    return bar
+
+
+def number(value: float, most: str = "") -> str:
+    """``value`` with three decimals below 1000, and none above; ``>most`` if it is more than ``most``, such as 1e6."""
+    if most and value > float(most):
+        return f">{most}"
+    return f"{value:,.{0 if value >= 1000 else 3}f}"
+
+
+class _AboveTheBar(logging.Handler):
+    """Prints lines above the progress bar. The terminal wraps long ones, so that commands in them can be copied."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            console.print(self.format(record), markup=False, soft_wrap=True)
+        except Exception:  # a closed terminal must not end a run
+            self.handleError(record)
 
 
 def log_to_terminal(is_main: bool) -> None:
     """Print the main process' log lines to standard error: plain, or above the progress bar on a terminal."""
     handler: logging.Handler = logging.NullHandler()
     if is_main and console.is_terminal:
-        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+        handler = _AboveTheBar()
         handler.addFilter(lambda record: not hasattr(record, "in_bar"))
     elif is_main:
         handler = logging.StreamHandler()

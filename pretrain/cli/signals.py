@@ -1,16 +1,24 @@
 """SIGTERM, SIGUSR1 and Ctrl-C stop a run after the current step; a second Ctrl-C stops it at once."""
 
+import os
 import signal
 import sys
 import time
+from contextlib import suppress
+
+from pretrain.cli.ranks import is_main_from_env
 
 EXIT_CODE = 85  # of a run that a signal stopped after it saved its state; the same command resumes it
 
 
 class StopRequest:
-    """True once a signal has asked the run to stop."""
+    """True once a signal has asked the run to stop.
+
+    ``step`` is the step that is finished before the run stops, None when the run saves and ends anyway.
+    """
 
     def __init__(self) -> None:
+        self.step: int | None = None
         self.signal: signal.Signals | None = None
         self._since = 0.0
 
@@ -24,6 +32,15 @@ class StopRequest:
             sys.exit(128 + number)
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), time.monotonic()
+            if is_main_from_env():
+                self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Say at once what happens next: past Python's streams, which may be in the middle of writing a line."""
+        doing = "saving" if self.step is None else f"finishing step {self.step}, then saving"
+        clear = "\r\033[2K" if os.isatty(2) else ""  # the progress bar is drawn again on the next line
+        with suppress(OSError):
+            os.write(2, f"{clear}{doing}; Ctrl-C again stops at once and saves nothing\n".encode())
 
     def __bool__(self) -> bool:
         return self.signal is not None

@@ -2,6 +2,8 @@
 
 import difflib
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,10 +56,8 @@ def load(overrides: list[str]) -> Config:
     Raises:
         ConfigError: lists every override that names an unknown key or gives a wrong type.
     """
-    try:
+    with _explained(overrides):
         return to_config(_compose(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(overrides, error)) from None
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -66,10 +66,8 @@ def compose(overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: lists every override that names an unknown key or gives a wrong type.
     """
-    try:
+    with _explained(overrides):
         return _compose(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(overrides, error)) from None
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -77,8 +75,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return hydra.compose("config", overrides=as_typed(overrides))
-        except (ValueError, AssertionError) as error:  # a list without brackets, or an override without a key
-            raise HydraException(str(error) or "an override is key=value, of a key that has a name") from None
+        except (ValueError, AssertionError) as error:  # for a list without brackets, or an override without a key
+            raise HydraException(str(error) or "overrides have the form key=value") from None
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -96,6 +94,15 @@ def to_config(cfg: DictConfig) -> Config:
     if unknown := [k for k in keys(cfg) if k not in known]:
         raise ConfigError("\n".join(f"{k} is no key of the configuration{_did_you_mean(k, known)}" for k in unknown))
     return config
+
+
+@contextmanager
+def _explained(overrides: list[str]) -> Iterator[None]:
+    """Turn the errors of Hydra and OmegaConf into ConfigErrors."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(overrides, error)) from None
 
 
 def _explain(overrides: list[str], error: Exception) -> str:
@@ -120,8 +127,8 @@ def _explain(overrides: list[str], error: Exception) -> str:
             if name not in known:
                 reason = f"{name} is no key of the configuration{_did_you_mean(name, known)}"
             lines.append(f"{override}: {reason}")
-        except (HydraException, OmegaConfBaseException, ConfigError) as alone:
-            reason = _in_short(alone).removeprefix(f"{override}: ")
+        except (HydraException, OmegaConfBaseException, ConfigError) as own_error:
+            reason = _in_short(own_error).removeprefix(f"{override}: ")
             lines.append(f"{override}: {reason}{_did_you_mean(name, known)}")
     return "\n".join(lines) or _in_short(error)
 

@@ -40,7 +40,7 @@ class Engine:
     sharded = False  # whether a forward needs every process
 
     def shard(self, model: Llama) -> None:
-        """Shard ``model`` in place; it is on the meta device, and its linears are converted to Grass layers."""
+        """Shard ``model`` in place; it is on the meta device, and its linear layers are converted to Grass layers."""
 
     def wrap(self, model: Llama) -> None:
         """Use ``model``. Call before weights are loaded from a checkpoint, and before blocks are compiled."""
@@ -73,7 +73,7 @@ class DDPEngine(Engine):
         self.wire = wire
 
     def wrap(self, model: Llama) -> None:
-        # Nothing is broadcast: pretrain.setup.consistency checks that the weights are the same everywhere.
+        # Nothing is broadcast: pretrain.setup.rank_agreement checks that the weights are the same everywhere.
         options: dict[str, Any] = {"init_sync": False, FORWARD_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
         self.module = DistributedDataParallel(model, **options)
         if self.wire:

@@ -38,7 +38,7 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     """The keyword arguments for ``Llama`` and the dtype of the weights, from ``folder``/config.json.
 
     Raises:
-        ValueError: the file cannot be read, or a line for each of its settings that ``Llama`` does not implement.
+        ValueError: the file cannot be read, or has settings that ``Llama`` does not implement; a line for each.
     """
     config = read_config(folder)
     config = {**config, **{key: value for key, value in DEFAULTS.items() if config.get(key) is None}}

@@ -21,7 +21,7 @@ LARGEST_EXPONENT = 700.0  # e to it is finite in float64
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the targets of a text: the loss in nats, the number of tokens, and of the UTF-8 bytes in them."""
+    """Sums over the targets of a text: the loss in nats, the number of tokens, and the number of their UTF-8 bytes."""
 
     nats: float
     tokens: int

@@ -113,8 +113,10 @@ class RunFolder:
         try:
             with file_lock(self.path / ".lock"):
                 yield
-        except LockHeld:
-            raise ConfigError(f"another run uses {self.path}; wait for its end, or choose another run.name") from None
+        except LockHeld as error:
+            raise ConfigError(
+                f"another run uses {self.path} ({error}); wait for its end, or choose another run.name"
+            ) from None
 
     def open(self, config: Config, step: int) -> None:
         """Prepare the folder for a run that starts or resumes after ``step``; call on one process, after ``check``."""

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from pretrain.cli.console import progress_bar
+from pretrain.cli.console import as_text, run_bar
 from pretrain.config.schema import Config
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.json_lines import JsonLinesFile
@@ -22,7 +22,7 @@ class MetricLog:
     def __init__(self, folder: RunFolder, config: Config, first_step: int):
         self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
         self._wandb = WandbLogger(config, folder.path)
-        self._bar = progress_bar(config.train.steps, first_step)
+        self._bar = run_bar(config.train.steps, first_step)
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
         """Write a metric line; ``tokens`` is the number of tokens trained on up to ``step``."""
@@ -35,13 +35,20 @@ class MetricLog:
         if layers:
             self._selection.write({"step": step, "layers": layers})
 
-    def advance(self, step: int, shown: dict[str, float]) -> None:
-        """Move the progress bar to ``step``, or, without a bar, log ``shown`` (name and value) as a plain line."""
-        text = " · ".join(f"{name} {value:,.{0 if value >= 1000 else 3}f}" for name, value in shown.items())
+    def advance(self, step: int) -> None:
+        """Move the progress bar to ``step``."""
         if self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=step, shown=text)
-        if text:
-            logger.info("step %d · %s", step, text, extra={"in_bar": True})
+            self._bar.advance(step)
+
+    def show_step(self, step: int, values: dict[str, float]) -> None:
+        """Show ``values`` of a training step beside the progress bar, or, without a bar, log them as a line."""
+        if self._bar:
+            self._bar.show(values)
+        logger.info("step %d · %s", step, as_text(values), extra={"in_bar": True})
+
+    def show_validation(self, step: int, values: dict[str, float]) -> None:
+        """Log ``values`` of a validation as a line, which stays on the terminal."""
+        logger.info("step %d · %s", step, as_text(values))
 
     def show_results(self, samples: list[tuple[str, str]]) -> None:
         """Show the results of a finished run on W&B: validations, samples (prompts and continuations), coverage."""

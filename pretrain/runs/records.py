@@ -126,8 +126,8 @@ def find_runs(paths: list[Path]) -> list[RunRecords]:
 def group_by_data(runs: list[RunRecords]) -> list[list[RunRecords]]:
     """Sets of runs whose losses can be compared: trained and validated on the same tokens in sequences of one length.
 
-    A run without a checkpoint has no fingerprint of its data yet. It counts to the runs with the same data settings, if
-    these have one fingerprint.
+    A run without a checkpoint has no fingerprint of its data yet. It joins the runs with the same data settings, if
+    all of them have the same fingerprint.
     """
     known: dict[str, set[str]] = {}
     for run in runs:

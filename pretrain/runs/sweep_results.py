@@ -37,7 +37,8 @@ class JobResult:
     @property
     def reason(self) -> str:
         """The last line that a failed job printed."""
-        lines = [line for line in Path(self.log).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        text = Path(self.log).read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing"
 
 

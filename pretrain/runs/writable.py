@@ -16,7 +16,7 @@ PATIENCE = 5.0  # seconds in which other processes that make the same check are 
 def require_writable(root: str, name: str) -> None:
     """Make the run folder ``root/name`` and a file in it, and remove again whatever was made.
 
-    Permissions alone do not tell: a disk can be read-only, and /proc takes no folders.
+    Permissions are not enough: a disk can be read-only, and /proc cannot hold folders.
 
     Raises:
         ConfigError: the folder cannot be made or written; names the key, ``run.root`` or ``run.name``, and the reason.

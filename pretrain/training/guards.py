@@ -67,8 +67,8 @@ class Guards:
         """Judge the result of ``step`` (from 1); call on every process, after every step.
 
         Args:
-            reduce: compute the numbers of the step, which waits for the device. Without it, values that are not finite
-                are noticed in a later call. ``train.spike_factor`` always computes them.
+            reduce: compute the loss and the gradient norm now, which waits for the device. Otherwise values that are
+                not finite are noticed in a later call. With ``train.spike_factor`` every call computes them.
 
         Returns:
             CONTINUE; SKIP after a step without an update; FAIL when the run has to end, see ``reason``; ROLL_BACK when

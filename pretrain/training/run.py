@@ -14,8 +14,8 @@ from pretrain.distributed.lost_ranks import name_lost_ranks
 from pretrain.distributed.world import World, connect, disconnect
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.arithmetic import set_arithmetic
-from pretrain.setup.consistency import require_same_setting
 from pretrain.setup.data import prepare_data
+from pretrain.setup.rank_agreement import require_same_setting
 from pretrain.training.trainer import Outcome, Trainer
 
 

@@ -18,11 +18,13 @@ from pretrain.runs.code_version import git_commit
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.metric_log import MetricLog
 from pretrain.setup.compiling import compile_seconds
+from pretrain.training.announcements import log_next_commands
 from pretrain.training.samples import write_samples
 from pretrain.training.throughput import Stopwatch, peak_bytes
 from pretrain.training.train_step import StepResult
 
 logger = logging.getLogger(__name__)
+SHOWN = ("val/loss", "val/perplexity")  # metrics of a validation on the terminal
 
 
 class StepLog:
@@ -60,6 +62,11 @@ class StepLog:
         """The number of tokens in the first ``step`` steps, over all processes."""
         return step * self.config.train.tokens_per_step
 
+    def advance(self, step: int) -> None:
+        """Show that ``step`` is made; it need not be logged."""
+        if self._metrics:
+            self._metrics.advance(step)
+
     def step(self, step: int, result: StepResult, data_s: float, skipped: int | None) -> None:
         """Log ``step``, whose ``result`` is reduced unless no update was made.
 
@@ -83,14 +90,18 @@ class StepLog:
         if skipped is not None:
             values |= {"train/skipped": skipped}
         self._log_compiling(step)
-        self._write(step, values, {"loss": made.loss if made else math.nan, "tokens/s": tokens_per_s})
+        self._write(step, values)
+        if self._metrics:
+            self._metrics.show_step(step, {"loss": made.loss if made else math.nan, "tokens/s": tokens_per_s})
         if self.optim.grass and self._metrics:
             logged_before = (step - 1) // self.config.train.log_every * self.config.train.log_every
             self._metrics.write_selection(step, self.optim.grass.history.by_layer(since=logged_before))
 
     def validation(self, step: int, score: dict[str, float]) -> None:
         """Log the metrics of a validation."""
-        self._write(step, score, {"val loss": score["val/loss"], "val perplexity": score["val/perplexity"]})
+        self._write(step, score)
+        if self._metrics:
+            self._metrics.show_validation(step, {name.replace("val/", "val "): score[name] for name in SHOWN})
 
     def summary(self, step: int, score: dict[str, float], samples: list[tuple[str, str]]) -> None:
         """Write ``summary.json`` and ``samples.md`` of the finished run, and close the log."""
@@ -112,16 +123,16 @@ class StepLog:
         self._metrics.show_results(samples)
         self.close(summary)
         logger.info("finished: validation loss %.4f; see %s", score["val/loss"], self.folder.path)
+        log_next_commands(self.config, self.folder.path)
 
     def close(self, summary: dict[str, Any]) -> None:
         """End the log of this process, with a W&B summary."""
         if self._metrics:
             self._metrics.close(summary)
 
-    def _write(self, step: int, values: dict[str, Any], shown: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, Any]) -> None:
         if self._metrics:
             self._metrics.write(step, self.tokens(step), values)
-            self._metrics.advance(step, shown)
 
     def _log_compiling(self, step: int) -> None:
         """Say how long compiling took, when it took more than a second since the last time."""

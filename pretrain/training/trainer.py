@@ -19,9 +19,10 @@ from pretrain.inference.init_from import InitialWeights, keep_assets, require_sa
 from pretrain.inference.scoring import evaluate
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.compiling import compile_blocks
-from pretrain.setup.consistency import require_same_weights
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
+from pretrain.setup.rank_agreement import require_same_weights
+from pretrain.training.announcements import log_opening
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.guards import Guards, Verdict
 from pretrain.training.initial_rows import choose_initial_rows
@@ -67,6 +68,8 @@ class Trainer:
             changes += describe_change(state.get("rates"), config, self.step)
         require_same_weights(tensors_of(self.model, self.optim), world)
         self._open_folder(changes)  # only now: a run that is refused above leaves its folder unchanged
+        if world.is_main:
+            log_opening(config, world, self.model, data)
         if train.compile:
             compile_blocks(config, self.model, world)
         self.update = TrainStep(config, world, self.model, engine, self.optim, train.non_finite == "skip")
@@ -82,6 +85,7 @@ class Trainer:
             FloatingPointError, OSError, ValueError: a loss is not finite, or the disk or the data failed.
         """
         self.watch.begin()
+        self.stop_request.step = self.step + 1
         try:
             return self._fit()
         except (OSError, ValueError, FloatingPointError):
@@ -114,6 +118,7 @@ class Trainer:
                     newest = self.checkpoints.wait() or "none"
                     raise FloatingPointError(f"{self.guards.reason}; the newest checkpoint is {newest}")
                 # 4. Log it.
+                self.log.advance(self.step)
                 if logs:
                     self.log.step(self.step, result, self.feed.lap(), self.guards.skips)
                 if verdict is Verdict.ROLL_BACK:
@@ -136,6 +141,7 @@ class Trainer:
 
     def train_step(self, step: int) -> StepResult:
         """Make the update of ``step`` (from 0), or leave out its batch after a rollback."""
+        self.stop_request.step = step + 1
         self.optim.set_rates(schedule_factor(self.config, step))
         if self.guards.leaves_out(step + 1):
             return self.update.leave_out()
@@ -161,6 +167,7 @@ class Trainer:
 
     def finish(self) -> Outcome:
         """Save, validate, write samples and the summary. Raises NotSaved when the disk refuses."""
+        self.stop_request.step = None
         self._save()
         score = self.validate()
         samples = (

@@ -14,7 +14,7 @@ import pytest
 from data.preparation.encode import BATCHES_PER_WORKER, encoders
 from data.sources.documents import Batch, Record
 from data.sources.files import stdlib_files
-from data.sources.parser import Parser
+from data.sources.parse_record import Parser
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 
@@ -27,7 +27,7 @@ import itertools, sys
 print("started", flush=True)
 from data.preparation.encode import encoders
 from data.sources.documents import Batch, Record
-from data.sources.parser import Parser
+from data.sources.parse_record import Parser
 from data.tokenizer import Tokenizer
 
 batches = (Batch([Record(0, number, "name", "a text")], 0) for number in itertools.count(1))

@@ -16,7 +16,7 @@ from data.settings import DataSettings
 from data.sources import records
 from data.sources.documents import Document
 from data.sources.files import text_files
-from data.sources.parser import Parser
+from data.sources.parse_record import Parser
 from data.text_encoding import UNMARKED, Utf8Reader
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer

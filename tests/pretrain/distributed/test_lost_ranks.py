@@ -21,7 +21,7 @@ from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
-from pretrain.setup.consistency import Disagreement, require_same_setting, require_same_weights
+from pretrain.setup.rank_agreement import Disagreement, require_same_setting, require_same_weights
 from pretrain.setup.data import ready
 from pretrain.training.trainer import Trainer
 from tests.parallel_runs import CPU, TINY, spawn

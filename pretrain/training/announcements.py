@@ -1,0 +1,51 @@
+"""What a run says of itself: its size, data and device at the beginning, and the next commands at the end."""
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from data.token_dataset import PreparedDataset
+from models.flops import parameter_counts
+from models.llama import Llama
+from pretrain.config.schema import Config, GrassConfig
+from pretrain.distributed.world import World
+
+logger = logging.getLogger(__name__)
+
+
+def log_opening(config: Config, world: World, model: Llama, data: PreparedDataset) -> None:
+    """Log what is trained, on how many tokens, in which batches and where."""
+    train, optim, counts = config.train, config.optim, parameter_counts(model)
+    total, share = train.steps * train.tokens_per_step, counts["trainable"] / counts["parameters"]
+    rows = f", {optim.rank} rows of each linear layer" if isinstance(optim, GrassConfig) else ""
+    corpus = "being prepared" if config.data.on_the_fly else f"{len(data.train):,} tokens"
+    sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    parameters = f"{counts['parameters']:,} parameters, {counts['trainable']:,} trained ({share:.0%})"
+    lines = {
+        "model": f"{config.model.name}: {parameters}",
+        "optimizer": f"{optim.name} ({optim.inner}{rows})",
+        "tokens": f"{total:,} in {train.steps:,} steps; the corpus: {corpus}",
+        "batch": f"{train.tokens_per_step:,} tokens; micro-batches of {sequences} × {train.seq_len:,} tokens",
+        "device": f"{world.size} × {device}, {train.dtype}",
+    }
+    for name, text in lines.items():
+        logger.info("%-9s  %s", name, text)
+
+
+def log_next_commands(config: Config, folder: Path) -> None:
+    """Log the commands that usually follow a finished run, to be pasted into a shell."""
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    prompt = next((prompt for prompt in config.data.prompts if prompt.strip().isprintable()), "The ").strip()
+    commands = [
+        ["report", str(folder)],
+        ["generate", str(folder), "--prompt", prompt],
+        ["export", str(folder), "--out", f"{folder}-exported"],
+    ]
+    logger.info("next, the report of the run, text of its model, and its model for transformers:")
+    for name, *arguments in commands:
+        logger.info("  %s", shlex.join([python, "-m", f"pretrain.{name}", *arguments]))
