@@ -8,6 +8,7 @@ resident  what the kernel says is resident (VmHWM, proc(5)) above a baseline: th
 Steps are of a kind: "regular", or "refresh" for the one that ends with a refresh of the rows.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -108,4 +109,9 @@ def resident(key: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"events": by_events, "resident": by_kernel}[sys.argv[1]](sys.argv[2:])))
+    ways = {"events": by_events, "resident": by_kernel}
+    p = argparse.ArgumentParser(prog="python -m benchmarks.real_steps", description=__doc__)
+    p.add_argument("way", choices=ways)
+    p.add_argument("arguments", nargs="*", help="what the way takes, in its order: see its function")
+    args = p.parse_args()
+    print(json.dumps(ways[args.way](args.arguments)))

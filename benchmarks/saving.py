@@ -15,7 +15,8 @@ import torch
 
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import Saver
-from pretrain.config.compose import load
+from pretrain.cli.errors import clear_errors
+from pretrain.config.command_line import config_from
 from pretrain.config.schema import Config
 from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
@@ -52,7 +53,8 @@ def measure(config: Config) -> dict[str, float]:
 
 def main() -> None:
     logging.disable(logging.INFO)
-    print(json.dumps(measure(load(sys.argv[1:])), indent=1))
+    with clear_errors():
+        print(json.dumps(measure(config_from(sys.argv[1:])), indent=1))
 
 
 if __name__ == "__main__":

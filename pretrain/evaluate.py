@@ -8,9 +8,11 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pretrain.cli.console import number
+from pretrain.cli import console
+from pretrain.cli.arguments import number
 from pretrain.cli.errors import clear_errors
 
 
@@ -24,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--data", metavar="FOLDER", help="a prepared folder (prepared/…)")
     p.add_argument("--patterns", nargs="+", default=["*.txt", "*.md", "*.py"], help="files taken from folders of text")
     p.add_argument("--split", default="val", choices=("val", "train"), help="of the prepared folder (default: val)")
-    p.add_argument("--seq-len", type=int, help="tokens in a window; by default as in training")
-    p.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    p.add_argument("--seq-len", type=number(int, 1), help="tokens in a window; by default as in training")
+    p.add_argument("--batch-size", type=number(int, 1), default=8, help="windows at once (default: 8)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -48,6 +50,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.inference.pretrained import find_pretrained
     from pretrain.inference.scoring import evaluate, tokenize_files
 
+    if args.data and not Path(args.data).is_dir():
+        raise ValueError(f"--data: there is no folder {args.data}; name one such as prepared/NAME-HASH")
     found = find_pretrained(args.model)
     model, tokenizer = found.load()
     tokens: Any
@@ -58,7 +62,9 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         tokens = getattr(dataset, args.split)
     else:
         tokens = tokenize_files(args.text, args.patterns, tokenizer)
-    seq_len = args.seq_len or found.seq_len
+    seq_len, longest = args.seq_len or found.seq_len, model.max_position_embeddings
+    if seq_len > longest:
+        raise ValueError(f"--seq-len={seq_len} is more than the {longest} positions of {args.model}; lower it")
     world = World(rank=0, size=1, device=model.embed_tokens.weight.device)
     token_bytes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64, device=world.device)
     batches = validation_batches(tokens, seq_len, args.batch_size)
@@ -72,7 +78,7 @@ def _as_text(result: dict[str, Any]) -> str:
         [
             f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, {result['seq_len']} at a time",
             f"loss           {result['loss']:.4f} nats per token",
-            f"perplexity     {number(result['perplexity'], '1e6')}",
+            f"perplexity     {console.number(result['perplexity'], '1e6')}",
             f"bits per byte  {result['bits_per_byte']:.4f}",
         ]
     )

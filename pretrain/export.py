@@ -8,6 +8,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from pretrain.cli.arguments import number
 from pretrain.cli.errors import clear_errors
 from pretrain.config.schema import DTYPE_NAMES
 
@@ -19,7 +20,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     p.add_argument("--out", required=True, help="the folder to write, which must not exist")
     p.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights; by default that of the model")
-    p.add_argument("--shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: %(default)g)")
+    p.add_argument(
+        "--shard-gb",
+        type=number(float, 0, above=True),
+        default=5.0,
+        help="most GB in a file of weights (default: %(default)g)",
+    )
     return p
 
 

@@ -28,18 +28,19 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from pretrain.cli.console import log_to_terminal
+from pretrain.cli.console import command_line, log_to_terminal
 from pretrain.cli.errors import clear_errors
 from pretrain.cli.signals import EXIT_CODE
 from pretrain.config.command_line import MULTIRUN, answer_flags, run_hydra, split_arguments
 from pretrain.config.compose import load
-from pretrain.config.schema import ConfigError
+from pretrain.config.schema import Config, ConfigError
 from pretrain.config.text import QUOTED, as_typed, quoted
 from pretrain.runs.sweep_results import LOGS, JobResult, results
 from pretrain.runs.writable import require_writable
 
 logger = logging.getLogger(__name__)
 FIXED = "fixed.json"  # in the sweep's folder of logs: the overrides that all jobs share
+TOTAL = "total"  # a file there: the number of jobs, unless a sweeper decides on it
 STOP = "stop"  # a file there asks every job to save and stop, and none to start
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -109,7 +110,8 @@ def run_job(cfg: DictConfig) -> float | None:
     name = job_name([o for o in overrides if o not in fixed], [o for o in overrides if o in fixed])
     result = JobResult(name, overrides, str(Path(cfg.run.root) / cfg.run.name / name), str(logs / f"{name}.log"))
     if not (logs / STOP).exists():
-        logger.info("sweep: %s starts; its output is in %s", name, result.log)
+        total = f" of {(logs / TOTAL).read_text()}" if (logs / TOTAL).exists() else ""
+        logger.info("sweep: job %d%s, %s, starts; its output is in %s", number + 1, total, name, result.log)
         place = [f"run.root={quoted(cfg.run.root)}", f"run.name={quoted(f'{cfg.run.name}/{name}')}"]
         command = [sys.executable, "-m", "pretrain.launch", "-m", "pretrain.train", *overrides, *place]
         with Path(result.log).open("a") as log:
@@ -183,24 +185,51 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
     settings = [o for o in parsed if not o.get_key_element().startswith("hydra")]
     if swept := [o.input_line for o in settings if o.get_key_element().startswith("run.") and o.is_sweep_override()]:
         raise ConfigError(f"{', '.join(map(str, swept))}: every job has a name of its own; give the sweep one name")
-    problems: dict[str, None] = {}
-    for job in combinations(settings):
-        try:
-            config = load(job)
-            if config.train.dry_run:
-                raise ConfigError("train.dry_run=true plans one run; give it to ./launch.sh without -m")
-        except ConfigError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-    if problems:
-        raise ConfigError("\n".join(problems))
-    given = {o.get_key_element(): o for o in parsed}
+    given, jobs = {o.get_key_element(): o for o in parsed}, combinations(settings)
+    config = _checked(jobs, every="hydra/sweeper" not in given, named="run.name" in given)
     _check_plugins(str(given[group].value()) for group in ("hydra/launcher", "hydra/sweeper") if group in given)
     name = config.run.name if "run.name" in given else "sweep"
     require_writable(config.run.root, name)
     where = given.get("hydra.sweep.dir")
     logs = Path(str(where.value())) if where else _new_logs(Path(config.run.root) / name)
     (logs / FIXED).write_text(json.dumps(combinations([o for o in settings if not o.is_sweep_override()])[0]))
+    if "hydra/sweeper" not in given:
+        (logs / TOTAL).write_text(str(len(jobs)))
     return [*arguments, f"run.name={quoted(name)}", f"hydra.sweep.dir={quoted(logs)}", "hydra.sweep.subdir=."], logs
+
+
+def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
+    """The configuration of the last of ``jobs``, each given by its overrides.
+
+    Args:
+        every: check the values of all jobs too; of a sweeper that chooses among them, some may be wrong.
+        named: whether ``run.name`` is given, instead of the default name of sweeps.
+
+    Raises:
+        ConfigError: lists what is wrong with any of them.
+    """
+    problems: dict[str, None] = {}
+    configs = list[Config]()
+    for job in jobs:
+        try:
+            configs.append(load(job))
+            if configs[-1].train.dry_run:
+                raise ConfigError("train.dry_run=true plans one run; give it to ./launch.sh without -m")
+        except ConfigError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    if every and not problems:
+        from pretrain.setup.checks import check  # only now: it imports torch, which takes seconds
+
+        for config in configs:
+            folder = Path(config.run.root) / (config.run.name if named else "sweep")
+            resumes = any(folder.glob("*/checkpoints/step-*"))
+            try:
+                check(config, int(os.environ.get("PET_NPROC_PER_NODE", "1")), needs_data=False, resumes=resumes)
+            except ConfigError as error:
+                problems |= dict.fromkeys(str(error).splitlines())
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return configs[-1]
 
 
 def parse(arguments: list[str]) -> list[Override]:
@@ -242,15 +271,19 @@ def _ask_to_stop(logs: Path, number: int, _frame: Any) -> None:
 
 
 def report(jobs: list[JobResult]) -> int:
-    """Print a line for each job; returns the sweep's exit code."""
+    """Print a line for each job, and log the command of their report; returns the sweep's exit code."""
     width = max((len(job.name) for job in jobs), default=0)
+    losses = [job.summary["val/loss"] for job in jobs if job.summary]
     for job in jobs:
-        summary = job.summary
-        numbers = (
-            f"validation loss {summary['val/loss']:.4f}, {summary['tokens_per_s']:,.0f} tokens/s" if summary else ""
-        )
-        reason = f"{job.reason} (see {job.log})" if job.status == "failed" else ""
-        print(f"{job.name:<{width}}  {job.status:<11}  {numbers}{reason}".rstrip())
+        numbers, reason = "", f"{job.reason} (see {job.log})" if job.status == "failed" else ""
+        if summary := job.summary:
+            best = "  best" if len(losses) > 1 and summary["val/loss"] == min(losses) else ""
+            numbers = f"validation loss {summary['val/loss']:.4f}, {summary['tokens_per_s']:,.0f} tokens/s{best}"
+        print(f"{job.name:<{width}}  {job.status:<11}  {numbers}{reason}".rstrip(), flush=True)
+    if losses:
+        folder = Path(os.path.relpath(Path(jobs[0].folder).parent))
+        folder = folder if ".." not in folder.parts else folder.resolve()
+        logger.info("a page that compares them: %s", command_line("report", str(folder)))
     statuses = {job.status for job in jobs}
     return EXIT_CODE if {"stopped", "not started"} & statuses else 0 if statuses == {"finished"} else 1
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,27 @@ def test_no_command_is_left_out():
     told = {command for page in PAGES for command in commands(page)}
     assert told == {*PLANS, *FOLLOWED, *CHECKED, *commands(TUTORIAL)}
     assert min(map(len, (PLANS, FOLLOWED, TRAININGS, commands(TUTORIAL), commands(HYPERPARAMETERS)))) > 0
+
+
+@pytest.mark.parametrize("shell", [["bash", "-O", "failglob", "-c"], ["zsh", "-f", "-c"]], ids=["bash", "zsh"])
+def test_a_shell_leaves_brackets_and_braces_in_the_commands_as_they_are(shell, tmp_path):
+    """zsh, and bash with failglob, refuse a word that looks like a pattern; both expand braces."""
+    if not shutil.which(shell[0]):
+        pytest.skip(f"{shell[0]} is not installed")
+    pages = [README, *(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page, re.S)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    plain = [
+        line
+        for line in lines
+        if re.match(r"(\./launch\.sh|\.venv/bin/python)\b", line) and not set("<>|&;$`") & set(line)
+    ]
+    assert len(plain) > 30 and any("[" in line for line in plain)
+    for line in plain:
+        words = shlex.split(line, comments=True)
+        line = re.sub(r"\s#.*", "", line)  # zsh takes comments for words in what -c gives
+        shown = subprocess.run([*shell, f"printf '%s\\n' {line}"], cwd=tmp_path, capture_output=True, text=True)
+        assert (shown.returncode, shown.stdout.splitlines()) == (0, words), f"{line}: {shown.stderr}"
 
 
 def train(command: str, root: Path, prepared: Path) -> None:

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import os
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -65,6 +68,12 @@ def number(value: float, most: str = "") -> str:
     if most and value > float(most):
         return f">{most}"
     return f"{value:,.{0 if value >= 1000 else 3}f}"
+
+
+def command_line(module: str, *arguments: str) -> str:
+    """The command that runs ``pretrain.<module>`` with this Python, to be pasted into a shell."""
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    return shlex.join([python, "-m", f"pretrain.{module}", *arguments])
 
 
 class _AboveTheBar(logging.Handler):

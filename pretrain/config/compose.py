@@ -32,6 +32,11 @@ from pretrain.config.text import FileConfigSource, as_typed, quoted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SECTIONS = {name.rpartition(".")[0] for name in types_of_settings()}
+DEVICE_WORDS = ("device", "devices", "gpu", "gpus", "cuda")  # keys that others have for what is no setting here
+DEVICES = (
+    "devices are no setting: each process takes a GPU if there is one; ./launch.sh --nproc-per-node 2 takes two, "
+    "CUDA_VISIBLE_DEVICES=0 before the command chooses, and CUDA_VISIBLE_DEVICES= takes the CPU"
+)
 
 
 def register_schema() -> None:
@@ -119,6 +124,9 @@ def _explain(overrides: list[str], error: Exception) -> str:
     for override, (name, value) in choices.items():
         if (possible := options(name)) and value not in possible:
             lines.append(f"{override}: {name} can be {', '.join(possible)}{_did_you_mean(value, possible)}")
+            continue
+        if name not in known and name.rpartition(".")[2] in DEVICE_WORDS:
+            lines.append(f"{override}: {DEVICES}")
             continue
         try:
             to_config(_compose(list(dict.fromkeys([*groups, override]))))

@@ -94,7 +94,7 @@ def plot_coverage(run: RunRecords) -> Figure | None:
     if not layers:
         return None
     thin = max(1, len(tokens) // 400)
-    with new_figure(height=min(7.0, max(2.0, 0.13 * len(layers))), grid="none") as figure:
+    with new_figure(height=min(7.0, max(2.0, 0.15 * len(layers))), grid="none") as figure:
         axes = figure.add_subplot()
         edges = np.append(0.0, tokens[::thin]) if len(tokens) else np.array([0.0, 1.0])
         image = axes.pcolormesh(edges, np.arange(len(layers) + 1), shares[:, ::thin], vmin=0, vmax=1, cmap="viridis")

@@ -77,7 +77,10 @@ class RunFolder:
         Raises:
             ConfigError: the run exists and cannot be resumed with ``config``.
         """
-        if not self.path.exists() or all(_no_part_of_a_run(p) for p in self.path.iterdir()):
+        try:
+            if not self.path.exists() or all(_no_part_of_a_run(p) for p in self.path.iterdir()):
+                return []
+        except FileNotFoundError:  # another process removed the folder that it had made, see require_writable
             return []
         if config.train.resume == "never":
             raise ConfigError(f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run")

@@ -29,7 +29,7 @@ def require_writable(root: str, name: str) -> None:
             try:
                 for folder in [*reversed(path.parents), path]:
                     _make(folder, made)
-                with tempfile.TemporaryFile(dir=path):
+                with tempfile.TemporaryFile(dir=path, prefix="."):  # hidden: no part of a run, see RunFolder.check
                     break
             except FileNotFoundError:  # another process of this run, or of a sweep, removes the folder that it made
                 if time.monotonic() > deadline:

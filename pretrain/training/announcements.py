@@ -1,9 +1,6 @@
 """What a run says of itself: its size, data and device at the beginning, and the next commands at the end."""
 
 import logging
-import os
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +8,7 @@ import torch
 from data.token_dataset import PreparedDataset
 from models.flops import parameter_counts
 from models.llama import Llama
+from pretrain.cli.console import command_line
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
 
@@ -39,7 +37,6 @@ def log_opening(config: Config, world: World, model: Llama, data: PreparedDatase
 
 def log_next_commands(config: Config, folder: Path) -> None:
     """Log the commands that usually follow a finished run, to be pasted into a shell."""
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     prompt = next((prompt for prompt in config.data.prompts if prompt.strip().isprintable()), "The ").strip()
     commands = [
         ["report", str(folder)],
@@ -48,4 +45,4 @@ def log_next_commands(config: Config, folder: Path) -> None:
     ]
     logger.info("next, the report of the run, text of its model, and its model for transformers:")
     for name, *arguments in commands:
-        logger.info("  %s", shlex.join([python, "-m", f"pretrain.{name}", *arguments]))
+        logger.info("  %s", command_line(name, *arguments))

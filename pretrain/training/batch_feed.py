@@ -94,7 +94,8 @@ class BatchFeed:
             self.wait(steps - 1)
         ours = self.identity(steps)
         # Fingerprints also depend on the names of documents, and so on the name of the folder that they are in.
-        free = {"mixture", "fingerprint" if "content" in identity else "content"}
+        # The content of a streamed corpus is known only once it is read as a whole.
+        free = {"mixture", "fingerprint" if "content" in identity.keys() & ours.keys() else "content"}
         if any(identity.get(key) != ours.get(key) for key in {*identity, *ours} - free):
             other = [f"{key} was {old}, is now {new}" for key, (old, new) in changes.items() if key.startswith("data.")]
             raise ConfigError(

@@ -19,6 +19,7 @@ from pretrain.runs.folder import RunFolder
 from pretrain.runs.metric_log import MetricLog
 from pretrain.setup.compiling import compile_seconds
 from pretrain.training.announcements import log_next_commands
+from pretrain.training.divergence import Divergence, first_validation
 from pretrain.training.samples import write_samples
 from pretrain.training.throughput import Stopwatch, peak_bytes
 from pretrain.training.train_step import StepResult
@@ -51,6 +52,7 @@ class StepLog:
         self._flops_per_token = flops_per_token(model, train.seq_len)
         self._peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
         self._compile_seconds = 0.0  # as logged last
+        self._divergence = Divergence(config, first_validation(folder)) if world.is_main else None
         self._metrics = MetricLog(folder, config, first_step) if world.is_main else None
         self._commit = git_commit() if world.is_main else None  # now: the code on disk may change during the run
 
@@ -91,6 +93,8 @@ class StepLog:
             values |= {"train/skipped": skipped}
         self._log_compiling(step)
         self._write(step, values)
+        if self._divergence and made:
+            self._warn(self._divergence.train(step, made.loss))
         if self._metrics:
             self._metrics.show_step(step, {"loss": made.loss if made else math.nan, "tokens/s": tokens_per_s})
         if self.optim.grass and self._metrics:
@@ -102,6 +106,8 @@ class StepLog:
         self._write(step, score)
         if self._metrics:
             self._metrics.show_validation(step, {name.replace("val/", "val "): score[name] for name in SHOWN})
+        if self._divergence:
+            self._warn(self._divergence.validation(step, score["val/loss"]))
 
     def summary(self, step: int, score: dict[str, float], samples: list[tuple[str, str]]) -> None:
         """Write ``summary.json`` and ``samples.md`` of the finished run, and close the log."""
@@ -115,6 +121,7 @@ class StepLog:
             "peak_bytes": peak_bytes(self.world.device), "world_size": self.world.size,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "commit": self._commit,
+            "divergence": self._divergence.found if self._divergence else None,
             "machine": platform.platform(),
         }  # fmt: skip
         if samples:
@@ -122,7 +129,8 @@ class StepLog:
         write_atomic(self.folder.summary_file, json.dumps(summary, indent=1) + "\n")
         self._metrics.show_results(samples)
         self.close(summary)
-        logger.info("finished: validation loss %.4f; see %s", score["val/loss"], self.folder.path)
+        diverged = ", but the run diverged, see the warning above" if summary["divergence"] else ""
+        logger.info("finished: validation loss %.4f%s; see %s", score["val/loss"], diverged, self.folder.path)
         log_next_commands(self.config, self.folder.path)
 
     def close(self, summary: dict[str, Any]) -> None:
@@ -133,6 +141,10 @@ class StepLog:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self._metrics:
             self._metrics.write(step, self.tokens(step), values)
+
+    def _warn(self, warning: str | None) -> None:
+        if warning:
+            logger.warning("%s", warning)
 
     def _log_compiling(self, step: int) -> None:
         """Say how long compiling took, when it took more than a second since the last time."""

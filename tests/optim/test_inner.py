@@ -151,7 +151,7 @@ def test_8_bit_adamw_steps_on_the_rows_as_parameters_and_has_quantised_moments()
 
 def test_8_bit_adamw_without_torchao_names_the_requirements(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(ValueError, match=r"inner=adamw8bit: .*torchao.*\.venv/bin/pip install -r requirements-extra\.txt"):
+    with pytest.raises(ValueError, match=r"adamw8bit: .*torchao.*\.venv/bin/pip install -r requirements-extra\.txt"):
         optimizer_class("adamw8bit")
 
 

@@ -73,7 +73,7 @@ def test_windows_can_be_shorter_and_documents_are_framed_as_in_a_preparation(fol
     [
         (["nowhere", "--text", "x"], "nowhere holds no model; name a run's folder"),
         (["MODEL", "--text", "nowhere.txt"], "there is no file or folder nowhere.txt"),
-        (["MODEL", "--data", "nowhere"], "manifest.json: cannot be read"),
+        (["MODEL", "--data", "nowhere"], "--data: there is no folder nowhere"),
     ],
 )
 def test_missing_files_are_named_without_a_traceback(folder, arguments, message, capsys):

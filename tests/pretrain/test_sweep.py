@@ -14,8 +14,8 @@ import pytest
 from pretrain.cli.signals import EXIT_CODE
 from pretrain.config.schema import ConfigError
 from pretrain.runs.report_page import write_report
-from pretrain.runs.sweep_results import results
-from pretrain.sweep import begin, job_name, run_sweep
+from pretrain.runs.sweep_results import JobResult, results
+from pretrain.sweep import begin, combinations, job_name, parse, report, run_sweep
 
 SMALL = [
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
@@ -53,21 +53,49 @@ def test_what_no_job_could_run_is_refused_before_the_first(tmp_path):
     assert "did you mean optim.rank?" in str(error.value) and "'many'" in str(error.value)
     with pytest.raises(ConfigError, match="every job has a name of its own"):
         begin(["run.name=a,b", f"run.root={tmp_path}"])
+    with pytest.raises(ConfigError) as error:  # each is wrong in another way, and only with the values it has
+        begin([*SMALL, "optim.rank=0,8,33", "optim.lr=0,1e-3", f"run.root={tmp_path}"])
+    for problem in ("optim.rank=0 must be between", "optim.rank=33 must be between", "optim.lr=0.0 must be greater"):
+        assert problem in str(error.value)
+    assert str(error.value).count("optim.lr=0.0") == 1  # although three jobs have it
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_marks_the_best_job_and_names_the_command_of_the_report(tmp_path, capsys, caplog):
+    jobs = []
+    for name, loss in {"lr-0.1": 4.5, "lr-0.01": 3.25}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps({"val/loss": loss, "tokens_per_s": 12345.6}))
+        jobs.append(JobResult(name, [], str(tmp_path / name), str(tmp_path / "log"), exit_code=0))
+    with caplog.at_level("INFO"):
+        assert report(jobs) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "lr-0.1   finished     validation loss 4.5000, 12,346 tokens/s",
+        "lr-0.01  finished     validation loss 3.2500, 12,346 tokens/s  best",
+    ]
+    assert f"-m pretrain.report {tmp_path}" in caplog.text
+
+
+def occupy(folder: Path, rank: int, overrides: list[str]) -> None:
+    """Make the job of ``rank`` fail when it starts: a file is where its folder should be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = combinations(parse([o for o in overrides if not o.startswith("optim.rank=")]))[0]
+    (folder / job_name([f"optim.rank={rank}"], shared)).touch()
 
 
 def test_a_failed_job_takes_nothing_from_the_others_and_a_finished_one_is_left_alone(small, tmp_path):
     folder = tmp_path / "a sweep"
-    overrides = [*small, "optim.rank=0,8"]
+    overrides = [*small, "optim.rank=4,8"]
+    occupy(folder, 4, small)
     failed, finished = run_sweep(overrides, root=str(folder), jobs=2)
-    assert failed.status == "failed" and "optim.rank=0 must be between 1" in failed.reason and failed.summary is None
+    assert failed.status == "failed" and failed.name in failed.reason and failed.summary is None
     assert finished.status == "finished" and "optim.rank=8" in finished.overrides
     assert Path(finished.folder).parent == folder and finished.summary["steps"] == 2
     assert finished.summary["commit"].removesuffix("-dirty") == git("rev-parse", "HEAD")
     again = sweep([*overrides, f"run.root='{tmp_path}'", "run.name='a sweep'"], stdout=subprocess.PIPE)
     table = again.communicate(timeout=500)[0].splitlines()
     assert again.returncode == 1
-    assert [line.split()[1] for line in table] == ["failed", "finished"] and "optim.rank=0" in table[0]
+    assert [line.split()[1] for line in table] == ["failed", "finished"] and "error" in table[0]
     latest = results(max((folder / "_sweeps").iterdir()))
     assert latest[1].name == finished.name and "is finished at step 2" in Path(latest[1].log).read_text()
 
@@ -78,23 +106,19 @@ def git(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_of_six_jobs_one_of_which_fails_five_end_well_and_the_report_names_the_sixth(small, tmp_path):
-    six = [o for o in small if o != "optim.rank=8"] + [
-        "optim.rank=1,2,4,8,16,33",
-        f"run.root={tmp_path}",
-        "run.name=six",
-    ]
+    common = [o for o in small if o != "optim.rank=8"]
+    occupy(tmp_path / "six", 32, common)
+    six = [*common, "optim.rank=1,2,4,8,16,32", f"run.root={tmp_path}", "run.name=six"]
     process = sweep(six, stdout=subprocess.PIPE)
     table = process.communicate(timeout=900)[0].splitlines()
     assert process.returncode == 1
     assert [line.split()[1] for line in table] == ["finished"] * 5 + ["failed"]
-    assert "optim.rank=33 must be between 1 and 32" in table[-1] and all(
-        "validation loss" in line for line in table[:5]
-    )
+    assert "error" in table[-1] and all("validation loss" in line for line in table[:5])
     assert len(list(tmp_path.glob("six/*/summary.json"))) == 5
     page = write_report([tmp_path / "six"], tmp_path / "report").read_text()
     assert "<h1>5 runs</h1>" in page and page.count("<h2>Failed</h2>") == 1
     (failure,) = re.findall("<li>(.*?)</li>", page)
-    assert failure.startswith("rank-33") and "optim.rank=33 must be between 1 and 32" in failure
+    assert failure.startswith("rank-32") and "error" in failure
 
 
 @pytest.mark.slow

@@ -269,7 +269,11 @@ def test_a_library_that_is_not_there_is_named_with_the_way_to_it(texts, tokenize
     write_parquet(tmp_path / "corpus", texts)
     for library in ("pyarrow", "datasets"):
         monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ValueError, match=r"read by pyarrow, which is missing: \.venv/bin/pip install -r requirements-extra\.txt"):
+    with pytest.raises(
+        ValueError, match=r"read by pyarrow, which is missing: \.venv/bin/pip install -r requirements-extra\.txt"
+    ):
         prepare(settings(tmp_path, tokenizer))
-    with pytest.raises(ValueError, match=r"data\.source: datasets needs .* \.venv/bin/pip install -r requirements-extra\.txt"):
+    with pytest.raises(
+        ValueError, match=r"data\.source: datasets needs .* \.venv/bin/pip install -r requirements-extra\.txt"
+    ):
         prepare(settings(tmp_path, tokenizer, source="datasets", paths=[], dataset="some/name"))

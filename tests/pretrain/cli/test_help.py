@@ -13,6 +13,7 @@ from data import prepare
 from data.prepare import meanings
 from data.settings import DataSettings
 from pretrain.config.compose import CONF, load
+from pretrain.config.schema import ConfigError
 
 
 def told(*command):
@@ -61,3 +62,36 @@ def test_preparation_tells_what_each_setting_is(monkeypatch, capsys):
     assert meanings().keys() == {entry.name for entry in fields(DataSettings)}
     for meaning in (meaning for name, meaning in meanings().items() if name != "mixture"):
         assert " ".join(meaning.split()) in text
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("generate", ["--tokens", "-5"], "argument --tokens: -5 must be at least 1"),
+        ("generate", ["--tokens", "five"], "argument --tokens: invalid int value: 'five'"),
+        ("generate", ["--temperature", "-1"], "argument --temperature: -1 must be at least 0"),
+        ("generate", ["--top-k", "-1"], "argument --top-k: -1 must be at least 0"),
+        ("generate", ["--top-p", "0"], "argument --top-p: 0 must be above 0 and at most 1"),
+        ("generate", ["--page", "--port", "99999"], "argument --port: 99999 must be at least 1 and at most 65535"),
+        ("evaluate", ["--text", "x", "--seq-len", "0"], "argument --seq-len: 0 must be at least 1"),
+        ("evaluate", ["--text", "x", "--batch-size", "0"], "argument --batch-size: 0 must be at least 1"),
+        ("evaluate", ["--data", "absent"], "--data: there is no folder absent"),
+        ("export", ["--out", "x", "--shard-gb", "0"], "argument --shard-gb: 0 must be above 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_by_its_flag(module, arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"pretrain.{module}").main([str(tmp_path), *arguments])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["train.device", "device", "train.gpus"])
+def test_who_gives_a_device_is_told_how_devices_are_chosen(key):
+    with pytest.raises(ConfigError, match=f"{key}=cuda: devices are no setting: .* CUDA_VISIBLE_DEVICES=0"):
+        load([f"{key}=cuda"])
+
+
+@pytest.mark.parametrize("module", ["saving", "real_steps"])
+def test_benchmarks_answer_help(module, root):
+    text = told(sys.executable, "-m", f"benchmarks.{module}", "--help")
+    assert f"benchmarks.{module}" in text

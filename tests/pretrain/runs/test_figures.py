@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from pretrain.runs.figures import COLOURS, DPI, new_figure, save
+from pretrain.runs.figures import COLOURS, DPI, WIDTH, new_figure, save
 
 
 def test_every_figure_of_the_project_is_made_in_this_style(root):
@@ -27,6 +27,12 @@ def test_a_figure_has_the_style_and_leaves_matplotlib_s_settings_alone(grid, lin
     assert not axes.spines["top"].get_visible() and not axes.spines["right"].get_visible()
     assert (axes.xaxis.get_gridlines()[0].get_visible(), axes.yaxis.get_gridlines()[0].get_visible()) == lines
     assert Image.open(save(figure, tmp_path / "a.png")).size == (4 * DPI, 3 * DPI)
+
+
+def test_the_pictures_of_the_documentation_can_be_read_at_400_pixels(root):
+    """Those drawn at this width have letters of nearly 10 pixels there."""
+    widths = {path.name: Image.open(path).width for path in root.glob("docs/*.png")}
+    assert len(widths) > 7 and set(widths.values()) == {WIDTH * DPI}, widths
 
 
 def test_the_same_figure_has_the_same_bytes(tmp_path):

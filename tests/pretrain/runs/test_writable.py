@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError
+from pretrain.runs.folder import RunFolder
 from pretrain.runs.writable import require_writable
 
 LONG = "n" * 300
@@ -85,12 +88,20 @@ def test_commands_refuse_it_before_the_data_are_prepared(root, place, command):
     assert not (place / "prepared").exists()
 
 
-def test_processes_that_check_at_the_same_time_do_not_refuse_each_other(tmp_path):
-    """As the ranks of a run and the jobs of a sweep do; threads make and remove folders in the same way."""
+@pytest.mark.parametrize("nameless", [True, False])
+def test_processes_that_check_at_the_same_time_do_not_refuse_each_other(tmp_path, monkeypatch, nameless):
+    """As the ranks of a run and the jobs of a sweep do; threads make and remove folders in the same way.
+
+    Network file systems have no temporary files without names.
+    """
+    monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", nameless)
+    configs = [load([f"run.root={tmp_path}/a/b", f"run.name=job-{number}/run"]) for number in range(2)]
 
     def check(number):
         for _ in range(100):
-            require_writable(str(tmp_path / "a" / "b"), f"job-{number % 2}/run")
+            run = configs[number % 2].run
+            assert RunFolder(configs[number % 2]).check(configs[number % 2]) == []
+            require_writable(run.root, run.name)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(check, range(4)))

@@ -171,6 +171,16 @@ def test_a_run_that_streamed_its_data_resumes_without_the_text_once_all_is_prepa
     assert ours == theirs and len(ours) == 8 + 5
 
 
+def test_a_run_that_streamed_its_data_resumes_when_the_text_comes_back(here):
+    stream = [*TINY, "data.tokenizer=tok.model", "data.on_the_fly=true", "data.shuffle_block=8", "run.name=back"]
+    train_streaming([*stream, "train.steps=2"])
+    prepare(data_settings(load(stream)))
+    moved("text", "away")
+    train_streaming([*stream, "train.steps=4"])
+    moved("away", "text")
+    assert len(losses(train_streaming([*stream, "train.steps=6"]))) == 6
+
+
 def train_streaming(overrides):
     config = load(overrides)
     folder = RunFolder(config)

@@ -1,0 +1,79 @@
+"""Finds losses that show that a run does not learn, and names the settings that are the likely cause."""
+
+import math
+from collections import deque
+from statistics import fmean
+
+from pretrain.config.schema import Config
+from pretrain.runs.folder import RunFolder
+from pretrain.runs.json_lines import read_json_lines
+
+LOGGED = 20  # losses of logged steps that have to rise
+GUESSING = 10  # losses of logged steps that have to be worse than those of guessing
+ABOVE = 0.05  # nats by which a loss has to be above another
+RISE = 0.2  # nats by which a rising loss has risen over the LOGGED losses
+ERRORS = 8.0  # the slope of a rising loss is above this number of its standard errors
+
+
+class Divergence:
+    """Judges the logged losses of a run, without waiting for the device; ``found`` is its first warning, or None.
+
+    Args:
+        first_validation: the validation loss before training, in nats per token; None if there is none.
+    """
+
+    def __init__(self, config: Config, first_validation: float | None = None):
+        self._config, self._first = config, first_validation
+        self._losses = deque[float](maxlen=LOGGED)
+        self.found: str | None = None
+
+    def train(self, step: int, loss: float) -> str | None:
+        """Judge the loss of a logged step, in nats per target; returns a warning if it is the first of the run."""
+        self._losses.append(loss)
+        guessing = math.log(self._config.model.vocab_size)
+        losses = list(self._losses)
+        if len(losses) >= GUESSING and min(losses[-GUESSING:]) > guessing + ABOVE:
+            return self._warn(
+                f"at step {step} the last {GUESSING} logged losses are above {guessing:.2f}, the loss of guessing "
+                "(ln of model.vocab_size)"
+            )
+        if len(losses) == LOGGED and rises(losses):
+            return self._warn(f"the loss has risen for {LOGGED} logged steps, to {loss:.3f} at step {step}")
+        return None
+
+    def validation(self, step: int, loss: float) -> str | None:
+        """Judge the loss of a validation after ``step`` steps; returns a warning if it is the first of the run."""
+        if self._first is None:
+            self._first = loss if step == 0 else None
+        if self._first is None or loss <= self._first + ABOVE:
+            return None
+        return self._warn(f"the validation loss {loss:.3f} at step {step} is above the first, {self._first:.3f}")
+
+    def _warn(self, sign: str) -> str | None:
+        if self.found:
+            return None
+        optim = self._config.optim
+        fixes = ["lower optim.linear_lr and optim.lr"]
+        fixes += ["limit the gradients with optim.clip=1"] if not optim.clip else []
+        fixes += ["warm up with optim.warmup_steps=0.1"] if not optim.warmup_steps else []
+        self.found = f"the run diverges: {sign}; {', '.join(fixes)}"
+        return self.found
+
+
+def first_validation(folder: RunFolder) -> float | None:
+    """The validation loss before training that an earlier process of the run has logged, or None."""
+    lines = read_json_lines(folder.metrics_file)
+    return next((line["val/loss"] for line in lines if line["step"] == 0 and "val/loss" in line), None)
+
+
+def rises(losses: list[float]) -> bool:
+    """Whether a line through ``losses`` rises by more than RISE, and more than their scatter explains.
+
+    The line is that of least squares. Its slope has the standard error sqrt(Σ residual² / (n − 2) / Σ (x − x̄)²).
+    """
+    n, mean, middle = len(losses), fmean(losses), (len(losses) - 1) / 2
+    spread = sum((i - middle) ** 2 for i in range(n))
+    slope = sum((i - middle) * (loss - mean) for i, loss in enumerate(losses)) / spread
+    residuals = sum((loss - mean - slope * (i - middle)) ** 2 for i, loss in enumerate(losses))
+    error = math.sqrt(residuals / (n - 2) / spread)
+    return slope * (n - 1) > RISE and slope > ERRORS * error
