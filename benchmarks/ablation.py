@@ -99,13 +99,16 @@ def record_of(stage: str, result: JobResult, fixed: Sequence[str]) -> Record | N
     return {"stage": stage, "setting": setting, "seed": seed, **numbers, **told, "date": time.strftime("%Y-%m-%d")}
 
 
-def run_missing(name: str, stage: dict[str, Any], common: list[str], root: Path, jobs: int) -> None:
-    """Run what a stage lists and the file of records lacks, and add it there after every sweep."""
+def run_missing(
+    name: str, stage: dict[str, Any], common: list[str], root: Path, jobs: int, records: Path | None = None
+) -> None:
+    """Run what a stage lists and the file ``records`` lacks, and add it there after every sweep."""
+    records = records or RECORDS
     fixed = [*common, *stage.get("common", [])]
     for line in (line for lines in stage["sweeps"].values() for line in lines):
         known = {
             (record["setting"], seed)
-            for record in recorded(RECORDS)
+            for record in recorded(records)
             if record["stage"] == name
             for seed in record.get("seeds", [record.get("seed")])
         }
@@ -115,7 +118,7 @@ def run_missing(name: str, stage: dict[str, Any], common: list[str], root: Path,
         # The least sweep that has them all.
         alternatives = [list(dict.fromkeys(column)) for column in zip(*missing, strict=True)]
         sweep = [",".join([first, *(o.partition("=")[2] for o in more)]) for first, *more in alternatives]
-        with RECORDS.open("a") as file:
+        with records.open("a") as file:
             for result in run_sweep(sweep, root=str(root / name), jobs=jobs):
                 record = record_of(name, result, fixed)
                 if record and (record["setting"], record["seed"]) not in known:
@@ -222,24 +225,23 @@ def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
     axis.set_ylim(len(labels) - 0.5, -0.5)
 
 
-def write(study: dict[str, Any], records: list[Record]) -> None:
-    """``docs/ablation.md`` and ``docs/ablation.png`` of what is on record."""
+def write(study: dict[str, Any], records: list[Record], page: str = "ablation") -> None:
+    """``docs/<page>.md`` and ``docs/<page>.png`` of what is on record."""
     every = {name: trials_of(name, stage, study["common"], records) for name, stage in study["stages"].items()}
     stages = {name: topics for name, topics in every.items() if topics}
     dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
     lines = [
-        "# Ablation",
+        f"# {study['title']}",
         "",
-        "Every trial of the study behind the defaults, whose conclusions are in "
-        "[Results](results.md#comparison-with-adamw-and-galore). Losses are of the validation split after the last "
-        "step, in nats per token. ± is the standard error over seeds; for a difference, that of the differences paired "
-        "by seed. Speeds were taken while other programs were running and are no measurement.",
+        f"{study['about'].strip()} Losses are of the validation split after the last step, in nats per token. ± is the "
+        "standard error over seeds; for a difference, that of the differences paired by seed. Speeds were taken while "
+        "other programs were running and are no measurement.",
         "",
-        "![Final loss of every trial](ablation.png)",
+        f"![Final loss of every trial]({page}.png)",
         "",
         "The picture has a colour for each table below. Settings without `optim=` are those of `optim=grass`.",
         "",
-        f"`python -m benchmarks.ablation` wrote this page from its runs, which are recorded in `docs/ablation.jsonl`: "
+        f"`python -m benchmarks.{page}` wrote this page from its runs, which are recorded in `docs/{page}.jsonl`: "
         f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{' '.join(study['common'])}`.",
         "",
     ]
@@ -257,25 +259,29 @@ def write(study: dict[str, Any], records: list[Record]) -> None:
             "",
         ]
         lines += table(topics, against)
-    (DOCS / "ablation.md").write_text("\n".join(lines), encoding="utf-8")
-    plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / "ablation.png")
-    plot_losses([t for trials in stages["seeds"].values() for t in trials], DOCS / "losses.png")
+    (DOCS / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
+    plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / f"{page}.png")
+    if losses := stages.get(study.get("losses", "")):
+        plot_losses([t for trials in losses.values() for t in trials], DOCS / "losses.png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    study = yaml.safe_load((HERE / "ablation.yaml").read_text())
+def main(page: str = "ablation", about: str | None = __doc__) -> None:
+    """The command of the study that ``<page>.yaml`` lists."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    study = yaml.safe_load((HERE / f"{page}.yaml").read_text())
+    file = DOCS / f"{page}.jsonl"
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(study['stages'])}; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--root", type=Path, default=Path("runs") / page)
     parser.add_argument("--written", action="store_true", help="run nothing, write the page of what is on record")
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(study["stages"]):
-        parser.error(f"{', '.join(unknown)}: no stage of benchmarks/ablation.yaml")
+        parser.error(f"{', '.join(unknown)}: no stage of benchmarks/{page}.yaml")
     for name, stage in study["stages"].items() if not arguments.written else ():
         if name in (arguments.stages or study["stages"]):
-            run_missing(name, stage, study["common"], arguments.root, arguments.jobs)
-    write(study, recorded(RECORDS))
+            run_missing(name, stage, study["common"], arguments.root, arguments.jobs, file)
+    if records := recorded(file):
+        write(study, records, page)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,8 @@ class Grass:
 
     def _choose_by_scores(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         scores, layers = dict(zip(names, norms, strict=True)), {name: self.layers[name] for name in names}
-        selected = select_layers(self.selection, layers, scores, self.seed, self.steps)
+        windows = {name: self.schedule.window(name, self.steps) for name in names}
+        selected = select_layers(self.selection, layers, scores, windows, self.seed, self.steps)
         return [selected[name][:2] for name in names]
 
 

@@ -141,6 +141,8 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 class MuonAndAdamW(CompositeOptimizer):
     """Muon for the group named "linears" and AdamW for the others: Muon is for hidden matrices only."""
 
+    muon: type[Muon] = Muon
+
     def __init__(
         self,
         params: list[dict[str, Any]],
@@ -155,7 +157,7 @@ class MuonAndAdamW(CompositeOptimizer):
         others = [group for group in params if group["name"] != "linears"]
         parts: list[torch.optim.Optimizer] = []
         if linears:
-            parts.append(Muon(linears, momentum=momentum, **common))
+            parts.append(self.muon(linears, momentum=momentum, **common))
         if others:
             parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True, **common))
         for group in linears:

@@ -3,6 +3,7 @@
 A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the rows of the largest scores. The others sample
 row i with probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With
 replacement the rows carry ρ = 1/√(r q_i), so that E[PPᵀG] = G. ``frozen`` is a ``top_r`` that is made once.
+``cyclic``, which the paper lacks, takes no notice of the scores: all rows have a turn before any has another.
 """
 
 import logging
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 POWERS = {"uniform": 0, "multinomial_norm": 1, "multinomial_norm_sq": 2}
 WITH_REPLACEMENT = "_with_replacement"
 TOP = ("top_r", "frozen")
-SELECTIONS = (*TOP, *POWERS, *(name + WITH_REPLACEMENT for name in POWERS))
+CYCLIC = "cyclic"
+SELECTIONS = (*TOP, *POWERS, *(name + WITH_REPLACEMENT for name in POWERS), CYCLIC)
 
 
 class Selected(NamedTuple):
@@ -36,7 +38,7 @@ class Selected(NamedTuple):
     usable: bool
 
 
-def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
+def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> Selected:
     """Choose ``rank`` of m rows by their ``scores`` (m,), on the CPU and in float64.
 
     The choice depends only on the arguments: equal scores and seeds give equal rows on every process and device. Scores
@@ -45,13 +47,16 @@ def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
     Args:
         name: a name of SELECTIONS.
         scores: at least 0, on any device.
-        seed: of the random numbers, 0 ≤ seed < 2**63.
+        seed: of the random numbers, 0 ≤ seed < 2**63; for "cyclic" the same in all windows of a layer.
+        window: the number of the layer's window, which "cyclic" goes by.
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in SELECTIONS:
         raise ValueError(f"optim.selection={name!r} is unknown; choose from {', '.join(SELECTIONS)}")
+    if name == CYCLIC:
+        return Selected(_turn(len(scores), rank, seed, window), None, usable=True)
     scores = scores.detach().to("cpu", torch.float64)
     generator = torch.Generator().manual_seed(seed)
     if not (scores.isfinite().all() and scores.max() > 0):
@@ -66,7 +71,23 @@ def select(name: str, scores: Tensor, rank: int, seed: int) -> Selected:
     return Selected(index, (rank * q[index]).rsqrt().float(), usable=True)
 
 
-def select_many(name: str, scores: Sequence[Tensor], ranks: Sequence[int], seeds: Sequence[int]) -> list[Selected]:
+def _turn(rows: int, rank: int, seed: int, window: int) -> Tensor:
+    """Part ``window`` of an endless deal of ``rows`` in parts of ``rank``, ascending (rank,).
+
+    Every round deals all rows in a new random order; its last part is filled up with the first rows of that order.
+    """
+    turn, place = divmod(window, -(-rows // rank))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(key(seed, "turn", turn)))
+    return order.roll(-place * rank)[:rank].sort().values
+
+
+def select_many(
+    name: str,
+    scores: Sequence[Tensor],
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    windows: Sequence[int] | None = None,
+) -> list[Selected]:
     """``select`` for many layers; the largest scores of layers of one size are found in one operation."""
     found: dict[int, Selected] = {}
     sizes: dict[tuple[int, int], list[int]] = {}
@@ -77,16 +98,22 @@ def select_many(name: str, scores: Sequence[Tensor], ranks: Sequence[int], seeds
         usable = (stacked.isfinite().all(1) & (stacked.amax(1) > 0)).tolist()
         if all(usable):
             found |= {n: Selected(index, None, True) for n, index in zip(numbers, _largest(stacked, rank), strict=True)}
-    return [found.get(n) or select(name, scores[n], ranks[n], seeds[n]) for n in range(len(scores))]
+    windows = windows or [0] * len(scores)
+    return [found.get(n) or select(name, scores[n], ranks[n], seeds[n], windows[n]) for n in range(len(scores))]
 
 
 def select_layers(
-    name: str, layers: Mapping[str, GrassLinear], scores: Mapping[str, Tensor], seed: int, step: int
+    name: str,
+    layers: Mapping[str, GrassLinear],
+    scores: Mapping[str, Tensor],
+    windows: Mapping[str, int],
+    seed: int,
+    step: int,
 ) -> dict[str, Selected]:
     """The rows of ``layers`` after update ``step``, by the ``scores`` (m,) of each, float64 on the CPU.
 
-    Layers that share an index are chosen for once, by the norms of their gradients put together. Layers whose scores
-    are of no use are logged.
+    ``windows`` are the numbers of the layers' windows. Layers that share an index are chosen for once, by the norms of
+    their gradients put together. Layers whose scores are of no use are logged.
     """
     sharing: dict[Any, list[str]] = {}
     for n in layers:
@@ -94,9 +121,11 @@ def select_layers(
     groups = list(sharing.values())
     joint = [scores[g[0]] if len(g) == 1 else torch.stack([scores[n] for n in g]).norm(dim=0) for g in groups]
     ranks = [layers[group[0]].rank for group in groups]
-    seeds = [key(seed, "select", step, group[0]) for group in groups]
+    draw = () if name == CYCLIC else (step,)
+    seeds = [key(seed, "select", *draw, group[0]) for group in groups]
+    turns = [windows[group[0]] for group in groups]
     selected: dict[str, Selected] = {}
-    for group, found in zip(groups, select_many(name, joint, ranks, seeds), strict=True):
+    for group, found in zip(groups, select_many(name, joint, ranks, seeds, turns), strict=True):
         if not found.usable:
             logger.warning("step %d: %s has no usable row scores; drew rows uniformly", step, group[0])
         selected |= dict.fromkeys(group, found)

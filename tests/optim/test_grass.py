@@ -264,6 +264,22 @@ def test_staggered_blocks_refresh_in_turn_with_all_their_layers():
     assert changed == {1: set(), 2: {"1"}, 3: set(), 4: {"0"}, 5: set(), 6: {"1"}, 7: set(), 8: {"0"}}
 
 
+@pytest.mark.parametrize("stagger", [False, True])
+def test_in_turn_every_row_of_every_layer_is_trained_within_one_round(stagger):
+    model, layers, optimizer, grass = grass_of(4, refresh_every=3, selection="cyclic", stagger=stagger)
+    seen = {name: [layer.index.tolist()] for name, layer in layers.items()}
+    for step in range(3 * 3):  # the fourth of four windows has begun
+        train(model, optimizer, 1, first=step)
+        for name, layer in layers.items():
+            if layer.index.tolist() != seen[name][-1]:
+                seen[name].append(layer.index.tolist())
+    for name, windows in seen.items():
+        assert len(windows) == 4
+        trained = [row for rows in windows for row in rows]
+        assert sorted(trained) == list(range(layers[name].selectable))
+    assert all((rows != 0).all() for rows in grass.history.rows.values())
+
+
 def test_a_layer_without_a_gradient_is_sampled_beside_one_that_has_some():
     """The zeros of the second layer leave the first without a gradient, and so without ρ."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))

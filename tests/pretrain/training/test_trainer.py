@@ -182,6 +182,7 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.embedding_inner=adamw8bit"],
         [*GRASS, "optim.embedding_inner=adafactor"],
         [*GRASS, "optim.int8_weights=true", *BF16_ROWS],
+        [*GRASS, "optim.selection=cyclic", "optim.stagger=true"],
     ],
     ids=[
         "grass",
@@ -201,6 +202,7 @@ class StopAfter(StopRequest):
         "8bit-embeddings",
         "adafactor-embeddings",
         "int8",
+        "cyclic",
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
