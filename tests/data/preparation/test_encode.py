@@ -23,7 +23,8 @@ MARK = "ENCODES_FOR"
 
 # Reads batches without end, and says when the first one is encoded. A script without a main guard, started once only.
 ENDLESS = """
-import itertools, sys
+import itertools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands with SIGINT ignored
 print("started", flush=True)
 from data.preparation.encode import encoders
 from data.sources.documents import Batch, Record
@@ -139,8 +140,10 @@ def test_workers_end_with_the_process_that_made_them(tokenizer, mark, number, tm
     assert [process.stdout.readline() for _ in range(2)] == ["started\n", "encoded\n"]
     assert len(workers_of(mark)) == 2
     process.send_signal(number)
-    assert "started" not in process.stdout.read()
-    process.wait(timeout=20)
+    try:
+        assert "started" not in process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
     wait_until(lambda: not marked(mark))
 
 
