@@ -1,14 +1,12 @@
-"""Judges steps: losses and gradients that are not finite, and losses that jump.
+"""Judge steps: losses and gradients that are not finite, and loss spikes.
 
 Batches that no update was made from, or that ended the run, are listed in ``bad_batches.jsonl`` with their documents.
 """
 
 import logging
 import math
-from collections import deque
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from statistics import median
 
 import torch
 
@@ -17,12 +15,11 @@ from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.json_lines import JsonLinesFile
 from pretrain.training.batch_feed import BatchFeed
+from pretrain.training.loss_spikes import LossSpikes
 from pretrain.training.train_step import StepNumbers, StepResult
 
 logger = logging.getLogger(__name__)
 
-SPIKE_WINDOW = 32  # number of earlier losses that a loss is compared with
-SPIKE_AFTER = 8  # with fewer earlier losses nothing is a spike
 MOST_SKIPPED_IN_A_ROW = 10  # more than this is not due to single batches but to the weights
 NAMED = 5  # documents in a message; the file lists all
 
@@ -32,8 +29,8 @@ Verdict = Enum("Verdict", ["CONTINUE", "SKIP", "FAIL", "ROLL_BACK"])
 class Guards:
     """Judges every step of a run, and keeps all counters of steps that went wrong.
 
-    ``skipped`` is the number of steps without an update, ``losses`` are the latest losses in nats per target, which
-    checkpoints hold so that a resumed run finds the same spikes. ``reason`` explains the verdict FAIL.
+    ``skipped`` is the number of steps without an update, ``spikes`` holds the latest losses, ``reason`` explains the
+    verdict FAIL.
 
     Args:
         rollbacks: steps whose batches are left out, see ``CheckpointManager``.
@@ -42,7 +39,7 @@ class Guards:
     def __init__(self, train: TrainConfig, world: World, feed: BatchFeed, folder: RunFolder, rollbacks: Sequence[int]):
         self.train, self.world, self.feed, self.rollbacks = train, world, feed, rollbacks
         self.skipped, self.reason = 0, ""
-        self.losses = deque[float](maxlen=SPIKE_WINDOW)
+        self.spikes = LossSpikes(train.spike_factor)
         self._skipped_at = self._skipped_in_a_row = 0
         # The first step that was not finite, 0 for none: on the device, so that no step waits to know.
         self._first_failed = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -61,7 +58,8 @@ class Guards:
     def resume(self, skipped: int, losses: Iterable[float]) -> None:
         """Continue with the counters of a checkpoint."""
         self.skipped = skipped
-        self.losses.extend(losses)
+        for loss in losses:
+            self.spikes.add(loss)
 
     def judge(self, step: int, result: StepResult, reduce: bool) -> Verdict:
         """Judge the result of ``step`` (from 1); call on every process, after every step.
@@ -114,8 +112,7 @@ class Guards:
         return Verdict.FAIL
 
     def _look_for_spike(self, step: int, loss: float) -> Verdict:
-        """A spike is a loss above ``train.spike_factor`` times the median of the latest losses."""
-        spike = len(self.losses) >= SPIKE_AFTER and loss > self.train.spike_factor * median(self.losses)
+        spike = self.spikes.is_spike(loss)
         if spike and len(self.rollbacks) < self.train.most_rollbacks:
             logger.warning(
                 "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint and "
@@ -128,7 +125,7 @@ class Guards:
                 "the loss jumped to %.4f at step %d; training continues, after train.most_rollbacks=%d rollbacks",
                 *(loss, step, self.train.most_rollbacks),
             )
-        self.losses.append(loss)  # of a spike too: a loss that stays up is soon none
+        self.spikes.add(loss)
         return Verdict.CONTINUE
 
     def _write_bad_batch(self, step: int, what: str, **numbers: float) -> list[str]:
