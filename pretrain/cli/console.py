@@ -106,6 +106,12 @@ class _LogFile(logging.FileHandler):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names of files may be no valid UTF-8
         self._failing = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # a library that sets up logging closed the file, and it cannot be opened again
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._failing:
             self._failing = True  # before the warning, which is logged here too

@@ -243,7 +243,8 @@ def test_a_bf16_model_starts_from_the_rounded_draws():
         assert torch.equal(model.state_dict()[name], tensor.to(model.state_dict()[name].dtype)), name
 
 
-PARAMETERS = {  # in millions; all but nano and 1b_5504 as published for these sizes
+PARAMETERS = {  # in millions; all but micro, nano and 1b_5504 as published for these sizes
+    "micro": "1.8",
     "nano": "5.3",
     "60m": "58.1",
     "130m": "134",

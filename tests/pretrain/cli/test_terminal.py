@@ -1,9 +1,11 @@
 """A run as a person at a terminal sees it: its beginning, a moving bar, an answer to Ctrl-C, and the next commands."""
 
 import io
+import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from pretrain.cli import console as terminal
-from pretrain.cli.console import RunBar, as_text
+from pretrain.cli.console import RunBar, as_text, log_to_file
 
 SMALL = [
     "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1",
@@ -116,3 +118,15 @@ def test_the_bar_moves_at_every_step_and_smooths_the_loss(monkeypatch):
 def test_a_huge_perplexity_is_not_written_out():
     assert as_text({"val loss": 20.0, "val perplexity": 4.85e8}) == "val loss 20.000 · val perplexity >1e6"
     assert as_text({"val perplexity": 1e6, "tokens/s": 2e6}) == "val perplexity 1,000,000 · tokens/s 2,000,000"
+
+
+def test_a_log_file_that_another_library_closed_and_that_is_gone_ends_nothing(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    log_to_file(tmp_path / "run" / "train.log")
+    handler = logging.getLogger().handlers[-1]
+    handler.close()  # as logging.config.dictConfig does with all handlers
+    shutil.rmtree(tmp_path / "run")
+    logging.getLogger("pretrain").warning("a line")
+    logging.getLogger("pretrain").warning("another line")
+    assert caplog.text.count("train.log cannot be written") == 1 and "another line" in caplog.text
+    logging.getLogger().removeHandler(handler)
