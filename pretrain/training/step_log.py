@@ -130,8 +130,8 @@ class StepLog:
         self._metrics.show_results(samples)
         self.close(summary)
         diverged = ", but the run diverged, see the warning above" if summary["divergence"] else ""
-        logger.info("finished: validation loss %.4f%s; see %s", score["val/loss"], diverged, self.folder.path)
         log_next_commands(self.config, self.folder.path)
+        logger.info("finished: validation loss %.4f%s; see %s", score["val/loss"], diverged, self.folder.path)
 
     def stop_bar(self) -> None:
         """Remove the progress bar from the terminal, if there is one."""
