@@ -1,6 +1,10 @@
 """What several test files watch with."""
 
 import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -10,6 +14,22 @@ PAPER = {
     "score": "exact", "probe_steps": 1, "stagger": False, "state_at_refresh": "reset", "new_second_moment": "mean",
 }  # fmt: skip
 """Arguments of Grass: the scores, refreshes and state of the paper."""
+
+NOBODY = 65534
+
+
+@contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """``folder`` belongs to the user of the test, who is not root: root may write everywhere."""
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.chown(folder, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 class Allocations(TorchDispatchMode):

@@ -14,15 +14,19 @@ from pretrain.setup.checks import check
 from pretrain.sweep import combinations, parse
 
 STUDY = yaml.safe_load((Path(ablation.__file__).parent / "ablation.yaml").read_text())
-LINES = [
-    (*STUDY["common"], *stage["common"], *line.split())
-    for stage in STUDY["stages"].values()
-    for lines in stage["sweeps"].values()
-    for line in lines
-]
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line[9:]))
+def lines_of(study):
+    """The overrides of each sweep that a study lists."""
+    return [
+        (*study["common"], *stage["common"], *line.split())
+        for stage in study["stages"].values()
+        for lines in stage["sweeps"].values()
+        for line in lines
+    ]
+
+
+@pytest.mark.parametrize("line", lines_of(STUDY), ids=lambda line: " ".join(line[9:]))
 def test_the_first_and_last_run_of_every_line_can_start(line):
     jobs = combinations(parse(list(line)))
     for job in (jobs[0], jobs[-1]):

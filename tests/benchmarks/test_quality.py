@@ -11,17 +11,12 @@ from benchmarks import ablation, corpora, quality
 from pretrain.config.compose import load
 from pretrain.setup.checks import check
 from pretrain.sweep import combinations, parse
+from tests.benchmarks.test_ablation import lines_of
 
 STUDY = yaml.safe_load(Path(quality.__file__).with_suffix(".yaml").read_text())
-LINES = [
-    (*STUDY["common"], *stage["common"], *line.split())
-    for stage in STUDY["stages"].values()
-    for lines in stage["sweeps"].values()
-    for line in lines
-]
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: " ".join(line[11:]))
+@pytest.mark.parametrize("line", lines_of(STUDY), ids=lambda line: " ".join(line[11:]))
 def test_the_first_and_last_run_of_every_line_can_start(line):
     jobs = combinations(parse(list(line)))
     for job in (jobs[0], jobs[-1]):

@@ -6,12 +6,9 @@ import torch
 from pretrain.config.compose import load
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
+from tests.optim.test_step_in_backward import TINY
 
 CPU = torch.device("cpu")
-TINY = [
-    "model.vocab_size=40", "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=2",
-    "model.num_attention_heads=2", "train.tokens_per_step=32", "train.seq_len=8", "optim.clip=0",
-]  # fmt: skip
 GRASS = ["optim.rank=4", "optim.refresh_every=3", "optim.probe_steps=1", "optim.stagger=false"]
 MASTERS = ["optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"]
 BFLOAT16_ROWS = ["train.dtype=bfloat16", "optim.state_dtype=bfloat16"]

@@ -22,9 +22,9 @@ from data.settings import DataSettings
 from data.shards.writer import ShardWriter
 from data.sources.files import stdlib_files
 from data.token_dataset import load
+from tests.helpers import without_rights
 
 REPO = Path(__file__).resolve().parents[3]
-NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +45,15 @@ def settings(corpus, tmp_path):
 
 
 @contextmanager
-def without_rights(settings):
-    """Not as root, who may write anywhere: yields a folder for the test, and settings with the corpus in it."""
+def unprivileged(settings):
+    """Not as root: yields a folder for the test, and settings with the corpus in it."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     shutil.copytree(settings.paths[0], folder / "corpus")
-    root = os.geteuid() == 0
     try:
-        if root:
-            os.chown(folder, NOBODY, NOBODY)
-            os.seteuid(NOBODY)
-        yield folder, replace(settings, paths=[str(folder / "corpus")])
+        with without_rights(folder):
+            yield folder, replace(settings, paths=[str(folder / "corpus")])
     finally:
-        if root:
-            os.seteuid(0)
         for path in [folder, *folder.rglob("*")]:
             if path.is_dir() and not path.is_symlink():
                 path.chmod(0o755)
@@ -116,7 +111,7 @@ def never_read(*given):
 def test_a_root_that_cannot_be_is_refused_before_the_corpus_is_read(settings, monkeypatch, kind):
     make, words = ROOTS[kind]
     monkeypatch.setattr(data.prepare, "Corpus", never_read)
-    with without_rights(settings) as (folder, own):
+    with unprivileged(settings) as (folder, own):
         own = replace(own, root=str(make(folder)))
         (problem,) = problems(own)
         assert problem.startswith("data.root: ") and words in problem and problem.endswith("choose another folder")
@@ -160,7 +155,7 @@ def test_the_corpora_of_a_mixture_are_checked_too(settings, tmp_path):
 
 
 def test_a_complete_preparation_is_opened_where_nothing_can_be_written(settings):
-    with without_rights(settings) as (folder, own):
+    with unprivileged(settings) as (folder, own):
         own = replace(own, root=str(folder / "prepared"))
         prepared = prepare(own)
         for path in [*(folder / "prepared").rglob("*"), folder / "prepared"]:
