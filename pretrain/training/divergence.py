@@ -2,11 +2,11 @@
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from statistics import fmean
+from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.runs.folder import RunFolder
-from pretrain.runs.json_lines import read_json_lines
 
 LOGGED = 20  # losses of logged steps that have to rise
 GUESSING = 10  # losses of logged steps that have to be worse than those of guessing
@@ -19,13 +19,20 @@ class Divergence:
     """Judges the logged losses of a run, without waiting for the device; ``found`` is its first warning, or None.
 
     Args:
-        first_validation: the validation loss before training, in nats per token; None if there is none.
+        logged: the lines of ``metrics.jsonl`` before a resumed run's first step: it is judged as if it was never
+            stopped, and not warned of again.
     """
 
-    def __init__(self, config: Config, first_validation: float | None = None):
-        self._config, self._first = config, first_validation
+    def __init__(self, config: Config, logged: Iterable[dict[str, Any]] = ()):
+        self._config = config
+        self._first: float | None = None  # the validation loss before training
         self._losses = deque[float](maxlen=LOGGED)
         self.found: str | None = None
+        for line in logged:
+            if (loss := line.get("train/loss")) is not None:
+                self.train(line["step"], loss)
+            if (loss := line.get("val/loss")) is not None:
+                self.validation(line["step"], loss)
 
     def train(self, step: int, loss: float) -> str | None:
         """Judge the loss of a logged step, in nats per target; returns a warning if it is the first of the run."""
@@ -58,12 +65,6 @@ class Divergence:
         fixes += ["warm up with optim.warmup_steps=0.1"] if not optim.warmup_steps else []
         self.found = f"the run diverges: {sign}; {', '.join(fixes)}"
         return self.found
-
-
-def first_validation(folder: RunFolder) -> float | None:
-    """The validation loss before training that an earlier process of the run has logged, or None."""
-    lines = read_json_lines(folder.metrics_file)
-    return next((line["val/loss"] for line in lines if line["step"] == 0 and "val/loss" in line), None)
 
 
 def rises(losses: list[float]) -> bool:

@@ -16,10 +16,11 @@ from pretrain.config.schema import Config
 from pretrain.distributed.world import World
 from pretrain.runs.code_version import git_commit
 from pretrain.runs.folder import RunFolder
+from pretrain.runs.json_lines import read_json_lines
 from pretrain.runs.metric_log import MetricLog
 from pretrain.setup.compiling import compile_seconds
 from pretrain.training.announcements import log_next_commands
-from pretrain.training.divergence import Divergence, first_validation
+from pretrain.training.divergence import Divergence
 from pretrain.training.samples import write_samples
 from pretrain.training.throughput import Stopwatch, peak_bytes
 from pretrain.training.train_step import StepResult
@@ -52,7 +53,7 @@ class StepLog:
         self._flops_per_token = flops_per_token(model, train.seq_len)
         self._peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
         self._compile_seconds = 0.0  # as logged last
-        self._divergence = Divergence(config, first_validation(folder)) if world.is_main else None
+        self._divergence = Divergence(config, read_json_lines(folder.metrics_file)) if world.is_main else None
         self._metrics = MetricLog(folder, config, first_step) if world.is_main else None
         self._commit = git_commit() if world.is_main else None  # now: the code on disk may change during the run
 

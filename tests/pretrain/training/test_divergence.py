@@ -7,12 +7,12 @@ import random
 import pytest
 
 from pretrain.config.compose import load
-from pretrain.training.divergence import Divergence, first_validation, rises
+from pretrain.training.divergence import Divergence, rises
 from tests.pretrain.training.test_trainer import corpus, logging_of_a_run, overrides, train  # noqa: F401
 
 
-def divergence(*given, first=None):
-    return Divergence(load(["data=text", "data.paths=[.]", "model.vocab_size=400", *given]), first)
+def divergence(*given, logged=()):
+    return Divergence(load(["data=text", "data.paths=[.]", "model.vocab_size=400", *given]), logged)
 
 
 def warnings(judge, losses):
@@ -48,10 +48,26 @@ def test_a_loss_that_rises_is_told_from_noise_and_from_a_spike():
 
 @pytest.mark.parametrize(("step", "loss", "warns"), [(0, 6.0, False), (10, 6.04, False), (10, 6.2, True)])
 def test_a_validation_loss_above_the_first_is_warned_of(step, loss, warns):
-    judge = divergence(first=6.0)
+    judge = divergence(logged=[{"step": 0, "val/loss": 6.0}])
     assert bool(judge.validation(step, loss)) == warns
     without = divergence()
     assert without.validation(10, 9.0) is None and without.validation(20, 9.9) is None  # there is no first
+
+
+def test_a_resumed_run_is_judged_as_if_it_was_never_stopped():
+    losses = [9.0] * 3 + [4.0 + 0.02 * i for i in range(40)]
+    lines = [{"step": 0, "val/loss": 6.0}, *({"step": n, "train/loss": loss} for n, loss in enumerate(losses, 1))]
+    lines.insert(5, {"step": 4, "train/loss": None})  # a skipped step
+    complete = divergence(logged=lines)
+    assert complete.found is not None
+    for stopped in range(0, len(lines), 5):
+        judge = divergence(logged=lines[:stopped])
+        for line in lines[stopped:]:
+            if line.get("train/loss") is not None:
+                judge.train(line["step"], line["train/loss"])
+            elif "val/loss" in line:
+                judge.validation(line["step"], line["val/loss"])
+        assert judge.found == complete.found
 
 
 def test_a_run_that_diverges_has_the_warning_in_its_summary(overrides, caplog):  # noqa: F811
@@ -62,8 +78,10 @@ def test_a_run_that_diverges_has_the_warning_in_its_summary(overrides, caplog): 
     assert caplog.text.count("the run diverges") == 1
     assert "but the run diverged, see the warning above" in caplog.text
     assert math.isfinite(summary["val/perplexity"])
-    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
-    assert first_validation(folder) == next(line["val/loss"] for line in lines if "val/loss" in line)
+    caplog.clear()
+    folder, _ = train(overrides(*wild, "train.steps=17"))  # resumed: warned of before, and still in the summary
+    assert json.loads(folder.summary_file.read_text())["divergence"] == summary["divergence"]
+    assert "the run diverges" not in caplog.text
 
 
 def test_a_run_that_learns_has_none(overrides, caplog):  # noqa: F811
