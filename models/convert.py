@@ -24,7 +24,7 @@ def matches(name: str, pattern: str) -> bool:
 
 def convert_linears(
     model: nn.Module,
-    rank: int | Mapping[str, int],
+    rank: float | Mapping[str, float],
     patterns: Sequence[str] = ATTENTION_AND_MLP,
     side: str | Mapping[str, str] = "auto",
     state_dtype: torch.dtype | None = None,
@@ -36,7 +36,8 @@ def convert_linears(
     Weights are shared, not copied, unless they become ``int8``. Converted and other layers are logged.
 
     Args:
-        rank: for all layers, or for each glob of names; the last match counts.
+        rank: a number of rows (int) or a share of them (float), as in GrassLinear; for all layers, or for each glob of
+            names, of which the last match counts.
         side: likewise "auto", "rows" or "columns"; "auto" where no glob matches.
         state_dtype: of the rows, their gradients and moments; the weight's own when None.
         share_index: layers of a group in SAME_INPUT that select columns, with one rank, share an index and a slice.
@@ -102,7 +103,7 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 def _grass_layers(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    rank: int | Mapping[str, int],
+    rank: float | Mapping[str, float],
     patterns: Sequence[str],
     side: str | Mapping[str, str],
     state_dtype: torch.dtype | None,

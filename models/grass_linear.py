@@ -118,7 +118,8 @@ class GrassLinear(nn.Module):
 
     Args:
         weight: the (out, in) weight; shared, not copied, and frozen.
-        rank: the number of trained rows or columns, 1 ≤ rank ≤ the selected dimension.
+        rank: the number of trained rows or columns, an int from 1 to the selected dimension; or their share of it, a
+            float, 0 < rank ≤ 1.
         side: "rows", "columns" or "auto" (rows where out ≤ in: the smaller side, as in the paper).
         state_dtype: dtype of ``rows`` and so of its gradient and moments; the weight's own when None.
         int8: keep the weight in 8 bits, rounded to nearest; a forward and a backward dequantise it for themselves.
@@ -135,7 +136,7 @@ class GrassLinear(nn.Module):
     def __init__(
         self,
         weight: nn.Parameter,
-        rank: int,
+        rank: float,
         side: str = "auto",
         state_dtype: torch.dtype | None = None,
         int8: bool = False,
@@ -146,11 +147,7 @@ class GrassLinear(nn.Module):
             raise ValueError(f"optim.side={side!r} is unknown; use auto, rows or columns")
         self.side = side if side != "auto" else "rows" if self.out_features <= self.in_features else "columns"
         self.dim = 0 if self.side == "rows" else 1
-        if type(rank) is not int or not 1 <= rank <= weight.shape[self.dim]:
-            raise ValueError(
-                f"optim.rank={rank} must be between 1 and {weight.shape[self.dim]}, "
-                f"the number of {self.side} of a {tuple(weight.shape)} weight"
-            )
+        rank = _number_of(rank, weight.shape[self.dim], f"{self.side} of a {tuple(weight.shape)} weight")
         self.register_buffer("weight_step", None)
         if int8:
             codes, self.weight_step = quantise(weight.detach(), self.dim)
@@ -262,3 +259,11 @@ class GrassLinear(nn.Module):
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
         self.probe = self.probe_key = None
         return gathered.detach()
+
+
+def _number_of(rank: float, size: int, of: str) -> int:
+    """The rows that ``rank`` asks for, of ``size``; ``of`` names them in the ValueError for an impossible rank."""
+    number = max(1, round(rank * size)) if type(rank) is float and 0 < rank <= 1 else rank
+    if type(number) is not int or not 1 <= number <= size:
+        raise ValueError(f"optim.rank={rank} must be between 1 and {size}, the number of {of}, or a share such as 0.25")
+    return number

@@ -45,6 +45,12 @@ def test_the_rank_can_be_given_for_each_pattern():
     assert [layer.rank for layer in layers.values()] == [2, 3, 4]
 
 
+def test_the_rank_can_be_a_share_of_the_rows():
+    layers = convert_linears(nn.ModuleList([Tiny()]), rank={"*": 0.25, "*.self_attn.*": 0.5, "k_proj": 1.0})
+    assert [(layer.selectable, layer.rank) for layer in layers.values()] == [(8, 4), (4, 4), (8, 2)]
+    assert [layer.rank for layer in convert_linears(nn.ModuleList([Tiny()]), rank=0.01).values()] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -55,6 +61,7 @@ def test_the_rank_can_be_given_for_each_pattern():
         ({"rank": 2, "patterns": ["*.nothing"]}, "matches no linear layer"),
         ({"rank": 5}, "0.self_attn.k_proj: optim.rank=5 must be between 1 and 4"),
         ({"rank": 0}, "optim.rank=0 must be between 1 and"),
+        ({"rank": 1.5}, "optim.rank=1.5 must be between 1 and 8, the number of rows .* or a share"),
         ({"rank": 2, "side": "diagonal"}, "use auto, rows or columns"),
     ],
 )
