@@ -16,6 +16,7 @@ from data.atomic import sha256
 from data.shards.reader import Tokens
 from data.sources.file_search import shorten
 from data.token_dataset import MANIFEST, PreparedDataset, describe, load
+from data.wording import counted
 
 BLOCK = 2**24
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(describe(prepared.manifest, prepared.folder))
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
-            print(f"{split}  {shard['name']}: {shard['tokens']:,} tokens of {shard['documents']:,} documents")
+            print(f"{split}  {shard['name']}: {shard['tokens']:,} tokens of {counted(shard['documents'], 'document')}")
     for reason, skipped in prepared.manifest["corpus"].get("skipped_counts", {}).items():
         print(f"skipped {skipped:,} {reason}")
     if changed := prepared.manifest["corpus"].get("changed", 0):

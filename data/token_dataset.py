@@ -12,6 +12,7 @@ from data.atomic import sha256
 from data.shards.reader import Tokens
 from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import Tokenizer
+from data.wording import counted
 
 FORMAT = 2  # of the folder; to be raised also when the same settings would give other tokens
 MANIFEST, FILES = "manifest.json", "files.json"
@@ -97,7 +98,7 @@ def content_of(manifest: dict[str, Any]) -> str | None:
 def describe(manifest: dict[str, Any], folder: Path) -> str:
     """One line for people: the size of each split, and of the vocabulary."""
     splits = ", ".join(
-        f"{split} {entry['tokens']:,} tokens of {entry['documents']:,} documents "
+        f"{split} {entry['tokens']:,} tokens of {counted(entry['documents'], 'document')} "
         f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes per token)"
         for split, entry in manifest["splits"].items()
     )

@@ -24,6 +24,7 @@ from data.sources.corpus import Corpus, extended
 from data.sources.documents import Batch
 from data.sources.files import shorten
 from data.tokenizer import Tokenizer
+from data.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class CorpusWriter:
         """
         corpus, state, committed_at = self._corpus, self.state, time.monotonic()
         if state.documents:
-            logger.info("resuming after %d documents", state.documents)
+            logger.info("resuming after %s", counted(state.documents, "document"))
         if corpus.text_bytes:
             workers = max(1, min(workers, corpus.text_bytes // BYTES_PER_WORKER))
         file, _ = state.place

@@ -18,6 +18,7 @@ from data.sources.file_search import shorten
 from data.sources.records import PART_CHARS
 from data.token_dataset import FORMAT, MANIFEST, describe
 from data.tokenizer import SPECIAL, Tokenizer, find_tokenizer
+from data.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
         )
     read_files = len(corpus.files) - sum(writer.state.skipped_counts.values())
     if corpus.is_text and documents > read_files:
-        logger.info("cut files longer than %d characters: %d documents of %d files", PART_CHARS, documents, read_files)
+        made = f"{counted(documents, 'document')} of {counted(read_files, 'file')}"
+        logger.info("cut files longer than %d characters: %s", PART_CHARS, made)
     if empty := [split for split, entries in shards.items() if not sum(entry["documents"] for entry in entries)]:
         raise ValueError(
             f"data.validation_share: leaves no document of {documents} for {' and '.join(empty)}; change it, or "

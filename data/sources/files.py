@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.sources.file_search import AGAIN, BROKEN, ODD_NAME, FileSearch, Remarks, file_problem, readable, shorten
+from data.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def with_held_out(files: list[SourceFile], own: list[SourceFile]) -> list[Source
     if len(kept) < len(files):
         both = sorted({file.name for file in files} - {file.name for file in kept})
         _log_once(
-            f"data.validation_paths: {len(files) - len(kept)} files are also in data.paths ({shorten(both)}); "
-            "they are for validation only"
+            f"data.validation_paths: {counted(len(files) - len(kept), 'file')} also in data.paths, for "
+            f"validation only: {shorten(both)}"
         )
     return kept + [file._replace(held_out=True) for file in own]
 

@@ -5,6 +5,8 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -74,6 +76,17 @@ def command_line(module: str, *arguments: str) -> str:
     """The command that runs ``pretrain.<module>`` with this Python, to be pasted into a shell."""
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, "-m", f"pretrain.{module}", *arguments])
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """A context in which nothing below a warning is logged: for models that are built beside that of the run."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.INFO))
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _AboveTheBar(logging.Handler):

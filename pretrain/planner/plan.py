@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from data.loading.batches import TrainBatches
 from data.prepare import find
+from data.wording import counted
 from models.flops import parameter_counts
 from pretrain.checkpoint.directory import Damaged, read_state
 from pretrain.config.schema import Config
@@ -50,8 +51,8 @@ def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
     return {
         "model": f"{config.model.name}, {found.parameters / 1e6:,.1f}M parameters",
         "trained at a time": f"{trainable / 1e6:,.1f}M, {trainable / counts['parameters']:.1%}, by {config.optim.name}",
-        "a step": f"{train.tokens_per_step:,} tokens: {devices} process{'es' if devices > 1 else ''} × {micro_batches} "
-        f"micro-batch{'es' if micro_batches > 1 else ''} × {size} sequences × {train.seq_len} tokens",
+        "a step": f"{train.tokens_per_step:,} tokens: {counted(devices, 'process', 'es')} × "
+        f"{counted(micro_batches, 'micro-batch', 'es')} × {counted(size, 'sequence')} × {train.seq_len} tokens",
         "the run": f"{train.steps:,} steps, {tokens:,} tokens{_epochs(config)}",
         "arithmetic": f"{found.flops_per_token / 1e9:,.2f} GFLOPs/token, {found.flops_per_token * tokens:.2e} FLOPs",
         "memory of a device": f"{step} in a step, {refreshed} in a step with a refresh",

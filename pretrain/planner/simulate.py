@@ -24,6 +24,7 @@ from optim.grass import Grass
 from optim.inner import optimizer_class
 from optim.refresh_schedule import block_of
 from optim.stack import OptimizerStack
+from pretrain.cli.console import warnings_only
 from pretrain.config.schema import Config, OptimConfig
 from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
@@ -47,10 +48,11 @@ def simulate(config: Config, layout: BlockLayout) -> Peaks:
     """Simulate a model of ``layout.blocks`` blocks: two regular steps and a refresh.
 
     The first regular step allocates the optimizer's state. The names of phases begin with "regular" or "refresh".
+    Only warnings are logged: a plan simulates several models.
     """
     config = replace(config, model=replace(config.model, num_hidden_layers=layout.blocks))
-    model = outline(config)
-    with fake_world(config.estimate.devices) as world:
+    with warnings_only(), fake_world(config.estimate.devices) as world:
+        model = outline(config)
         engine = simulated_engine(config.train, world)
         engine.shard(model)
         peaks = _simulate(config, layout, model, world, engine)

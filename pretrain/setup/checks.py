@@ -1,6 +1,5 @@
 """Checks of the settings of a run, against each other and against the model that they describe."""
 
-import logging
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from optim.param_groups import parameter_groups
 from optim.schedule import SCHEDULES, warmup_updates
 from optim.scores import SCORES
 from optim.selection import SELECTIONS
+from pretrain.cli.console import warnings_only
 from pretrain.config.schema import (
     SETTLING,
     BaselineConfig,
@@ -37,8 +37,6 @@ from pretrain.config.schema import (
 from pretrain.distributed.engines import sharding_problems
 from pretrain.inference.init_from import init_problems
 
-logger = logging.getLogger(__name__)
-
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes: bool = False) -> None:
     """Check all settings, without allocating the model.
@@ -51,8 +49,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
     Raises:
         ConfigError: lists every problem with its key and the fix.
     """
-    logging.disable(logging.INFO)  # building the run will log the same again
-    try:
+    with warnings_only():  # building the run will log the same again
         problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
         problems += _optim_problems(config.optim)
         problems += _estimate_problems(config.estimate)
@@ -67,8 +64,6 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
             of_data = data_problems(config.data)
             # The check of train.init_from reports this too, with the fix for these weights.
             problems += [p for p in of_data if not (config.train.init_from and p.startswith("data.vocab_size: is"))]
-    finally:
-        logging.disable(logging.NOTSET)
     if problems:
         raise ConfigError("\n".join(problems))
 

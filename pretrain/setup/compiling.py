@@ -15,6 +15,7 @@ from models.llama import Llama
 from models.precision import DTYPES
 from models.recompute import set_lean
 from optim.selection import WITH_REPLACEMENT
+from pretrain.cli.console import warnings_only
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
 from pretrain.setup.model import outline
@@ -88,12 +89,8 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
 
 def _block_of(config: Config, device: torch.device) -> nn.Module:
     """A block like those of the model, on ``device``, with arbitrary values."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)  # building the model has logged the same
-    try:
+    with warnings_only():  # building the model has logged the same
         block = outline(config).layers[0]
-    finally:
-        logging.disable(disabled)
     block.to_empty(device=device)
     for layer in _layers_of(block):
         layer.reset()

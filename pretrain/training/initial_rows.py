@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from data.wording import counted
 from models.activation_checkpointing import all_checkpointed
 from optim.grass import Grass
 from pretrain.training.train_step import MicroBatch, TrainStep
@@ -19,6 +20,8 @@ def choose_initial_rows(
 ) -> None:
     """Probe all layers in one forward and backward over ``micro_batches``, and let ``grass`` choose rows.
 
+    A selection that needs no scores chooses without that pass.
+
     Compiled blocks run eagerly, because compiling for a single pass takes longer. All blocks are under activation
     checkpointing: so the pass needs no more memory than a training step, although layers that select columns keep
     complete inputs while they are probed.
@@ -26,7 +29,10 @@ def choose_initial_rows(
     Args:
         targets: number of targets of the batch on all processes; None when every token counts as a target.
     """
-    logger.info("choosing the initial rows in one pass over %d micro-batches …", len(micro_batches))
+    if not grass.scored:
+        grass.start(lambda: None)
+        return
+    logger.info("choosing the initial rows in one pass over %s …", counted(len(micro_batches), "micro-batch", "es"))
     hook = update.model.register_forward_hook(_Progress(len(micro_batches)))
     blocks = update.model.layers  # type: ignore[union-attr]
     try:

@@ -260,7 +260,7 @@ def test_files_that_are_also_for_validation_are_named(tmp_path, caplog):
         ("r/a.txt", False),
         ("held/b.txt", True),
     ]
-    assert "1 files are also in data.paths (r/held/b.txt); they are for validation only" in caplog.text
+    assert "1 file also in data.paths, for validation only: r/held/b.txt" in caplog.text
 
 
 def test_a_line_of_the_log_stays_one_line(tmp_path, caplog):

@@ -45,6 +45,14 @@ def test_it_needs_no_data_writes_nothing_and_tells_what_the_run_would_be(tmp_pat
     assert told["would write to"] == f"{tmp_path / 'runs' / config.run.name}, a new run"
 
 
+def test_it_logs_the_layers_of_the_model_and_not_those_of_the_models_it_simulates(tmp_path, caplog):
+    caplog.set_level("INFO")
+    dry_run(tiny(tmp_path, "data.paths=[nowhere]", "model.num_hidden_layers=8"), 1)
+    assert [line.split(";")[0] for line in caplog.messages if line.startswith("converted")] == [
+        "converted 56 of 57 linear layers to Grass (rank 4)"
+    ]
+
+
 def test_it_counts_epochs_of_data_that_are_prepared(tmp_path, capsys):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text(f"the {number}th text of this test " * 20)
