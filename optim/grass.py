@@ -2,8 +2,8 @@
 
 The inner optimizer steps on each layer's small ``rows`` parameter like on any other; Grass adds hooks, no subclass.
 After a step a hook folds the rows into the weights. Every ``refresh_every`` steps (K) it also chooses the rows of the
-next window, which are in place before the forward that uses them. The scores for the choice come from probes in the
-backwards of the steps just before it.
+next window, which are in place before the forward that uses them. A selection that needs scores has them from probes in
+the backwards of the steps just before it.
 
 bfloat16 rows are stepped on in float32 and rounded stochastically. float32 rows of a bfloat16 weight are its master
 copies while they are selected, and are rounded stochastically when they leave the selection.
@@ -31,12 +31,13 @@ from optim.mixed_precision import LOW_PRECISION, Float32Steps
 from optim.param_groups import decay_factor
 from optim.refresh_schedule import STAGGER, RefreshSchedule, block_of, takes_turns
 from optim.scores import SCORES, ScoreProbes, require_agreement
-from optim.selection import SELECTIONS, WITH_REPLACEMENT, select_layers
+from optim.selection import SELECTIONS, WITH_REPLACEMENT, needs_scores, select_layers
 from optim.selection_history import SelectionHistory
 
 Choose = Callable[[list[str], list[Tensor]], list[tuple[Tensor, Tensor | None]]]
-"""Arguments: the names of layers, and for each layer the estimated norms (m,) of its rows' gradients, float64. Result:
-for each layer the selected rows (r,) int64, ascending, and ρ (r,) float32 or None where it is 1. All are on the CPU."""
+"""Arguments: the names of layers, and for each layer the estimated norms (m,) of its rows' gradients, float64, NaN
+where it was not probed. Result: for each layer the selected rows (r,) int64, ascending, and ρ (r,) float32 or None where
+it is 1. All are on the CPU."""
 
 
 class Grass:
@@ -64,6 +65,7 @@ class Grass:
 
     Attributes:
         choose: chooses the rows at a refresh; may be replaced by any ``Choose``. All processes have to choose alike.
+        scored: whether the selection needs scores. If not, layers are probed only if second moments start from scores.
         steps: updates made.
 
     Raises:
@@ -100,6 +102,7 @@ class Grass:
         self.probes = ScoreProbes(self.layers, seed, sketch_width if score == "sketch" else None)
         self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
         self.choose: Choose = self._choose_by_scores
+        self.scored = needs_scores(selection)
         self.steps = 0
         self.stepping: dict[str, GrassLinear] = {}  # the layers whose rows the running step changes
         self.is_partial_step = False  # whether the running step is one of several that make an update
@@ -118,13 +121,15 @@ class Grass:
     def start(self, backward: Callable[[], object]) -> None:
         """Choose the initial rows from one gradient, computed by ``backward`` and then dropped.
 
-        Every layer is probed, and a probed layer that selects columns keeps its complete input: where memory is tight
-        ``backward`` should keep little else, by activation checkpointing.
+        A selection that needs no scores does not call ``backward``. For others every layer is probed, and a probed
+        layer that selects columns keeps its complete input: where memory is tight ``backward`` should keep little else,
+        by activation checkpointing.
         """
-        self.probes.start(dict.fromkeys(self.layers, 0))
-        backward()
-        self.model.zero_grad(set_to_none=True)
-        self.probes.gather()
+        if self.scored:
+            self.probes.start(dict.fromkeys(self.layers, 0))
+            backward()
+            self.model.zero_grad(set_to_none=True)
+            self.probes.gather()
         self._refresh(list(self.layers))
         self._start_probes()
 
@@ -266,30 +271,38 @@ class Grass:
             hook()
 
     def _start_probes(self) -> None:
-        self.probes.start({n: self.schedule.window(n, self.steps) for n in self.schedule.probing(self.steps)})
+        if self.scored or self._state.uses_scores(self._names):
+            self.probes.start({n: self.schedule.window(n, self.steps) for n in self.schedule.probing(self.steps)})
 
     def _refresh(self, names: list[str]) -> None:
-        """Give those of the layers that have scores the rows of their next window, the same on every process."""
-        names = [name for name in names if name in self.probes.gathered]
+        """Give the layers ``names`` the rows of their next window, the same on every process.
+
+        Layers that have no scores, though the selection needs them, keep their rows.
+        """
+        if self.scored:
+            names = [name for name in names if name in self.probes.gathered]
         if not names:
             return
-        norms = self.probes.take_norms(names)
-        chosen = self._choose_rows(names, norms)
-        device = norms[0].device
+        norms, device = self.probes.take_norms(names), self.layers[names[0]].index.device
+        chosen = self._choose_rows(names, norms, device)
         index = upload(torch.cat([index for index, _ in chosen]), device).split([len(index) for index, _ in chosen])
         scales = [scale if scale is None else upload(scale, device) for _, scale in chosen]
         layers, keys = [self.layers[name] for name in names], [self._rounding_key(name) for name in names]
         for numbers, change in select_rows(layers, index, scales, keys):
-            self._state.update([layers[n] for n in numbers], change, torch.stack([norms[n] for n in numbers]))
+            self._state.update([layers[n] for n in numbers], change, [norms.get(names[n]) for n in numbers])
 
-    def _choose_rows(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    def _choose_rows(
+        self, names: list[str], norms: Mapping[str, Tensor], device: torch.device
+    ) -> list[tuple[Tensor, Tensor | None]]:
         """Call ``choose``, compare the result over the processes, and record it in the history."""
         # One transfer for all layers: each waits for the device.
-        on_cpu = torch.cat(norms).cpu().double().split([n.numel() for n in norms])
-        chosen = self.choose(names, list(on_cpu))
-        require_agreement([index for index, _ in chosen], norms[0].device)
-        for name, (index, _), scores in zip(names, chosen, on_cpu, strict=True):
-            self.history.note(name, self.steps, index, scores)
+        on_cpu = torch.cat([*norms.values()]).cpu().double().split([len(n) for n in norms.values()]) if norms else ()
+        known = dict(zip(norms, on_cpu, strict=True))
+        scores = [known.get(n, torch.full((self.layers[n].selectable,), torch.nan).double()) for n in names]
+        chosen = self.choose(names, scores)
+        require_agreement([index for index, _ in chosen], device)
+        for name, (index, _), of_layer in zip(names, chosen, scores, strict=True):
+            self.history.note(name, self.steps, index, of_layer)
         return chosen
 
     def _choose_by_scores(self, names: list[str], norms: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:

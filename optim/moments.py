@@ -5,7 +5,7 @@
 ``carry`` keeps the state of the rows that stay. A new row starts with first moment zero and as second moment
 
     mean    the mean over the rows selected before, element by element
-    score   the estimate of its squared gradient by its score: g_i² / n in every element
+    score   the estimate of its squared gradient by its score: g_i² / n in every element; the mean without a score
     zero    zero
 
 Adam counts steps per matrix, so that rows of different ages share one bias correction. A second moment that starts at
@@ -17,7 +17,7 @@ quantised moments, Rprop's step sizes) is reset, with a warning.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,20 @@ class StateAtRefresh:
         self.optimizer, self.policy, self.new_second_moment = optimizer, policy, new_second_moment
         self.probe_steps, self._warned = probe_steps, False
 
-    def update(self, layers: Sequence[GrassLinear], change: Change, norms: Tensor) -> None:
+    def uses_scores(self, rows: Iterable[Tensor]) -> bool:
+        """Whether ``update`` uses the scores of ``rows``: it does where second moments start from them."""
+        if self.policy != "carry" or self.new_second_moment != "score":
+            return False
+        states = (self.optimizer.state.get(p) for p in rows)
+        return any(name in SECOND_MOMENTS for name in next((state for state in states if state), ()))
+
+    def update(self, layers: Sequence[GrassLinear], change: Change, norms: Sequence[Tensor | None]) -> None:
         """Carry or drop the state of ``layers`` after the ``change`` of their rows.
 
         Args:
             layers: of one shape and dtype.
-            norms: (layers, m) estimated norms of the rows' gradients, summed over ``probe_steps`` steps.
+            norms: by layer the estimated norms (m,) of its rows' gradients, summed over ``probe_steps`` steps; None for
+                a layer that was not probed.
         """
         # A shard of the rows, and of their state, holds the complete selected dimension: each shard is carried locally.
         held = [self.optimizer.state.get(layer.rows, {}) for layer in layers]
@@ -84,11 +92,16 @@ class StateAtRefresh:
             return
         # The square of a sum over probe_steps gradients grows like their number: most of a gradient is noise.
         elements = self.probe_steps * layers[0].weight.numel() // layers[0].selectable
-        mean_square = norms.gather(1, change.new_index).square() / elements
+        known = [n for n in norms if n is not None]
+        mean_square = None
+        if len(known) == len(layers):
+            mean_square = torch.stack(known).gather(1, change.new_index).square() / elements
         same_names = len({tuple(states[n]) for n in having}) == 1
         for numbers in [having] if same_names else [[n] for n in having]:
             part = change if len(numbers) == len(layers) else change.of(numbers)
-            score = mean_square if part is change else torch.stack([mean_square[n] for n in numbers])
+            score = mean_square
+            if mean_square is not None and part is not change:
+                score = torch.stack([mean_square[n] for n in numbers])
             carry([states[n] for n in numbers], part, self.new_second_moment, score)
 
     def _warn_once(self, state: dict[str, Any]) -> None:
@@ -110,7 +123,7 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 
 
 @torch.no_grad()
-def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor) -> None:
+def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor | None) -> None:
     """Turn the states of the old rows into those of the new rows, in place.
 
     A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square. The mean over
@@ -120,7 +133,8 @@ def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: s
         states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and
             hold the same moments.
         new_second_moment: a name of NEW_SECOND_MOMENTS.
-        score: (layers, rank) estimated mean square of the gradient elements of each new row, for "score".
+        score: (layers, rank) estimated mean square of the gradient elements of each new row, for "score"; None if it is
+            not known.
     """
     along = 2 - change.dim  # to broadcast one number per selected row, in a stack of layers
     position, stays = (t.unsqueeze(along) for t in positions_among(change.old_index, change.new_index))
@@ -134,10 +148,10 @@ def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: s
             of_gradient = of_gradient / _factor(change.old_scale, second).unsqueeze(along)
         kept = of_gradient.take_along_dim(position, 1 + change.dim)
         fresh = torch.zeros_like(kept)
-        if second and new_second_moment == "mean":
-            fresh = of_gradient.mean(1 + change.dim, keepdim=True).expand_as(kept)
-        elif second and new_second_moment == "score":
+        if second and new_second_moment == "score" and score is not None:
             fresh = score.unsqueeze(along).expand_as(kept)
+        elif second and new_second_moment != "zero":
+            fresh = of_gradient.mean(1 + change.dim, keepdim=True).expand_as(kept)
         found = torch.where(stays, kept, fresh)
         if change.new_scale is not None:
             found = found * _factor(change.new_scale, second).unsqueeze(along)

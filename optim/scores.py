@@ -70,12 +70,14 @@ class ScoreProbes:
             if layer.probe is not None:
                 layer.stop_probe()
 
-    def take_norms(self, names: Sequence[str]) -> list[Tensor]:
-        """Remove the layers ``names`` from ``gathered`` and return estimates of their row norms, (m,) each."""
-        gathered = [self.gathered.pop(name) for name in names]
-        stacked = torch.cat(gathered)
+    def take_norms(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Remove the layers ``names`` from ``gathered``; estimates of the row norms (m,) of those that were there."""
+        found = {name: self.gathered.pop(name) for name in names if name in self.gathered}
+        if not found:
+            return {}
+        stacked = torch.cat([*found.values()])
         norms = stacked.sqrt() if stacked.ndim == 1 else stacked.norm(dim=1) / stacked.shape[1] ** 0.5
-        return list(norms.split([len(scores) for scores in gathered]))
+        return dict(zip(found, norms.split([len(scores) for scores in found.values()]), strict=True))
 
     def _average(self, probed: list[Tensor]) -> None:
         """Turn ``probed`` into the probes of the mean gradient over the processes, in place."""

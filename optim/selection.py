@@ -3,7 +3,7 @@
 A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the rows of the largest scores. The others sample
 row i with probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With
 replacement the rows carry ρ = 1/√(r q_i), so that E[PPᵀG] = G. ``frozen`` is a ``top_r`` that is made once.
-``cyclic``, which the paper lacks, takes no notice of the scores: all rows have a turn before any has another.
+``cyclic``, which the paper lacks, gives all rows a turn before any has another. It and ``uniform`` need no scores.
 """
 
 import logging
@@ -25,6 +25,11 @@ CYCLIC = "cyclic"
 SELECTIONS = (*TOP, *POWERS, *(name + WITH_REPLACEMENT for name in POWERS), CYCLIC)
 
 
+def needs_scores(name: str) -> bool:
+    """Whether the selection ``name`` depends on the scores."""
+    return name != CYCLIC and POWERS.get(name.removesuffix(WITH_REPLACEMENT)) != 0
+
+
 class Selected(NamedTuple):
     """A choice of rows.
 
@@ -42,7 +47,8 @@ def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> 
     """Choose ``rank`` of m rows by their ``scores`` (m,), on the CPU and in float64.
 
     The choice depends only on the arguments: equal scores and seeds give equal rows on every process and device. Scores
-    that are not all finite, or all zero, are of no use: rows are then drawn uniformly without replacement.
+    that are not all finite, or all zero, are of no use: rows are then drawn uniformly without replacement. A selection
+    that needs no scores takes from them the number of rows only.
 
     Args:
         name: a name of SELECTIONS.
@@ -57,7 +63,7 @@ def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> 
         raise ValueError(f"optim.selection={name!r} is unknown; choose from {', '.join(SELECTIONS)}")
     if name == CYCLIC:
         return Selected(_turn(len(scores), rank, seed, window), None, usable=True)
-    scores = scores.detach().to("cpu", torch.float64)
+    scores = scores.detach().to("cpu", torch.float64) if needs_scores(name) else torch.ones(len(scores)).double()
     generator = torch.Generator().manual_seed(seed)
     if not (scores.isfinite().all() and scores.max() > 0):
         return Selected(_sample_distinct(torch.ones_like(scores), rank, generator), None, usable=False)

@@ -290,3 +290,35 @@ def test_a_layer_without_a_gradient_is_sampled_beside_one_that_has_some():
     grass.start(lambda: (model(torch.ones(4, 8)) - 1).square().sum().backward())
     assert torch.equal(layers["0"].scale, torch.ones(2))
     assert (layers["1"].scale != 1).any()
+
+
+@pytest.mark.parametrize("selection", ["cyclic", "uniform"])
+def test_a_selection_without_scores_probes_nothing_and_needs_no_first_gradient(selection):
+    model, layers, optimizer, grass = grass_of(4, selection=selection, refresh_every=2)
+    grass.start(lambda: pytest.fail("a gradient was computed for rows that no gradient decides"))
+    for step in range(4):
+        assert all(layer.probe is None for layer in layers.values())
+        before = {name: layer.index.clone() for name, layer in layers.items()}
+        train(model, optimizer, 1, first=step)
+        assert any(not torch.equal(layer.index, before[name]) for name, layer in layers.items()) == (step % 2 == 1)
+    assert grass.history.means().keys() == {"grass/changed", "grass/coverage"}
+
+
+def test_second_moments_that_start_from_scores_have_them_under_any_selection():
+    model, layers, optimizer, grass = grass_of(
+        4, selection="cyclic", refresh_every=3, probe_steps=1, state_at_refresh="carry", new_second_moment="score"
+    )
+    train(model, optimizer, 2)
+    norms = {}
+
+    def choose(names, scores):
+        norms.update(zip(names, scores, strict=True))
+        return chosen_before(names, scores)
+
+    chosen_before, grass.choose = grass.choose, choose
+    train(model, optimizer, 1, first=2)
+    for name, layer in layers.items():  # in the first round of "cyclic" every chosen row is new
+        mean_square = norms[name][layer.index] ** 2 * layer.selectable / layer.weight.numel()
+        second = optimizer.state[layer.rows]["exp_avg_sq"]
+        torch.testing.assert_close(second.amin(1 - layer.dim), mean_square, rtol=1e-5, atol=0)
+        torch.testing.assert_close(second.amax(1 - layer.dim), mean_square, rtol=1e-5, atol=0)
