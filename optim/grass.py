@@ -36,8 +36,8 @@ from optim.selection_history import SelectionHistory
 
 Choose = Callable[[list[str], list[Tensor]], list[tuple[Tensor, Tensor | None]]]
 """Arguments: the names of layers, and for each layer the estimated norms (m,) of its rows' gradients, float64, NaN
-where it was not probed. Result: for each layer the selected rows (r,) int64, ascending, and ρ (r,) float32 or None where
-it is 1. All are on the CPU."""
+where it was not probed. Result: for each layer the selected rows (r,) int64, ascending, and ρ (r,) float32 or None
+where it is 1. All are on the CPU."""
 
 
 class Grass:

@@ -14,7 +14,7 @@ from models.grass_linear import GrassLinear
 from models.llama import Llama
 from models.precision import DTYPES
 from models.recompute import set_lean
-from optim.selection import WITH_REPLACEMENT
+from optim.selection import WITH_REPLACEMENT, needs_scores
 from pretrain.cli.console import warnings_only
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
@@ -78,6 +78,8 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
         layer.scaled = isinstance(optim, GrassConfig) and optim.selection.endswith(WITH_REPLACEMENT)  # as Grass sets it
     block.compile()
     probes = isinstance(optim, GrassConfig) and optim.selection != "frozen"
+    if probes and not needs_scores(optim.selection) and optim.inner in ("muon", "sgd"):
+        probes = False  # neither the selection nor a second moment uses scores
     for probing in (False, True) if probes else (False,):
         for layer in _layers_of(block) if probing else ():
             layer.start_probe(0, optim.sketch_width if optim.score == "sketch" else None)
