@@ -8,6 +8,8 @@ import torch
 from data.token_dataset import PreparedDataset
 from models.flops import parameter_counts
 from models.llama import Llama
+from optim.memory import held_bytes
+from optim.stack import OptimizerStack
 from pretrain.cli.console import command_line
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
@@ -15,8 +17,8 @@ from pretrain.distributed.world import World
 logger = logging.getLogger(__name__)
 
 
-def log_opening(config: Config, world: World, model: Llama, data: PreparedDataset) -> None:
-    """Log what is trained, on how many tokens, in which batches and where."""
+def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStack, data: PreparedDataset) -> None:
+    """Log what is trained, on how many tokens, in which batches, where, and the memory that it takes at least."""
     train, optim, counts = config.train, config.optim, parameter_counts(model)
     total, share = train.steps * train.tokens_per_step, counts["trainable"] / counts["parameters"]
     rows = f", {optim.rank} rows of each linear layer" if isinstance(optim, GrassConfig) else ""
@@ -30,9 +32,21 @@ def log_opening(config: Config, world: World, model: Llama, data: PreparedDatase
         "tokens": f"{total:,} in {train.steps:,} steps; the corpus: {corpus}",
         "batch": f"{train.tokens_per_step:,} tokens; micro-batches of {sequences} × {train.seq_len:,} tokens",
         "device": f"{world.size} × {device}, {train.dtype}",
+        "memory": _memory(held_bytes(model, stack)),
     }
     for name, text in lines.items():
         logger.info("%-9s  %s", name, text)
+
+
+def _memory(held: dict[str, int | None]) -> str:
+    counted = {name: size for name, size in held.items() if size is not None}
+    unit, name_of_unit = (2**30, "GiB") if sum(counted.values()) >= 2**30 else (2**20, "MiB")
+    parts = " + ".join(f"{name} {size / unit:.1f}" for name, size in counted.items())
+    left_out = " and ".join(["activations", *(name for name, size in held.items() if size is None)])
+    return (
+        f"{parts} = {sum(counted.values()) / unit:.1f} {name_of_unit} per device, by formula; {left_out} come on top: "
+        "train.dry_run=true estimates all"
+    )
 
 
 def log_next_commands(config: Config, folder: Path) -> None:

@@ -67,7 +67,7 @@ class Trainer:
             changes += describe_change(state.get("rates"), config, self.step)
         require_same_weights(tensors_of(self.model, self.optim), world)
         self._open_folder(changes)  # only now: a run that is refused above leaves its folder unchanged
-        log_opening(config, world, self.model, data)
+        log_opening(config, world, self.model, self.optim, data)
         if train.compile:
             compile_blocks(config, self.model, world)
         self.update = TrainStep(config, world, self.model, engine, self.optim, train.non_finite == "skip")

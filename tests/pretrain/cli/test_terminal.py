@@ -74,6 +74,9 @@ def test_a_terminal_shows_the_size_of_a_run_its_validations_and_the_next_command
     assert re.search(r"model +\S+: [\d,]+ parameters, [\d,]+ trained \(\d+%\)", opening)
     assert re.search(r"tokens +128 in 4 steps; the corpus: [\d,]+ tokens", opening)
     assert "micro-batches of 2 × 16 tokens" in opening and re.search(r"device +1 × CPU, float32", opening)
+    memory = r"memory +weights ([\d.]+) \+ gradients ([\d.]+) \+ optimizer state ([\d.]+) = ([\d.]+) MiB per device"
+    *parts, total = (float(size) for size in re.search(memory, opening).groups())
+    assert total == pytest.approx(sum(parts), abs=0.2) and "activations come on top" in opening
     for step in (0, 2, 4):
         assert re.search(rf"^step {step} · val loss \d", text, re.M)
     assert "4/4" in text and re.search(r"\d:\d\d:\d\d .*left", text)
