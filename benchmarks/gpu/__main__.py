@@ -1,13 +1,12 @@
-"""What only a machine with a GPU can tell of this project: exactness, memory, speed, waits and more.
+"""Measurements that need a GPU: exactness, memory, speed, waits and more.
 
-    python -m benchmarks.gpu                                         all sections, as far as --budget goes
-    python -m benchmarks.gpu --only memory,step_times --budget 560   some of them; a name stands for all that begin so
-    python -m benchmarks.gpu --dry                                   tiny sizes, to try the benchmark itself
+    python -m benchmarks.gpu                                         all sections that fit into --budget
+    python -m benchmarks.gpu --only memory,step_times --budget 560   some sections; a name selects all with that prefix
+    python -m benchmarks.gpu --dry                                   tiny sizes, to test the benchmark itself
     python -m benchmarks.gpu --written runs/gpu/gpu.json             the page docs/gpu.md and its pictures, from results
 
-Results go to gpu.json in the folder --out, row by row. A section that runs again replaces its earlier results there,
-the others stay: so several calls make one file. Nothing is downloaded. Exit code: 0, 1 if something failed, 2 without a
-GPU.
+Results are written to gpu.json in the folder --out, row by row. A section that runs again replaces only its own earlier
+results, so several calls fill one file. Nothing is downloaded. Exit code: 0, 1 if something failed, 2 without a GPU.
 """
 
 import argparse
