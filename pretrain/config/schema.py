@@ -178,6 +178,7 @@ class WandbConfig:
     project: str | None
     entity: str | None
     group: str | None
+    tags: list[str]
     log_checkpoint: bool
 
 

@@ -28,7 +28,10 @@ OUR_FILES = (
 
 
 class RunFolder:
-    """The paths in ``runs/<name>/``, and what may happen to the files there."""
+    """The paths in ``runs/<name>/``, and what may happen to the files there.
+
+    ``log_start`` is the number of bytes in the log file when the folder was opened.
+    """
 
     def __init__(self, config: Config):
         self.path = Path(config.run.root) / config.run.name
@@ -37,7 +40,7 @@ class RunFolder:
         self.selection_file = self.path / "selection.jsonl"
         self.bad_batches_file = self.path / "bad_batches.jsonl"
         self.rollbacks_file = self.path / "rollbacks.json"
-        self.log_file = self.path / "train.log"
+        self.log_file, self.log_start = self.path / "train.log", 0
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer_file = self.path / "tokenizer.model"
         self.samples_file = self.path / "samples.md"
@@ -126,6 +129,7 @@ class RunFolder:
         """Prepare the folder for a run that starts or resumes after ``step``; call on one process, after ``check``."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path, *OUR_FILES)
+        self.log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         before = self.config_file.read_text(encoding="utf-8") if self.config_file.exists() else text
         if before != text:

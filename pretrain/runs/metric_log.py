@@ -1,6 +1,7 @@
 """Log the metrics of a run: to metrics.jsonl, to W&B if possible, and to the terminal. Only the main process does."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from pretrain.cli.console import as_text, run_bar
@@ -17,11 +18,12 @@ class MetricLog:
 
     Args:
         first_step: the step that the run starts or resumes at, for the progress bar.
+        parameters: numbers of parameters by name, for W&B.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, first_step: int):
+    def __init__(self, folder: RunFolder, config: Config, first_step: int, parameters: Mapping[str, int]):
         self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
-        self._wandb = WandbLogger(config, folder.path)
+        self._wandb = WandbLogger(config, folder.path, parameters, folder.log_start)
         self._bar = run_bar(config.train.steps, first_step)
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:

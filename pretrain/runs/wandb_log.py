@@ -1,4 +1,4 @@
-"""Log a run to Weights & Biases: its metric lines, and at its end tables, the coverage picture and a checkpoint.
+"""Log a run to Weights & Biases: metric and log lines, and at its end tables, the coverage picture and a checkpoint.
 
 A failure of W&B never ends the run: it continues offline, or else without W&B, and says so. metrics.jsonl has every
 line in any case.
@@ -6,11 +6,12 @@ line in any case.
 
 import io
 import logging
+import math
 import os
 import secrets
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +20,8 @@ from typing import Any
 
 from data.atomic import write_atomic
 from pretrain.checkpoint.directory import latest
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, WandbConfig
+from pretrain.runs.json_lines import read_json_lines
 from pretrain.runs.records import RunRecords
 
 logger = logging.getLogger(__name__)
@@ -29,20 +31,32 @@ ID_FILE = "wandb_id.txt"
 # Settings of ours that W&B's own environment variables override: name in wandb.Settings, variable, value.
 SETTINGS = [
     ("silent", "WANDB_SILENT", True),
-    ("console", "WANDB_CONSOLE", "off"),
+    ("console", "WANDB_CONSOLE", "off"),  # a capture of the terminal would replace the streams of the progress bar
     ("init_timeout", "WANDB_INIT_TIMEOUT", 20.0),  # seconds for an online start; after them the run starts offline
     ("finish_timeout", "WANDB_FINISH_TIMEOUT", 300.0),  # seconds for the rest of the upload at the end of the run
     ("finish_timeout_raises", "WANDB_FINISH_TIMEOUT_RAISES", True),
 ]
 
 CHECKPOINT_SECONDS = 3600.0  # instead of finish_timeout, if a checkpoint is uploaded
+LOWEST = "val/loss_min"  # in the summary: W&B's own summary="min" starts again when a run resumes
+MOST_OF_A_TAG = 64  # characters
 
 
 class WandbLogger:
-    """The W&B run of a training run; does nothing if it is disabled or cannot be started."""
+    """The W&B run of a training run; does nothing if it is disabled or cannot be started.
 
-    def __init__(self, config: Config, folder: Path):
-        self._config, self._folder = config, folder
+    Args:
+        folder: of the run.
+        parameters: numbers of parameters by name, shown with the settings from the start.
+        log_start: number of bytes in train.log that the run's earlier processes wrote. The lines after them are sent to
+            the Logs tab at the start, and later ones as they are logged.
+    """
+
+    def __init__(self, config: Config, folder: Path, parameters: Mapping[str, int] | None = None, log_start: int = 0):
+        self._config, self._folder, self._parameters, self._log_start = config, folder, parameters or {}, log_start
+        self._handler = logging.Handler()  # while no run is started
+        losses = (line.get("val/loss") for line in read_json_lines(folder / "metrics.jsonl"))
+        self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
         self._run: Any = None
         self._modes = list[str]()  # still to be tried
         self._advice = ""
@@ -53,8 +67,8 @@ class WandbLogger:
 
     def log(self, line: dict[str, Any]) -> None:
         """Log a metric line; if W&B's process has died, start an offline run that takes this line and the next ones."""
-        if not self._try("log", lambda: self._run.log(line)) and self._start_next():
-            self._try("log", lambda: self._run.log(line))
+        if not self._try("log", lambda: self._log(line)) and self._start_next():
+            self._try("log", lambda: self._log(line))
 
     def log_results(self, samples: list[tuple[str, str]]) -> None:
         """Log the validations as a table, ``samples`` (prompts and continuations), and the picture of coverage.
@@ -69,7 +83,13 @@ class WandbLogger:
         """Log the run's summary, and wait until W&B has written or uploaded everything."""
         self._try("log the summary", lambda: self._run.summary.update(summary))
         self._try("finish", lambda: self._run.finish())
-        self._run = None
+        self._forget_run()
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self._run.log(line)
+        if (loss := line.get("val/loss")) is not None:
+            self._lowest = min(self._lowest, loss)
+            self._run.summary.update({LOWEST: self._lowest})
 
     def _start_next(self) -> bool:
         """Start in the next mode that works; returns whether there is one."""
@@ -80,9 +100,21 @@ class WandbLogger:
         return self._run is not None
 
     def _start(self, mode: str) -> None:
-        self._run = _init(self._config, self._folder, mode)
+        self._run = _init(self._config, self._folder, mode, self._parameters)
         self._advice = f"; the run goes online with: {_sync_command(self._run)}"
-        logger.info("W&B is %s%s", mode, self._advice if self._run.offline else "")
+        self._send_log_lines()
+        if self._run.offline:
+            logger.info("W&B is offline%s", self._advice)
+        else:
+            logger.info("W&B is %s: %s", mode, self._run.url)
+
+    def _send_log_lines(self) -> None:
+        file = self._folder / "train.log"
+        if file.exists() and (lines := file.read_bytes()[self._log_start :]):
+            self._run.write_logs(lines.decode(errors="replace"))
+            self._log_start += len(lines)
+        self._handler = _LogsTab(self._run)
+        logging.getLogger().addHandler(self._handler)
 
     def _try(self, action: str, call: Callable[[], object]) -> bool:
         """Whether ``call`` succeeded; a failure is logged, and ends this run of W&B's."""
@@ -98,10 +130,27 @@ class WandbLogger:
 
     def _stop(self) -> None:
         """End W&B's own process, which would refuse to start another run of the same id."""
-        self._run, self._advice = None, ""
+        self._forget_run()
         if wandb := sys.modules.get("wandb"):
             with suppress(Exception):  # it may have died
                 wandb.teardown()
+
+    def _forget_run(self) -> None:
+        logging.getLogger().removeHandler(self._handler)
+        self._run, self._advice = None, ""
+
+
+class _LogsTab(logging.Handler):
+    """Sends log lines to the Logs tab of a W&B run, in the form of train.log."""
+
+    def __init__(self, run: Any):
+        super().__init__()
+        self._run = run
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(Exception):  # the next metric line reports that W&B failed
+            self._run.write_logs(self.format(record))
 
 
 def _modes(configured: str) -> list[str]:
@@ -124,14 +173,24 @@ def _modes(configured: str) -> list[str]:
     return [mode, "offline"]
 
 
-def _init(config: Config, folder: Path, mode: Any) -> Any:
+def wandb_problems(wandb: WandbConfig) -> list[str]:
+    """A line for each tag that W&B would refuse."""
+    limit = f"a tag has 1 to {MOST_OF_A_TAG} characters"
+    return [
+        f"logger.wandb.tags: {tag!r} has {len(tag)} characters; {limit}"
+        for tag in wandb.tags
+        if not 1 <= len(tag) <= MOST_OF_A_TAG
+    ]
+
+
+def _init(config: Config, folder: Path, mode: Any, parameters: Mapping[str, int]) -> Any:
     """The W&B run, started in ``mode``; W&B's environment variables override what the configuration leaves open."""
     import wandb
 
     ours, id_file = config.logger.wandb, folder / ID_FILE
     if not id_file.exists():
         write_atomic(id_file, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    explicit = {"project": ours.project, "entity": ours.entity, "group": ours.group}
+    explicit = {"project": ours.project, "entity": ours.entity, "group": ours.group, "tags": ours.tags or None}
     derived = [
         ("project", "WANDB_PROJECT", "grass"),
         ("group", "WANDB_RUN_GROUP", "/".join(Path(config.run.name).parts[:-1]) or config.model.name),
@@ -145,7 +204,8 @@ def _init(config: Config, folder: Path, mode: Any) -> Any:
     settings = _unless_set(SETTINGS)
     if ours.log_checkpoint and "finish_timeout" in settings:
         settings["finish_timeout"] = CHECKPOINT_SECONDS
-    run = wandb.init(mode=mode, config=asdict(config), settings=wandb.Settings(**settings), **arguments)
+    shown = asdict(config) | dict(parameters)
+    run = wandb.init(mode=mode, config=shown, settings=wandb.Settings(**settings), **arguments)
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
     return run

@@ -36,6 +36,7 @@ from pretrain.config.schema import (
 )
 from pretrain.distributed.engines import sharding_problems
 from pretrain.inference.init_from import init_problems
+from pretrain.runs.wandb_log import wandb_problems
 
 
 def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes: bool = False) -> None:
@@ -52,7 +53,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
     with warnings_only():  # building the run will log the same again
         problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
         problems += _optim_problems(config.optim)
-        problems += _estimate_problems(config.estimate)
+        problems += [*_estimate_problems(config.estimate), *wandb_problems(config.logger.wandb)]
         if isinstance(config.optim, GrassConfig):
             problems += _grass_problems(config.optim)
         problems += _baseline_problems(config.optim)

@@ -54,7 +54,7 @@ class StepLog:
         self._peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
         self._compile_seconds = 0.0  # as logged last
         self._divergence = Divergence(config, read_json_lines(folder.metrics_file)) if world.is_main else None
-        self._metrics = MetricLog(folder, config, first_step) if world.is_main else None
+        self._metrics = MetricLog(folder, config, first_step, parameter_counts(model)) if world.is_main else None
         self._commit = git_commit() if world.is_main else None  # now: the code on disk may change during the run
 
     def due(self, step: int) -> bool:

@@ -3,7 +3,9 @@
 import json
 import logging
 import re
+import shutil
 import struct
+import sys
 import time
 
 import pytest
@@ -13,8 +15,10 @@ from wandb.proto import wandb_internal_pb2
 
 from pretrain.cli.signals import StopRequest
 from pretrain.config.compose import load
+from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
+from pretrain.runs.json_lines import JsonLinesFile
 from pretrain.runs.wandb_log import WandbLogger
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
@@ -83,6 +87,64 @@ def test_without_a_login_the_run_is_offline_and_holds_what_was_logged(config, tm
     lines, run_id = history(tmp_path)
     assert lines == [(100, 4.0), (200, 3.0), (300, 2.0)]
     assert run_id == (tmp_path / "wandb_id.txt").read_text()
+
+
+def summary(folder):
+    """The summary of the offline run in ``folder``, as its records leave it."""
+    values = {}
+    for record in complete(folder):
+        values |= items(record.summary.update)
+    return values
+
+
+def test_the_summary_has_the_lowest_validation_loss_also_after_a_resume(config, tmp_path):
+    for part, losses in (("first", [5.0, 3.0, 4.0]), ("resumed", [6.0])):
+        run = WandbLogger(config, tmp_path)
+        for loss in losses:
+            line = {"step": 1, "tokens": 100, "val/loss": loss}
+            run.log(line)
+            JsonLinesFile(tmp_path / "metrics.jsonl").write(line)
+        run.finish({"val/loss": losses[-1]})
+        found = summary(tmp_path)
+        assert (found["val/loss"], found["val/loss_min"]) == (losses[-1], 3.0), part
+        shutil.rmtree(tmp_path / "wandb")
+
+
+def test_tags_and_numbers_of_parameters_are_there_from_the_start(tmp_path):
+    config = load([f"run.root={tmp_path}", "logger.wandb.mode=offline", "logger.wandb.tags=[8 GB, 2024_1]"])
+    run = WandbLogger(config, tmp_path, {"parameters": 1000, "trainable": 20})
+    run.finish({})
+    (start,) = (r.run for r in complete(tmp_path) if r.WhichOneof("record_type") == "run")
+    settings = items(start.config.update)
+    assert list(start.tags) == ["8 GB", "2024_1"]
+    assert (settings["parameters"], settings["trainable"]) == (1000, 20)
+    assert settings["model"]["name"] == config.model.name
+
+
+def test_a_tag_that_wandb_refuses_is_an_error_before_the_run():
+    with pytest.raises(ConfigError, match=r"logger\.wandb\.tags: 'x+' has 65 characters; a tag has 1 to 64"):
+        check(load([f"logger.wandb.tags=[{'x' * 65}]"]), needs_data=False)
+    check(load([f"logger.wandb.tags=[{'x' * 64}]"]), needs_data=False)
+
+
+def logs_tab(folder):
+    """The text of the Logs tab of the offline run in ``folder``."""
+    return "".join(r.output_logger.line for r in complete(folder) if r.WhichOneof("record_type") == "output_logger")
+
+
+def test_the_logs_tab_has_the_log_lines_of_this_process(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "train.log").write_text("of the process before\nopening\n")
+    run = WandbLogger(config, tmp_path, log_start=len("of the process before\n"))
+    streams = sys.stdout, sys.stderr
+    logging.getLogger("pretrain").warning("step %d é", 7)
+    assert (sys.stdout, sys.stderr) == streams
+    run.finish({})
+    logging.getLogger("pretrain").warning("after the end")
+    lines = logs_tab(tmp_path).splitlines()
+    assert lines[0] == "opening" and lines[-1].endswith("WARNING step 7 é")
+    assert any("INFO W&B is offline; the run goes online with: " in line for line in lines)
+    assert not any("process before" in line or "after the end" in line for line in lines)
 
 
 def test_a_disabled_run_writes_nothing(tmp_path):

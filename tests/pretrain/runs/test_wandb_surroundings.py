@@ -99,14 +99,16 @@ def test_with_a_server_that_refuses_the_run_is_offline_and_complete(answer, fold
     assert caplog.text.count("W&B could not start online: ") == 1
 
 
-def test_a_login_in_a_netrc_file_is_known_to_wandb(folder, tmp_path, monkeypatch):
+def test_a_login_in_a_netrc_file_is_known_to_wandb(folder, tmp_path, monkeypatch, caplog):
     server, handler, address = serve()
     (tmp_path / "netrc").write_text(f"machine {address.removeprefix('http://')}\nlogin user\npassword {KEY}\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", address)
-    logged(folder)
+    with caplog.at_level(logging.INFO):
+        logged(folder)
     server.shutdown()
+    assert f"W&B is online: {address}/someone/grass/runs/" in caplog.text
     assert [(line["tokens"], line["train/loss"]) for line in handler.lines] == LINES
     assert not [*folder.glob("wandb/offline-run-*")]
 
@@ -129,6 +131,27 @@ def test_a_network_that_goes_away_leaves_what_the_named_command_uploads(folder, 
     subprocess.run(command, shell=True, check=True, capture_output=True)
     server.shutdown()
     assert [(line["tokens"], line["train/loss"]) for line in handler.lines] == [(100, 4.0), (200, 3.0)]
+
+
+def test_the_named_command_joins_an_offline_run_and_its_continuation(folder, monkeypatch, caplog):
+    parts = [[(100, 4.0), (200, 3.0)], [(300, 2.0)]]
+    with caplog.at_level(logging.INFO):
+        for part in parts:
+            run = WandbLogger(load([f"run.root={folder.parent}", "logger.wandb.mode=offline"]), folder)
+            for tokens, loss in part:
+                run.log({"tokens": tokens, "train/loss": loss})
+                logging.getLogger("pretrain").info("loss %s", loss)
+            run.finish({})
+            time.sleep(1.1)  # the folders of offline runs are named by the second
+    server, handler, address = serve()
+    command = caplog.text.split("goes online with: ")[1].splitlines()[0]
+    surroundings = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": address}
+    subprocess.run(command, shell=True, check=True, capture_output=True, env=surroundings)
+    server.shutdown()
+    assert [(line["_step"], line["tokens"], line["train/loss"]) for line in handler.lines] == [
+        (step, *values) for step, values in enumerate([*parts[0], *parts[1]])
+    ]
+    assert [line.split()[-1] for line in handler.log if " loss " in line] == ["4.0", "3.0", "2.0"]
 
 
 def test_a_run_whose_w_and_b_process_is_killed_continues_in_an_offline_one(folder, caplog):
