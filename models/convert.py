@@ -8,11 +8,13 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from models.grass_linear import GrassLinear, SharedSlice
+from models.grass_linear import GrassLinear, SharedSlice, side_and_rank
 from models.int8_weight import full_weight
+from models.rank_split import split_ranks
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = "*.self_attn.*"
 ATTENTION_AND_MLP = ("*.self_attn.*_proj", "*.mlp.*_proj")
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one module
 
@@ -30,6 +32,7 @@ def convert_linears(
     state_dtype: torch.dtype | None = None,
     share_index: bool = False,
     int8: bool = False,
+    attention_weight: float = 1.0,
 ) -> dict[str, GrassLinear]:
     """Replace in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` by GrassLinear.
 
@@ -42,6 +45,9 @@ def convert_linears(
         state_dtype: of the rows, their gradients and moments; the weight's own when None.
         share_index: layers of a group in SAME_INPUT that select columns, with one rank, share an index and a slice.
         int8: keep the weights in 8 bits, see models.int8_weight.
+        attention_weight: the share of its rows that a layer of attention trains, relative to other layers, where one
+            ``rank`` is given for all; they train as many elements in all as with that rank everywhere. See
+            models.rank_split.
 
     Returns:
         The new layers by module name, in model order.
@@ -51,8 +57,16 @@ def convert_linears(
             or ``share_index`` where no layers can share. It names all problems, and the model is left unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers, problems = _grass_layers(model, linears, rank, patterns, side, state_dtype, int8)
-    if share_index and not _share_slices(layers) and not problems:
+    chosen, problems = _sides_and_ranks(model, linears, rank, patterns, side)
+    if attention_weight <= 0:
+        problems[f"optim.attention_weight={attention_weight} must be above 0; 1 trains the same share everywhere"] = []
+    elif attention_weight != 1 and not isinstance(rank, Mapping):
+        chosen = _with_more_attention(linears, chosen, attention_weight)
+    layers = {
+        name: GrassLinear(linears[name].get_parameter("weight"), rank_of_this, side_of_this, state_dtype, int8)
+        for name, (side_of_this, rank_of_this) in (chosen if not problems else {}).items()
+    }
+    if share_index and not problems and not _share_slices(layers):
         groups = " or ".join(", ".join(names) for names in SAME_INPUT)
         problems[f"optim.share_index=true: no {groups} of one module select columns; set optim.side=columns"] = []
     if problems:
@@ -100,16 +114,14 @@ def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, module)
 
 
-def _grass_layers(
+def _sides_and_ranks(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     rank: float | Mapping[str, float],
     patterns: Sequence[str],
     side: str | Mapping[str, str],
-    state_dtype: torch.dtype | None,
-    int8: bool,
-) -> tuple[dict[str, GrassLinear], dict[str, list[str]]]:
-    """The new layers by name, and the problems: message → names of the layers that have it."""
+) -> tuple[dict[str, tuple[str, int]], dict[str, list[str]]]:
+    """By layer its side and rank, and the problems: message → names of the layers that have it."""
     if not isinstance(side, (str, Mapping)):
         raise ValueError(f"optim.side={side} is neither auto, rows or columns nor one of these for each name")
     sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
@@ -121,7 +133,7 @@ def _grass_layers(
         if not any(matches(name, p) for name in linears)
     }
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    layers: dict[str, GrassLinear] = {}
+    chosen: dict[str, tuple[str, int]] = {}
     for name, linear in linears.items():
         if not any(matches(name, p) for p in patterns):
             continue
@@ -131,11 +143,23 @@ def _grass_layers(
             side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
             if not ranks_of_this:
                 raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
-            weight = linear.get_parameter("weight")
-            layers[name] = GrassLinear(weight, ranks_of_this[-1], side_of_this, state_dtype, int8)
+            chosen[name] = side_and_rank(linear.weight.shape, side_of_this, ranks_of_this[-1])
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
-    return layers, problems
+    return chosen, problems
+
+
+def _with_more_attention(
+    linears: Mapping[str, nn.Linear], chosen: Mapping[str, tuple[str, int]], attention_weight: float
+) -> dict[str, tuple[str, int]]:
+    """The sides and ranks ``chosen``, with ranks split in favour of attention."""
+    shapes = {name: (linears[name].weight.shape, 0 if side == "rows" else 1) for name, (side, _) in chosen.items()}
+    ranks = split_ranks(
+        {name: rank for name, (_, rank) in chosen.items()},
+        {name: (shape[dim], shape[1 - dim]) for name, (shape, dim) in shapes.items()},
+        {name: attention_weight if fnmatch(name, ATTENTION) else 1.0 for name in chosen},
+    )
+    return {name: (side, ranks[name]) for name, (side, _) in chosen.items()}
 
 
 def _require_convertible(linear: nn.Linear, tied: bool) -> None:

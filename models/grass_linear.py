@@ -143,11 +143,8 @@ class GrassLinear(nn.Module):
     ):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        if side not in ("auto", "rows", "columns"):
-            raise ValueError(f"optim.side={side!r} is unknown; use auto, rows or columns")
-        self.side = side if side != "auto" else "rows" if self.out_features <= self.in_features else "columns"
+        self.side, rank = side_and_rank(weight.shape, side, rank)
         self.dim = 0 if self.side == "rows" else 1
-        rank = _number_of(rank, weight.shape[self.dim], f"{self.side} of a {tuple(weight.shape)} weight")
         self.register_buffer("weight_step", None)
         if int8:
             codes, self.weight_step = quantise(weight.detach(), self.dim)
@@ -261,9 +258,24 @@ class GrassLinear(nn.Module):
         return gathered.detach()
 
 
-def _number_of(rank: float, size: int, of: str) -> int:
-    """The rows that ``rank`` asks for, of ``size``; ``of`` names them in the ValueError for an impossible rank."""
+def side_and_rank(shape: torch.Size, side: str, rank: float) -> tuple[str, int]:
+    """The side, "rows" or "columns", and the number of rows (or columns) that a GrassLinear of these arguments trains.
+
+    Args:
+        shape: (out, in) of the weight.
+
+    Raises:
+        ValueError: an unknown side or an impossible rank.
+    """
+    if side not in ("auto", "rows", "columns"):
+        raise ValueError(f"optim.side={side!r} is unknown; use auto, rows or columns")
+    if side == "auto":
+        side = "rows" if shape[0] <= shape[1] else "columns"
+    size = shape[0 if side == "rows" else 1]
     number = max(1, round(rank * size)) if type(rank) is float and 0 < rank <= 1 else rank
     if type(number) is not int or not 1 <= number <= size:
-        raise ValueError(f"optim.rank={rank} must be between 1 and {size}, the number of {of}, or a share such as 0.25")
-    return number
+        raise ValueError(
+            f"optim.rank={rank} must be between 1 and {size}, the number of {side} of a {tuple(shape)} weight, or a "
+            "share such as 0.25"
+        )
+    return side, number

@@ -86,6 +86,7 @@ class GrassConfig(OptimConfig):
 
     patterns: list[str]
     rank: Any
+    attention_weight: float
     alpha: float = field(metadata=MAY_CHANGE)
     refresh_every: int = field(metadata=AT_LEAST_1)
     selection: str

@@ -245,7 +245,10 @@ def _model_problems(config: Config, world_size: int, resumes: bool) -> list[str]
             problems += init_problems(config.train.init_from, model, model_arguments(config), config.data.tokenizer)
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
-            convert_linears(model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index)
+            convert_linears(
+                model, optim.rank, optim.patterns, optim.side, share_index=optim.share_index,
+                attention_weight=optim.attention_weight,
+            )  # fmt: skip
             if isinstance(model.lm_head, GrassLinear) and config.train.loss_chunk_tokens:
                 problems += _chunked_head_problems(optim)
         if isinstance(config.optim, BaselineConfig):

@@ -53,7 +53,10 @@ def outline(config: Config) -> Llama:
         if isinstance(config.optim, GrassConfig):
             optim = config.optim
             rows = DTYPES[optim.state_dtype] if optim.state_dtype else at_least_fp32(DTYPES[config.train.dtype])
-            convert_linears(model, optim.rank, optim.patterns, optim.side, rows, optim.share_index, optim.int8_weights)
+            convert_linears(
+                model, optim.rank, optim.patterns, optim.side, rows, optim.share_index, optim.int8_weights,
+                optim.attention_weight,
+            )  # fmt: skip
     return model
 
 

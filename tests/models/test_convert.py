@@ -51,6 +51,21 @@ def test_the_rank_can_be_a_share_of_the_rows():
     assert [layer.rank for layer in convert_linears(nn.ModuleList([Tiny()]), rank=0.01).values()] == [1, 1, 1]
 
 
+def test_attention_trains_a_larger_share_at_the_same_total():
+    def ranks(rank, weight):
+        layers = convert_linears(nn.ModuleList([Tiny()]), rank, attention_weight=weight)
+        trained = sum(layer.rows.numel() for layer in layers.values())
+        return {name.rpartition(".")[2]: layer.rank for name, layer in layers.items()}, trained
+
+    # Of q 8 × 8, k 4 rows of 8 and up 8 columns of 16 a quarter is 16 + 8 + 32 = 56 elements. A share x of up and 4 x
+    # of q and k: x (4 · 64 + 4 · 32 + 128) = 56, so x = 0.109, which is 0.875 columns, 3.5 and 1.75 rows.
+    assert ranks(0.25, 4.0) == ({"q_proj": 4, "k_proj": 2, "up_proj": 1}, 4 * 8 + 2 * 8 + 1 * 16)
+    # A half is 112 elements: q and k, trained whole, take 96 of them, and up the rest.
+    assert ranks(0.5, 20.0) == ({"q_proj": 8, "k_proj": 4, "up_proj": 1}, 112)
+    assert ranks(1.0, 4.0) == ({"q_proj": 8, "k_proj": 4, "up_proj": 8}, 224)
+    assert ranks({"*": 0.25}, 4.0)[0] == {"q_proj": 2, "k_proj": 1, "up_proj": 2}  # ranks by name are taken as given
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,6 +76,7 @@ def test_the_rank_can_be_a_share_of_the_rows():
         ({"rank": 2, "patterns": ["*.nothing"]}, "matches no linear layer"),
         ({"rank": 5}, "0.self_attn.k_proj: optim.rank=5 must be between 1 and 4"),
         ({"rank": 0}, "optim.rank=0 must be between 1 and"),
+        ({"rank": 2, "attention_weight": 0.0}, "optim.attention_weight=0.0 must be above 0"),
         ({"rank": 1.5}, "optim.rank=1.5 must be between 1 and 8, the number of rows .* or a share"),
         ({"rank": 2, "side": "diagonal"}, "use auto, rows or columns"),
     ],

@@ -1,0 +1,53 @@
+"""How the trained rows are split between the layers, when those of attention train a larger share than the others."""
+
+from collections.abc import Mapping
+
+TENSOR_CORE = 8  # numbers of rows are multiples of it, so that the matmuls of a GPU in bf16 are aligned
+
+
+def weighted_shares(
+    shares: Mapping[str, float], sizes: Mapping[str, int], weights: Mapping[str, float]
+) -> dict[str, float]:
+    """Shares in proportion to ``weights``, at most 1, that train as many elements in all as ``shares``.
+
+    What a layer cannot take, because all of it is trained already, goes to the others in proportion to their weights.
+
+    Args:
+        shares: by layer, 0 < share ≤ 1.
+        sizes: by layer the number of elements of its weight.
+        weights: by layer, above 0.
+    """
+    left = sum(shares[name] * sizes[name] for name in shares)
+    found: dict[str, float] = {}
+    open_layers = list(shares)
+    while open_layers:
+        level = left / sum(weights[name] * sizes[name] for name in open_layers)
+        full = [name for name in open_layers if weights[name] * level >= 1]
+        if not full:
+            return found | {name: weights[name] * level for name in open_layers}
+        found |= dict.fromkeys(full, 1.0)
+        left -= sum(sizes[name] for name in full)
+        open_layers = [name for name in open_layers if name not in found]
+    return found
+
+
+def split_ranks(
+    ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]], weights: Mapping[str, float]
+) -> dict[str, int]:
+    """Ranks whose shares of the rows are in proportion to ``weights``, and that train about as much as ``ranks``.
+
+    From 8 rows on they are multiples of 8.
+
+    Args:
+        ranks: by layer.
+        sizes: by layer the number of its rows, and of the elements of a row.
+        weights: by layer, above 0.
+    """
+    shares = {name: rank / sizes[name][0] for name, rank in ranks.items()}
+    elements = {name: rows * length for name, (rows, length) in sizes.items()}
+    found = {}
+    for name, share in weighted_shares(shares, elements, weights).items():
+        rows = sizes[name][0]
+        number = max(1, round(share * rows))
+        found[name] = min(rows, round(number / TENSOR_CORE) * TENSOR_CORE) if number >= TENSOR_CORE else number
+    return found
