@@ -11,6 +11,7 @@ import os
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -38,6 +39,7 @@ SETTINGS = [
 ]
 
 CHECKPOINT_SECONDS = 3600.0  # instead of finish_timeout, if a checkpoint is uploaded
+ALERT_SECONDS = 600.0  # least time between two alerts of one title
 LOWEST = "val/loss_min"  # in the summary: W&B's own summary="min" starts again when a run resumes
 MOST_OF_A_TAG = 64  # characters
 
@@ -141,16 +143,24 @@ class WandbLogger:
 
 
 class _LogsTab(logging.Handler):
-    """Sends log lines to the Logs tab of a W&B run, in the form of train.log."""
+    """Sends log lines to the Logs tab of a W&B run, in the form of train.log.
+
+    A line that is logged with ``extra={"alert": title}`` is also sent as an alert, which W&B mails to the user.
+    """
 
     def __init__(self, run: Any):
         super().__init__()
         self._run = run
+        self._alerted = dict[str, float]()  # time of the latest alert of each title
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(Exception):  # the next metric line reports that W&B failed
             self._run.write_logs(self.format(record))
+            title, now = getattr(record, "alert", None), time.monotonic()
+            if title and now >= self._alerted.get(title, -math.inf) + ALERT_SECONDS:
+                self._alerted[title] = now
+                self._run.alert(title, record.getMessage(), level="WARN", wait_duration=ALERT_SECONDS)
 
 
 def _modes(configured: str) -> list[str]:

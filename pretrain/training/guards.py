@@ -89,7 +89,8 @@ class Guards:
         self._skipped_in_a_row = 1 if step != self._skipped_at + 1 else self._skipped_in_a_row + 1
         self._skipped_at = step
         documents = self._write_bad_batch(step, what)
-        logger.warning("step %d is %s; its batch has %s", step, what, _in_short(documents))
+        alert = {"alert": "Step skipped"}
+        logger.warning("step %d is %s; its batch has %s", step, what, _in_short(documents), extra=alert)
         if self._skipped_in_a_row <= MOST_SKIPPED_IN_A_ROW:
             return Verdict.SKIP
         self.reason = (
@@ -118,6 +119,7 @@ class Guards:
                 "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint and "
                 "continuing from there without this batch",
                 *(loss, step, _in_short(self.feed.documents(step - 1))),
+                extra={"alert": "Rolled back"},
             )
             return Verdict.ROLL_BACK
         if spike:

@@ -150,7 +150,7 @@ class StepLog:
 
     def _warn(self, warning: str | None) -> None:
         if warning:
-            logger.warning("%s", warning)
+            logger.warning("%s", warning, extra={"alert": "The run diverges"})
 
     def _log_compiling(self, step: int) -> None:
         """Say how long compiling took, when it took more than a second since the last time."""

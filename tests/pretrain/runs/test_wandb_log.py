@@ -19,7 +19,7 @@ from pretrain.config.schema import ConfigError
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.json_lines import JsonLinesFile
-from pretrain.runs.wandb_log import WandbLogger
+from pretrain.runs.wandb_log import WandbLogger, _LogsTab
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.training.trainer import Trainer
@@ -145,6 +145,40 @@ def test_the_logs_tab_has_the_log_lines_of_this_process(config, tmp_path, caplog
     assert lines[0] == "opening" and lines[-1].endswith("WARNING step 7 é")
     assert any("INFO W&B is offline; the run goes online with: " in line for line in lines)
     assert not any("process before" in line or "after the end" in line for line in lines)
+
+
+def alerts(folder):
+    """(title, text, level) of every alert of the offline run in ``folder``."""
+    found = [r.alert for r in complete(folder) if r.WhichOneof("record_type") == "alert"]
+    return [(alert.title, alert.text, alert.level) for alert in found]
+
+
+def test_a_line_marked_as_an_alert_is_one_at_most_once_in_ten_minutes(config, tmp_path, monkeypatch):
+    now = 5.0
+    monkeypatch.setattr("pretrain.runs.wandb_log.time.monotonic", lambda: now)
+    run = WandbLogger(config, tmp_path)
+    for now in (5.0, 604.0, 605.0):
+        logging.getLogger("pretrain").warning("step %d", now, extra={"alert": "Step skipped"})
+    logging.getLogger("pretrain").warning("back", extra={"alert": "Rolled back"})
+    logging.getLogger("pretrain").warning("no alert")
+    monkeypatch.undo()
+    run.finish({})
+    skipped = [("Step skipped", "step 5", "WARN"), ("Step skipped", "step 605", "WARN")]
+    assert alerts(tmp_path) == [*skipped, ("Rolled back", "back", "WARN")]
+
+
+def test_a_failure_of_the_logs_tab_ends_nothing(config, tmp_path):
+    run = WandbLogger(load(["logger.wandb.mode=disabled"]), tmp_path)
+
+    class Broken:
+        def write_logs(self, text):
+            raise OSError("no space left")
+
+    run._run = Broken()
+    run._send_log_lines()
+    logging.getLogger("pretrain").warning("a line", extra={"alert": "Step skipped"})
+    run.finish({})
+    assert not any(isinstance(handler, _LogsTab) for handler in logging.getLogger().handlers)
 
 
 def test_a_disabled_run_writes_nothing(tmp_path):

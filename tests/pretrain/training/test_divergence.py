@@ -9,6 +9,7 @@ import pytest
 from pretrain.config.compose import load
 from pretrain.training.divergence import Divergence, rises
 from tests.pretrain.training.test_trainer import corpus, logging_of_a_run, overrides, train  # noqa: F401
+from tests.pretrain.training.test_guards import alerts
 
 
 def divergence(*given, logged=()):
@@ -75,7 +76,7 @@ def test_a_run_that_diverges_has_the_warning_in_its_summary(overrides, caplog): 
     folder, _ = train(overrides(*wild))
     summary = json.loads(folder.summary_file.read_text())
     assert summary["divergence"].startswith("the run diverges: ") and "optim.linear_lr" in summary["divergence"]
-    assert caplog.text.count("the run diverges") == 1
+    assert caplog.text.count("the run diverges") == 1 and alerts(caplog) == ["The run diverges"]
     assert "but the run diverged, see the warning above" in caplog.text
     assert math.isfinite(summary["val/perplexity"])
     caplog.clear()

@@ -78,6 +78,11 @@ def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def alerts(caplog):
+    """The titles of the alerts among the log lines."""
+    return [record.alert for record in caplog.records if hasattr(record, "alert")]
+
+
 def losses(folder):
     return {line["step"]: line["train/loss"] for line in lines_of(folder.metrics_file) if "train/loss" in line}
 
@@ -120,9 +125,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_its_docu
     assert newest_good(folder.checkpoints)[0].name == "step-00000004"
 
 
-def test_a_skipped_update_changes_nothing_and_is_counted_also_over_a_resume(overrides, monkeypatch):
+def test_a_skipped_update_changes_nothing_and_is_counted_also_over_a_resume(overrides, monkeypatch, caplog):
     spoil(monkeypatch, 6, lambda nats: nats * float("nan"))
     whole, expected = train(overrides("run.name=whole", "train.non_finite=skip"))
+    assert alerts(caplog) == ["Step skipped"]
     assert losses(whole)[6] is None and all(torch.isfinite(t).all() for t in expected.values())
     assert [x["train/skipped"] for x in lines_of(whole.metrics_file) if "train/loss" in x] == [0] * 5 + [1] * 7
     assert [line["step"] for line in lines_of(whole.bad_batches_file)] == [6]
@@ -159,6 +165,7 @@ def test_a_jump_of_the_loss_goes_back_and_passes_over_the_batch_also_over_a_resu
     with caplog.at_level(logging.WARNING):
         whole, expected = train(overrides("run.name=whole", *spiky))
     assert f"at step {at}, whose batch has" in caplog.text and "going back to the newest checkpoint" in caplog.text
+    assert alerts(caplog) == ["Rolled back", "Step skipped"]
     found = losses(whole)
     assert list(found) == list(range(1, 15)) and found[at] is None
     assert read_rollbacks(whole.rollbacks_file) == [at] and [
