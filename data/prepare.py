@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
@@ -34,6 +33,7 @@ from data.sources.corpus import Corpus
 from data.token_dataset import MANIFEST, PreparedDataset, content_of, describe, load
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
+from data.wording import exit_with
 
 logger = logging.getLogger(__name__)
 
@@ -249,10 +249,11 @@ def meanings() -> dict[str, str]:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parser().parse_args()
     try:
-        prepared = prepare(DataSettings(**vars(parser().parse_args())))
+        prepared = prepare(DataSettings(**vars(args)))
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        exit_with(str(error), args)
     print(describe(prepared.manifest, prepared.folder))
 
 

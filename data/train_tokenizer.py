@@ -12,7 +12,6 @@ import heapq
 import io
 import logging
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from data.settings import DataSettings
 from data.sources.corpus import Corpus
 from data.tokenizer import Tokenizer
 from data.tokenizer_backends import SPACE
+from data.wording import exit_with
 
 OWN_PIECES = ["\n", 4 * SPACE]
 TRAINING_BYTES = 32_000_000
@@ -101,8 +101,13 @@ def _vocabulary_problem(error: str, vocab_size: int) -> str:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m data.train_tokenizer", description=__doc__.partition("\n")[0])
     p.add_argument("--paths", nargs="+", required=True, help="files, folders and globs")
-    p.add_argument("--source", default="text", choices=("text", "records", "c4"), help="what the files hold")
-    p.add_argument("--patterns", nargs="+", default=["*.txt", "*.md", "*.py"], help="files taken from folders")
+    p.add_argument(
+        "--source", default="text", choices=("text", "records", "c4"), help="what the files hold (default: text)"
+    )
+    p.add_argument(
+        "--patterns", nargs="+", default=["*.txt", "*.md", "*.py"],
+        help="files taken from folders (default: *.txt *.md *.py)",
+    )  # fmt: skip
     p.add_argument("--column", default="text", help="of JSON lines and Parquet (default: text)")
     p.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
     p.add_argument("--coverage", type=float, help="share of characters with a piece of their own (default: 0.9995)")
@@ -130,9 +135,10 @@ def main() -> None:
         texts = (document.text for document in Corpus(files, settings, survey=False).documents(files))
         made = train_tokenizer(texts, args.out, args.vocab_size, args.seed, args.sample_bytes, args.coverage)
     except ValueError as error:
-        sys.exit(str(error))
+        exit_with(str(error), args)
     except OSError as error:
-        sys.exit(f"--out: {error.filename or args.out} cannot be written ({error.strerror}); choose another place")
+        place = error.filename or args.out
+        exit_with(f"--out: {place} cannot be written ({error.strerror}); choose another place", args)
     print(f"{args.out}: {made.vocab_size} pieces, {made.sha256[:12]}")
 
 

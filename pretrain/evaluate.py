@@ -24,7 +24,10 @@ def parser() -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", metavar="PATH", help="files, folders and globs of text")
     source.add_argument("--data", metavar="FOLDER", help="a prepared folder (prepared/…)")
-    p.add_argument("--patterns", nargs="+", default=["*.txt", "*.md", "*.py"], help="files taken from folders of text")
+    p.add_argument(
+        "--patterns", nargs="+", default=["*.txt", "*.md", "*.py"],
+        help="files taken from folders of text (default: *.txt *.md *.py)",
+    )  # fmt: skip
     p.add_argument("--split", default="val", choices=("val", "train"), help="of the prepared folder (default: val)")
     p.add_argument("--seq-len", type=number(int, 1), help="tokens in a window; by default as in training")
     p.add_argument("--batch-size", type=number(int, 1), default=8, help="windows at once (default: 8)")

@@ -15,27 +15,28 @@ from pretrain.cli.arguments import number
 from pretrain.cli.errors import clear_errors
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and breaks no line of the description, which holds a command."""
-
-
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m pretrain.generate", description=__doc__, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m pretrain.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "(default: %(default)s)"
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
-    p.add_argument("--prompt", default="", help="the text to continue")
-    p.add_argument("--tokens", type=number(int, 1), default=200, help="the most tokens to generate")
-    p.add_argument("--temperature", type=number(float, 0), default=0.8, help="0 takes the likeliest token")
-    p.add_argument("--top-k", type=number(int, 0), default=50, help="draw from this many likeliest tokens; 0: from all")
+    p.add_argument("--prompt", default="", help="the text to continue (default: none)")
+    p.add_argument("--tokens", type=number(int, 1), default=200, help=f"the most tokens to generate {default}")
+    p.add_argument("--temperature", type=number(float, 0), default=0.8, help=f"0 takes the likeliest token {default}")
+    p.add_argument(
+        "--top-k", type=number(int, 0), default=50, help=f"draw from this many likeliest tokens; 0: from all {default}"
+    )
     p.add_argument(
         "--top-p",
         type=number(float, 0, 1, above=True),
         default=1.0,
-        help="draw from the likeliest tokens of this total probability",
+        help=f"draw from the likeliest tokens of this total probability {default}",
     )
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    p.add_argument("--seed", type=int, default=0, help="of the draws")
+    p.add_argument("--seed", type=int, default=0, help=f"of the draws {default}")
     p.add_argument("--page", action="store_true", help="serve a page to type prompts into, to this machine only")
-    p.add_argument("--port", type=number(int, 1, 65535), default=8000, help="of the page")
+    p.add_argument("--port", type=number(int, 1, 65535), default=8000, help=f"of the page {default}")
     return p
 
 

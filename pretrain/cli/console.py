@@ -59,9 +59,15 @@ def run_bar(steps: int, first_step: int) -> RunBar | None:
 
 
 def as_text(values: dict[str, float]) -> str:
-    """Names and values in one line, three decimals below 1000; a perplexity above 1e6 is only called that."""
+    """Names and values in one line, as ``number`` writes them; speeds from 10 on without decimals.
+
+    A perplexity above 1e6 is written ``>1e6``.
+    """
     return " · ".join(
-        f"{name} {number(value, '1e6' if name.endswith('perplexity') else '')}" for name, value in values.items()
+        f"{name} {value:,.0f}"
+        if name.endswith("/s") and value >= 10
+        else f"{name} {number(value, '1e6' if name.endswith('perplexity') else '')}"
+        for name, value in values.items()
     )
 
 

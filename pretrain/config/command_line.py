@@ -4,12 +4,12 @@ import io
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pretrain.config.compose import CONF, compose, load, nearest, options
 from pretrain.config.schema import Config, ConfigError, types_of_settings
@@ -21,6 +21,21 @@ FLAGS = {
     "--resolve": 0, "--info": 1, "-i": 1, "--shell-completion": 0, "-sc": 0,
 }  # fmt: skip
 MULTIRUN = ("-m", "--multirun")
+# Examples of the settings used most, and what they are; their defaults are added from conf/.
+USED_MOST = {
+    "run.name=try1": "folder of the run in runs/",
+    "train.dry_run=true": "print the plan of the run, and write nothing",
+    "train.steps=1000": "number of steps",
+    "train.tokens_per_step=65536": "batch size over all processes",
+    "train.micro_batch_size=4": "sequences that a process takes at once; by default all of its share",
+    "train.seq_len=512": "tokens in a sequence",
+    "train.dtype=bfloat16": "of weights, activations and gradients",
+    "optim.rank=128": "rows (or columns) trained in each linear layer",
+    "optim.lr=1e-3": "peak learning rate of embeddings and head",
+    "optim.linear_lr=1e-3": "peak learning rate of the linear layers",
+    "data.paths=[notes]": "with data=text: files, folders and globs",
+    "logger.wandb.mode=disabled": "or online, offline; auto chooses",
+}
 HELP = """\
 {program} [group=option ...] [key=value ...]
 
@@ -30,18 +45,7 @@ Groups (group=option):
 {groups}
 
 Settings used most (key=value):
-  run.name=try1                  folder of the run in runs/
-  train.dry_run=true             print the plan of the run, and write nothing
-  train.steps=1000               number of steps
-  train.tokens_per_step=65536    batch size over all processes
-  train.micro_batch_size=4       sequences that a process takes at once
-  train.seq_len=512              tokens in a sequence
-  train.dtype=bfloat16           of weights, activations and gradients
-  optim.rank=128                 rows (or columns) trained in each linear layer
-  optim.lr=1e-3                  peak learning rate of embeddings and head
-  optim.linear_lr=1e-3           peak learning rate of the linear layers
-  data.paths=[notes]             with data=text: files, folders and globs
-  logger.wandb.mode=disabled     or online, offline; auto chooses
+{settings}
 For python -m pretrain.estimate only:
   estimate.device_memory_gib=40  memory of a device: print the largest micro-batch, exit with 2 if the run does not fit
   estimate.devices=8             number of devices, of which one is simulated
@@ -138,4 +142,14 @@ def help_text() -> str:
         program=f"python -m {spec.name}" if spec else sys.argv[0],
         about=(main.__doc__ or "").strip().replace("``", ""),
         groups="\n".join(textwrap.fill(line, 100, subsequent_indent=14 * " ") for line in choices),
+        settings="\n".join(_used_most()),
     )
+
+
+def _used_most() -> Iterator[str]:
+    """The settings used most, a line each, with their defaults unless these are null or lists."""
+    defaults = compose([])
+    for example, about in USED_MOST.items():
+        default = OmegaConf.select(defaults, example.partition("=")[0])
+        shown = "" if default is None or isinstance(default, ListConfig) else f" (default: {default})"
+        yield f"  {example:<31}{about}{shown.replace('False', 'false')}"

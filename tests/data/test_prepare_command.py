@@ -33,8 +33,9 @@ def test_the_command_prints_where_the_preparation_lies_and_what_it_holds(setting
 
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
     run = command("--source", "text", "--paths", str(tmp_path / "missing"), "--root", str(tmp_path))
-    assert run.returncode != 0 and run.stdout == ""
-    assert run.stderr.startswith("data.paths: there is no file or folder") and "Traceback" not in run.stderr
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("--paths: there is no file or folder") and "Traceback" not in run.stderr
+    assert run.stderr.rstrip().endswith("check --paths")
     help_text = command("--help").stdout
     names = {field.name for field in fields(DataSettings)} - {"mixture"}
     assert all(f"--{name.replace('_', '-')}" in help_text for name in names)

@@ -135,7 +135,7 @@ def test_the_command_trains_one_and_says_what_is_wrong(tmp_path, texts):
     run = command(*flags, str(tmp_path / "c.model"), "--coverage", "1.0", "--sample-bytes", "20000")
     assert run.returncode == 0 and Tokenizer(tmp_path / "c.model").sha256 != same.sha256
     run = command(*flags, str(tmp_path / "d.model"), "--coverage", "7")
-    assert run.returncode == 1 and run.stderr.startswith("--coverage: 7.0 must be")
+    assert run.returncode == 2 and run.stderr.startswith("--coverage: 7.0 must be")
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """``--help`` of every command says what it does; of those that take overrides also the groups and the usual ones."""
 
+import argparse
 import importlib
 import os
 import re
@@ -8,11 +9,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+from omegaconf import OmegaConf
 
 from data import prepare
 from data.prepare import meanings
 from data.settings import DataSettings
-from pretrain.config.compose import CONF, load
+from pretrain.config.compose import CONF, flat, load
 from pretrain.config.schema import ConfigError
 
 
@@ -40,6 +42,9 @@ def test_what_takes_overrides_tells_groups_and_overrides_that_exist(command, wor
     overrides = re.findall(r"^  ([\w.]+=\S+)", text.split("Settings used most")[1], re.M)
     assert len(overrides) >= 10
     load(overrides)
+    defaults, shown = flat(OmegaConf.structured(load([]))), re.findall(r"^  ([\w.]+)=.*\(default: (.+)\)$", text, re.M)
+    assert {"run.name", "train.steps", "optim.rank", "optim.lr"} <= {key for key, _ in shown}
+    assert all(default.lower() == str(defaults[key]).lower() for key, default in shown)
 
 
 @pytest.mark.parametrize("module", ["generate", "evaluate", "export", "report"])
@@ -52,6 +57,28 @@ def test_what_takes_a_run_tells_every_option(module, monkeypatch, capsys):
     usage, options = text.split("\n\n")[0], text.split("options:")[1]
     for option in re.findall(r"--[a-z-]+", usage):
         assert re.search(rf"^  .*{option}\b.*\s+\w+", options, re.M), option
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"pretrain.{name}" for name in ("generate", "evaluate", "export", "report")),
+        "data.train_tokenizer",
+        "data.inspect",
+    ],
+)
+def test_every_value_that_an_option_has_by_default_is_shown(module):
+    parser = importlib.import_module(module).parser()
+    shown = 0
+    for action in parser._actions:
+        if action.default not in (None, False, "", [], argparse.SUPPRESS):
+            values = [
+                str(value) for value in (action.default if isinstance(action.default, list) else [action.default])
+            ]
+            text = action.help.replace("%(default)s", str(action.default)).replace("%(default)g", str(action.default))
+            assert re.search(r"default: " + re.escape(" ".join(values)), text), f"{action.dest}: {text}"
+            shown += 1
+    assert shown or module == "pretrain.report"
 
 
 def test_preparation_tells_what_each_setting_is(monkeypatch, capsys):

@@ -121,6 +121,7 @@ def test_the_bar_moves_at_every_step_and_smooths_the_loss(monkeypatch):
 def test_a_huge_perplexity_is_not_written_out():
     assert as_text({"val loss": 20.0, "val perplexity": 4.85e8}) == "val loss 20.000 · val perplexity >1e6"
     assert as_text({"val perplexity": 1e6, "tokens/s": 2e6}) == "val perplexity 1,000,000 · tokens/s 2,000,000"
+    assert as_text({"loss": 736.0106, "tokens/s": 736.0106}) == "loss 736.011 · tokens/s 736"
 
 
 def test_a_log_file_that_another_library_closed_and_that_is_gone_ends_nothing(tmp_path, caplog):
