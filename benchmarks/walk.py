@@ -1,7 +1,9 @@
 """Steps between dense Muon and Grass, as optimizers: ``optim=muon optim.inner=benchmarks.walk.QuarterOfRows``.
 
-They need the whole gradient, which Grass does without. So they train nothing cheaper: they tell what of the distance
-comes from sparse updates as such, and what from the gradient of the rows that are not selected.
+They need the whole gradient, which Grass does without, so they save nothing. They show how much of the distance comes
+from sparse updates as such, and how much from not knowing the gradient of the other rows. LinearsInTurn and
+BlocksInTurn train whole matrices instead of rows, with the memory of Grass (as BAdam and LISA do, arXiv 2404.02827 and
+2403.17919).
 """
 
 from typing import Any
@@ -65,3 +67,50 @@ class HalfOfRows(MuonAndAdamW):
     """HalfMuon for the linears, AdamW for the others."""
 
     muon = HalfMuon
+
+
+class TurnMuon(Muon):
+    """Dense Muon on a quarter of the matrices at a time, which changes every ``window`` steps and forgets its momentum.
+
+    The matrices are dealt in a new random order every four windows, so that each has a turn before any has another.
+    """
+
+    parts, window = 4, 50
+
+    def _step_stacked(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        places = {p: place for place, p in enumerate(group["params"])}
+        active = []
+        for p in parameters:
+            steps = self.state[p].setdefault("step", torch.zeros((), device="cpu"))
+            turn, part = divmod(int(steps) // self.window, self.parts)
+            steps += 1
+            if self._part_of(places[p], len(places), turn) == part:
+                active.append(p)
+            else:
+                self.state[p].pop("momentum_buffer", None)
+        if active:
+            super()._step_stacked(active, group)
+
+    def _part_of(self, place: int, count: int, turn: int) -> int:
+        """The part, from 0 on, of the matrix ``place`` of ``count`` in the round ``turn``."""
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(key(0, "turn", turn)))
+        return int(order.tolist().index(place)) * self.parts // count
+
+
+class BlockMuon(TurnMuon):
+    """The same with whole blocks: the matrices in model order, in four parts of neighbours."""
+
+    def _part_of(self, place: int, count: int, turn: int) -> int:
+        return (place * self.parts // count - turn) % self.parts
+
+
+class LinearsInTurn(MuonAndAdamW):
+    """TurnMuon for the linears, AdamW for the others."""
+
+    muon = TurnMuon
+
+
+class BlocksInTurn(MuonAndAdamW):
+    """BlockMuon for the linears, AdamW for the others."""
+
+    muon = BlockMuon

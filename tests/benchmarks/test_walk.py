@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.walk import HalfMuon, QuarterMuon, SparseMuon
+from benchmarks.walk import BlockMuon, HalfMuon, QuarterMuon, SparseMuon, TurnMuon
 from optim.muon import Muon, orthogonalize
 
 SHAPES = [(8, 8), (8, 8), (8, 20), (20, 8)]
@@ -51,3 +51,28 @@ def test_a_share_of_the_rows_is_stepped_on_with_the_momentum_of_the_whole_gradie
             expected = -0.1 * 0.2 * max(part.shape) ** 0.5 * orthogonalize(part.unsqueeze(0))[0]
             torch.testing.assert_close((p.detach() - old).index_select(dim, rows), expected, rtol=0, atol=1e-10)
     assert all(rows == set(range(8)) for rows in seen)
+
+
+@pytest.mark.parametrize("cls", [TurnMuon, BlockMuon])
+def test_in_turn_every_matrix_is_stepped_on_for_one_window_of_a_round_as_by_a_fresh_muon(cls):
+    parameters = parameters_of()
+    optimizer = cls(parameters, lr=0.1, momentum=0.9, weight_decay=0.0)
+    optimizer.window = 3
+    turns = [[] for _ in parameters]
+    for step in range(4 * 3 * 2):
+        gradients_at(step, parameters)
+        if step % 3 == 0:
+            fresh = [nn.Parameter(p.detach().clone()) for p in parameters]
+            muon = Muon(fresh, lr=0.1, momentum=0.9, weight_decay=0.0)
+        for p, q in zip(fresh, parameters, strict=True):
+            p.grad = q.grad
+        before = [p.detach().clone() for p in parameters]
+        optimizer.step()
+        muon.step()
+        for i, (p, old, expected) in enumerate(zip(parameters, before, fresh, strict=True)):
+            if not torch.equal(p, old):
+                turns[i].append(step // 3)
+                torch.testing.assert_close(p.detach(), expected.detach(), rtol=0, atol=1e-12)
+    for windows in turns:
+        assert len(windows) == 6 and len(set(windows)) == 2
+        assert [window // 4 for window in sorted(set(windows))] == [0, 1]
