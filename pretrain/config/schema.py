@@ -154,6 +154,7 @@ class TrainConfig:
     eval_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     eval_sequences: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
     log_every: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
+    log_layers_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     compile: bool = field(metadata=MAY_CHANGE)
     deterministic: bool = field(metadata=MAY_CHANGE)
     matmul_precision: str = field(metadata=MAY_CHANGE | one_of("highest", "high", "medium"))

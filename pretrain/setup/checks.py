@@ -31,6 +31,7 @@ from pretrain.config.schema import (
     EstimateConfig,
     GrassConfig,
     OptimConfig,
+    TrainConfig,
     limit_problems,
     model_arguments,
 )
@@ -58,7 +59,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
             problems += _grass_problems(config.optim)
         problems += _baseline_problems(config.optim)
         if config.train.step_in_backward:
-            problems += _step_in_backward_problems(config.optim, config.train.non_finite == "skip", world_size)
+            problems += _step_in_backward_problems(config.optim, config.train, world_size)
         problems += _warmup_problems(config.optim.warmup_steps, config.train.steps)
         problems += _model_problems(config, world_size, resumes)
         if needs_data:
@@ -217,15 +218,17 @@ def _chunked_head_problems(optim: GrassConfig) -> list[str]:
     ]
 
 
-def _step_in_backward_problems(optim: OptimConfig, skips: bool, world_size: int) -> list[str]:
+def _step_in_backward_problems(optim: OptimConfig, train: TrainConfig, world_size: int) -> list[str]:
     key, problems = "train.step_in_backward=true", []
     if optim.clip:
         problems.append(
             f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
             "optim.norm_growth=1.01, which limits each linear layer by itself"
         )
-    if skips:
+    if train.non_finite == "skip":
         problems.append(f"{key}: steps are made before all gradients are seen; set train.non_finite=stop")
+    if train.log_layers_every:
+        problems.append(f"{key}: gradients are freed before their norms are measured; set train.log_layers_every=0")
     if world_size > 1:
         problems.append(f"{key}: gradients of {world_size} processes meet only after the backward; set it to false")
     if optim.master_weights:

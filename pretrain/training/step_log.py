@@ -102,6 +102,11 @@ class StepLog:
             logged_before = (step - 1) // self.config.train.log_every * self.config.train.log_every
             self._metrics.write_selection(step, self.optim.grass.history.by_layer(since=logged_before))
 
+    def layers(self, step: int, norms: dict[str, float | None]) -> None:
+        """Log the norms of the layers in a step, unless there are none."""
+        if norms:
+            self._write(step, norms)
+
     def validation(self, step: int, score: dict[str, float]) -> None:
         """Log the metrics of a validation."""
         self._write(step, score)

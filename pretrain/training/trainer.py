@@ -26,6 +26,7 @@ from pretrain.training.announcements import log_opening
 from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.guards import Guards, Verdict
 from pretrain.training.initial_rows import choose_initial_rows
+from pretrain.training.layer_norms import LayerNorms
 from pretrain.training.profiler import StepProfile
 from pretrain.training.rates import describe_change, rate_settings, schedule_factor
 from pretrain.training.samples import make_samples
@@ -70,7 +71,9 @@ class Trainer:
         log_opening(config, world, self.model, self.optim, data)
         if train.compile:
             compile_blocks(config, self.model, world)
-        self.update = TrainStep(config, world, self.model, engine, self.optim, train.non_finite == "skip")
+        self.norms = LayerNorms(self.model, self.optim, train.log_layers_every) if train.log_layers_every else None
+        observers, skip = [self.norms] if self.norms else [], train.non_finite == "skip"
+        self.update = TrainStep(config, world, self.model, engine, self.optim, skip, observers)
         self.log = StepLog(config, world, folder, self.model, self.optim, self.watch, self.step)
 
     def fit(self) -> Outcome:
@@ -119,6 +122,8 @@ class Trainer:
                 self.log.advance(self.step)
                 if logs:
                     self.log.step(self.step, result, self.feed.lap(), self.guards.skips)
+                if self.norms and not result.skipped:
+                    self.log.layers(self.step, self.norms.take())
                 if verdict is Verdict.ROLL_BACK:
                     self.checkpoints.roll_back(self.step)
                     self.log.close({"went_back_at": self.step})
@@ -141,6 +146,8 @@ class Trainer:
         """Make the update of ``step`` (from 0), or leave out its batch after a rollback."""
         self.stop_request.step = step + 1
         self.optim.set_rates(schedule_factor(self.config, step))
+        if self.norms:
+            self.norms.start(step + 1)
         if self.guards.leaves_out(step + 1):
             return self.update.leave_out()
         return self.update(self.feed.micro_batches(step), self.feed.targets(step))

@@ -202,6 +202,9 @@ def test_a_failure_is_logged_once_and_ends_nothing(config, tmp_path, caplog):
     assert caplog.text.count("no space left") == 1 and run._run is None
 
 
+BY_LAYER = re.compile(r"^(grad_norm|weight_norm|update_ratio)/.*")
+
+
 def documented(root, section):
     """The names in the tables of a section of docs/metrics.md."""
     rows = re.findall(r"^\| (`.*?`) \|", section, re.M)
@@ -216,7 +219,8 @@ def test_an_offline_run_has_the_metrics_in_the_docs(root, tmp_path, monkeypatch)
         "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "optim.rank=8",
         "model.num_attention_heads=2", "model.vocab_size=400", "train.seq_len=32", "train.tokens_per_step=64",
         "train.steps=4", "train.compile=false", "train.eval_sequences=2", "train.eval_every=2", "train.log_every=1",
-        "train.sample_tokens=2", "optim.warmup_steps=1", "data=text", f"data.paths=[{root / 'models'}]",
+        "train.log_layers_every=4", "train.sample_tokens=2", "optim.warmup_steps=1", "optim.selection=top_r",
+        "data=text", f"data.paths=[{root / 'models'}]",
         "data.validation_share=0.2", f"data.root={tmp_path / 'prepared'}", f"run.root={tmp_path}",
         "run.name=sweep/job", "logger.wandb.mode=offline", "logger.wandb.log_checkpoint=true",
     ])  # fmt: skip
@@ -228,7 +232,7 @@ def test_an_offline_run_has_the_metrics_in_the_docs(root, tmp_path, monkeypatch)
     text = (root / "docs/metrics.md").read_text()
     lines, on_wandb = text.split("## Weights & Biases")
     lines, summary = lines.split("`selection.jsonl`")
-    own = {name for line in logged for name in line if not name.startswith("_")}
+    own = {BY_LAYER.sub(r"\1/<layer>", name) for line in logged for name in line if not name.startswith("_")}
     assert own == documented(root, lines) | documented(root, on_wandb)
     summarized = {name for r in found for name in items(r.summary.update)}
     assert documented(root, summary) | {"val/loss"} <= summarized
