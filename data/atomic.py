@@ -11,15 +11,15 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".tmp"
-"""Ends the name of a file or folder that is still being written."""
+"""The suffix of the name of a file or folder that is still being written."""
 NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Make `content` (text as UTF-8) the content of the file `path`.
 
-    A reader sees the old content or the new one, never a part, also after a crash: the content goes to a temporary
-    file in the same folder, which is flushed to the disk and then renamed.
+    A reader sees either the old or the new complete content, even after a crash: the content is written to a temporary
+    file in the same folder, which is flushed to disk and then renamed.
 
     Raises:
         OSError: The file cannot be written; the old content is still there.
@@ -31,7 +31,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def use_umask(path: Path) -> None:
-    """Give the file `path` the permissions of a new file; some libraries make theirs readable by the owner only."""
+    """Give the file `path` the permissions of a new file; some libraries create files that only the owner can read."""
     probe = path.with_name(path.name + UNFINISHED)
     probe.touch()
     path.chmod(stat.S_IMODE(probe.stat().st_mode))
@@ -39,10 +39,10 @@ def use_umask(path: Path) -> None:
 
 
 def fsync(file: Path | int) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk.
+    """Wait until a file's content, or a folder's list of names, is on disk.
 
-    Without it a rename can reach the disk before the content of the renamed file. A file system that cannot do it is
-    logged once and used nevertheless.
+    Without this call, a rename can reach the disk before the content of the renamed file. If the file system does not
+    support it, a warning is logged once.
 
     Args:
         file: A path, or the descriptor of an open file.
@@ -53,9 +53,7 @@ def fsync(file: Path | int) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        _log_once(
-            f"the file system cannot wait for its disk ({error.strerror}); a power failure may cost the last files"
-        )
+        _log_once(f"the file system does not support fsync ({error.strerror}); a power failure may lose the last files")
     finally:
         if descriptor is not file:
             os.close(descriptor)

@@ -17,14 +17,14 @@ PART_KEYS = {
     "name", "source", "paths", "patterns", "max_bytes", "validation_paths", "column", "dataset", "dataset_name",
     "dataset_split", "dataset_revision", "streaming", "validation_share", "token_dtype",
 }  # fmt: skip
-LONGEST_ADDITION = len(".-0123456789abcdef.tmp")  # to data.name, in the names of a preparation's folders
+LONGEST_ADDITION = len(".-0123456789abcdef.tmp")  # characters that folder names of a preparation add to data.name
 
 
 def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
     """The files of the corpus, and the problems of the settings, one message per problem.
 
-    Nothing is read but names and sizes, and the tokenizer's file. Of a mixture only the settings that its corpora share
-    are examined; `mixture_parts` gives the corpora.
+    Reads only names and sizes, and the tokenizer's file. For a mixture, examines only the settings that its corpora
+    share; `mixture_parts` returns the corpora.
     """
     found = _value_problems(settings)
     if settings.source == "mixture":
@@ -43,29 +43,29 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
 
 def _value_problems(s: DataSettings) -> list[str]:
     checks = [
-        (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} cannot begin a folder's name"),
+        (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} is not a valid start of a folder name"),
         (s.vocab_size > 0, f"data.vocab_size: {s.vocab_size} must be positive"),
-        (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must lie between 0 and 1"),
+        (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must be between 0 and 1"),
         (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
         (s.workers is None or s.workers > 0, f"data.workers: {s.workers} must be positive, or null for all cores"),
-        (s.source in SOURCES, f"data.source: {s.source!r} is not known; use {', '.join(SOURCES)}"),
+        (s.source in SOURCES, f"data.source: {s.source!r} is unknown; use {', '.join(SOURCES)}"),
         (s.source != "tokens" or s.tokenizer, "data.tokenizer: name the tokenizer that made the tokens of data.paths"),
-        (s.token_dtype in DTYPES, f"data.token_dtype: {s.token_dtype} is not known; use {', '.join(DTYPES)}"),
-        (bool(s.mixture) == (s.source == "mixture"), "data.mixture: belongs to data.source=mixture, which needs it"),
+        (s.token_dtype in DTYPES, f"data.token_dtype: {s.token_dtype} is unknown; use {', '.join(DTYPES)}"),
+        (bool(s.mixture) == (s.source == "mixture"), "data.mixture: is for data.source=mixture, and required there"),
         (
             (s.dataset is None) == (s.source != "datasets"),
-            "data.dataset: belongs to data.source=datasets, which needs it",
+            "data.dataset: is for data.source=datasets, and required there",
         ),
         (
             not s.validation_paths or s.source in ("text", "records", "instructions"),
-            f"data.validation_paths: {s.source} has none; leave it empty",
+            f"data.validation_paths: not supported by data.source={s.source}; leave it empty",
         ),
     ]
     return [message for holds, message in checks if not holds]
 
 
 def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
-    """The settings of each corpus of a mixture, and its weight.
+    """For each corpus of a mixture, its settings and its weight.
 
     Raises:
         ValueError: One line per problem of `data.mixture`.
@@ -80,28 +80,28 @@ def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             found.append(f"data.mixture: corpus {number} needs a weight above 0")
         elif unknown:
-            found.append(f"data.mixture: corpus {number}: {', '.join(sorted(unknown))} cannot be set for one of them")
+            found.append(f"data.mixture: corpus {number}: {', '.join(sorted(unknown))} cannot be set for one corpus")
         elif own.get("source") in ("instructions", "mixture"):
             found.append(f"data.mixture: corpus {number}: source {own['source']} cannot be mixed")
         else:
             parts.append((DataSettings(**{**common, **own}), float(weight)))
     if len(parts) + len(found) < 2:
         found.append(
-            "data.mixture: needs two corpora or more, such as [{weight: 3, paths: [a]}, {weight: 1, paths: [b]}]"
+            "data.mixture: needs at least two corpora, such as [{weight: 3, paths: [a]}, {weight: 1, paths: [b]}]"
         )
     if len({part.name for part, _ in parts}) < len(parts):
         found.append("data.mixture: two corpora have the same name; change one")
     if settings.tokenizer is None:
-        found.append("data.tokenizer: a mixture needs one for all; train it with python -m data.train_tokenizer")
+        found.append("data.tokenizer: a mixture needs a tokenizer; train one with python -m data.train_tokenizer")
     if found:
         raise ValueError("\n".join(found))
     return parts
 
 
 def folder_problems(settings: DataSettings) -> list[str]:
-    """Why the folders of a preparation could not be made; one message per problem.
+    """The reasons why the folders of a preparation cannot be created; one message per problem.
 
-    A temporary folder is made and removed for it, because permission bits do not show everything that forbids writing.
+    Creates and removes a temporary folder, because permission bits do not show every obstacle to writing.
     """
     root = Path(settings.root)
     there = next((path for path in (root, *root.parents) if os.path.lexists(path)), Path("."))
@@ -112,16 +112,16 @@ def folder_problems(settings: DataSettings) -> list[str]:
     found = []
     if (size := len(os.fsencode(settings.name)) + LONGEST_ADDITION) > longest:
         found.append(
-            f"data.name: {settings.name[:32]}… makes a folder's name of {size} bytes, and {there} takes {longest}; "
-            f"shorten it by {size - longest} or more"
+            f"data.name: {settings.name[:32]}… gives a folder name of {size} bytes, but {there} allows {longest}; "
+            f"shorten data.name by at least {size - longest} bytes"
         )
     if not there.is_dir():
-        kind = "a file, not a folder" if there.exists() else "a link to nothing"
+        kind = "a file, not a folder" if there.exists() else "a broken link"
         return [*found, f"data.root: {there} is {kind}; choose another folder"]
     try:
         if too_long := next((part for part in root.parts if len(os.fsencode(part)) > longest), None):
-            raise OSError(0, f"{too_long[:32]}… has more than {longest} bytes")
-        with suppress(FileNotFoundError):  # a path that cannot be is another error
+            raise OSError(0, f"the name {too_long[:32]}… is longer than {longest} bytes")
+        with suppress(FileNotFoundError):  # an impossible path raises another error
             os.lstat(root / "a")
         with tempfile.TemporaryDirectory(prefix=".write-test-", dir=there):
             pass

@@ -1,4 +1,4 @@
-"""A lock between processes, also on file systems that have no locks."""
+"""A lock between processes that also works on file systems without locks."""
 
 import errno
 import logging
@@ -21,10 +21,10 @@ class LockHeld(Exception):
 def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path`, whose name ends in `.lock` and whose folder exists.
 
-    The kernel releases the lock when the process ends, however it ends. On a file system without locks, such as NFS
-    without its lock service, a second file `*.owner.lock` takes the lock's place: while it exists the lock is held. It
-    names the process and the host that made it, and is replaced when that process has ended. If another host was
-    switched off while it held the lock, the file has to be deleted by hand.
+    The kernel releases the lock when the process ends, in whatever way. On a file system without locks, such as NFS
+    without its lock service, a second file `*.owner.lock` replaces the lock: the lock is held while this file exists.
+    The file contains its process and host, and is replaced after that process has ended. If another host was switched
+    off while it held the lock, delete the file by hand.
 
     Args:
         on_wait: Called with a message before this waits for another process.
@@ -40,7 +40,7 @@ def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            logger.warning("%s: this file system has no locks (%s); a file takes their place", path.parent, error)
+            logger.warning("%s: this file system has no locks (%s); a file is used instead", path.parent, error)
             lock = SoftFileLock(path.with_suffix(".owner.lock"))
             lock.acquire(timeout=0)
     except Timeout:

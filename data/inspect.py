@@ -1,4 +1,4 @@
-"""Show a prepared dataset: its counts, its documents decoded, and whether its files are intact.
+"""Show a prepared dataset: its counts, decoded documents, and whether its files are intact.
 
 python -m data.inspect prepared/stdlib-83b67effc85a --document 0 1 17
 """
@@ -22,12 +22,12 @@ BLOCK = 2**24
 
 
 def damages(prepared: PreparedDataset) -> Iterator[str]:
-    """The damage in the files, a line each: checksums that differ, and tokens that do not fit the index."""
+    """One line per damage in the files: checksums that differ, and tokens that do not match the index."""
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
             for name, file in shard["files"].items():
                 if sha256(prepared.folder / name) != file["sha256"]:
-                    yield f"{prepared.folder / name}: has another checksum than the manifest"
+                    yield f"{prepared.folder / name}: its checksum differs from the manifest's"
         yield from (f"{split}: {problem}" for problem in _index_problems(prepared, getattr(prepared, split), entry))
 
 
@@ -35,18 +35,18 @@ def _index_problems(prepared: PreparedDataset, tokens: Tokens, entry: dict[str, 
     counts = {"documents": tokens.document_count, "tokens": len(tokens), "bytes": tokens.text_bytes}
     for key, count in counts.items():
         if entry[key] != count:
-            yield f"holds {count} {key} instead of {entry[key]}"
+            yield f"has {count} {key} instead of {entry[key]}"
     lengths = tokens.document_lengths
     if lengths.min() < 2:
         yield f"the index is out of order at document {int(lengths.argmin())}"
         return
     for start in range(0, len(tokens), BLOCK):
         if (largest := int(tokens[start : start + BLOCK].max())) >= prepared.tokenizer.vocab_size:
-            yield f"holds token {largest}, beyond the vocabulary of {prepared.tokenizer.vocab_size}"
+            yield f"has token {largest}, beyond the vocabulary of {prepared.tokenizer.vocab_size}"
     for number in np.linspace(0, len(lengths) - 1, num=min(len(lengths), 1000)).astype(int).tolist():
         ids = tokens.document(number)
         if (ids[0], ids[-1]) != (prepared.tokenizer.bos_id, prepared.tokenizer.eos_id):
-            yield f"document {number} does not lie between bos and eos"
+            yield f"document {number} does not begin with bos and end with eos"
 
 
 def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
@@ -60,7 +60,7 @@ def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
 
 
 def _open(folder: Path, split: str, numbers: list[int] | None) -> tuple[PreparedDataset, list[int]]:
-    """The dataset, and the numbers of the documents to show. Raises ValueError where either is not there."""
+    """The dataset, and the numbers of the documents to show. Raises ValueError if either does not exist."""
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {folder}; name the folder of a prepared dataset, such as prepared/NAME-HASH"
@@ -68,7 +68,7 @@ def _open(folder: Path, split: str, numbers: list[int] | None) -> tuple[Prepared
     if not (folder / MANIFEST).exists():
         below = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))
         hint = f"name one of {shorten(below)}" if below else "name the folder of a prepared dataset"
-        raise ValueError(f"{folder}: is no prepared dataset, because it has no {MANIFEST}; {hint}")
+        raise ValueError(f"{folder}: is not a prepared dataset, because it has no {MANIFEST}; {hint}")
     prepared = load(folder)
     count = getattr(prepared, split).document_count
     if wrong := [number for number in numbers or [] if not 0 <= number < count]:
@@ -81,13 +81,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folder", type=Path, help="a prepared dataset (prepared/…)")
     p.add_argument("--split", default="train", choices=("train", "val"), help="default: train")
     p.add_argument("--document", type=int, nargs="*", metavar="N", help="documents to show (default: the first two)")
-    p.add_argument("--chars", type=int, default=500, help="characters of each document at most (default: 500)")
-    p.add_argument("--no-checksums", action="store_true", help="do not read the shards to the end")
+    p.add_argument("--chars", type=int, default=500, help="maximum characters of each document (default: 500)")
+    p.add_argument("--no-checksums", action="store_true", help="do not verify checksums, which reads all shards")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exits with 1 for a damaged dataset, and with 2 and a message for arguments that name none."""
+    """Exits with 1 for a damaged dataset, and with 2 and a message for wrong arguments."""
     args = parser().parse_args(arguments)
     try:
         prepared, numbers = _open(args.folder, args.split, args.document)
@@ -101,17 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for reason, skipped in prepared.manifest["corpus"].get("skipped_counts", {}).items():
         print(f"skipped {skipped:,} {reason}")
     if changed := prepared.manifest["corpus"].get("changed", 0):
-        print(f"{changed:,} documents are changed by the tokenizer: their tokens decode to another text")
+        print(f"the tokenizer changes {counted(changed, 'document')}: the tokens decode to another text")
     for number in numbers:
         print(show(prepared, args.split, number, args.chars))
     if not args.no_checksums:
         found = list(damages(prepared))
-        print("\n".join(found) or "all checksums are right, and tokens and index fit each other")
+        print("\n".join(found) or "all checksums are correct, and the tokens match the index")
         sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may close the pipe: end without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if a reader such as `head` closes the pipe
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack characters
     main()

@@ -1,9 +1,9 @@
 """Turn a corpus into token shards, once.
 
 A preparation is a folder `<root>/<name>-<12 hex digits>`. The digits are a hash of the text and of every setting that
-decides the tokens, so that another text or setting gets a folder of its own. The shards are written to a hidden folder
-under a file lock, and the folder is renamed when it is complete. A later call with the same settings reuses it; after
-an interruption it resumes.
+determines the tokens, so another text or setting gets another folder. The shards are written to a hidden folder under a
+file lock, and the folder is renamed when it is complete. A later call with the same settings reuses the folder. After
+an interruption, it resumes the preparation.
 
     python -m data.prepare --help
 """
@@ -41,23 +41,23 @@ ROUND_TRIP_PROBE = " a  b\r\n\n\tc ﬁ \u2581 \U00010348 "
 
 
 def problems(settings: DataSettings) -> list[str]:
-    """What can be known to fail before the corpus is read: one message per problem, with the key and the fix."""
+    """The problems that can be found before the corpus is read: one message per problem, with the key and the fix."""
     return PreparationPlan(settings).problems
 
 
 def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset:
-    """Open the preparation for these settings and the present content of their files; make it first if need be.
+    """Open the preparation for these settings and the current content of their files. If it does not exist, create it.
 
-    Several processes may call this at once: one of them prepares, the others wait for it.
+    Several processes may call this at once: one process prepares, the others wait for it.
 
     Args:
         read_along: A run reads the shards while they are written. The run then gets half of the cores, and shards that
-            it has read stay even if something turns out to be wrong with the text.
+            it has read are kept even if the text turns out to be unusable.
 
     Raises:
         ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, the disk is
-            full, or the preparation was damaged. The message names the key or file and the fix.
-        OSError: The disk fails, or a process that tokenises was killed.
+            full, or the preparation is damaged. The message names the key or file and the fix.
+        OSError: The disk fails, or a worker process was killed.
     """
     plan = PreparationPlan(settings)
     plan.require_no_problems()
@@ -65,10 +65,10 @@ def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset
 
 
 def find(settings: DataSettings) -> PreparedDataset | None:
-    """The preparation that `prepare` would open, if it is complete; None if there is work to do or a problem.
+    """The preparation that `prepare` would open; None if it is not complete or the settings have a problem.
 
     Raises:
-        ValueError: The preparation was damaged.
+        ValueError: The preparation is damaged.
     """
     plan = PreparationPlan(settings)
     return None if plan.problems else _find(plan)
@@ -79,14 +79,14 @@ def find_by_fingerprint(
 ) -> PreparedDataset | None:
     """The complete preparation with this fingerprint in `settings.root`, if there is one.
 
-    No file of the corpus and no tokenizer is needed: a run that has trained on the preparation can resume without them.
+    The corpus and the tokenizer need not exist: a run that has trained on the preparation can resume without them.
 
     Args:
-        mixture: For source `mixture`, the fingerprint and the weight of each corpus, as `manifest["mixture"]` of the
-            prepared mixture has them.
+        mixture: For source `mixture`, the fingerprint and the weight of each corpus, as in `manifest["mixture"]` of the
+            prepared mixture.
 
     Raises:
-        ValueError: The preparation was damaged.
+        ValueError: The preparation is damaged.
     """
     folders = {str(manifest["fingerprint"]): folder for folder, manifest in manifests(settings.root)}
     if settings.source != "mixture":
@@ -121,7 +121,7 @@ def _prepare(plan: PreparationPlan, read_along: bool = False) -> PreparedDataset
     if found := _find(plan):
         return found
     with _locked(plan):
-        if found := _find(plan):  # made by the process that held the lock
+        if found := _find(plan):  # prepared by the process that held the lock
             return found
         corpus = Corpus(plan.files, plan.settings)
         folder = plan.folder(corpus.sha256) if corpus.sha256 else None
@@ -132,14 +132,14 @@ def _prepare(plan: PreparationPlan, read_along: bool = False) -> PreparedDataset
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise ValueError(f"data.root: {plan.root} is full; make room, and the same command resumes") from None
+                raise ValueError(f"data.root: {plan.root} is full; free space, and the same command resumes") from None
         prepared = load(folder)
         mark(plan, folder)
     return prepared
 
 
 def _mix(plan: PreparationPlan, corpora: list[tuple[PreparedDataset, float]]) -> PreparedDataset:
-    """One dataset of several: training in the shares of the weights, validation on everything that they hold out."""
+    """One dataset from several: training with shares given by the weights, validation on all held-out documents."""
     (first, _), own = corpora[0], [[prepared.fingerprint, weight] for prepared, weight in corpora]
     train = Tokens.mixed([(prepared.train, weight) for prepared, weight in corpora])
     val = Tokens.mixed([(prepared.val, weight) for prepared, weight in corpora])
@@ -151,8 +151,8 @@ def _mix(plan: PreparationPlan, corpora: list[tuple[PreparedDataset, float]]) ->
 def _build(plan: PreparationPlan, corpus: Corpus, read_along: bool) -> Path:
     """Write the preparation, or resume it, and rename its work folder; returns the new folder.
 
-    If the text is unusable as a whole the work folder is removed, unless a run reads along. After any other failure it
-    stays, and the next call resumes.
+    If the corpus is unusable, the work folder is removed, unless a run reads along. After any other failure the folder
+    is kept, and the next call resumes.
     """
     work, settings, cores = plan.work_folder, plan.settings, os.cpu_count() or 1
     make_work_folder(plan, corpus)
@@ -182,13 +182,13 @@ def _make_tokenizer(plan: PreparationPlan, corpus: Corpus) -> Tokenizer:
     settings, work = plan.settings, plan.work_folder
     if settings.tokenizer is None:
         path = work / "tokenizer.model"
-        if path.exists():  # made before an interruption
+        if path.exists():  # trained before an interruption
             return Tokenizer(path)
         logger.info("training a tokenizer of %d pieces", settings.vocab_size)
         return train_tokenizer(corpus.training_texts(), path, settings.vocab_size, settings.seed)
     tokenizer = Tokenizer(Tokenizer(settings.tokenizer, settings.bos, settings.eos).copy_to(work))
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
-        logger.warning("%s does not keep all white space and characters as they are", settings.tokenizer)
+        logger.warning("the tokenizer %s changes white space or characters of texts", settings.tokenizer)
     return tokenizer
 
 
@@ -203,12 +203,12 @@ def _locked(plan: PreparationPlan) -> Iterator[None]:
         except OSError as error:
             raise ValueError(f"data.root: cannot write to {root} ({error}); choose another folder") from None
         for leftover in root.glob(f".{name}-*.tmp"):
-            logger.info("%s was left by an interrupted preparation: the same settings resume it", leftover)
+            logger.info("%s is an interrupted preparation; the same settings resume it", leftover)
         yield
 
 
 def command(settings: DataSettings) -> str:
-    """The command that prepares the same by hand, quoted for a shell."""
+    """The command that makes the same preparation by hand, quoted for a shell."""
     words = ["python", "-m", "data.prepare"]
     for entry in fields(DataSettings):
         value, flag = getattr(settings, entry.name), f"--{entry.name.replace('_', '-')}"
@@ -222,13 +222,13 @@ def command(settings: DataSettings) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    about = "Prepare a corpus by hand, as a run with the same settings (data.*) does by itself."
+    about = "Prepare a corpus by hand. A run with the same settings (data.*) does the same automatically."
     p = argparse.ArgumentParser(prog="python -m data.prepare", description=about)
     meaning = meanings()
     for entry in fields(DataSettings):
         default, flag = getattr(DataSettings(), entry.name), f"--{entry.name.replace('_', '-')}"
         if entry.name == "mixture":
-            continue  # prepare each of its corpora, or let a run with data=mixture do it
+            continue  # not on the command line: prepare each corpus, or start a run with data=mixture
         if isinstance(default, bool):
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=meaning[entry.name])
             continue

@@ -1,16 +1,16 @@
-"""The settings of a corpus: where its text comes from, how it is tokenised, and how it is split."""
+"""The settings of a corpus: its sources, tokenizer and splits."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-LINES = ("records", "instructions", "c4")  # sources of JSON lines or Parquet rows
+LINES = ("records", "instructions", "c4")  # sources that are JSON lines or Parquet rows
 SOURCES = ("stdlib", "text", *LINES, "tokens", "datasets", "mixture")
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # of token files
 
 
 @dataclass(kw_only=True)
 class DataSettings:
-    """The settings of a corpus; a preparation and its command line have the same ones."""
+    """The settings of a corpus, for runs and for the command line of a preparation."""
 
     name: str = "stdlib"
     """First part of the prepared folder's name."""
@@ -24,13 +24,13 @@ class DataSettings:
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
     """Which file names to take from folders."""
     max_bytes: int = 30_000_000
-    """Limit for the files of a corpus together; files beyond it are left out, tests first."""
+    """Maximum total size of the files of a corpus; further files are left out, tests first."""
     validation_paths: list[str] = field(default_factory=list)
-    """Files to hold out for validation, instead of a share; documents that they hold are left out of training."""
+    """Files for validation, instead of a share of the documents; their documents are removed from training."""
     column: str = "text"
-    """The column with the text, of JSON lines, Parquet and datasets."""
+    """The column with the text, for JSON lines, Parquet and datasets."""
     token_dtype: str = "uint16"
-    """The type of the tokens in files of source `tokens` that are not .npy."""
+    """For source `tokens`: the dtype of the tokens in files other than .npy."""
     dataset: str | None = None
     """For source `datasets`: a name on the hub, or a folder."""
     dataset_name: str | None = None
@@ -46,18 +46,18 @@ class DataSettings:
     tokenizer: str | None = None
     """A sentencepiece model or a tokenizer.json to use; if not set, one is trained on the training split."""
     bos: str | None = None
-    """The token that begins a document, if the tokenizer's files do not say."""
+    """The token that begins a document, if the tokenizer's files do not name it."""
     eos: str | None = None
-    """The token that ends a document, if the tokenizer's files do not say."""
+    """The token that ends a document, if the tokenizer's files do not name it."""
     vocab_size: int = 4096
-    """Size of the vocabulary of the tokenizer to train, or of the given `tokenizer`."""
+    """Vocabulary size of the tokenizer to train, or of the given `tokenizer`."""
     validation_share: float = 0.05
-    """Share of the documents that is held out for validation."""
+    """Share of the documents to hold out for validation."""
     root: str = "prepared"
     """Folder of all prepared datasets."""
     seed: int = 0
-    """Chooses the documents that are held out and the sample for training a tokenizer."""
+    """Seed for the choice of held-out documents and of the text that trains a tokenizer."""
     shard_tokens: int = 2**28
-    """Tokens in a shard; the document that reaches this number is the last in its shard."""
+    """Number of tokens after which a shard ends, at the end of the document."""
     workers: int | None = None
-    """Processes that tokenise; if not set, one per core."""
+    """Worker processes that tokenise; if not set, one per core."""

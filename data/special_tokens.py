@@ -5,14 +5,16 @@ from pathlib import Path
 
 from data.text_encoding import decode
 
-SPECIAL = "special_tokens.json"  # beside the copy of a tokenizer: the tokens that begin and end a text
+SPECIAL = "special_tokens.json"  # next to the copy of a tokenizer: the tokens that begin and end a text
 
 
 def names_beside(path: Path, is_json: bool) -> dict[str, str]:
-    """The names of bos and eos from the files beside the tokenizer at `path`, each from the first file that has it.
+    """The names of bos and eos from the files next to the tokenizer at `path`, each from the first file that has it.
 
-    Hugging Face keeps them in one of two files; a sentencepiece model contains its own.
-    Raises ValueError for a file that cannot be read.
+    Hugging Face stores them in one of two files; a sentencepiece model contains them.
+
+    Raises:
+        ValueError: A file cannot be read.
     """
     names: dict[str, str] = {}
     for file in [SPECIAL, *(("tokenizer_config.json", "special_tokens_map.json") if is_json else ())]:
@@ -27,15 +29,13 @@ def names_beside(path: Path, is_json: bool) -> dict[str, str]:
                 f"{path.with_name(file)}: cannot be read ({error!r}); correct or delete the file"
             ) from None
         if not all(isinstance(name, str) for name in found.values()):
-            raise ValueError(
-                f"{path.with_name(file)}: bos and eos have to be names of tokens; correct or delete the file"
-            )
+            raise ValueError(f"{path.with_name(file)}: bos and eos must be names of tokens; correct or delete the file")
         names = {**found, **names}
     return names
 
 
 def eos_beside(path: Path) -> int:
-    """The first eos id in the files beside a tokenizer that say how its model generates; -1 if there is none."""
+    """The first eos id in the generation settings next to a tokenizer; -1 if there is none."""
     for file in ("generation_config.json", "config.json"):
         try:
             found = json.loads(decode(path.with_name(file).read_bytes())).get("eos_token_id")

@@ -1,14 +1,14 @@
 """Text files are decoded by their byte-order mark, or else as UTF-8.
 
-A byte-order mark is the character U+FEFF at the beginning of a file (The Unicode Standard, section 23.8). It says how
-the characters are written and is no part of the text.
+A byte-order mark is the character U+FEFF at the beginning of a file (The Unicode Standard, section 23.8). It identifies
+the encoding and is not part of the text.
 """
 
 import codecs
 import io
 from typing import Any, BinaryIO
 
-MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+MARKS = (  # UTF-32 first, because its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -17,14 +17,14 @@ MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
 )
 HEAD_BYTES, BLOCK_BYTES = 2**12, 2**20
 COMPRESSED = {
-    b"\x1f\x8b": "compressed with gzip, whose name would end in .gz",
-    b"(\xb5/\xfd": "compressed with zstd, whose name would end in .zst",
+    b"\x1f\x8b": "compressed with gzip, but its name does not end in .gz",
+    b"(\xb5/\xfd": "compressed with zstd, but its name does not end in .zst",
     b"\xfd7zXZ\0": "compressed with xz, which is not supported",
     b"BZh91AY&SY": "compressed with bzip2, which is not supported",
     b"PK\x03\x04": "a zip archive, which is not supported",
 }
 UNMARKED = "UTF-16 or UTF-32 without a byte-order mark"
-UNDECODABLE = "\udcff".encode("utf-8", "surrogatepass")  # no valid UTF-8 has these bytes
+UNDECODABLE = "\udcff".encode("utf-8", "surrogatepass")  # bytes that do not occur in valid UTF-8
 codecs.register_error("grass.undecodable", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
 
@@ -34,15 +34,15 @@ def detect(head: bytes) -> tuple[str, int]:
 
 
 def head_problem(head: bytes) -> str:
-    """Why a file with these first bytes is no text, where they show it; empty for text."""
+    """Why a file with these first bytes is not text; empty if they do not show it."""
     packed = next((problem for begin, problem in COMPRESSED.items() if head.startswith(begin)), "")
     return packed or (UNMARKED if not detect(head)[1] and _is_unmarked(head) else "")
 
 
 def _is_unmarked(head: bytes) -> bool:
-    """Whether bytes without a byte-order mark look like UTF-16 or UTF-32, because too many of them are NUL.
+    """Whether bytes without a byte-order mark look like UTF-16 or UTF-32, because too many bytes are NUL.
 
-    Latin letters in UTF-16 are valid UTF-8 with a NUL beside every letter, so decoding does not find the mistake.
+    Latin letters in UTF-16 are valid UTF-8 with a NUL next to every letter, so decoding does not detect the mistake.
     """
     seldom, often = sorted([head[::2].count(0), head[1::2].count(0)])
     one_side = 5 * often >= len(head) and 20 * seldom <= often
@@ -50,16 +50,16 @@ def _is_unmarked(head: bytes) -> bool:
 
 
 def decode(content: bytes) -> str:
-    """The text of a whole file, without its byte-order mark. Raises UnicodeDecodeError."""
+    """The text of a complete file, without its byte-order mark. Raises UnicodeDecodeError."""
     name, skip = detect(content)
     return content[skip:].decode(name)
 
 
 class Utf8Reader(io.RawIOBase):
-    """The text in a binary stream as UTF-8 bytes, without its byte-order mark; closing it closes the stream.
+    """The text in a binary stream as UTF-8 bytes, without its byte-order mark. Closing the reader closes the stream.
 
-    UTF-8 passes unchecked. In UTF-16 and UTF-32 a part that is no text becomes UNDECODABLE, on which decoding fails.
-    `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why it is no text.
+    UTF-8 is passed on unchecked. In UTF-16 and UTF-32, invalid parts become UNDECODABLE, on which decoding fails.
+    `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream is not text.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""A prepared dataset: open it, and describe it."""
+"""Open and describe prepared datasets."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import Tokenizer
 from data.wording import counted
 
-FORMAT = 2  # of the folder; to be raised also when the same settings would give other tokens
+FORMAT = 2  # of the folder; raise it also when the same settings give other tokens than before
 MANIFEST, FILES = "manifest.json", "files.json"
 
 
@@ -23,7 +23,7 @@ class PreparedDataset:
     """A prepared dataset, opened.
 
     Attributes:
-        folder: Where it lies; for a mixture, the folder of its corpora's folders.
+        folder: The folder of the dataset; for a mixture, the folder that contains the folders of its corpora.
         fingerprint: 64 hex digits that depend on the tokenizer, all tokens, and the names of the documents.
         manifest: The content of its manifest.json.
     """
@@ -37,10 +37,10 @@ class PreparedDataset:
 
 
 def load(folder: str | Path) -> PreparedDataset:
-    """Open the prepared dataset in `folder`. Only files that its manifest names are looked at.
+    """Open the prepared dataset in `folder`. Reads only files listed in the manifest.
 
     Raises:
-        ValueError: A file is missing or has not the length in the manifest, or the tokenizer is another one.
+        ValueError: A file is missing or its length differs from the manifest's, or the tokenizer has changed.
     """
     folder = Path(folder)
     fix = f"delete the folder {folder} to prepare it again"
@@ -73,7 +73,7 @@ def load(folder: str | Path) -> PreparedDataset:
         train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
         tokenizer = Tokenizer(model, **special, look_beside=False)
         return PreparedDataset(folder, tokenizer, train, val, fingerprint, manifest)
-    except Exception as error:  # numpy reads an array's header as Python code, and raises whatever that raises
+    except Exception as error:  # numpy evaluates an array's header as Python code, which may raise any exception
         raise ValueError(f"{folder}: cannot be read ({str(error)[:200]}); {fix}") from None
 
 
@@ -82,7 +82,7 @@ class _OtherFormat(Exception):
 
 
 def content_of(manifest: dict[str, Any]) -> str | None:
-    """64 hex digits that depend on the tokenizer and all tokens, and not on the names and places of their files.
+    """64 hex digits that depend on the tokenizer and all tokens, but not on names and paths of files.
 
     None for a dataset that is still being prepared.
     """

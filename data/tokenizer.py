@@ -16,21 +16,22 @@ from data.tokenizer_backends import HuggingFace, SentencePiece
 
 FILES = ("tokenizer.model", "tokenizer.json")
 MOST_PADDING = 1024
-"""How many more embedding rows than tokens count as padding; models are padded to multiples of 64 to 1024."""
+"""Maximum number of embedding rows beyond the tokens that is accepted as padding (to multiples of 64 to 1024)."""
 
 
 class Tokenizer:
-    """A sentencepiece model file, or a tokenizer.json of Hugging Face's.
+    """A sentencepiece model file, or a tokenizer.json in Hugging Face's format.
 
-    `bos` and `eos` name the tokens that begin and end a text. The default is those of special_tokens.json or
-    tokenizer_config.json beside the file, or else those of the model. Without `look_beside` these files are not read.
-    If the tokenizer has no bos token (T5), texts begin with its eos token. GPT-2 uses the same token for both.
+    `bos` and `eos` name the tokens that begin and end a text. Their defaults come from special_tokens.json or
+    tokenizer_config.json next to the file, or else from the model. Without `look_beside`, these files are not read. If
+    the tokenizer has no bos token (T5), texts begin with its eos token. GPT-2 uses the same token for both.
 
-    Raises ValueError if the file is no tokenizer, lacks a token given as `bos` or `eos`, or has no eos token.
+    Raises:
+        ValueError: The file is not a tokenizer, lacks a token given as `bos` or `eos`, or has no eos token.
 
     Attributes:
-        token_bytes: (vocab_size,) int32, the UTF-8 bytes that each token stands for; 0 for special ones.
-        special: The `bos` and `eos` to pass when a copy of the file is opened without the files beside it.
+        token_bytes: (vocab_size,) int32, the number of UTF-8 bytes of each token; 0 for special tokens.
+        special: The `bos` and `eos` to pass when a copy of the file is opened without the files next to it.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Tokenizer:
         try:
             content = self.path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); name a tokenizer's file") from None
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); choose a tokenizer file") from None
         self.sha256, self._content, text = hashlib.sha256(content).hexdigest(), content, _json_text(content)
         self._model: SentencePiece | HuggingFace
         self._model = HuggingFace(path, text) if text else SentencePiece(path, content)
@@ -59,18 +60,18 @@ class Tokenizer:
         try:
             lengths = [self._model.bytes_of(token) for token in range(self.vocab_size)]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: holds a piece that is no text ({error}); bring a complete copy") from None
+            raise ValueError(f"{path}: has a piece that is not text ({error}); get a complete copy") from None
         self.token_bytes = np.array(lengths, dtype=np.int32)
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 
     def has(self, token: int) -> bool:
-        """Whether there is a token of this number: a vocabulary may have gaps."""
+        """Whether there is a token with this number: a vocabulary may have gaps."""
         return 0 <= token < self.vocab_size and self._model.piece_of(token) is not None
 
     def fits(self, rows: int) -> bool:
-        """Whether a model with this number of embedding rows takes every token that a text can have.
+        """Whether a model with this number of embedding rows has a row for every token that a text can have.
 
-        Special tokens beyond the rows do no harm, because no text is encoded to them, except for bos and eos.
+        Special tokens without a row are accepted, except bos and eos, because no text is encoded to them.
         """
         return max(self.bos_id, self.eos_id) < rows and not self.token_bytes[rows:].any()
 
@@ -81,23 +82,24 @@ class Tokenizer:
         return token
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones."""
+        """The tokens of a text, without special tokens."""
         return self.encode_batch([text], threads=1)[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """The tokens of each text, int32 (n,), without special ones; on `threads` threads (all cores for None).
+        """The tokens of each text, int32 (n,), without special tokens; on `threads` threads (all cores for None).
 
-        Raises ValueError for a text that the tokenizer fails on.
+        Raises:
+            ValueError: The tokenizer fails on a text.
         """
         return self._encode(texts, threads, continues=False)
 
     def encode_pairs(
         self, prompts: Sequence[str], responses: Sequence[str], threads: int | None = None
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The tokens of each prompt, as ``encode_batch`` has them, and those of the response that follows it.
+        """The tokens of each prompt, as from ``encode_batch``, and the tokens of the response that follows it.
 
-        Together they decode to the two texts with nothing between them: a tokenizer that puts a space before every
-        text, such as LLaMA 2's, puts none before a response that follows a prompt.
+        Together they decode to the two texts with nothing in between. A tokenizer that puts a space before every text,
+        such as LLaMA 2's, puts no space before a response that follows a prompt.
         """
         given, learnt = self.encode_batch(prompts, threads), self._encode(responses, threads, continues=True)
         return given, [after if prompt else self._encode([response], 1, continues=False)[0]
@@ -110,7 +112,7 @@ class Tokenizer:
             raise ValueError(f"{self.path}: cannot encode a text ({str(error)[:200]})") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens, special ones dropped; bytes that are no UTF-8 become U+FFFD."""
+        """The text of the tokens, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self._model.decode([int(token) for token in ids])
 
     def is_kept(self, text: str, *parts: np.ndarray) -> bool:
@@ -119,17 +121,17 @@ class Tokenizer:
 
     @cached_property
     def space_after(self) -> int | None:
-        """bos, if the tokenizer puts a space before a text, which counts in `token_bytes` but is not in the text."""
+        """bos, if the tokenizer puts a space before a text; `token_bytes` counts this space, the text does not."""
         _, (letter,) = self.encode_pairs(["a"], ["a"])
         added = self.token_bytes[self.encode("a")].sum() - self.token_bytes[letter].sum()
         return self.bos_id if added == 1 else None
 
     @property
     def encoding(self) -> int:
-        """The version of the tokens that this class gives with this tokenizer, as a part of what identifies them.
+        """The version of this class's encoding with this tokenizer, which is part of a preparation's identity.
 
-        2 for a tokenizer that adds or drops spaces, or cannot tell U+2581 from a space: for some texts its tokens are
-        others than in the first version of this class. 1 for all other tokenizers.
+        2 for a tokenizer that adds or drops spaces, or encodes U+2581 like a space: for some texts, its tokens differ
+        from those of the first version of this class. 1 for all other tokenizers.
         """
         return 2 if self._model.changes_spaces else 1
 
@@ -148,7 +150,7 @@ def find_tokenizer(folder: Path) -> Path | None:
 
 
 def _json_text(content: bytes) -> str:
-    """The text of a file that is JSON by its beginning; empty for others."""
+    """The text of a file if it begins like JSON; otherwise empty."""
     try:
         text = decode(content)
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The libraries behind ``data.tokenizer.Tokenizer``: sentencepiece, and tokenizers of Hugging Face."""
+"""The backends of ``data.tokenizer.Tokenizer``: the libraries sentencepiece and Hugging Face tokenizers."""
 
 import json
 import re
@@ -20,8 +20,8 @@ class SentencePiece:
     SPACES_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
     """normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false } of sentencepiece_model.proto.
 
-    Appended to a model it takes the place of these two fields: of a field that comes twice, the last value counts
-    (Protocol Buffers, Encoding, "Last One Wins").
+    Appended to a model, it overrides these two fields, because the last value of a repeated field is used (Protocol
+    Buffers, Encoding, "Last One Wins").
     """
 
     def __init__(self, path: str | Path, content: bytes) -> None:
@@ -30,7 +30,7 @@ class SentencePiece:
             self._model.load_from_serialized_proto(content)
             self.vocab_size: int = self._model.vocab_size()
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: no sentencepiece model ({error})") from None
+            raise ValueError(f"{path}: not a sentencepiece model ({error})") from None
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         space = [self._model.piece_to_id(piece) for piece in SPACE_BYTES]
@@ -38,19 +38,19 @@ class SentencePiece:
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
-        """The model for a text that follows another: it keeps spaces as they are."""
+        """The model for a text that follows another text: it keeps spaces unchanged."""
         model = sentencepiece.SentencePieceProcessor()
         model.load_from_serialized_proto(self._content + self.SPACES_AS_THEY_ARE)
         return model
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether every text is known to come back: no normalization, and a piece for every byte."""
+        """Whether every text is known to decode unchanged: no normalization, and a piece for every byte."""
         try:
             from sentencepiece import sentencepiece_model_pb2
 
             model: Any = sentencepiece_model_pb2.ModelProto.FromString(self._content)  # type: ignore[attr-defined]
-        except Exception:  # without protobuf, or where it reads less than sentencepiece does, texts are compared
+        except Exception:  # without protobuf, or if it fails on the model, decoded texts are compared instead
             return False
         normalizer, trainer = model.normalizer_spec, model.trainer_spec
         changes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
@@ -81,7 +81,7 @@ class SentencePiece:
         return self._model.decode(ids)
 
     def _around_space_signs(self, text: str, model: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-        """A literal U+2581 would come back as a space, so it is written as its bytes."""
+        """Encode a literal U+2581 as its bytes, because it would be decoded to a space."""
         first, *others = text.split(SPACE)
         parts = [model.encode(first)]
         for part in others:
@@ -97,9 +97,9 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """A tokenizer of the library tokenizers. A text that spells a special token is text, as with sentencepiece."""
+    """A tokenizer of the library tokenizers. As in sentencepiece, text that spells a special token is still text."""
 
-    bos_id = eos_id = -1  # the file does not say which of its tokens they are
+    bos_id = eos_id = -1  # the file does not contain them
 
     def __init__(self, path: str | Path, text: str) -> None:
         try:
@@ -114,7 +114,7 @@ class HuggingFace:
             self._model = self._opened(text)
             self._byte_level = "ByteLevel" in json.dumps(self._spec.get("decoder"))
         except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{path}: no tokenizer of Hugging Face's ({str(error)[:200]})") from None
+            raise ValueError(f"{path}: not a Hugging Face tokenizer ({str(error)[:200]})") from None
         self._added = self._model.get_added_tokens_decoder()
         self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=-1)
         steps = json.dumps([self._spec.get("normalizer"), self._spec.get("pre_tokenizer")], ensure_ascii=False)
@@ -131,7 +131,7 @@ class HuggingFace:
 
     @cached_property
     def _continuing(self) -> Any:
-        """The tokenizer for a text that follows another: it puts no space before it."""
+        """The tokenizer for a text that follows another text: it puts no space before the text."""
         steps = {key: _without_prefix(self._spec.get(key)) for key in ("normalizer", "pre_tokenizer")}
         return self._opened(json.dumps(self._spec | steps))
 
@@ -140,7 +140,7 @@ class HuggingFace:
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether every text is known to come back: one that is split into bytes only, as GPT-2's and Llama 3's."""
+        """Whether every text is known to decode unchanged: byte-level tokenizers, such as GPT-2's and Llama 3's."""
         first, model = self._spec.get("pre_tokenizer") or {}, self._spec["model"]
         *splits, last = first.get("pretokenizers") or [first]
         kinds = [step.get("type") for step in (last, self._spec.get("decoder") or {}, model)]
@@ -185,14 +185,14 @@ class HuggingFace:
         if piece is None or (token in self._added and self._added[token].special):
             return 0
         if self._byte_level and token not in self._added:
-            return len(piece)  # a letter for each byte
+            return len(piece)  # one letter per byte
         if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
             return 1
         return len(piece.replace(SPACE, " ").encode())
 
 
 def _without_prefix(step: Any) -> Any:
-    """A normalizer or pre-tokenizer of tokenizer.json without all that puts a space before a text."""
+    """A normalizer or pre-tokenizer of tokenizer.json without the parts that put a space before a text."""
     if isinstance(step, list):
         return [part for part in map(_without_prefix, step) if part is not None]
     if not isinstance(step, dict):
@@ -206,5 +206,5 @@ def _without_prefix(step: Any) -> Any:
     }
     kept = {key: _without_prefix(part) for key, part in step.items()}
     if kind == "Metaspace":
-        kept.pop("add_prefix_space", None)  # in old files, in contradiction to the new key
+        kept.pop("add_prefix_space", None)  # in old files, where it contradicts the new key
     return kept | changes.get(str(kind), {})

@@ -1,10 +1,10 @@
 """Batches of token windows for training and validation.
 
-A split is cut into windows of `seq_len` inputs and as many targets, which are the inputs shifted by one token; the last
-target of a window is the first input of the next. Documents are packed: a window may hold several. Where documents
-begin with a prompt, each document is a window of its own, cut to `seq_len` targets or padded, and the prompt's tokens
-are no targets. With `masks` a batch also says where documents begin, and the first token of a document, which no token
-before it predicts, is no target.
+A split is cut into windows of `seq_len` inputs and targets. Targets are the inputs shifted by one token: the last
+target of a window is the first input of the next window. Documents are packed: a window may contain several. If
+documents begin with a prompt, each document is one window, truncated to `seq_len` targets or padded, and the prompt's
+tokens are not targets. With `masks`, a batch also contains the starts of documents, and the first token of a document
+is not a target, because no earlier token predicts it.
 """
 
 import logging
@@ -19,24 +19,25 @@ from data.shards.reader import Tokens
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # a target that has no loss, as in torch's cross-entropy
+IGNORED = -100  # a target without loss, as in torch's cross-entropy
 
 
 class TrainBatches:
     """The training batches of one rank.
 
     Sequence j of step s is sample s * sequences_per_step + j of the order (data.loading.order). Each rank takes a
-    contiguous run of j and cuts it into micro-batches, so that neither the number of ranks nor the micro-batch size
-    changes the tokens of a step. The last tokens of the split, too few for a window, are left out.
+    contiguous range of j and cuts it into micro-batches. So the tokens of a step depend neither on the number of ranks
+    nor on the micro-batch size. Leftover tokens that do not fill a window are unused.
 
     Args:
         tokens: The training split.
         seq_len: Inputs and targets per sequence.
-        sequences_per_step: On all ranks.
-        micro_batch_size: Sequences in a micro-batch.
-        seed: Of the order.
-        masks: Whether batches say where documents begin.
-        block: Windows per block of the first epoch, for a split that may still be prepared; None for whole epochs.
+        sequences_per_step: Sequences per step on all ranks together.
+        micro_batch_size: Sequences per micro-batch.
+        seed: The seed of the order.
+        masks: Whether batches contain the starts of documents.
+        block: Windows per shuffle block in the first epoch; needed when the split may still be incomplete. None
+            shuffles the whole epoch.
 
     Raises:
         ValueError: There is no full window, or a step does not divide into ranks and micro-batches.
@@ -62,7 +63,7 @@ class TrainBatches:
             self._check_windows()
         if sequences_per_step < 1 or sequences_per_step % (micro_batch_size * world_size):
             raise ValueError(
-                f"train.tokens_per_step: {sequences_per_step} sequences per step do not divide into {world_size} "
+                f"train.tokens_per_step: {sequences_per_step} sequences per step cannot be divided among {world_size} "
                 f"processes with micro-batches of {micro_batch_size}; change it or train.micro_batch_size"
             )
         self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
@@ -79,42 +80,43 @@ class TrainBatches:
         counts = [(length - 1) // seq_len for _, length, _ in tokens.parts]
         if short := [number for number, count in enumerate(counts) if count < 1]:
             raise ValueError(
-                f"data.mixture: corpus {short[0]} has fewer training tokens than a window of train.seq_len={seq_len} "
-                "and one more; give more of it, or lower train.seq_len"
+                f"data.mixture: corpus {short[0]} has too few training tokens: a window of train.seq_len={seq_len} "
+                f"needs {seq_len + 1}; give more text for it, or lower train.seq_len"
             )
         return MixtureOrder(counts, [weight for *_, weight in tokens.parts], seed)
 
     @property
     def windows(self) -> int:
-        """Windows per epoch; for a mixture, until each corpus was read at least once; ENDLESS while not known."""
+        """Windows per epoch. For a mixture: until each corpus was read at least once. ENDLESS while unknown."""
         return self._order.windows
 
     def _check_windows(self) -> None:
         self._checked = True
         if self.windows < 1:
             raise ValueError(
-                f"data: the training split has {len(self._tokens)} tokens, fewer than a window of train.seq_len="
-                f"{self._seq_len} and one more; give more text (data.paths, data.max_bytes) or lower train.seq_len"
+                f"data: the training split has {len(self._tokens)} tokens, but a window of train.seq_len="
+                f"{self._seq_len} needs {self._seq_len + 1}; give more text (data.paths, data.max_bytes) or lower "
+                "train.seq_len"
             )
         if self._targets is None:
             left_out = len(self._tokens) - 1 - self.windows * self._seq_len
             logger.info(
-                "training split: %d windows of %d tokens per epoch, the last %d tokens are in none",
+                "training split: %d windows of %d tokens per epoch, the last %d tokens are unused",
                 *(self.windows, self._seq_len, left_out),
             )
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's micro-batches of a step (from 0): inputs and targets, int64 (micro_batch_size, seq_len) each.
 
-        With masks each also has the document starts, int32 (documents + 1,): positions among the micro-batch's inputs,
-        row after row, and at the end the number of inputs.
+        With masks, each also has the document starts, int32 (documents + 1,): positions in the flattened inputs of the
+        micro-batch, and at the end the number of inputs.
         """
         places = self._places(step, self._first, self._share)
         for chunk in places.reshape(-1, self._micro_batch_size):
             yield _batch(self._tokens, chunk.tolist(), self._seq_len, self._micro_batch_size, self._masks)
 
     def ready(self, step: int) -> bool:
-        """Whether the samples of a step can be read by now; always, except for a split that is still prepared.
+        """Whether the samples of a step can be read now. False only while the split is being prepared.
 
         Raises:
             ValueError: The split is complete and has no full window.
@@ -127,7 +129,7 @@ class TrainBatches:
         return readable
 
     def digest(self, step: int) -> str:
-        """With `block`, a hash of the text read by the steps before `step`; else empty."""
+        """With `block`, a hash of the latest text read by the steps before `step` (`BlockOrder.digest`); else empty."""
         return self._order.digest(step * self._sequences_per_step) if isinstance(self._order, BlockOrder) else ""
 
     def targets(self, step: int) -> int:
@@ -150,9 +152,9 @@ class TrainBatches:
         return step * self._sequences_per_step // self.windows
 
     def _places(self, step: int, first: int, count: int) -> np.ndarray:
-        """Where `count` samples of a step from number `first` on begin, int64 (count,).
+        """The starts of `count` samples of a step, from sample `first` on, int64 (count,).
 
-        A place is the number of the first token or, where documents begin with a prompt, of the document.
+        A start is the number of the first token or, if documents begin with a prompt, of the document.
         """
         samples = step * self._sequences_per_step + first + np.arange(count, dtype=np.int64)
         if isinstance(self._order, MixtureOrder):
@@ -178,12 +180,12 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     """This rank's batches of a split in order: inputs and targets, int64 (batch_size, seq_len) each.
 
-    Over all ranks each token except the first is a target once. The last window and the last batches are padded with
+    Over all ranks, each token except the first is a target once. The last window and the last batches are padded with
     input 0 and target -100. All ranks get the same number of batches.
 
     Args:
-        max_sequences: Take only this many windows, spread evenly over the split.
-        masks: Give a third tensor, the places where documents begin, as `_batch` describes it.
+        max_sequences: Use only this many windows, spread evenly over the split.
+        masks: Add a third tensor to each batch, the document starts, see `_batch`.
     """
     count = -(-(len(tokens) - 1) // seq_len) if _given(tokens) is None else tokens.document_count
     windows = np.arange(count)
@@ -199,8 +201,8 @@ def validation_batches(
 def _batch(tokens: Tokens, places: list[int], seq_len: int, batch_size: int, masks: bool = False) -> tuple[Tensor, ...]:
     """Inputs and targets, int64 (batch_size, seq_len) each, of the windows at `places`; padded with 0 and -100.
 
-    With `masks` also the document starts, int32 (documents + 1,): the places among the batch's inputs, row after row,
-    where a document begins, as each row does, and at the end the number of inputs.
+    With `masks` also the document starts, int32 (documents + 1,): positions in the flattened inputs, and at the end the
+    number of inputs. Every row begins a document.
     """
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), IGNORED)
@@ -226,7 +228,7 @@ def _given(tokens: Tokens) -> np.ndarray | None:
 
 
 def _targets_by_document(tokens: Tokens, seq_len: int) -> np.ndarray:
-    """The number of targets of each document, int64 (documents,); logs how many documents `seq_len` cuts.
+    """The number of targets of each document, int64 (documents,); logs how many documents `seq_len` truncates.
 
     Raises:
         ValueError: No response begins within `seq_len`.
@@ -236,7 +238,7 @@ def _targets_by_document(tokens: Tokens, seq_len: int) -> np.ndarray:
     if not counts.any():
         raise ValueError(f"train.seq_len: no response begins within {seq_len} tokens; raise train.seq_len")
     logger.info(
-        "training split: %d prompts with responses; train.seq_len=%d cuts %d of them, %d before the response",
+        "training split: %d prompts with responses; train.seq_len=%d truncates %d of them, %d before the response",
         *(len(ends), seq_len, (ends > seq_len).sum(), (counts == 0).sum()),
     )
     return counts

@@ -1,7 +1,7 @@
-"""The order of training: which window is sample number n, as a function of the seed and n alone.
+"""The order of training: sample number n is a window that depends only on the seed and n.
 
-A sample is one sequence of training, and samples are numbered over all steps and ranks of a run. A window is a stretch
-of `seq_len` tokens of the training split, or one document where documents begin with a prompt.
+A sample is one training sequence. Samples are numbered over all steps and ranks of a run. A window is a range of
+`seq_len` tokens of the training split, or one document if documents begin with a prompt.
 """
 
 import hashlib
@@ -12,17 +12,17 @@ import numpy as np
 from data.shards.reader import Tokens
 
 ROUND = 1000
-"""Samples of a mixture in which each corpus has exactly its share."""
+"""The number of samples in a round of a mixture, in which each corpus has exactly its share."""
 TAIL = 2**16
-"""Tokens that represent all tokens before them in `BlockOrder.digest`: a change further back shifts these."""
+"""The number of tokens that `BlockOrder.digest` hashes. It detects an earlier change only if it shifts these tokens."""
 ENDLESS = 2**62
-"""The number of windows while it is not known."""
+"""Stands for the number of windows while it is unknown."""
 
 
 class EpochOrder:
     """Shuffled epochs: each of `windows` windows once per epoch, in a new order each time.
 
-    `corpus` is the number of the corpus in a mixture, whose corpora have different orders.
+    `corpus` is the number of the corpus in a mixture: each corpus of a mixture has a different order.
     """
 
     def __init__(self, windows: int, seed: int, corpus: int | None = None) -> None:
@@ -41,8 +41,8 @@ class EpochOrder:
 class BlockOrder:
     """The order for a split that is still being prepared: its first epoch is shuffled in blocks of `size` windows.
 
-    The blocks of the first epoch follow one another as they lie in the split, so that training can begin before the
-    split is complete. A later epoch is one shuffle of all windows.
+    The first epoch keeps the blocks in the order of the split, so that training can begin before the split is complete.
+    A later epoch is one shuffle of all windows.
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, size: int, seed: int) -> None:
@@ -54,7 +54,7 @@ class BlockOrder:
         return (len(self._tokens) - 1) // self._seq_len if self._tokens.complete else ENDLESS
 
     def can_read(self, samples: int) -> bool:
-        """Whether the blocks of the first `samples` samples can be read by now."""
+        """Whether the blocks of the first `samples` samples can be read now."""
         return self._tokens.can_read(self._end(samples, ENDLESS))
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
@@ -70,26 +70,29 @@ class BlockOrder:
         return windows
 
     def digest(self, samples: int) -> str:
-        """A hash of the text of all blocks up to the block in which the first `samples` samples end; see TAIL."""
+        """A hash of the last TAIL tokens up to the end of the block of sample `samples` - 1, and of their documents.
+
+        Detects a change of the text that was read, except for a change of equal length before these tokens.
+        """
         end = self._end(samples, self.windows) if samples else 0
         start = max(0, end - TAIL)
         names = "\0".join(self._tokens.documents(start, end))
         return hashlib.sha256(self._tokens[start:end].tobytes() + names.encode()).hexdigest()
 
     def _end(self, samples: int, windows: int) -> int:
-        """The token after the block that the first `samples` samples end in."""
+        """The number of the token after the block of sample `samples` - 1."""
         return min(-(-samples // self._size) * self._size, windows) * self._seq_len + 1
 
 
 class MixtureOrder:
-    """Several corpora in the shares of their weights.
+    """Several corpora, with shares given by their weights.
 
-    Samples come in rounds of ROUND. A round holds exactly its share of each corpus, in shuffled order; each corpus
-    gives its windows in shuffled epochs of its own, whatever the other corpora do.
+    Samples come in rounds of ROUND. Each round contains exactly the share of each corpus, in shuffled order. The
+    windows of each corpus come in shuffled epochs, independent of the other corpora.
 
     Args:
         windows: (corpora,) The number of windows of each corpus.
-        weights: (corpora,) Positive, of any sum.
+        weights: (corpora,) Positive numbers with any sum.
     """
 
     def __init__(self, windows: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -98,7 +101,7 @@ class MixtureOrder:
         self._counts = samples_per_round(weights)
         self._begins = np.cumsum(self._counts) - self._counts
         self.windows = int(np.ceil(np.asarray(windows) / self._counts * ROUND).max())
-        """The samples in which each corpus is read at least once."""
+        """The number of samples after which each corpus has been read at least once."""
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The corpus and the window in it, int64 (n,) each, of samples (n,)."""
@@ -116,7 +119,7 @@ class MixtureOrder:
 
 
 def samples_per_round(weights: Sequence[float]) -> np.ndarray:
-    """How many samples of a round each corpus gives, int64 (corpora,): its share, rounded, and at least one."""
+    """The number of samples of each corpus in a round, int64 (corpora,): its share, rounded, and at least one."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * ROUND
     counts = np.maximum(1, np.floor(shares).astype(np.int64))
     for corpus in np.argsort(-(shares - counts), kind="stable")[: max(0, ROUND - int(counts.sum()))]:
@@ -126,10 +129,10 @@ def samples_per_round(weights: Sequence[float]) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Where a shuffle of range(size) puts each position: int64 (n,) in and out, without a table.
+    """The new position of each of `positions` in a shuffle of range(size), int64 (n,), without a table.
 
-    A Feistel network of 8 rounds permutes the smallest range of 4^k ≥ size; a result beyond `size` is put
-    in again until it is within (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
+    A Feistel network of 8 rounds permutes range(4^k) for the smallest 4^k ≥ size. A result of `size` or more is
+    permuted again until it is below `size` (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

@@ -1,4 +1,4 @@
-"""Make the batches of the next step while the present step trains, and measure the time that training waits."""
+"""Make the batches of the next step during the current step, and measure how long training waits for batches."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -12,13 +12,13 @@ MicroBatches = list[tuple[Tensor, ...]]
 class Prefetch:
     """Makes the micro-batches of a step in a thread, one step ahead.
 
-    Steps may be asked for in any order; only consecutive steps gain time. An error while a step is made is raised by
-    the call that asks for that step.
+    Steps may be requested in any order, but only consecutive steps are made in advance. An error while a step is made
+    is raised by the call that requests the step.
 
     Args:
-        make: Gives the micro-batches of a step.
-        pin: Copy them into pinned memory, for asynchronous copies to a GPU.
-        ready: Whether a step can be made by now. A step that is not ready is only made when it is asked for.
+        make: Returns the micro-batches of a step.
+        pin: Copy the micro-batches into pinned memory, for asynchronous copies to a GPU.
+        ready: Returns whether a step can be made now. If not, the step is made only when it is requested.
     """
 
     def __init__(
@@ -55,5 +55,5 @@ class Prefetch:
         return seconds
 
     def close(self) -> None:
-        """Drop the batches made ahead; a step that is being made is not waited for."""
+        """Drop the batches made in advance, without waiting for a step that is being made."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,8 +1,8 @@
 """Write the documents of a corpus into shards, so that a killed process loses only the latest second of work.
 
 One process appends tokens to the shards in the order of the records. About once a second it commits: it flushes the
-shards to the disk, and then replaces `state.json`, which says how far records and shards are. To resume is to cut the
-shards to the lengths in that file, and to read on after that record.
+shards to disk, and then replaces `state.json`, which contains the last record and the lengths of the shards. Resuming
+truncates the shards to these lengths and continues reading after this record.
 """
 
 import ctypes
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 STATE, HELD_OUT = "state.json", "held_out"
 COMMIT_SECONDS = 1.0
 MAX_SKIPPED_NAMES = 1000  # per reason, in the manifest
-BYTES_PER_WORKER = 2**22  # a smaller share of the text is not worth the start of a process
+BYTES_PER_WORKER = 2**22  # with less text per worker, starting a process costs more time than it saves
 DIGEST_BYTES = 32
 
 
 @dataclass
 class WriterState:
-    """How far a preparation is: `place` is (file, number of the last record in the shards), the rest is up to there."""
+    """The progress of a preparation up to `place` = (file, number of the last record in the shards)."""
 
     place: tuple[int, int] = (0, 0)
     chain: str = ""
@@ -46,11 +46,11 @@ class WriterState:
     skipped: dict[str, list[str]] = field(default_factory=dict)
     skipped_counts: dict[str, int] = field(default_factory=dict)
     changed: int = 0
-    """The number of documents with tokens that decode to another text."""
+    """The number of documents whose tokens decode to another text."""
     held_out: int = 0
     splits: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] | None = None
-    """The latest state within an earlier file, which stays valid if the present file turns out to be broken."""
+    """The latest state within an earlier file. It stays valid if the current file turns out to be broken."""
 
 
 class CorpusWriter:
@@ -65,7 +65,7 @@ class CorpusWriter:
             self._open(dtype, shard_tokens)
         except ValueError as error:
             logger.warning("%s; preparing from the start", error)
-            (folder / STATE).unlink(missing_ok=True)  # a run must not read shards that are about to be rewritten
+            (folder / STATE).unlink(missing_ok=True)  # a run must not read shards that will be rewritten
             self.state, self._committed = WriterState(), None
             self._open(dtype, shard_tokens)
 
@@ -80,7 +80,7 @@ class CorpusWriter:
         file.write_bytes(digests)
 
     def write(self, workers: int) -> dict[str, list[dict[str, Any]]]:
-        """Write all documents that are not written yet, with at most `workers` processes that tokenise.
+        """Write all documents that are not written yet, with at most `workers` worker processes.
 
         Returns the manifest's entries of the shards, for each split.
 
@@ -115,7 +115,7 @@ class CorpusWriter:
         return {name: split.entries for name, split in self._splits.items()}
 
     def _add(self, batch: Batch, encoded: Encoded) -> None:
-        """Append the documents of a batch to their splits, and count what is skipped."""
+        """Append the documents of a batch to their splits, and count skipped documents."""
         corpus, state, start = self._corpus, self.state, 0
         state.changed += encoded.changed
         for record in encoded.problems:
@@ -138,9 +138,9 @@ class CorpusWriter:
         state.place = (last.file, last.number)
 
     def _may_be_in(self, split: str, content: bytes) -> bool:
-        """Whether a document may be in a split: training leaves out the content of the validation files.
+        """Whether a document may be in a split: training must not contain documents of the validation files.
 
-        The validation files come first in the corpus, so their digests are complete when training documents come.
+        The validation files come first in the corpus, so all their digests are known before the training documents.
         """
         if split == "train":
             return content not in self._held_out
@@ -166,7 +166,7 @@ class CorpusWriter:
         _return_free_memory()
 
     def describe_skipped(self) -> str:
-        """How many documents were left out, why, and some of their names; empty if none was."""
+        """The number of skipped documents per reason, and some of their names; empty if none was skipped."""
         counts = self.state.skipped_counts
         return "; ".join(
             f"{counts[reason]} {reason} ({shorten(names)})" for reason, names in self.state.skipped.items()
@@ -174,7 +174,7 @@ class CorpusWriter:
 
 
 def _return_free_memory() -> None:
-    """Let glibc's malloc return free memory to the system; otherwise it would grow with the size of a file."""
+    """Let glibc's malloc return free memory to the system. Otherwise memory would grow with the size of a file."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

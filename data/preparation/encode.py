@@ -20,22 +20,22 @@ from data.sources.parse_record import Parser
 from data.tokenizer import Tokenizer
 
 _NONE = np.empty(0, np.int32)
-BATCHES_PER_WORKER = 2  # read ahead and not yet written: what bounds the memory
+BATCHES_PER_WORKER = 2  # batches read but not yet written, which bounds the memory
 
 
 class Encoded(NamedTuple):
     """The documents of a batch.
 
     Attributes:
-        tokens: (n,) of all documents in order, each between bos and eos, in the dtype of the shards.
+        tokens: (n,) The tokens of all documents in order, each between bos and eos, in the dtype of the shards.
         names: The name of each document.
         lengths: The number of tokens of each document.
-        text_bytes: The UTF-8 bytes of each document's text.
-        given: How many tokens after bos are a prompt, for each document.
+        text_bytes: The number of UTF-8 bytes of each document's text.
+        given: For each document, the number of prompt tokens after bos.
         digests: The digest of each document's content.
-        files: The number of the file that each document is from.
+        files: The number of the file of each document.
         problems: The records that gave no document.
-        changed: The number of documents with tokens that decode to another text.
+        changed: The number of documents whose tokens decode to another text.
     """
 
     tokens: np.ndarray
@@ -59,7 +59,7 @@ class Encoder:
         parsed = [(record, self._parse(record)) for record in records]
         documents = [(record.file, found) for record, found in parsed if isinstance(found, Document)]
         problems = [record._replace(content=None, problem=found) for record, found in parsed if isinstance(found, str)]
-        ready = [r.content for r in records if isinstance(r.content, np.ndarray)]  # tokens of another program
+        ready = [r.content for r in records if isinstance(r.content, np.ndarray)]  # already tokens
         given, encoded = ([_NONE] * len(ready), ready) if ready else self._encode([found for _, found in documents])
         bos, eos = (np.array([token], np.int32) for token in (self._tokenizer.bos_id, self._tokenizer.eos_id))
         parts = [part for prompt, tokens in zip(given, encoded, strict=True) for part in (bos, prompt, tokens, eos)]
@@ -93,10 +93,10 @@ EncodeBatches = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Encoded]]]
 
 @contextmanager
 def encoders(tokenizer: Tokenizer, parse: Parser, workers: int) -> Iterator[EncodeBatches]:
-    """Yield the function that encodes batches: in this process for one worker, else in `workers` processes.
+    """Yield a function that encodes batches: in this process for one worker, else in `workers` processes.
 
-    The function yields the batches in their order and holds a few of them per worker. It raises OSError when a worker
-    process ends early. The workers end with this process, also when it is killed.
+    The function yields the batches in their order and holds a few batches per worker. It raises OSError if a worker
+    process ends early. The workers end with this process, even if it is killed.
     """
     if workers == 1:
         encode = Encoder(tokenizer, parse)
@@ -139,12 +139,12 @@ def _in_order(
 
 
 class WorkerProcess:
-    """A process that encodes records: `python -m data.preparation.encode_worker`, at the other end of two pipes.
+    """A process that encodes records, `python -m data.preparation.encode_worker`, connected by two pipes.
 
-    Not a ProcessPoolExecutor: its workers would be forks of a process that may have threads, or would import the main
-    module of that process again. That runs a script without a main guard twice, and loads torch into each worker of a
-    training command. Here a worker imports this package only, and ends when its pipe closes, which the kernel does even
-    if this process is killed.
+    A ProcessPoolExecutor would either fork a process that may have threads, or import the main module again in each
+    worker. The latter runs a script without a main guard twice, and loads torch into each worker of a training command.
+    This worker imports only this package. It ends when its pipe closes, which the kernel does even if this process is
+    killed.
     """
 
     def __init__(self, tokenizer: Tokenizer, parse: Parser) -> None:
@@ -154,7 +154,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(),
-            start_new_session=True,  # signals for this process's group, such as Ctrl-C, are for this process to handle
+            start_new_session=True,  # signals for the group of this process, such as Ctrl-C, must not end the worker
         )
         self._send((tokenizer.path, tokenizer.special, parse))
 
@@ -166,7 +166,7 @@ class WorkerProcess:
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
             raise OSError(
-                f"a process that tokenises ended with code {code}; with too little memory, lower data.workers"
+                f"a tokenizing process ended with code {code}; if memory ran out, lower data.workers"
             ) from None
 
     def _send(self, content: Any) -> None:
@@ -183,6 +183,6 @@ class WorkerProcess:
 
 
 def environment() -> dict[str, str]:
-    """The environment for a process that runs a module of this package, whatever its working directory is."""
+    """The environment for a process that runs a module of this package in any working directory."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

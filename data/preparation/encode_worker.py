@@ -9,7 +9,7 @@ from data.tokenizer import Tokenizer
 
 
 def main() -> None:
-    """Answer each list of records with its tokens, until the other process closes its end of the pipe or is gone."""
+    """Answer each list of records with its tokens, until the other process closes its end of the pipe or ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of a library must not get between the answers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

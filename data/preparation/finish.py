@@ -1,4 +1,4 @@
-"""The end of a preparation: check what was written, describe it in a manifest, and give the folder its name."""
+"""The end of a preparation: check the shards, write the manifest, and give the folder its final name."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ Shards = dict[str, list[dict[str, Any]]]  # the manifest's entries of the shards
 
 
 def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
-    """Log what was skipped and cut.
+    """Log skipped documents, documents that the tokenizer changes, and split files.
 
     Raises:
         ValueError: Files of the corpus changed during preparation, or a split has no document.
@@ -40,22 +40,24 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
         logger.warning("skipped %s", skipped)
     if writer.state.changed:
         logger.warning(
-            "%d of %d documents are changed by the tokenizer: their tokens decode to another text",
-            *(writer.state.changed, documents),
+            "the tokenizer changes %d of %s: the tokens decode to another text",
+            *(writer.state.changed, counted(documents, "document")),
         )
     read_files = len(corpus.files) - sum(writer.state.skipped_counts.values())
     if corpus.is_text and documents > read_files:
-        made = f"{counted(documents, 'document')} of {counted(read_files, 'file')}"
-        logger.info("cut files longer than %d characters: %s", PART_CHARS, made)
+        logger.info(
+            "files longer than %d characters were split: %s gave %s in total",
+            *(PART_CHARS, counted(read_files, "file"), counted(documents, "document")),
+        )
     if empty := [split for split, entries in shards.items() if not sum(entry["documents"] for entry in entries)]:
         raise ValueError(
-            f"data.validation_share: leaves no document of {documents} for {' and '.join(empty)}; change it, or "
-            "name data.validation_paths"
+            f"data.validation_share: of {counted(documents, 'document')}, none is left for {' and '.join(empty)}; "
+            "change it, or set data.validation_paths"
         )
 
 
 def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Tokenizer, shards: Shards) -> None:
-    """Write the manifest, the last file of a preparation: with it the work folder is complete."""
+    """Write the manifest, the last file of a preparation, which completes the work folder."""
     checksums = [file["sha256"] for entries in shards.values() for entry in entries for file in entry["files"].values()]
     state = writer.state
     manifest = {
@@ -82,12 +84,12 @@ def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Token
 
 
 def put_in_place(plan: PreparationPlan) -> Path:
-    """Rename the complete work folder, without the files that only the preparation needed; returns the new folder."""
+    """Delete the temporary files of the complete work folder, and rename it; returns the new folder."""
     work = plan.work_folder
     manifest = json.loads((work / MANIFEST).read_text())
     folder = plan.folder(manifest["corpus"]["sha256"])
     if folder.exists():
-        logger.info("%s holds the same already", folder)
+        logger.info("%s already contains the same tokens", folder)
         mark(plan, folder)
         remove(work)
         return folder
@@ -96,7 +98,7 @@ def put_in_place(plan: PreparationPlan) -> Path:
     keep |= {MANIFEST, SPECIAL, getattr(find_tokenizer(work), "name", "")}
     for file in work.iterdir():
         if file.name not in keep:
-            with suppress(OSError):  # a network file system keeps a deleted file that is open under another name
+            with suppress(OSError):  # a network file system keeps a deleted but open file under another name
                 file.unlink()
     mark(plan, work)  # before the rename, so that the folder can be found as soon as it has its name
     os.replace(work, folder)
@@ -113,5 +115,5 @@ def mark(plan: PreparationPlan, folder: Path) -> None:
 
 
 def remove(work: Path) -> None:
-    """Remove a work folder, as far as that is possible: what stays is in nobody's way."""
+    """Remove a work folder. Files that cannot be deleted stay, and do no harm."""
     shutil.rmtree(work, ignore_errors=True)

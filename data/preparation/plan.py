@@ -1,4 +1,4 @@
-"""A preparation before it starts: its files, what identifies it, and the names of its folders."""
+"""The plan of a preparation: its files, its identity, and the names of its folders."""
 
 import hashlib
 import json
@@ -20,17 +20,17 @@ IF_NOT_DEFAULT = (
     "column", "token_dtype", "dataset", "dataset_name", "dataset_split", "dataset_revision", "bos", "eos",
     "shard_tokens",
 )  # fmt: skip
-"""Settings that are part of the identity only where they differ from their default."""
+"""Settings that are part of the identity only if they differ from their default."""
 
 
 class PreparationPlan:
-    """The plan for `settings` and the files of their corpus as they are now.
+    """The plan for `settings` and the current files of their corpus.
 
     Attributes:
         files: The files of the corpus, sorted by name; empty for a mixture.
         parts: For a mixture, the plan and the weight of each corpus; else empty.
-        problems: What can be known to fail before the corpus is read: one message per problem, which names the key
-            and the fix. The properties and methods below need a plan without problems.
+        problems: The problems that can be found before the corpus is read: one message per problem, with the key and
+            the fix. The properties and methods below need a plan without problems.
     """
 
     def __init__(self, settings: DataSettings) -> None:
@@ -72,16 +72,16 @@ class PreparationPlan:
 
     @cached_property
     def marker(self) -> str:
-        """The name of the empty file that marks a folder as the preparation of these files as they are now.
+        """The name of the empty file that marks a folder as the preparation of the current files.
 
-        It lets a later call find the folder without reading the corpus.
+        With it, a later call finds the folder without reading the corpus.
         """
         files = [[f.name, str(f.path), f.size, f.mtime] for f in self.files]
         return f".seen-{hash_of(self.identity, files)[:16]}"
 
     @property
     def work_folder(self) -> Path:
-        """The hidden folder that the preparation is written to; it gets its final name when it is complete."""
+        """The hidden folder to which the preparation is written; it gets its final name when it is complete."""
         return self.root / f".{self.settings.name}-{self.marker[-16:]}.tmp"
 
     def folder(self, corpus_sha256: str) -> Path:
@@ -92,7 +92,7 @@ class PreparationPlan:
         """The folder of the complete preparation of these files, if there is one."""
         try:
             found = next(self.root.glob(f"{self.settings.name}-{HEX12}/{self.marker}"), None)
-        except OSError:  # such as a name that is too long: folder_problems says it
+        except OSError:  # such as a name that is too long, which folder_problems reports
             return None
         return found.parent if found else None
 
@@ -107,14 +107,14 @@ class PreparationPlan:
             manifest = json.loads(newest.read_text())
             old = {**manifest["identity"], "corpus": manifest["corpus"]["sha256"][:12]}
         except (OSError, KeyError, TypeError, ValueError):
-            logger.warning("%s: cannot be read; it is left as it is", newest)
+            logger.warning("%s: cannot be read, and is left unchanged", newest)
             return
         new = {**self.identity, **({"corpus": corpus_sha256[:12]} if corpus_sha256 else {})}
         changes = [f"{key} {old.get(key)} → {new[key]}" for key in new if old.get(key) != new[key]]
-        difference = ", ".join(changes) or "its files are others"
-        logger.info("%s does not fit: %s; preparing again", newest.parent, difference)
+        difference = ", ".join(changes) or "its files differ"
+        logger.info("%s cannot be reused: %s; preparing again", newest.parent, difference)
 
 
 def hash_of(*parts: Any) -> str:
-    """SHA-256 of JSON-able values, 64 hex digits."""
+    """SHA-256 of JSON-serialisable values, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

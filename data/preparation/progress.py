@@ -16,11 +16,11 @@ LOG_SECONDS = 10.0
 
 @contextmanager
 def progress(action: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to be called with the bytes done by now and the tokens made since its last call.
+    """Yield a function to call with the bytes done so far and the tokens made since the last call.
 
     Args:
-        total_bytes: 0 if it is not known.
-        done_bytes: Done before this began; they do not count for the speed, from which the time left is estimated.
+        total_bytes: The bytes of the complete task; 0 if unknown.
+        done_bytes: Bytes done before the start. They are not part of the speed, which gives the remaining time.
     """
     began, tokens = time.monotonic(), 0
     if sys.stderr.isatty():

@@ -1,8 +1,8 @@
 """Reuse an interrupted preparation when its leading input files are unchanged.
 
-A file that cannot be read ends a preparation. Once that file is replaced or removed, the list of files differs, and so
-does the work folder. The files before the broken one are still the same, and so are their tokens: the new preparation
-takes over the old work folder and resumes after them.
+A file that cannot be read ends a preparation. After that file is replaced or removed, the list of files differs, and so
+does the name of the work folder. The files before the broken file and their tokens are still the same, so the new
+preparation renames the old work folder and resumes after these files.
 """
 
 import json
@@ -22,32 +22,32 @@ from data.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 OLD_TOKENIZER, OLD_STATE = "tokenizer.before", "state.before"
-"""A reused preparation's tokenizer and state, until its tokenizer is known to be the one of the new files as well."""
+"""The tokenizer and state of a reused preparation, until training on the new files has given the same tokenizer."""
 HEX16 = 16 * "[0-9a-f]"
 
 
 class ResumableError(ValueError):
-    """A file cannot be read, and the work folder with the tokens of the files before it is kept."""
+    """A file cannot be read. The work folder is kept, with the tokens of the files before this file."""
 
 
 def resumable(error: ValueError, work: Path) -> ValueError:
-    """`error` as a ResumableError that names the work folder; unchanged if there is nothing to resume from."""
+    """`error` as a ResumableError that names the work folder; unchanged if nothing can be resumed."""
     if not (work / STATE).exists() or not (work / FILES).exists():
         return error
     return ResumableError(
-        f"{error}; or take the file away: {work} keeps the tokens of the files before it, and the same command resumes "
+        f"{error}; or remove the file: {work} has the tokens of the files before it, and the same command resumes "
         "from there"
     )
 
 
 def make_work_folder(plan: PreparationPlan, corpus: Corpus) -> None:
-    """Make the work folder of a plan, from an interrupted preparation of the same leading files if there is one."""
+    """Create the work folder of a plan. If possible, reuse an interrupted preparation of the same leading files."""
     work = plan.work_folder
-    if corpus.is_text or plan.settings.source == "datasets":  # no broken file ends these, or there are no files
+    if corpus.is_text or plan.settings.source == "datasets":  # broken files are skipped, or there are no files
         work.mkdir(exist_ok=True)
         return
     files = [[f.name, str(f.path), f.size, f.mtime, f.held_out] for f in corpus.files]
-    inputs = json.loads(json.dumps({"identity": plan.identity, "files": files}))  # as it is read from a file
+    inputs = json.loads(json.dumps({"identity": plan.identity, "files": files}))  # in the form read from a file
     if not work.exists():
         _take_over(work, inputs)
     work.mkdir(exist_ok=True)
@@ -77,12 +77,12 @@ def _take_over(work: Path, inputs: dict[str, Any]) -> None:
 
 
 def _reusable(folder: Path, inputs: dict[str, Any]) -> _Interrupted | None:
-    """The state of the interrupted preparation in `folder` up to the last file it shares with `inputs`."""
+    """The state of the interrupted preparation in `folder`, up to the last leading file that `inputs` has too."""
     try:
         old = json.loads((folder / FILES).read_text())
         identity, files = dict(old["identity"]), list(old["files"])
         if all(_size_and_time(path) == (size, mtime) for _, path, size, mtime, _ in files):
-            return None  # its own settings can still resume it
+            return None  # the command that started it can still resume it
     except (OSError, ValueError, KeyError, TypeError):
         return None
     pairs = zip(files, inputs["files"], strict=False)
@@ -105,12 +105,12 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
 
 
 def confirm_tokenizer(work: Path, tokenizer: Tokenizer) -> None:
-    """Resume from the reused documents if `tokenizer`, trained on the present files, is the one that made them."""
+    """Keep the reused documents only if `tokenizer`, trained on the current files, equals the one that encoded them."""
     old_tokenizer, old_state = work / OLD_TOKENIZER, work / OLD_STATE
     if old_tokenizer.exists() and old_state.exists():
         if old_tokenizer.read_bytes() == tokenizer.path.read_bytes():
             os.replace(old_state, work / STATE)
         else:
-            logger.warning("the tokenizer of the present files differs from the earlier one; preparing from the start")
+            logger.warning("the tokenizer of the current files differs from the earlier one; preparing from the start")
             old_state.unlink()
     old_tokenizer.unlink(missing_ok=True)

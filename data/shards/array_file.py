@@ -1,7 +1,7 @@
 """One-dimensional arrays in files, read piece by piece.
 
-Files are read, not mapped into memory: if a mapped file is truncated or its disk fails, the next access kills the
-process with a signal. Here both raise an exception that names the file.
+Files are read, not memory-mapped: if a mapped file is truncated or its disk fails, the next access kills the process
+with a signal. Here, both cases raise an exception that names the file.
 """
 
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_OPEN = 128  # files at a time, of all arrays
+MAX_OPEN = 128  # maximum number of open files, over all arrays
 
 
 class ArrayFile:
     """`count` numbers of `dtype` (None: all) from byte `offset` of a file on. Has `len`; slices are (n,) arrays.
 
-    Threads and forked processes may share one.
+    Threads and forked processes may share an ArrayFile.
 
     Raises:
-        ValueError: The size of the file is no multiple of the size of a number.
+        ValueError: The size of the file is not a multiple of the size of a number.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> None:
@@ -27,7 +27,7 @@ class ArrayFile:
         if count is None:
             size = path.stat().st_size - offset
             if size % dtype.itemsize:
-                raise ValueError(f"{path.name}: {size} bytes are no whole number of {dtype}")
+                raise ValueError(f"{path.name}: its size of {size} bytes is not a multiple of the size of {dtype}")
             count = size // dtype.itemsize
         self._count = count
 
@@ -36,12 +36,12 @@ class ArrayFile:
         """The array in a file written by `numpy.save`.
 
         Raises:
-            ValueError: The array has not one dimension.
-            Exception: Whatever `numpy.load` raises for a file that it cannot read.
+            ValueError: The array does not have exactly one dimension.
+            Exception: From `numpy.load`, for a file that it cannot read.
         """
         head = np.load(path, mmap_mode="r", allow_pickle=False)  # only its header is read
         if head.ndim != 1:
-            raise ValueError(f"{head.dtype} of shape {head.shape} is no row of whole numbers")
+            raise ValueError(f"{head.dtype} of shape {head.shape} has not exactly one dimension")
         return cls(path, head.dtype, head.offset, len(head))
 
     def __len__(self) -> int:
@@ -59,14 +59,14 @@ class ArrayFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not got:
                 raise ValueError(
-                    f"{self.path}: is shorter than it was; restore it from a copy, or prepare it again, and restart"
+                    f"{self.path}: is shorter than it was; restore it from a copy or prepare it again, then restart"
                 )
             rest, place = rest[got:], place + got
         return out
 
 
 class _Descriptor:
-    """An open file, closed with the last reference: a thread that reads holds one, even if the cache drops its own."""
+    """An open file, closed with the last reference. So a reading thread can finish after the cache has dropped it."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

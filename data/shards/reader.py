@@ -2,12 +2,13 @@
 
 A split is one or more shards in order, and each document lies within one shard. A shard has three files:
 
-- `.bin`: the tokens, little-endian, without a header. Every document is bos, its tokens, eos.
-- `.index.npy`: for each document its first token, the offset of its name, and the bytes of its text (dtype INDEX).
+- `.bin`: the tokens, little-endian, without a header. A document is bos, its tokens, eos.
+- `.index.npy`: for each document the number of its first token, the offset of its name, and the number of bytes of its
+  text (dtype INDEX).
 - `.names`: the documents' names, concatenated.
 
 If documents begin with a prompt, a fourth file, `.given.npy`, has the number of tokens of each prompt. The manifest of
-the dataset lists the shards, with lengths and checksums of their files.
+the dataset lists the shards, with the lengths and checksums of their files.
 """
 
 from bisect import bisect_right
@@ -26,7 +27,7 @@ COUNTS = ("documents", "tokens", "bytes")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype of a shard's tokens: two bytes where the vocabulary fits, else four."""
+    """The dtype of a shard's tokens: two bytes if the vocabulary fits, else four."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -34,11 +35,11 @@ class Tokens:
     """The tokens of a split. Has `len`; slices are (n,) arrays of the shards' dtype.
 
     Args:
-        folder: Of the shards.
-        names: The names of the shards in order; a single name for one shard.
+        folder: The folder of the shards.
+        names: The names of the shards in order, or the name of a single shard.
 
     Attributes:
-        complete: Whether no more tokens will come; false only while the split is being prepared.
+        complete: Whether the split is complete; false only while it is being prepared.
         parts: For a mixture, (first token, number of tokens, weight) of each corpus; else empty.
     """
 
@@ -71,7 +72,7 @@ class Tokens:
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 
     def can_read(self, stop: int) -> bool:
-        """Whether the tokens before `stop` can be read by now, or the split is complete and has fewer."""
+        """Whether the tokens before `stop` can be read now, or the split is complete and has fewer tokens."""
         return True
 
     def __len__(self) -> int:
@@ -83,7 +84,7 @@ class Tokens:
         return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(shard, first token in it, token after the last) for each shard that tokens [start, stop) lie in."""
+        """(shard, first token in it, token after the last) for each shard with some of the tokens [start, stop)."""
         number, pieces = int(np.searchsorted(self._first_token, start, side="right")) - 1, []
         while start < stop:
             base, end = int(self._first_token[number]), min(stop, int(self._first_token[number + 1]))
@@ -124,7 +125,7 @@ class Tokens:
         return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The numbers of the tokens in [start, stop) that begin a document, int64 (n,), in order."""
+        """The numbers of the first tokens of documents in [start, stop), int64 (n,), in order."""
         starts = [np.empty(0, np.int64)]
         for number, first, last in self._pieces(start, min(stop, len(self))):
             begins = self._shards[number].begins(first, last)
@@ -144,10 +145,10 @@ class Shard:
     """One shard, opened to be read.
 
     Args:
-        done: of an unfinished shard, the `state` of its writer; nothing after it is read.
+        done: For an unfinished shard, the `state` of its writer; later tokens are not read.
 
     Raises:
-        ValueError: The files are no shard, or are shorter than `done`.
+        ValueError: The files are not a shard, or are shorter than `done`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
@@ -165,9 +166,9 @@ class Shard:
         given = folder / f"{name}.given.npy"
         self.given = np.load(given) if given.exists() else None
         if self.index.dtype != INDEX or len(self.index) == 0:
-            raise ValueError(f"{name}.index.npy is no index of documents")
+            raise ValueError(f"{name}.index.npy is not an index of documents")
         if self.given is not None and (self.given.dtype != GIVEN or self.given.shape != (len(self.index),)):
-            raise ValueError(f"{name}.given.npy is not of the index's documents")
+            raise ValueError(f"{name}.given.npy does not match the documents of the index")
 
     def bounds(self, document: int) -> tuple[int, int]:
         """The first token of a document, and the token after its last."""
@@ -177,7 +178,7 @@ class Shard:
     def entries(self, start: int, stop: int) -> tuple[int, np.ndarray]:
         """The first document that tokens [start, stop) belong to, and the index entries of all these documents."""
         first = bisect_right(range(len(self.index)), start, key=self._begin) - 1
-        found = self.index[first : first + stop - start]  # each document has a token at least
+        found = self.index[first : first + stop - start]  # each document has at least one token
         return first, found[: np.searchsorted(found["token"], stop)]
 
     def begins(self, start: int, stop: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Write the shards of a split, and resume from what an earlier writer left on the disk."""
+"""Write the shards of a split, and resume from the state of an earlier writer."""
 
 import os
 import shutil
@@ -14,9 +14,9 @@ from data.shards.reader import COUNTS, GIVEN, INDEX
 
 
 class ShardWriter:
-    """Writes one shard. A context manager; after it `entry` gives the shard's entry in the manifest.
+    """Writes one shard. A context manager; after its end, `entry` is the shard's entry in the manifest.
 
-    With `done`, the `state` of an earlier writer, writing resumes there, and everything after it is dropped.
+    With `done`, the `state` of an earlier writer, writing resumes there. Everything after that state is dropped.
 
     Raises:
         ValueError: A file is shorter than `done`.
@@ -42,7 +42,7 @@ class ShardWriter:
 
             self._bin = opened("bin", c["tokens"] * self._dtype.itemsize)
             self._names = opened("names", c["names"])
-            # These two become .npy files when the shard is complete, because a .npy file begins with its length.
+            # These two become .npy files only when the shard is complete, because a .npy file begins with its length.
             self._index = opened("index", c["documents"] * INDEX.itemsize)
             self._given = opened("given", c["given"] * GIVEN.itemsize)
             self._files = files.pop_all()
@@ -53,7 +53,7 @@ class ShardWriter:
         return self._counts["tokens"]
 
     def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
-        """Append a document: `tokens` (n,) with bos and eos, of which `given` after bos are a prompt."""
+        """Append a document: `tokens` (n,) with bos and eos, in which `given` tokens after bos are a prompt."""
         counts, encoded = self._counts, name.encode()
         self._index.write(struct.pack("<qqq", counts["tokens"], counts["names"], text_bytes))  # INDEX
         self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
@@ -67,7 +67,7 @@ class ShardWriter:
         counts["names"] += len(encoded)
 
     def state(self) -> dict[str, int]:
-        """How much is written; so much is on the disk now."""
+        """Flush everything to disk, and return the counts of what is written."""
         for file in (self._bin, self._names, self._index, self._given):
             file.flush()
             fsync(file.fileno())
@@ -93,7 +93,7 @@ class ShardWriter:
 
 
 def _save_as_array(raw: Path, dtype: np.dtype) -> None:
-    """Write `<raw>.npy` as np.save would write the entries of the file `raw`, without reading them into memory."""
+    """Write the entries of the file `raw` to `<raw>.npy` in the format of np.save, without reading them into memory."""
     entries = raw.stat().st_size // dtype.itemsize
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (entries,)}
     with open(raw, "rb") as read, open(f"{raw}.npy", "wb") as written:
@@ -104,7 +104,7 @@ def _save_as_array(raw: Path, dtype: np.dtype) -> None:
 
 
 class SplitWriter:
-    """Writes a split, and begins a new shard when the last one has `shard_tokens` or more; resumes from a `state`.
+    """Writes a split; begins a new shard when the last shard has `shard_tokens` or more; resumes from a `state`.
 
     `entries` are the manifest's entries of the complete shards.
     """
@@ -128,7 +128,7 @@ class SplitWriter:
         self._shard.add(name, tokens, text_bytes, given)
 
     def state(self) -> dict[str, Any]:
-        """How much is written; so much is on the disk now."""
+        """Flush everything to disk, and return the counts of what is written."""
         return {"shards": self.entries, "open": self._shard.state()}
 
     def close(self) -> None:
@@ -138,5 +138,5 @@ class SplitWriter:
         self.entries.append(self._shard.entry())
 
     def abandon(self) -> None:
-        """Close the files and leave the last shard incomplete, to be resumed."""
+        """Close the files. The last shard stays incomplete and can be resumed."""
         self._shard.__exit__(ValueError)

@@ -1,4 +1,4 @@
-"""C4 as allenai publishes it: gzipped JSON lines; the name of a file says which split it belongs to."""
+"""C4 as published by allenai: gzipped JSON lines; the name of a file gives its split."""
 
 from data.sources.files import SourceFile
 
@@ -15,7 +15,7 @@ def c4_by_split(files: list[SourceFile]) -> list[SourceFile]:
 
 
 def c4_problems(files: list[SourceFile]) -> list[str]:
-    """A message if the files of ``c4_by_split`` lack a split, else nothing."""
+    """A message if a split is missing among the files of ``c4_by_split``, else an empty list."""
     splits = {file.held_out for file in files}
     wanted = {False: TRAIN, True: VALIDATION}
     missing = [f"{begin}*.json.gz" for held_out, begin in wanted.items() if held_out not in splits]

@@ -1,4 +1,4 @@
-"""A corpus to be prepared: its records in order, starting anywhere, and the split of each document."""
+"""A corpus to prepare: its records in order, from any record on, and the split of each document."""
 
 import hashlib
 import logging
@@ -22,16 +22,17 @@ logger = logging.getLogger(__name__)
 
 BATCH_CHARS, BATCH_RECORDS = 2**20, 2**14
 SURVEY_BYTES = 2**26  # corpora of at most this much text are read once before they are prepared
-SAMPLE_BYTES = 2**30  # of text are read at most for a tokenizer's sample
+SAMPLE_BYTES = 2**30  # maximum text to read for the sample that trains a tokenizer
 
 
 class Corpus:
     """The files of `settings`, or the rows of their dataset.
 
     With `survey`, a small corpus is read once at the beginning: `sha256` is then the hash of all names and texts, and
-    both splits get a document. Else `sha256` is None.
-    Raises ValueError for a small corpus without any text, or with too little for two splits, and for instructions in
-    Parquet.
+    both splits get a document. Otherwise `sha256` is None.
+
+    Raises:
+        ValueError: A small corpus has no text or too few documents for two splits, or instructions are in Parquet.
     """
 
     def __init__(self, files: list[SourceFile], settings: DataSettings, survey: bool = True) -> None:
@@ -41,7 +42,7 @@ class Corpus:
         self.text_bytes = sum(map(_text_bytes, files))
         self.own_validation = any(file.held_out for file in files)
         if self.parse.pairs and (tables := [str(file.path) for file in files if file.name.endswith(PARQUET)]):
-            raise ValueError(f"data.paths: instructions are read from JSON lines, and not from {shorten(tables)}")
+            raise ValueError(f"data.paths: instructions must be JSON lines, but there is {shorten(tables)}; convert it")
         self._key = "data.dataset" if settings.source == "datasets" else "data.paths"
         self.sha256: str | None = None
         self._threshold = settings.validation_share
@@ -78,7 +79,10 @@ class Corpus:
             yield Batch(batch, records.done_bytes)
 
     def documents(self, files: list[SourceFile]) -> Iterator[Document]:
-        """The documents of `files`, or of the dataset. Of more than SAMPLE_BYTES only a sample: files in hash order."""
+        """The documents of `files`, or of the dataset; at most about SAMPLE_BYTES of them.
+
+        The files of a larger corpus come in the order of a hash, so that their documents are a sample.
+        """
         if self.total_bytes > SAMPLE_BYTES:
             files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
         records = self.records() if self._settings.source == "datasets" else self._records(files)
@@ -91,7 +95,7 @@ class Corpus:
                 break
 
     def training_texts(self) -> Iterator[str]:
-        """The texts of the ``documents`` that are for training."""
+        """The texts of those ``documents`` that are in the training split."""
         files = [file for file in self.files if not file.held_out]
         for document in self.documents(files):
             if self.own_validation or not self._is_drawn(digest(document)):
@@ -102,7 +106,7 @@ class Corpus:
         return self.files[file].held_out if self.own_validation else self._is_drawn(content)
 
     def require_pair(self, record: Record, problem: str) -> None:
-        """Raises ValueError for a broken line of instructions, which is to be fixed rather than left out."""
+        """Raises ValueError for a broken line of instructions: such a line must be fixed, and is not skipped."""
         if self.parse.pairs and problem != NO_RESPONSE:
             raise ValueError(
                 f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
@@ -117,13 +121,13 @@ class Corpus:
         return ValueError(f"{key}: {name}{problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
 
     def changed(self) -> list[str]:
-        """The names of files whose size or time is no longer that of the listing."""
+        """The names of files whose size or time has changed since they were listed."""
         return [file.name for file in self.files if _stat(file) != (file.size, file.mtime)]
 
     def _is_drawn(self, content: bytes) -> bool:
-        """Whether a document's number in [0, 1) is below the share to hold out.
+        """Whether a document is held out: whether its number in [0, 1) is below the share to hold out.
 
-        The number depends on the text only: adding or renaming a file moves no other document to another split, and
+        The number depends only on the text: adding or renaming a file moves no other document to another split, and
         documents with the same text are in the same split.
         """
         return self._draw(content) < self._threshold
@@ -161,7 +165,7 @@ def _text_bytes(file: SourceFile) -> int:
 
 
 def extended(chain: str, name: str, content: bytes) -> str:
-    """The hash of a sequence of documents with hash `chain`, followed by a document with this name and digest."""
+    """The hash of a sequence of documents: `chain` is the hash of all but the last, which has this name and digest."""
     return hashlib.sha256(chain.encode() + hashlib.sha256(name.encode()).digest() + content).hexdigest()
 
 
@@ -178,13 +182,14 @@ def _stat(file: SourceFile) -> tuple[int, int] | None:
 
 
 def _threshold(draws: set[float], share: float, key: str) -> float:
-    """`share`, moved as far as needed to leave a document in either split.
+    """`share`, changed as little as possible so that both splits get a document.
 
-    Raises ValueError naming `key` for a single document.
+    Raises:
+        ValueError: There is a single document; the message names `key`.
     """
     if len(draws) < 2:
         raise ValueError(
-            f"{key}: holds one document only, and validation needs another; add a file "
-            f"(those longer than {PART_CHARS} characters are cut into several documents)"
+            f"{key}: has only one document, and validation needs a second; add a file "
+            f"(files longer than {PART_CHARS} characters are split into several documents)"
         )
     return min(max(share, float(np.nextafter(min(draws), 1))), max(draws))

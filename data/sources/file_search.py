@@ -1,4 +1,4 @@
-"""Search folders and globs for files, and account for everything that the search leaves out."""
+"""Search folders and globs for files, and report everything that the search leaves out."""
 
 import glob
 import os
@@ -8,17 +8,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 EXCLUDED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
-NAMED = 1000  # of the paths with one remark, how many are kept to be named and not to be counted twice
+NAMED = 1000  # paths kept per remark, to name some of them and to count none twice
 
 HIDDEN, EXCLUDED = "hidden folders left out", "folders of caches and installed packages left out"
-READ_ALREADY, UNREADABLE = "links to folders that are read already", "unreadable paths left out"
+READ_ALREADY, UNREADABLE = "links to folders that are already read", "unreadable paths left out"
 BROKEN, SPECIAL = "broken links left out", "sockets, pipes and devices left out"
-UNMATCHED, AGAIN = "files left out that match no pattern", "further paths to a file that is taken already"
+UNMATCHED, AGAIN = "files left out that match no pattern", "further paths to a file that is already included"
 ODD_NAME = "names that are not UTF-8, written with escapes"
 
 
 def shorten(names: Iterable[str], limit: int = 8) -> str:
-    """The first `limit` of `names`, and the number of the others, for messages: "a, b and 3 more"."""
+    """The first `limit` of `names` and the number of further names, for messages: "a, b and 3 more"."""
     names = list(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -30,7 +30,7 @@ def readable(path: str | Path) -> str:
 
 
 class Remarks:
-    """Counts the paths with each remark, and names the first of them."""
+    """Counts the paths with each remark, and names some of them."""
 
     def __init__(self) -> None:
         self._paths: dict[str, dict[str, None]] = {}
@@ -54,17 +54,17 @@ class Remarks:
 
 
 class FileSearch:
-    """Finds regular files under folders by `patterns` of their names. What it leaves out is in `remarks`.
+    """Finds regular files under folders by `patterns` of their names. Paths that are left out are in `remarks`.
 
-    Links to folders are followed, each folder once, after the folders that are no links: a file is found under its own
-    path where that lies in the folder that is searched.
+    Links to folders are followed, but each folder is searched once, and links come after real folders. So a file is
+    found under its real path if the searched folder contains that path.
     """
 
     def __init__(self, patterns: Iterable[str], remarks: Remarks) -> None:
         self._patterns, self._remarks = list(patterns), remarks
 
     def expand(self, path: Path) -> list[Path]:
-        """The paths that a glob matches. `**` stands for folders as in ``walk``, caches and packages among them."""
+        """The paths that match a glob. `**` stands for the folders of ``walk``, including caches and packages."""
         parts = path.parts
         if "**" not in parts:
             return [Path(match) for match in sorted(glob.glob(str(path)))]
@@ -75,7 +75,7 @@ class FileSearch:
         return [match for folder in folders for match in self.expand(Path(glob.escape(str(folder))) / rest)]
 
     def files_in(self, folder: Path) -> list[Path]:
-        """The files below a folder whose names match a pattern: those that are no links in order, then links."""
+        """The files below a folder whose names match a pattern, in order: first regular files, then links."""
         files, links = list[Path](), list[Path]()
         for _, entries in self.walk(folder, EXCLUDED_FOLDERS):
             for entry in entries:
@@ -86,7 +86,7 @@ class FileSearch:
         return sorted(files) + sorted(links)
 
     def walk(self, top: Path, excluded: set[str]) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-        """Every folder below `top`, itself included, with its entries that are no folders.
+        """Every folder below `top`, including `top`, with its entries that are not folders.
 
         Hidden folders and those with `excluded` names are left out.
         """
@@ -110,7 +110,7 @@ class FileSearch:
             yield folder, entries
 
     def _entries(self, folder: Path, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]] | None:
-        """A folder's entries; None for a folder that cannot be read, or whose device and inode are in `seen`."""
+        """A folder's entries. None for a folder that cannot be read, or whose device and inode are in `seen`."""
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -124,7 +124,7 @@ class FileSearch:
             return None
 
     def _file_remark(self, entry: os.DirEntry[str]) -> str | None:
-        """Why an entry that is no folder is left out; None for one that is taken."""
+        """The reason why an entry that is not a folder is left out; None if it is included."""
         if entry.is_symlink() and (problem := file_problem(entry.path)):
             return problem
         if not any(fnmatch(entry.name, pattern) for pattern in self._patterns):
@@ -133,7 +133,7 @@ class FileSearch:
 
 
 def file_problem(path: str | Path) -> str | None:
-    """The remark on a path that is no regular file; None for a file."""
+    """The remark on a path that is not a regular file; None for a regular file."""
     try:
         return None if stat.S_ISREG(os.stat(path).st_mode) else SPECIAL
     except (FileNotFoundError, NotADirectoryError):

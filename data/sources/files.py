@@ -20,9 +20,9 @@ TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
 class SourceFile(NamedTuple):
-    """A file of the corpus: its name in the corpus, its path, its size in bytes and its modification time in ns.
+    """A file of the corpus: its name in the corpus, path, size in bytes and modification time in ns.
 
-    A file that is `held_out` is for validation.
+    A `held_out` file is for validation.
     """
 
     name: str
@@ -33,14 +33,15 @@ class SourceFile(NamedTuple):
 
 
 def stdlib_files(max_bytes: int) -> list[SourceFile]:
-    """The source of the running Python's standard library, without installed packages, in order of name.
+    """The source files of the running Python's standard library, without installed packages, in order of name.
 
-    Raises ValueError where there is none.
+    Raises:
+        ValueError: There are none.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [_source_file(path, root) for path in FileSearch(["*.py"], Remarks()).files_in(root)]
     if not files:
-        raise ValueError(f"data.source: {root} holds no .py file; train on your own text instead (data=text)")
+        raise ValueError(f"data.source: {root} has no .py file; train on your own text instead (data=text)")
     return _within(files, max_bytes)
 
 
@@ -49,9 +50,11 @@ def text_files(
 ) -> list[SourceFile]:
     """Files, folders (searched for `patterns`) and globs, each file once, in order of name.
 
-    A file is named by its path from the parent of the folder in which the search found it. Paths that are left out are
-    counted and named in one line of the log.
-    Raises ValueError with a line for every path that leads to no file; it names `key`.
+    The name of a file is its path relative to the parent of the searched folder. One line of the log counts and names
+    the paths that are left out.
+
+    Raises:
+        ValueError: Some paths lead to no file: one line for each, which names `key`.
     """
     patterns, remarks, found, problems = list(patterns), Remarks(), dict[Path, SourceFile](), list[str]()
     search = FileSearch(patterns, remarks)
@@ -69,7 +72,7 @@ def text_files(
             patterns_key = "--patterns" if key.startswith("--") else "data.patterns"
             wanted = ", ".join(patterns) or f"nothing ({patterns_key} is empty)"
             wanted, also = ("", "") if patterns == ["*"] else (f"{wanted} ", f" or {patterns_key}")
-            problems.append(f"{key}: {readable(entry)} holds no {wanted}file; check {key}{also}")
+            problems.append(f"{key}: {readable(entry)} contains no {wanted}file; check {key}{also}")
         _take(files, _root(path, is_glob), found, remarks)
     _log_once(f"{key}: {remarks}" if str(remarks) else "")
     if problems:
@@ -80,7 +83,10 @@ def text_files(
 
 
 def with_held_out(files: list[SourceFile], own: list[SourceFile]) -> list[SourceFile]:
-    """The training files and the validation files of their own, held out; a file that is both is for validation."""
+    """Combine ``files`` (training) with ``own`` (the separate validation files), which are marked as held out.
+
+    A file in both lists is used only for validation.
+    """
     places = {file.path.resolve() for file in own}
     kept = [file for file in files if file.path.resolve() not in places]
     if len(kept) < len(files):
@@ -93,7 +99,7 @@ def with_held_out(files: list[SourceFile], own: list[SourceFile]) -> list[Source
 
 
 def _problem(path: Path) -> str:
-    """Why a path that is no glob cannot be read, as the beginning of a message; empty where it can."""
+    """Why a path (not a glob) cannot be read, as the beginning of a message; empty if it can be read."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -113,12 +119,12 @@ def _files_at(path: Path, search: FileSearch, remarks: Remarks) -> list[Path]:
 
 
 def _take(paths: list[Path], root: Path, found: dict[Path, SourceFile], remarks: Remarks) -> None:
-    """Add the files at `paths` to `found`, which has them by their paths without links."""
+    """Add the files at `paths` to `found`, whose keys are the paths with all links resolved."""
     for path in paths:
         try:
             file, place = _source_file(path, root.parent), path.resolve()
         except OSError:
-            remarks.add(BROKEN, path)  # it went away after it was found
+            remarks.add(BROKEN, path)  # it was deleted after the search found it
             continue
         if place in found and found[place].path != path:
             remarks.add(AGAIN, path)
@@ -133,7 +139,7 @@ def _log_once(message: str) -> None:
 
 
 def _root(path: Path, is_glob: bool) -> Path:
-    """The folder or file that names begin with: the path itself, or the last folder of a glob before its first star."""
+    """The folder or file with which names begin: the path itself, or for a glob the last folder before a wildcard."""
     while is_glob and glob.has_magic(str(path)):
         path = path.parent
     return path
@@ -147,9 +153,11 @@ def _source_file(path: Path, root: Path) -> SourceFile:
 def _within(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
     """The files that fit into `max_bytes`, in order of name.
 
-    Tests give way first, so that a library is kept before its tests. Beyond that the hash of the name decides: a sample
-    that favours no part of the alphabet and hardly changes when a file is added.
-    Raises ValueError if no file with any text fits.
+    Tests are left out first. Then the hash of the name decides, so that the sample favours no part of the alphabet and
+    hardly changes when a file is added.
+
+    Raises:
+        ValueError: No file with any text fits.
     """
 
     def priority(file: SourceFile) -> tuple[bool, bytes]:
@@ -164,7 +172,7 @@ def _within(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
         else:
             left_out.append(file)
     if any(file.size for file in files) and not any(file.size for file in kept):
-        raise ValueError(f"data.max_bytes: {max_bytes} leaves no text of {len(files)} files; allow more")
+        raise ValueError(f"data.max_bytes: none of {len(files)} files with text fits into {max_bytes} bytes; raise it")
     if left_out:
         size, names = sum(file.size for file in left_out) / 1e6, shorten(sorted(file.name for file in left_out))
         _log_once(

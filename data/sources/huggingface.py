@@ -1,4 +1,4 @@
-"""Rows of a dataset that Hugging Face's library `datasets` loads, by name or from a folder, streamed or not."""
+"""Rows of a dataset loaded by Hugging Face's library `datasets`, by name or from a folder, streamed or not."""
 
 import json
 import shlex
@@ -16,11 +16,11 @@ from data.sources.parquet import row_record
 class Rows:
     """Iterates over the rows after the first `done`, as records of one file.
 
-    Raises ValueError naming the key, and the file and line where they can be found out, for a dataset that cannot be
-    read, whatever error the library raises.
+    Raises:
+        ValueError: The library cannot read the dataset. The message names the key, and if possible the file and line.
     """
 
-    done_bytes = 0  # the library does not say how many there are
+    done_bytes = 0  # the library does not report the number of bytes
 
     def __init__(self, settings: DataSettings, done: int) -> None:
         self._settings, self._done = settings, done
@@ -33,7 +33,7 @@ class Rows:
         while True:
             try:
                 row = next(remaining, None)
-            except Exception as error:  # the library raises errors of many classes, those of its readers among them
+            except Exception as error:  # the library and its readers raise errors of many classes
                 if isinstance(error, OSError) and not Path(s.dataset or "").exists():
                     raise ValueError(
                         f"data.dataset: {s.dataset} cannot be read after row {number} ({_short(error)}); the same "
@@ -47,14 +47,15 @@ class Rows:
 
 
 def load(settings: DataSettings) -> Any:
-    """The dataset: from a folder that `save_to_disk` wrote, or by anything else that `load_dataset` takes.
+    """Load the dataset from a folder written by `save_to_disk`, or with `load_dataset` (a name, or a folder of files).
 
-    Raises ValueError as ``Rows`` does.
+    Raises:
+        ValueError: As for ``Rows``.
     """
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"data.source: datasets needs the library of this name, which is missing: {EXTRA}") from None
+        raise ValueError(f"data.source=datasets needs the library datasets, which is not installed: {EXTRA}") from None
     s = settings
     assert s.dataset
     datasets.disable_progress_bars()
@@ -65,15 +66,15 @@ def load(settings: DataSettings) -> Any:
             rows = found[s.dataset_split] if isinstance(found, datasets.DatasetDict) else found
             return rows.to_iterable_dataset() if s.streaming else rows
         folder = Path(s.dataset)
-        name = str(folder.absolute()) if folder.is_dir() else s.dataset  # "csv" alone would be a builder of the library
+        name = str(folder.absolute()) if folder.is_dir() else s.dataset  # "csv" would name a builder of the library
         return datasets.load_dataset(
             name, s.dataset_name, split=s.dataset_split, revision=s.dataset_revision, streaming=s.streaming
         )
     except Exception as error:  # see above
         if isinstance(error, OSError) and not Path(s.dataset).exists():
             raise ValueError(
-                f"data.dataset: {s.dataset} cannot be had ({_short(error)}); check the name and the network, or name a "
-                "folder on this machine"
+                f"data.dataset: {s.dataset} cannot be loaded ({_short(error)}); check the name and the network, or use "
+                "a folder on this machine"
             ) from None
         raise _unreadable(s, error) from None
 
@@ -81,16 +82,16 @@ def load(settings: DataSettings) -> Any:
 def _check_column(rows: Any, s: DataSettings) -> None:
     if rows.column_names is not None and s.column not in rows.column_names:
         names = ", ".join(rows.column_names)
-        raise ValueError(f"data.column: {s.dataset} has no {s.column}, but {names}; name one of these")
+        raise ValueError(f"data.column: {s.dataset} has no {s.column}, but {names}; choose one of these")
     feature = (rows.features or {}).get(s.column)
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
-            f"data.column: {s.column} of {s.dataset} is {_short(feature)}, which is no text; name a column of text"
+            f"data.column: {s.column} of {s.dataset} is {_short(feature)}, not text; choose a column of text"
         )
 
 
 def _unreadable(s: DataSettings, error: Exception, where: str = "") -> ValueError:
-    """The error of a dataset whose files the library cannot read, with the file and the line where they are found."""
+    """The error for a dataset whose files the library cannot read, with the file and line if they are found."""
     folder = Path(s.dataset or "")
     if found := find_odd_file(folder):
         paths, hint = shlex.quote(f"data.paths=[{json.dumps(str(folder), ensure_ascii=False)}]"), ""
@@ -99,7 +100,7 @@ def _unreadable(s: DataSettings, error: Exception, where: str = "") -> ValueErro
         return ValueError(f"data.dataset: {s.dataset} cannot be read{where}: {found}; fix or replace that file{hint}")
     below = error.__cause__ or error.__context__
     detail = _short(error) if below is None else f"{_short(error)} {_short(below)}"
-    detail = "it holds no rows" if isinstance(error, StopIteration) else detail
+    detail = "it has no rows" if isinstance(error, StopIteration) else detail
     fix = "check dataset_name and dataset_split, and that all files are complete and have the same columns"
     return ValueError(f"data.dataset: {s.dataset} cannot be read{where} ({detail}); {fix}")
 

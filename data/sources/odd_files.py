@@ -1,4 +1,4 @@
-"""Find the file in a dataset's folder that a library failed on, to name it with the line in a message."""
+"""Find the file in a dataset's folder that a library cannot read, and its line, for a message."""
 
 import csv
 import json
@@ -10,17 +10,17 @@ from data.sources.documents import NOT_UTF8
 from data.sources.open_text import READ_ERRORS, TextFile, pyarrow, reason
 
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-Columns = dict[str, str]  # the kind of the values by the name of the column
+Columns = dict[str, str]  # name of a column → kind of its values
 
 
 class _OddError(Exception):
-    """What is wrong with a file, in words that follow its name."""
+    """A problem of a file, in words that follow the file's name."""
 
 
 def find_odd_file(folder: Path) -> str:
-    """The first file below `folder` that cannot be read, else the first one with other columns than those before it.
+    """The first file below `folder` that cannot be read, else the first file whose columns differ from earlier files.
 
-    A few words that begin with the path and name the line or row; empty where no such file is found.
+    Returns a few words with the path and the line or row; empty if there is no such file.
     """
     known, odd = dict[Callable, Columns](), ""
     for path in sorted(folder.rglob("*")):
@@ -32,7 +32,7 @@ def find_odd_file(folder: Path) -> str:
                 earlier = known.setdefault(read, columns)
                 different = [name for name in {**earlier, **columns} if not _agree(earlier, columns, name)]
                 if different and not odd:
-                    odd = f"{path}{place} has other columns than the data before ({', '.join(different)[:200]})"
+                    odd = f"{path}{place} has other columns than the data before it ({', '.join(different)[:200]})"
                 known[read] = {**columns, **earlier}
         except _OddError as error:
             return f"{path}{error}"
@@ -42,7 +42,7 @@ def find_odd_file(folder: Path) -> str:
 
 
 def _agree(earlier: Columns, later: Columns, name: str) -> bool:
-    """Whether both have a column, with values of one kind or none."""
+    """Whether both have the column, with the same kind of values or, in either, no values."""
     kinds = {earlier.get(name), later.get(name)} - {"NoneType"}
     return None not in kinds and len(kinds) <= 1
 
@@ -67,9 +67,9 @@ def _json_object(line: bytes, number: int) -> dict[str, Any]:
     try:
         entry = json.loads(line.decode().removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
-        raise _OddError(f", line {number}, is no JSON in UTF-8 ({reason(error)})") from None
+        raise _OddError(f", line {number}, is not JSON in UTF-8 ({reason(error)})") from None
     if not isinstance(entry, dict):
-        raise _OddError(f", line {number}, is no JSON object")
+        raise _OddError(f", line {number}, is not a JSON object")
     return entry
 
 
@@ -92,7 +92,7 @@ def _table(path: Path) -> Iterator[tuple[str, Columns]]:
 
 def _require_utf8(lines: TextFile) -> None:
     if problem := lines.problem or (lines.encoding if lines.encoding != "UTF-8" else ""):
-        raise _OddError(f" is {problem}, and the library reads UTF-8")
+        raise _OddError(f" is {problem}, but the library needs UTF-8")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Columns]]:

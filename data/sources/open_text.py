@@ -16,7 +16,11 @@ READ_ERRORS = (EOFError, OSError, zlib.error)  # of files, gzip and zstd; pyarro
 class TextFile(io.BufferedReader):
     """A text file as UTF-8 bytes without a byte-order mark; `.gz` and `.zst` are decompressed.
 
-    `encoding` and `problem` are those of ``Utf8Reader``. Raises ValueError where a library is missing, and READ_ERRORS.
+    `encoding` and `problem` are those of ``Utf8Reader``.
+
+    Raises:
+        ValueError: A library is missing.
+        READ_ERRORS: The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,15 +50,15 @@ class TextFile(io.BufferedReader):
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, without Python's number of it."""
+    """The first line of an error, without Python's error number."""
     text = getattr(error, "strerror", None) or str(error)
     return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
 def pyarrow() -> Any:
-    """The library. Raises ValueError where it is not installed."""
+    """The library pyarrow. Raises ValueError if it is not installed."""
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"data.paths: Parquet and .zst files are read by pyarrow, which is missing: {EXTRA}") from None
+        raise ValueError(f"data.paths: Parquet and .zst need the library pyarrow, which is missing: {EXTRA}") from None
     return pyarrow

@@ -11,9 +11,10 @@ BATCH_ROWS = 256
 
 
 class ParquetRows:
-    """Iterates over the rows of a Parquet file after the first `done`. A batch of rows of one row group is in memory.
+    """Iterates over the rows of a Parquet file after the first `done`. Memory holds one batch of rows of a row group.
 
-    Raises ValueError naming the file for one that is damaged, and for one whose `column` is missing or holds no text.
+    Raises:
+        ValueError: The file is damaged, or its `column` is missing or contains no text. The message names the file.
     """
 
     def __init__(self, number: int, file: SourceFile, column: str, done: int) -> None:
@@ -21,7 +22,7 @@ class ParquetRows:
         self._row, self._rows = 0, 1
 
     def place(self) -> int:
-        """About how many bytes of the file are read."""
+        """The approximate number of bytes read so far."""
         return self._file.size * self._row // self._rows
 
     def __iter__(self) -> Iterator[Record]:
@@ -36,22 +37,21 @@ class ParquetRows:
                     yield from self._group(table, group)
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(
-                f"data.paths: {self._file.path} cannot be read after row {self._row} ({reason(error)}); bring a "
-                "complete copy"
+                f"data.paths: {self._file.path} cannot be read after row {self._row} ({reason(error)}); replace it "
+                "with a complete copy"
             ) from None
 
     def _check(self, schema: Any) -> None:
         if self._column not in schema.names:
             names = ", ".join(schema.names)
             raise ValueError(
-                f"data.column: {self._file.path} has no {self._column}, but {names}; name one of these, or the files "
-                "that have this column in data.paths"
+                f"data.column: {self._file.path} has no {self._column}, but {names}; choose one of these, or only "
+                "files with this column in data.paths"
             )
         kind = schema.field(self._column).type
         if not holds_text(kind):
             raise ValueError(
-                f"data.column: {self._column} of {self._file.path} is of type {kind}, which is no text; name a column "
-                "of text"
+                f"data.column: {self._column} of {self._file.path} is of type {kind}, not text; choose a column of text"
             )
 
     def _group(self, table: Any, group: int) -> Iterator[Record]:
@@ -67,7 +67,7 @@ class ParquetRows:
 
 
 def holds_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds texts, or nothing but nulls."""
+    """Whether a column of this Arrow type contains texts, or only nulls."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -77,13 +77,13 @@ def holds_text(kind: Any) -> bool:
 
 
 def row_record(file: int, number: int, name: str, text: Any) -> Record:
-    """Row `number` of a table as a record; `text` is bytes where they are not valid UTF-8."""
+    """Row `number` of a table as a record; `text` is bytes if it is not valid UTF-8."""
     problem = NOT_UTF8 if isinstance(text, bytes) else "" if isinstance(text, str) and text else NO_TEXT
     return Record(file, number, f"{name}#{number}", None if problem else text, problem)
 
 
 def _texts(column: Any) -> list[Any]:
-    """The values of a column, bytes for those that are not valid UTF-8, which Arrow does not check."""
+    """The values of a column; values that are not valid UTF-8 are bytes, because Arrow does not check them."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -8,17 +8,17 @@ from data.sources.documents import LONE_SURROGATE, NO_RESPONSE, NO_TEXT, NOT_JSO
 
 
 class Parser:
-    """Makes documents of records.
+    """Converts records to documents.
 
-    The text of a line of JSON is under the key `column`; with `pairs` it is the text under `prompt` followed by the
-    text under `response`.
+    The text of a line of JSON is the value of the key `column`. With `pairs`, it is the value of `prompt` followed by
+    the value of `response`.
     """
 
     def __init__(self, column: str, pairs: bool = False) -> None:
         self.column, self.pairs = column, pairs
 
     def __call__(self, record: Record) -> Document | str:
-        """The record's document, or the reason why it has none."""
+        """The record's document, or the reason why there is none."""
         if record.content is None:
             return record.problem
         if isinstance(record.content, np.ndarray):
@@ -29,7 +29,7 @@ class Parser:
 
     def _parse_line(self, name: str, line: bytes) -> Document | str:
         try:
-            entry = json.loads(line.decode().removeprefix("\ufeff"))  # a mark stands here after `cat` of several files
+            entry = json.loads(line.decode().removeprefix("\ufeff"))  # `cat` of several files leaves marks in lines
         except UnicodeDecodeError:
             return NOT_UTF8
         except (ValueError, RecursionError):

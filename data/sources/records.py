@@ -1,7 +1,7 @@
-"""The records of files in their order, each with its place, so that reading can resume after any record.
+"""The records of files in order, each with its position, so that reading can resume after any record.
 
-A record becomes one document at most: a text or a part of a text, a line of JSON, a row of a table. Memory is bounded
-whatever the size of a file: a line, a batch of rows, or a few megabytes of text are held at a time.
+A record becomes at most one document: a text or a part of a text, a line of JSON, a row of a table. Memory is bounded
+for files of any size: it holds one line, one batch of rows, or a few megabytes of text at a time.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from data.sources.open_text import COMPRESSED, READ_ERRORS, TextFile, reason
 from data.sources.parquet import ParquetRows
 from data.text_encoding import UNDECODABLE
 
-PART_CHARS = 2**16  # longer texts are cut into several documents
+PART_CHARS = 2**16  # longer texts are split into several documents
 MAX_LINE_BYTES = 2**26
 CHUNK_BYTES = 2**22
 PARQUET = ".parquet"
@@ -23,10 +23,12 @@ PARQUET = ".parquet"
 class Records:
     """Iterates over the records of `files` after `start` = (file, number of its records that are done).
 
-    With a `column` the files are Parquet (by the end of their names) or JSON lines. Without one they are texts, cut
-    into parts of at most `part_chars` characters. `done_bytes` is how much of the files is read.
-    Raises ValueError naming the file for Parquet and JSON lines that break off or are damaged. A text that cannot be
-    read is a record without content.
+    With a `column`, the files are Parquet (by the end of their names) or JSON lines. Without a `column`, they are
+    texts, split into parts of at most `part_chars` characters. `done_bytes` is the number of bytes read so far. A text
+    that cannot be read is a record without content.
+
+    Raises:
+        ValueError: A Parquet or JSON lines file is truncated or damaged. The message names the file.
     """
 
     def __init__(
@@ -76,27 +78,29 @@ class Records:
                     if number > done and (problem or not line.isspace()):
                         yield Record(file_number, number, f"{file.name}#{number}", None if problem else line, problem)
         except PermissionError:
-            raise ValueError(f"data.paths: {file.path} cannot be read: permission denied; let it be read") from None
+            raise ValueError(f"data.paths: {file.path}: permission denied; make it readable") from None
         except READ_ERRORS as error:
             raise ValueError(
-                f"data.paths: {file.path} cannot be read after line {number} ({reason(error)}); bring a complete copy "
-                "(a file of git lfs is a pointer of a few lines until git lfs pull)"
+                f"data.paths: {file.path} cannot be read after line {number} ({reason(error)}); replace it with a "
+                "complete copy (before `git lfs pull`, a git lfs file is a pointer of a few lines)"
             ) from None
 
 
 class _NoTextError(Exception):
-    """The reason why a file holds no text."""
+    """The reason why a file is not text."""
 
 
 def text_records(number: int, file: SourceFile, part_chars: int | None) -> Iterator[Record]:
-    """A text file as one record; beyond `part_chars` characters as several, cut after line ends where possible.
+    """A text file as one record, or if longer than `part_chars` as several, split after line ends where possible.
 
-    A file of which any part is not text, or cannot be read, is one record without content.
-    Raises ValueError for a file that changes while it is read.
+    If any part of the file is not text or cannot be read, the file is one record without content.
+
+    Raises:
+        ValueError: The file changes while it is read.
     """
     try:
         if file.size > CHUNK_BYTES or file.name.endswith(COMPRESSED):
-            for _ in _pieces(file.path):  # find what is no text before any part of the file is used
+            for _ in _pieces(file.path):  # check the complete file before any part of it is used
                 pass
         parts = _parts(_pieces(file.path), part_chars)
         first, second = next(parts, ""), next(parts, "")
@@ -118,9 +122,9 @@ def text_records(number: int, file: SourceFile, part_chars: int | None) -> Itera
 def read_documents(
     files: Iterable[SourceFile], skipped: dict[str, list[str]], part_chars: int | None = None
 ) -> Iterator[Document]:
-    """Yield the files' texts without any translation of newlines; add skipped files to `skipped`, reason → names.
+    """Yield the files' texts without newline translation; add skipped files to `skipped`, reason → names.
 
-    With `part_chars`, longer texts are cut into documents `name#1`, `name#2`, …
+    With `part_chars`, longer texts are split into documents `name#1`, `name#2`, …
     """
     for number, file in enumerate(files):
         for record in text_records(number, file, part_chars):
@@ -148,7 +152,7 @@ def _pieces(path: Path) -> Iterator[str]:
 
 
 def _parts(pieces: Iterable[str], size: int | None) -> Iterator[str]:
-    """The text of `pieces` in parts of at most `size` characters, each ending after a line end where it can."""
+    """The text of `pieces` in parts of at most `size` characters, split after line ends where possible."""
     if size is None:
         yield "".join(pieces)
         return

@@ -1,6 +1,6 @@
-"""Documents from files of tokens that another program wrote, cut after every eos token.
+"""Documents from token files written by another program. Every eos token ends a document.
 
-A file is `.npy`, which says its dtype, or nothing but tokens, little-endian, of `data.token_dtype`.
+A file is `.npy`, or contains only little-endian tokens of dtype `data.token_dtype`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +14,14 @@ from data.sources.open_text import reason
 from data.tokenizer import Tokenizer
 
 CHUNK = 2**22  # tokens read at a time
-LONGEST = 2**20  # tokens of a document; longer ones become several
+LONGEST = 2**20  # tokens per document; longer documents are split
 
 
 class TokenRecords:
     """Iterates over the documents after `start` as records whose content is int32 (n,), without bos and eos.
 
-    Raises ValueError naming the file for one that is no array of tokens, or holds a token that the tokenizer lacks.
+    Raises:
+        ValueError: A file is not an array of tokens, or has a token that the tokenizer lacks; names the file.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class TokenRecords:
             is_raw = not file.name.endswith(".npy")
             tokens = ArrayFile(file.path, self._dtype.newbyteorder("<")) if is_raw else ArrayFile.npy(file.path)
             if len(tokens) and tokens.dtype.kind not in "iu":
-                raise ValueError(f"{tokens.dtype} is no row of whole numbers")
-        except Exception as error:  # numpy evaluates the header of an array as Python, and fails in Python's ways
+                raise ValueError(f"{tokens.dtype} is not an integer type")
+        except Exception as error:  # numpy evaluates the header of an array as Python code, and raises any exception
             raise ValueError(
-                f"data.paths: {file.path} holds no tokens ({reason(error)}); check data.token_dtype"
+                f"data.paths: {file.path} is not an array of tokens ({reason(error)}); check data.token_dtype"
             ) from None
         return tokens

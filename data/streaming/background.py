@@ -1,6 +1,6 @@
-"""Train while the corpus is still being prepared, by a process of its own.
+"""Train while a separate process prepares the corpus.
 
-That process is `python -m data.streaming.background`. It takes the settings from its standard input, makes the same
+The process is `python -m data.streaming.background`. It reads the settings from standard input, makes the same
 preparation as `python -m data.prepare` at a lower priority, and ends with the run, however the run ends.
 """
 
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 COMMAND = [sys.executable, "-m", "data.streaming.background"]
 NICE = 10
 LOG_SECONDS = 60.0  # between two lines on the progress of the preparation
-END_SECONDS = 5.0  # given to the process to end; then it is killed, which loses only tokens that are not committed
+END_SECONDS = 5.0  # for the process to end; then it is killed, which loses only tokens that are not committed
 
 
 @dataclass(frozen=True)
 class StreamedDataset(PreparedDataset):
-    """A dataset to train on while it is prepared, or after: the same tokens in the same order.
+    """A dataset to train on while it is prepared or afterwards, with the same tokens in the same order.
 
-    `train` grows, `val` does not. `fingerprint` depends on the settings and the tokenizer, because the text is only
-    known as far as it was read.
+    `train` grows, `val` does not. `fingerprint` depends on the settings and the tokenizer only, because not all of the
+    text has been read yet.
     """
 
     train: StreamedTokens
@@ -50,9 +50,9 @@ class StreamedDataset(PreparedDataset):
 
 
 class BackgroundPreparation:
-    """The preparation for `settings`; with `start`, a process begins or resumes it unless it is complete.
+    """The preparation for `settings`. With `start`, a process begins or resumes it unless it is complete.
 
-    A context manager; at its end the process has ended.
+    A context manager; its end waits until the process has ended.
 
     Raises:
         ValueError: The settings have problems; one line each.
@@ -73,10 +73,10 @@ class BackgroundPreparation:
         return process
 
     def dataset(self, validation_tokens: int) -> StreamedDataset | None:
-        """The dataset as far as it is prepared; None while training cannot start, because validation data are missing.
+        """The part of the dataset that is prepared; None while validation data are missing, so that training must wait.
 
-        Validation data never change once they are there: all validation files, or at most the first
-        `validation_tokens` tokens of the share that is held out.
+        Once they exist, validation data never change: all validation files, or at most the first `validation_tokens`
+        tokens of the held-out documents.
         """
         plan, finished = self.plan, self.plan.finished()
         work, own = plan.work_folder, [[file.name, file.size] for file in plan.files if file.held_out]
@@ -87,7 +87,7 @@ class BackgroundPreparation:
             try:
                 tokenizer = Tokenizer(model)
             except ValueError:
-                return None  # the folder was renamed just now
+                return None  # the folder has just been renamed
         else:
             return None
         dtype = token_dtype(tokenizer.vocab_size)
@@ -99,7 +99,7 @@ class BackgroundPreparation:
         return StreamedDataset(finished or work, tokenizer, train, val, fingerprint, {}, self)
 
     def problem(self) -> str | None:
-        """Why the preparation ended early; None while it is at work and after it is complete."""
+        """Why the preparation ended early; None while it is running and after it is complete."""
         code = self._process.poll() if self._process else None
         if not self._process or code is None or (code == 0 and self.plan.finished()):
             return None
@@ -112,7 +112,7 @@ class BackgroundPreparation:
         return f"{reason} (the preparation in the background ended, and the run with it)"
 
     def prepared_tokens(self) -> int:
-        """How many training tokens are on the disk."""
+        """The number of training tokens on disk."""
         return token_count(read_state(self.plan.work_folder / STATE), "train")
 
     def __enter__(self) -> "BackgroundPreparation":
@@ -138,7 +138,7 @@ class BackgroundPreparation:
 def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tokens: int) -> PreparedDataset | None:
     """The complete preparation in `settings.root` that a run has streamed with this fingerprint, if there is one.
 
-    No file of the corpus and no tokenizer is needed. Only preparations without `validation_paths` are found.
+    The corpus and the tokenizer need not exist. Finds only preparations without `validation_paths`.
 
     Args:
         validation_tokens: As in `BackgroundPreparation.dataset`.
@@ -155,7 +155,7 @@ def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tok
 
 @dataclass(frozen=True)
 class _Finished:
-    """The plan of a complete preparation, as far as `StreamedTokens` needs it."""
+    """The part of the plan of a complete preparation that `StreamedTokens` needs."""
 
     folder: Path
     work_folder: Path = Path()
@@ -173,11 +173,11 @@ def _log_output(process: subprocess.Popen[str]) -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.2)
-    os._exit(1)  # tokens that are not committed yet are made again
+    os._exit(1)  # tokens that are not committed yet are encoded again later
 
 
 def main() -> None:
-    """Prepare, as the background process. An error of the text or the disk is written to standard output."""
+    """Prepare, as the background process. Errors of the text or the disk are written to standard output."""
     given = json.load(sys.stdin)
     Thread(target=_end_with, args=(given["parent"],), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,7 +1,7 @@
 """Read a split while it is being prepared.
 
-Only tokens that `state.json` names are read: they are on the disk and never change. When the preparation is complete
-its folder is renamed, and reading continues under the new name.
+Reads only tokens within the lengths in `state.json`: they are on disk and never change. When the preparation is
+complete, its folder is renamed, and reading continues under the new name.
 """
 
 import time
@@ -16,12 +16,12 @@ from data.preparation.corpus_writer import STATE, WriterState, read_state
 from data.shards.reader import Shard, Tokens
 from data.token_dataset import load
 
-RENAME_SECONDS = 10.0  # that a network file system may take to show a folder's new name
+RENAME_SECONDS = 10.0  # maximum time until a network file system shows the new name of a folder
 T = TypeVar("T")
 
 
 class PreparationFolders(Protocol):
-    """The folders of a preparation, as `PreparationPlan` has them."""
+    """The folders of a preparation, as in `PreparationPlan`."""
 
     @property
     def work_folder(self) -> Path: ...
@@ -30,9 +30,9 @@ class PreparationFolders(Protocol):
 
 
 class StreamedTokens(Tokens):
-    """The tokens of a split that are on the disk by now, at most `limit`; `can_read` updates what is there.
+    """The tokens of a split that are on disk, at most `limit`. `can_read` updates their number.
 
-    Any number of threads may read meanwhile.
+    Any number of threads may read at the same time.
 
     Args:
         split: `train` or `val`.
@@ -62,7 +62,7 @@ class StreamedTokens(Tokens):
             state = read_state(work / STATE)
             if self._split in state.splits and token_count(state, self._split) >= max(stop, super().__len__()):
                 self._join(self._shards_in(work, state.splits[self._split]), self._dtype)
-        except (FileNotFoundError, ValueError):  # about to be renamed, or damaged and about to be written again
+        except (FileNotFoundError, ValueError):  # it will be renamed, or is damaged and will be written again
             pass
 
     def _shards_in(self, work: Path, state: dict[str, Any]) -> list[Shard]:
@@ -88,7 +88,7 @@ class StreamedTokens(Tokens):
         return self._read(Tokens.documents, start, stop)
 
     def _read(self, method: Callable[..., T], *arguments: object) -> T:
-        """The result of a method of Tokens, called again if the folder was renamed meanwhile."""
+        """The result of a method of Tokens, which is called again if the folder is renamed during the call."""
         deadline = time.monotonic() + RENAME_SECONDS
         while True:
             shards = self._shards
@@ -102,6 +102,6 @@ class StreamedTokens(Tokens):
 
 
 def token_count(state: WriterState, split: str) -> int:
-    """How many tokens of a split are on the disk."""
+    """The number of tokens of a split that are on disk."""
     found = state.splits.get(split, {"shards": [], "open": {"tokens": 0}})
     return sum(entry["tokens"] for entry in [*found["shards"], found["open"]])

@@ -38,7 +38,7 @@ def test_it_shows_counts_shards_and_documents_and_that_all_is_well(prepared, cap
     out = capsys.readouterr().out
     (name,) = prepared.train.documents(*prepared.train.document_bounds(2))
     text = (REPO / name).read_text()
-    assert end.value.code == 0 and f"document 2, {name}: " in out and "all checksums are right" in out
+    assert end.value.code == 0 and f"document 2, {name}: " in out and "all checksums are correct" in out
     assert f" tokens\n{text[:300]}\n… and {len(text) - 300:,} characters more\n" in out
     shards = prepared.manifest["splits"]["train"]["shards"]
     assert len(shards) > 1 and all(f"train  {shard['name']}: " in out for shard in shards)
@@ -51,7 +51,7 @@ def test_a_flipped_byte_is_found(prepared, capsys, file):
     (prepared.folder / file).write_bytes(content)
     with pytest.raises(SystemExit) as end:
         inspect.main([str(prepared.folder)])
-    assert end.value.code == 1 and f"{prepared.folder / file}: has another checksum" in capsys.readouterr().out
+    assert end.value.code == 1 and f"{prepared.folder / file}: its checksum differs" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_found_even_with_the_checksums_of_it(prepared):
@@ -60,7 +60,8 @@ def test_what_does_not_fit_is_found_even_with_the_checksums_of_it(prepared):
         b"\xff\xff" * (prepared.manifest["splits"]["train"]["shards"][0]["tokens"])
     )
     found = " ".join(inspect.damages(load(folder)))
-    assert "holds token 65535, beyond the vocabulary of 400" in found and "does not lie between bos and eos" in found
+    assert "has token 65535, beyond the vocabulary of 400" in found
+    assert "does not begin with bos and end with eos" in found
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -77,7 +78,9 @@ def test_a_document_that_is_not_there_and_a_folder_that_is_no_dataset_are_named(
     assert refused(capsys, "nowhere").startswith("there is no folder nowhere; name the folder of a prepared dataset")
     assert f"name one of {prepared.folder}\n" in refused(capsys, str(tmp_path))
     (tmp_path / "other").mkdir()
-    assert "other: is no prepared dataset, because it has no manifest.json" in refused(capsys, str(tmp_path / "other"))
+    assert "other: is not a prepared dataset, because it has no manifest.json" in refused(
+        capsys, str(tmp_path / "other")
+    )
     (tmp_path / "other" / "manifest.json").write_text(json.dumps({}))
     assert "manifest.json: cannot be read" in refused(capsys, str(tmp_path / "other"))
 

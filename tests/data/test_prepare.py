@@ -96,7 +96,7 @@ def test_a_changed_setting_is_prepared_beside_the_old_and_named(settings, caplog
     second = prepare(replace(settings, **change))
     assert second.fingerprint != first.fingerprint
     assert folders(settings) == sorted([first.folder.name, second.folder.name])
-    (message,) = [m for m in caplog.messages if "does not fit" in m]
+    (message,) = [m for m in caplog.messages if "cannot be reused" in m]
     assert str(first.folder) in message and said in message and message.count("→") == 1
     assert prepare(settings).folder == first.folder
 
@@ -140,10 +140,11 @@ def test_one_long_file_is_enough_and_one_short_file_is_not(settings, tmp_path, l
     prepared = prepare(replace(settings, paths=[str(tmp_path / "book.txt")]))
     parts = texts(prepared, "train") | texts(prepared, "val")
     assert "".join(parts[f"book.txt#{i + 1}"] for i in range(len(parts))) == text
-    assert "cut files longer than 65536 characters" in caplog.text
+    assert "files longer than 65536 characters were split: 1 file gave" in caplog.text
+    assert f"{len(parts)} documents in total" in caplog.text
 
     (tmp_path / "note.txt").write_text("only this")
-    with pytest.raises(ValueError, match=r"data\.paths: holds one document only"):
+    with pytest.raises(ValueError, match=r"data\.paths: has only one document"):
         prepare(replace(settings, paths=[str(tmp_path / "note.txt")]))
 
 
@@ -192,7 +193,7 @@ def test_all_problems_of_the_settings_are_told_at_once():
     assert problems(DataSettings()) == []
     assert problems(DataSettings(source="web"))[0].startswith("data.source: 'web'")
     (problem,) = problems(DataSettings(max_bytes=1))
-    assert problem.startswith("data.max_bytes: 1 leaves no text of ")
+    assert problem.startswith("data.max_bytes: none of ")
 
 
 def test_a_folder_with_nothing_readable_is_refused(settings, tmp_path):

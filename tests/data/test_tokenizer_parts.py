@@ -214,4 +214,4 @@ def test_documents_that_are_changed_are_counted_in_the_log_and_the_manifest(open
     lines = [{"text": text} for text in ["the river", "runs  to", "the stone ", "alpha beta"]]
     found = prepared(opened, "t5", tmp_path, "records", lines)
     assert found.manifest["corpus"]["changed"] == 2
-    assert "2 of 4 documents are changed by the tokenizer: their tokens decode to another text" in caplog.text
+    assert "the tokenizer changes 2 of 4 documents: the tokens decode to another text" in caplog.text

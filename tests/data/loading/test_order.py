@@ -112,14 +112,14 @@ def test_a_mixture_is_found_again_by_the_fingerprints_of_its_corpora(settings, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixture": []}, "data.mixture: belongs to data.source=mixture"),
-        ({"mixture": [{"weight": 1, "paths": ["a"]}]}, "needs two corpora or more"),
+        ({"mixture": []}, "data.mixture: is for data.source=mixture"),
+        ({"mixture": [{"weight": 1, "paths": ["a"]}]}, "needs at least two corpora"),
         ({"mixture": [{"paths": ["a"]}, {"weight": -1}]}, "corpus 0 needs a weight above 0"),
         ({"mixture": [1, 2]}, "corpus 0 needs a weight above 0"),
-        ({"mixture": [{"weight": 1, "seed": 3}, {"weight": 1}]}, "corpus 0: seed cannot be set for one of them"),
+        ({"mixture": [{"weight": 1, "seed": 3}, {"weight": 1}]}, "corpus 0: seed cannot be set for one corpus"),
         ({"mixture": [{"weight": 1, "source": "instructions"}, {"weight": 1}]}, "source instructions cannot be mixed"),
         ({"mixture": [{"weight": 1, "paths": ["/no/such"]}, {"weight": 1, "source": "stdlib"}]}, "/no/such"),
-        ({"tokenizer": None}, "data.tokenizer: a mixture needs one for all"),
+        ({"tokenizer": None}, "data.tokenizer: a mixture needs a tokenizer"),
     ],
 )
 def test_what_cannot_be_mixed_is_said(settings, changes, message):

@@ -86,18 +86,18 @@ ROOTS = {
     "below a file": (lambda folder: a_file(folder) / "prepared", "is a file"),
     "far below a file": (lambda folder: a_file(folder) / "a" / "b", "is a file"),
     "a link to a file": (lambda folder: a_link(folder, a_file(folder)), "is a file"),
-    "a link to nothing": (lambda folder: a_link(folder, folder / "gone"), "is a link to nothing"),
-    "a link to itself": (lambda folder: a_link(folder, "link"), "is a link to nothing"),
-    "below a link to nothing": (lambda folder: a_link(folder, folder / "gone") / "a", "is a link to nothing"),
+    "a link to nothing": (lambda folder: a_link(folder, folder / "gone"), "is a broken link"),
+    "a link to itself": (lambda folder: a_link(folder, "link"), "is a broken link"),
+    "below a link to nothing": (lambda folder: a_link(folder, folder / "gone") / "a", "is a broken link"),
     "a pipe": (a_fifo, "is a file"),
     "a device": (lambda folder: Path("/dev/null"), "is a file"),
     "read-only": (read_only, "cannot write"),
     "below a read-only folder": (lambda folder: read_only(folder) / "a" / "b", "cannot write"),
     "on a file system of the kernel": (lambda folder: Path("/proc/prepared"), "cannot write"),
     "a folder of the kernel": (lambda folder: Path("/proc/self"), "cannot write"),
-    "a name that is too long": (lambda folder: folder / ("n" * 256), "more than 255 bytes"),
-    "a name of too many bytes": (lambda folder: folder / ("é" * 128), "more than 255 bytes"),
-    "too long further up": (lambda folder: folder / ("n" * 300) / "a", "more than 255 bytes"),
+    "a name that is too long": (lambda folder: folder / ("n" * 256), "longer than 255 bytes"),
+    "a name of too many bytes": (lambda folder: folder / ("é" * 128), "longer than 255 bytes"),
+    "too long further up": (lambda folder: folder / ("n" * 300) / "a", "longer than 255 bytes"),
     "a path that is too long": (lambda folder: folder.joinpath(*["n" * 200] * 30), "cannot write"),
     "a null byte": (lambda folder: folder / "a\0b", "cannot write"),
 }
@@ -135,7 +135,7 @@ def test_a_name_that_makes_too_long_a_folder_is_refused_with_the_bytes_to_save(s
     monkeypatch.setattr(data.prepare, "Corpus", never_read)
     (problem,) = problems(replace(settings, name=name))
     assert problem.startswith("data.name: ") and len(problem) < 300
-    assert f"shorten it by {len(name.encode()) - 233} or more" in problem
+    assert f"shorten data.name by at least {len(name.encode()) - 233} bytes" in problem
     with pytest.raises(ValueError, match=r"data\.name: "):
         prepare(replace(settings, name=name))
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_and_what_is_written_stays(settings, monkeypatch, ca
     monkeypatch.setattr("data.preparation.corpus_writer.COMMIT_SECONDS", 0)
     with monkeypatch.context() as patched:
         patched.setattr(ShardWriter, "add", until_full)
-        with pytest.raises(ValueError, match=rf"^data\.root: {settings.root} is full; make room, and the same"):
+        with pytest.raises(ValueError, match=rf"^data\.root: {settings.root} is full; free space, and the same"):
             prepare(settings)
     with caplog.at_level("INFO"):
         assert prepare(settings).fingerprint == undisturbed.fingerprint

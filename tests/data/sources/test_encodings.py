@@ -43,8 +43,8 @@ UNREADABLE = {
     "utf-16 le without a mark": ("Latin letters".encode("utf-16-le"), UNMARKED),
     "utf-16 be without a mark": ("Latin letters, é\n".encode("utf-16-be"), UNMARKED),
     "utf-32 without a mark": ("Latin letters".encode("utf-32-le"), UNMARKED),
-    "gzip under another name": (gzip.compress(b"x"), "compressed with gzip, whose name would end in .gz"),
-    "zstd under another name": (b"(\xb5/\xfd\x04\x00", "compressed with zstd, whose name would end in .zst"),
+    "gzip under another name": (gzip.compress(b"x"), "compressed with gzip, but its name does not end in .gz"),
+    "zstd under another name": (b"(\xb5/\xfd\x04\x00", "compressed with zstd, but its name does not end in .zst"),
     "xz": (lzma.compress(b"x"), "compressed with xz, which is not supported"),
     "bzip2": (bz2.compress(b"x"), "compressed with bzip2, which is not supported"),
     "a mark and nothing else": (codecs.BOM_UTF16_BE, "empty"),
@@ -189,7 +189,7 @@ def test_the_files_of_a_tokenizer_may_begin_with_a_mark(tmp_path):
 def test_a_broken_line_of_instructions_is_named_with_its_reason(tmp_path):
     train_tokenizer(["prompt response\n"] * 3, tmp_path / "t.model", 280, seed=0)
     line = json.dumps({"prompt": "a", "response": "b"}).encode() + b"\n"
-    for broken, problem in ((b"\xff\n", "not UTF-8"), (b"{\n", "no JSON object")):
+    for broken, problem in ((b"\xff\n", "not UTF-8"), (b"{\n", "not a JSON object")):
         (tmp_path / "a.jsonl").write_bytes(line + broken)
         settings = DataSettings(
             source="instructions", paths=[str(tmp_path / "a.jsonl")], tokenizer=str(tmp_path / "t.model"),
@@ -198,7 +198,5 @@ def test_a_broken_line_of_instructions_is_named_with_its_reason(tmp_path):
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: is {problem}.*; fix that line"):
             prepare(settings)
     (tmp_path / "a.jsonl").rename(tmp_path / "a.parquet")
-    with pytest.raises(
-        ValueError, match=r"data\.paths: instructions are read from JSON lines, and not from .*a\.parquet"
-    ):
+    with pytest.raises(ValueError, match=r"data\.paths: instructions must be JSON lines, but there is .*a\.parquet"):
         prepare(replace(settings, paths=[str(tmp_path / "a.parquet")]))

@@ -118,14 +118,14 @@ def odd_name(root):
 
 CASES = {
     link_to_folder: (["r/a/f.txt", "r/link/b/f.txt"], ""),
-    link_to_parent: (["r/a/f.txt"], "links to folders that are read already: 1 (R/a/up)"),
+    link_to_parent: (["r/a/f.txt"], "links to folders that are already read: 1 (R/a/up)"),
     link_to_itself: (["r/a/f.txt"], "unreadable paths left out: 1 (R/a/self)"),
-    two_links_in_a_circle: (["r/a/f.txt", "r/b/g.txt"], "already: 2 (R/a/to_b, R/b/to_a)"),
-    link_above: (["r/a/f.txt"], "links to folders that are read already: 1 (R/above/r)"),
-    link_to_a_link: (["r/a/f.txt", "r/first/f.txt"], "links to folders that are read already: 1 (R/second)"),
+    two_links_in_a_circle: (["r/a/f.txt", "r/b/g.txt"], "already read: 2 (R/a/to_b, R/b/to_a)"),
+    link_above: (["r/a/f.txt"], "links to folders that are already read: 1 (R/above/r)"),
+    link_to_a_link: (["r/a/f.txt", "r/first/f.txt"], "links to folders that are already read: 1 (R/second)"),
     broken_link: (["r/a/f.txt"], "broken links left out: 1 (R/a/broken.txt)"),
     broken_link_of_any_name: (["r/a/f.txt"], "broken links left out: 1 (R/a/disk)"),
-    link_to_a_file_that_is_there: (["r/a/f.txt"], "further paths to a file that is taken already: 1 (R/again.txt)"),
+    link_to_a_file_that_is_there: (["r/a/f.txt"], "further paths to a file that is already included: 1 (R/again.txt)"),
     link_to_a_file_elsewhere: (["r/a/f.txt", "r/f.txt"], ""),
     hidden_folder: (["r/a/f.txt"], "hidden folders left out: 1 (R/.git)"),
     hidden_link: (["r/a/f.txt"], "hidden folders left out: 1 (R/.link)"),
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):
         ("x" * 300, "cannot read (File name too long) P; check data.paths"),
         ("nul\0", "cannot read (embedded null byte) P; check data.paths"),
         ("*.rst", "no file matches P; check data.paths"),
-        ("folder", "P holds no *.txt file; check data.paths or data.patterns"),
+        ("folder", "P contains no *.txt file; check data.paths or data.patterns"),
         ("\udce9", "there is no file or folder P; check data.paths"),
     ],
 )

@@ -78,15 +78,15 @@ RECORDS = {
     ),
     "parquet without the column": (
         {"b.parquet": parquet(TEXTS, "content")},
-        "data.column: F has no text, but content; name one of these",
+        "data.column: F has no text, but content; choose one of these",
     ),
-    "parquet of numbers": ({"b.parquet": parquet([1, 2])}, "data.column: text of F is of type int64, which is no text"),
+    "parquet of numbers": ({"b.parquet": parquet([1, 2])}, "data.column: text of F is of type int64, not text"),
     "parquet of structs": (
         {"b.parquet": parquet([{"a": "x"}])},
-        "data.column: text of F is of type struct<a: string>, which is no text",
+        "data.column: text of F is of type struct<a: string>, not text",
     ),
     "parquet of lists": ({"b.parquet": parquet([["x"]])}, "data.column: text of F is of type list<"),
-    "parquet of bytes": ({"b.parquet": parquet([b"x"])}, "data.column: text of F is of type binary, which is no text"),
+    "parquet of bytes": ({"b.parquet": parquet([b"x"])}, "data.column: text of F is of type binary, not text"),
 }
 
 
@@ -144,28 +144,28 @@ def test_rows_that_differ_are_taken_or_counted(tokenizer, tmp_path, name):
 DATASETS = {
     "unlike columns": (
         {"b.jsonl": lines([{"text": "x", "meta": {"url": "y"}}])},
-        "b.jsonl, line 1, has other columns than the data before (meta); fix or replace that file",
+        "b.jsonl, line 1, has other columns than the data before it (meta); fix or replace that file",
     ),
     "fewer columns": (
         {"a.jsonl": lines([{"text": "x", "meta": {"url": "y"}}]), "b.jsonl": lines([{"other": "x"}] * 9)},
-        "b.jsonl, line 1, has other columns than the data before (",
+        "b.jsonl, line 1, has other columns than the data before it (",
     ),
-    "a broken line": ({"b.jsonl": lines([*ROWS, b'{"text": "cut\n'])}, "b.jsonl, line 31, is no JSON in UTF-8 ("),
-    "a broken first line": ({"a.jsonl": lines([b'{"text"\n', *ROWS])}, "a.jsonl, line 1, is no JSON in UTF-8 ("),
-    "another encoding": ({"b.jsonl": lines([b'{"text": "\xe9"}\n'])}, "b.jsonl, line 1, is no JSON in UTF-8 ("),
-    "utf-16": ({"b.jsonl": GOOD_LINES.decode().encode("utf-16")}, "b.jsonl is UTF-16, and the library reads UTF-8"),
+    "a broken line": ({"b.jsonl": lines([*ROWS, b'{"text": "cut\n'])}, "b.jsonl, line 31, is not JSON in UTF-8 ("),
+    "a broken first line": ({"a.jsonl": lines([b'{"text"\n', *ROWS])}, "a.jsonl, line 1, is not JSON in UTF-8 ("),
+    "another encoding": ({"b.jsonl": lines([b'{"text": "\xe9"}\n'])}, "b.jsonl, line 1, is not JSON in UTF-8 ("),
+    "utf-16": ({"b.jsonl": GOOD_LINES.decode().encode("utf-16")}, "b.jsonl is UTF-16, but the library needs UTF-8"),
     "lines that are lists": ({"a.jsonl": lines([[1, 2]])}, "data."),
     "gz that breaks off": ({"b.jsonl.gz": gzip.compress(GOOD_LINES)[:-20]}, "b.jsonl.gz cannot be read after line"),
-    "numbers": ({"a.jsonl": lines([{"text": 1}])}, "data.column: text of D is Value('int64'), which is no text"),
-    "nested": ({"a.jsonl": lines([{"text": {"a": "x"}}])}, "data.column: text of D is {'a': Value('string')}, which"),
-    "another column": ({"a.jsonl": lines([{"content": "x"}])}, "data.column: D has no text, but content; name one of"),
+    "numbers": ({"a.jsonl": lines([{"text": 1}])}, "data.column: text of D is Value('int64'), not text"),
+    "nested": ({"a.jsonl": lines([{"text": {"a": "x"}}])}, "data.column: text of D is {'a': Value('string')}, not"),
+    "another column": ({"a.jsonl": lines([{"content": "x"}])}, "data.column: D has no text, but content; choose one"),
     "parquet that breaks off": ({"a.parquet": GOOD_PARQUET[:-20]}, "a.parquet cannot be read after row 0 ("),
     "parquet of unlike columns": (
         {"a.parquet": GOOD_PARQUET, "b.parquet": parquet([1, 2], "other")},
-        "b.parquet has other columns than the data before (text, other); fix or replace that file",
+        "b.parquet has other columns than the data before it (text, other); fix or replace that file",
     ),
     "csv in another encoding": ({"a.csv": b"text\nx\n\xe9\n"}, "a.csv, line 3, is not UTF-8; fix or replace that file"),
-    "no rows": ({"a.jsonl": b""}, "data.dataset: D cannot be read (it holds no rows); "),
+    "no rows": ({"a.jsonl": b""}, "data.dataset: D cannot be read (it has no rows); "),
     "files of no known kind": ({"a.jsonl": None, "a.xyz": b"x"}, "data.dataset: D cannot be "),
 }  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_the_first_file_of_a_kind_with_other_columns_is_found(tmp_path):
         (tmp_path / name).write_bytes(content)
     assert find_odd_file(tmp_path) == ""
     (tmp_path / "g.csv").write_bytes(b"text,more\nx,y\n")
-    expected = f"{tmp_path}/g.csv, line 1, has other columns than the data before (url, more)"
+    expected = f"{tmp_path}/g.csv, line 1, has other columns than the data before it (url, more)"
     assert find_odd_file(tmp_path) == expected
     (tmp_path / "h.jsonl").write_bytes(lines([{"other": "x"}]))
     assert find_odd_file(tmp_path) == expected
@@ -269,7 +269,7 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name):
     (tmp_path / "t.model").write_bytes(TOKENIZERS[name])
     with pytest.raises(ValueError) as error:
         Tokenizer(tmp_path / "t.model")
-    assert str(error.value).startswith(f"{tmp_path / 't.model'}: no ") and len(str(error.value)) < 500
+    assert str(error.value).startswith(f"{tmp_path / 't.model'}: not a ") and len(str(error.value)) < 500
 
 
 def test_a_text_that_a_tokenizer_fails_on_is_an_error_with_its_file(tokenizer, tmp_path):

@@ -145,12 +145,12 @@ def test_a_dataset_that_cannot_be_had_is_one_clear_message(tokenizer, tmp_path, 
         raise ConnectionError("Couldn't reach 'nobody/here' on the Hub (LocalEntryNotFoundError)")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"data\.dataset: nobody/here cannot be had .* check the name and the network"):
+    with pytest.raises(ValueError, match=r"data\.dataset: nobody/here cannot be loaded .* check the name and"):
         prepare(replace(own, dataset="nobody/here"))
     assert problems(replace(own, dataset=None))[0].startswith("data.dataset: ")
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"content": ["a", "b"]}).save_to_disk(folder)
-    with pytest.raises(ValueError, match=r"data\.column: .* has no text, but content; name one of these"):
+    with pytest.raises(ValueError, match=r"data\.column: .* has no text, but content; choose one of these"):
         prepare(replace(own, dataset=str(folder)))
 
 
@@ -270,10 +270,11 @@ def test_a_library_that_is_not_there_is_named_with_the_way_to_it(texts, tokenize
     for library in ("pyarrow", "datasets"):
         monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
-        ValueError, match=r"read by pyarrow, which is missing: \.venv/bin/pip install -r requirements-extra\.txt"
+        ValueError,
+        match=r"need the library pyarrow, which is missing: \.venv/bin/pip install -r requirements-extra\.txt",
     ):
         prepare(settings(tmp_path, tokenizer))
     with pytest.raises(
-        ValueError, match=r"data\.source: datasets needs .* \.venv/bin/pip install -r requirements-extra\.txt"
+        ValueError, match=r"data\.source=datasets needs .* \.venv/bin/pip install -r requirements-extra\.txt"
     ):
         prepare(settings(tmp_path, tokenizer, source="datasets", paths=[], dataset="some/name"))

@@ -92,10 +92,10 @@ def files(tmp_path):
     [
         ("a.bin", np.array([5, 400, 7], "uint16"), r"holds token 400, which .*t\.model does not have"),
         ("a.npy", np.array([5, -1, 7]), r"holds token -1, which .*t\.model does not have"),
-        ("a.bin", np.array([5, 7, 9], "uint8"), r"holds no tokens \(a\.bin: 3 bytes are no whole number of uint16\)"),
-        ("a.npy", np.array([[5, 7]]), r"holds no tokens .* is no row of whole numbers"),
-        ("a.npy", np.array([0.5]), r"holds no tokens .* is no row of whole numbers"),
-        ("a.npy", np.array([{}], dtype=object), r"a\.npy holds no tokens"),
+        ("a.bin", np.array([5, 7, 9], "uint8"), r"is not an array of tokens \(a\.bin: its size of 3 bytes"),
+        ("a.npy", np.array([[5, 7]]), r"is not an array of tokens .* has not exactly one dimension"),
+        ("a.npy", np.array([0.5]), r"is not an array of tokens .* is not an integer type"),
+        ("a.npy", np.array([{}], dtype=object), r"a\.npy is not an array of tokens"),
     ],
 )
 def test_what_holds_no_tokens_is_named(made, tmp_path, name, tokens, message):
@@ -109,4 +109,4 @@ def test_the_tokenizer_and_the_type_are_asked_for(made, tmp_path):
     assert problems(settings(made, tmp_path, tokenizer=None))[0].startswith(
         "data.tokenizer: name the tokenizer that made"
     )
-    assert problems(settings(made, tmp_path, token_dtype="float32"))[0].startswith("data.token_dtype: float32 is not")
+    assert problems(settings(made, tmp_path, token_dtype="float32"))[0].startswith("data.token_dtype: float32 is un")

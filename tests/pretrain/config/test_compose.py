@@ -175,7 +175,7 @@ def test_a_missing_an_empty_and_an_unreadable_folder_are_refused(tmp_path):
     (tmp_path / "binary" / "a.txt").write_bytes(b"\xff\xfe\x00")
     for folder, message in (
         ("absent", "there is no file or folder .*absent; check data.paths"),
-        ("empty", "empty holds no .*; check data.paths or data.patterns"),
+        ("empty", "empty contains no .*; check data.paths or data.patterns"),
         ("binary", "check data.paths"),
     ):
         with pytest.raises(ValueError, match=message):
