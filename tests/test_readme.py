@@ -152,8 +152,9 @@ def test_the_commands_run(command, tmp_path, tmp_path_factory):
     train(command, tmp_path, tmp_path_factory.getbasetemp() / "readme-prepared")
     (folder,) = (p.parent for p in tmp_path.glob("**/config.yaml"))
     table = RUNS.split("## Run folder")[1].split("##")[0]
+    optional = ("wandb/", "tensorboard/", "selection.jsonl", "hf_assets/")
     for name in re.findall(r"^\| `([\w.]+\w/?)` \| ", table, re.M):
-        assert (folder / name).exists() or name in ("wandb/", "selection.jsonl", "hf_assets/"), name
+        assert (folder / name).exists() or name in optional, name
 
 
 def test_the_python_block_runs():

@@ -189,6 +189,7 @@ class LoggerConfig:
     """Loggers beside ``metrics.jsonl``."""
 
     wandb: WandbConfig = field(metadata=MAY_CHANGE)
+    tensorboard: bool = field(metadata=MAY_CHANGE)
 
 
 @dataclass

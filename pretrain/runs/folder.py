@@ -46,6 +46,7 @@ class RunFolder:
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
         self.profile = self.path / "profile"
+        self.tensorboard = self.path / "tensorboard"
 
     @property
     def latest_checkpoint(self) -> Path | None:

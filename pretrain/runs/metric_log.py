@@ -1,4 +1,4 @@
-"""Log the metrics of a run: to metrics.jsonl, to W&B if possible, and to the terminal. Only the main process does."""
+"""Log the metrics of a run: to metrics.jsonl, W&B, TensorBoard and the terminal. Only the main process does."""
 
 import logging
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from pretrain.cli.console import as_text, run_bar
 from pretrain.config.schema import Config
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.json_lines import JsonLinesFile
+from pretrain.runs.tensorboard_log import TensorboardLogger
 from pretrain.runs.wandb_log import WandbLogger
 
 logger = logging.getLogger(__name__)
@@ -17,13 +18,14 @@ class MetricLog:
     """Writes metric lines to the files of a run's folder and to W&B, and shows them on the terminal.
 
     Args:
-        first_step: the step that the run starts or resumes at, for the progress bar.
+        first_step: the step that the run starts or resumes at.
         parameters: numbers of parameters by name, for W&B.
     """
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int, parameters: Mapping[str, int]):
         self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
         self._wandb = WandbLogger(config, folder.path, parameters, folder.log_start)
+        self._tensorboard = TensorboardLogger(folder.tensorboard, first_step) if config.logger.tensorboard else None
         self._bar = run_bar(config.train.steps, first_step)
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
@@ -31,6 +33,8 @@ class MetricLog:
         line = {"step": step, "tokens": tokens, **values}
         self._lines.write(line)
         self._wandb.log(line)
+        if self._tensorboard:
+            self._tensorboard.log(line)
 
     def write_selection(self, step: int, layers: dict[str, Any]) -> None:
         """Write a line of selection.jsonl, the rows selected since the last line by layer, unless there are none."""
@@ -64,4 +68,6 @@ class MetricLog:
     def close(self, summary: dict[str, Any]) -> None:
         """End the log; ``summary`` is shown on W&B, and is empty unless the run is finished."""
         self.stop_bar()
+        if self._tensorboard:
+            self._tensorboard.close()
         self._wandb.finish(summary)

@@ -37,6 +37,7 @@ from pretrain.config.schema import (
 )
 from pretrain.distributed.engines import sharding_problems
 from pretrain.inference.init_from import init_problems
+from pretrain.runs.tensorboard_log import tensorboard_problems
 from pretrain.runs.wandb_log import wandb_problems
 
 
@@ -55,6 +56,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
         problems = [*limit_problems(config), *_run_problems(config), *_train_problems(config, world_size)]
         problems += _optim_problems(config.optim)
         problems += [*_estimate_problems(config.estimate), *wandb_problems(config.logger.wandb)]
+        problems += tensorboard_problems(config.logger)
         if isinstance(config.optim, GrassConfig):
             problems += _grass_problems(config.optim)
         problems += _baseline_problems(config.optim)

@@ -1,0 +1,65 @@
+"""Log a run for TensorBoard, with torch's own writer: ``logger.tensorboard=true``."""
+
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from pretrain.config.schema import LoggerConfig
+
+logger = logging.getLogger(__name__)
+
+
+class TensorboardLogger:
+    """Writes the numbers of metric lines as scalars over the step.
+
+    A failure, such as a full disk, ends this log with a warning, and not the run: metrics.jsonl has every line.
+
+    Args:
+        folder: for the event files, a new one for each process of the run.
+        first_step: number of steps made before. What an earlier process wrote about later steps is not shown.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self._writer: Any = None
+        self._try(lambda: self._open(folder, first_step))
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write a metric line with ``step``; values that are no numbers are left out."""
+        self._try(lambda: self._write(line))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._try(lambda: self._writer and self._writer.close())
+        self._writer = None
+
+    def _open(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, which is optional and takes a second
+
+        # Also the validation before the first step is repeated when a run starts again.
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        for name, value in line.items():
+            if name != "step" and isinstance(value, Real):
+                self._writer.add_scalar(name, value, line["step"])
+        self._writer.flush()  # a killed process loses no line
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever it raises must not end the training
+            logger.warning("TensorBoard's log ends here: %s", error or type(error).__name__)
+            self._writer = None
+
+
+def tensorboard_problems(logger: LoggerConfig) -> list[str]:
+    """Why the run cannot be logged for TensorBoard, with the fix; [] if it can or need not be."""
+    if not logger.tensorboard or find_spec("tensorboard"):
+        return []
+    fix = ".venv/bin/pip install -r requirements-extra.txt, or set it to false"
+    return [f"logger.tensorboard=true needs the package tensorboard, which is not installed: {fix}"]
