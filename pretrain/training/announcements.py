@@ -39,14 +39,11 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
 
 
 def _memory(held: dict[str, int | None]) -> str:
-    counted = {name: size for name, size in held.items() if size is not None}
-    unit, name_of_unit = (2**30, "GiB") if sum(counted.values()) >= 2**30 else (2**20, "MiB")
-    parts = " + ".join(f"{name} {size / unit:.1f}" for name, size in counted.items())
-    left_out = " and ".join(["activations", *(name for name, size in held.items() if size is None)])
-    return (
-        f"{parts} = {sum(counted.values()) / unit:.1f} {name_of_unit} per device, by formula; {left_out} come on top: "
-        "train.dry_run=true estimates all"
-    )
+    known = {name: size for name, size in held.items() if size is not None}
+    unit, name_of_unit = (2**30, "GiB") if sum(known.values()) >= 2**30 else (2**20, "MiB")
+    parts = ", ".join(f"{name} {size / unit:.1f}" for name, size in known.items())
+    others = "".join(f" + {name}" for name in (*(held.keys() - known.keys()), "activations"))
+    return f"{sum(known.values()) / unit:.1f} {name_of_unit} per device by formula ({parts}){others}"
 
 
 def log_next_commands(config: Config, folder: Path) -> None:
