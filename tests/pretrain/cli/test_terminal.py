@@ -21,7 +21,8 @@ SMALL = [
     "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=64", "model.num_hidden_layers=1",
     "model.num_attention_heads=2", "optim.rank=8", "optim.selection=top_r", "train.seq_len=16",
     "train.tokens_per_step=32", "train.eval_sequences=2", "train.sample_tokens=4", "train.compile=false",
-    "logger.wandb.mode=disabled", "data=text", "data.validation_share=0.4", "train.eval_every=2", "data.prompts=['the first']",
+    "logger.wandb.mode=disabled", "data=text", "data.validation_share=0.4", "train.eval_every=2",
+    "data.prompts=['the first']",
 ]  # fmt: skip
 
 
