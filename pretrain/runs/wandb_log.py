@@ -56,7 +56,6 @@ class WandbLogger:
 
     def __init__(self, config: Config, folder: Path, parameters: Mapping[str, int] | None = None, log_start: int = 0):
         self._config, self._folder, self._parameters, self._log_start = config, folder, parameters or {}, log_start
-        self._handler = logging.Handler()  # while no run is started
         losses = (line.get("val/loss") for line in read_json_lines(folder / "metrics.jsonl"))
         self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
         self._run: Any = None
@@ -115,8 +114,8 @@ class WandbLogger:
         if file.exists() and (lines := file.read_bytes()[self._log_start :]):
             self._run.write_logs(lines.decode(errors="replace"))
             self._log_start += len(lines)
-        self._handler = _LogsTab(self._run)
-        logging.getLogger().addHandler(self._handler)
+        _remove_logs_tab()  # of a run that an error ended
+        logging.getLogger().addHandler(_LogsTab(self._run))
 
     def _try(self, action: str, call: Callable[[], object]) -> bool:
         """Whether ``call`` succeeded; a failure is logged, and ends this run of W&B's."""
@@ -138,7 +137,7 @@ class WandbLogger:
                 wandb.teardown()
 
     def _forget_run(self) -> None:
-        logging.getLogger().removeHandler(self._handler)
+        _remove_logs_tab()
         self._run, self._advice = None, ""
 
 
@@ -181,6 +180,12 @@ def _modes(configured: str) -> list[str]:
         logger.info("W&B is disabled")
         return []
     return [mode, "offline"]
+
+
+def _remove_logs_tab() -> None:
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _LogsTab)]:
+        root.removeHandler(handler)
 
 
 def wandb_problems(wandb: WandbConfig) -> list[str]:

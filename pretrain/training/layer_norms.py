@@ -41,12 +41,14 @@ class LayerNorms(StepObserver):
         self._trained = [
             layer.rows if isinstance(layer, GrassLinear) else layer.weight for layer in self._layers.values()
         ]
-        self._drop()
+        self._due = False
+        self._gradients: list[Tensor] = []  # sums of squares
+        self._before: list[Tensor] = []
+        self._squares: Tensor | None = None  # (4, layers) float64: of gradients, weights, updates, parameters before
 
     def start(self, step: int) -> None:
         """Announce the step (from 1) that comes next."""
-        self._drop()
-        self._due = step % self.every == 0
+        self._due, self._before, self._squares = step % self.every == 0, [], None
 
     @torch.no_grad()
     def after_backward(self) -> None:
@@ -72,7 +74,7 @@ class LayerNorms(StepObserver):
         if self._squares is None:
             return {}
         gradients, weights, updates, before = self._squares.sqrt().tolist()
-        self._drop()
+        self._squares = None
         metrics: dict[str, float | None] = {}
         for name, gradient, weight, update, size in zip(self._layers, gradients, weights, updates, before, strict=True):
             metrics[f"grad_norm/{name}"] = gradient if math.isfinite(gradient) else None
@@ -95,12 +97,6 @@ class LayerNorms(StepObserver):
         squares = torch.stack([*self._gradients, *weights, *updates, *before])
         self._squares = sum_parts(squares, self._trained[0]).view(4, len(self._layers))
         self._before = []
-
-    def _drop(self) -> None:
-        self._due = False
-        self._gradients: list[Tensor] = []
-        self._before: list[Tensor] = []
-        self._squares: Tensor | None = None  # (4, layers) float64: of gradients, weights, updates, parameters before
 
 
 def _square(tensor: Tensor) -> Tensor:
