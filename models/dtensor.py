@@ -1,12 +1,14 @@
-"""Sharded tensors (torch's DTensor, as FSDP2 makes them): the local part, its place, sums over the parts.
+"""Sharded tensors (torch's DTensor, as in FSDP2): the local part, its position, and sums over the parts.
 
-An ordinary tensor counts as its own only part, so that every function here takes both.
+All functions also accept an ordinary tensor, which is treated as a tensor with a single part.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -16,7 +18,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:
-    """The place of the local part in the complete tensor: one slice per dimension."""
+    """The position of the local part in the complete tensor: one slice per dimension."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -25,14 +27,34 @@ def place(tensor: Tensor) -> tuple[slice, ...]:
 
 @torch.no_grad()
 def copy_local_part(tensor: Tensor, full: Tensor) -> None:
-    """Copy into the local part of ``tensor`` its values in ``full`` (the complete tensor, on any device)."""
+    """Copy the local part of ``tensor`` from ``full`` (the complete tensor, on any device)."""
     local(tensor).copy_(full[place(tensor)])
 
 
-def sum_parts(values: Tensor, tensor: Tensor) -> Tensor:
-    """Sum ``values`` element by element over the processes that hold the parts of ``tensor``, in place."""
+def sum_parts(values: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
+    """Sum ``values`` element by element over the processes that hold the parts of ``tensor``, in place.
+
+    Args:
+        dim: sum only over parts that divide this dimension of ``tensor``; None: over all parts.
+    """
     if isinstance(tensor, DTensor):
-        for dim, placement in enumerate(tensor.placements):
-            if isinstance(placement, Shard):
-                dist.all_reduce(values, group=tensor.device_mesh.get_group(dim))
+        for mesh_dim, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard) and dim in (None, placement.dim):
+                dist.all_reduce(values, group=tensor.device_mesh.get_group(mesh_dim))
     return values
+
+
+def zeros_divided_like(tensor: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros of ``size`` on the device of ``tensor``, sharded as it is where both have the same size in a dimension.
+
+    Args:
+        size: with as many dimensions as ``tensor``. Processes that share a dimension of another size all hold the
+            complete dimension.
+    """
+    if isinstance(tensor, DTensor):
+        placements = [
+            p if isinstance(p, Shard) and size[p.dim] == tensor.shape[p.dim] else Replicate() for p in tensor.placements
+        ]
+        if not all(p.is_replicate() for p in placements):
+            return zeros(*size, dtype=dtype, device_mesh=tensor.device_mesh, placements=placements)
+    return torch.zeros(*size, dtype=dtype, device=tensor.device)

@@ -18,6 +18,7 @@ INNER_OPTIMIZERS = {
     "adafactor": "optim.adafactor.Adafactor",
     "adamw8bit": "torchao.optim.AdamW8bit",
     "muon": "optim.muon.MuonAndAdamW",
+    "normuon": "optim.normuon.NorMuonAndAdamW",
     "galore": "galore_torch.GaLoreAdamW",
     "apollo": "apollo_torch.APOLLOAdamW",
     "fira": "pytorch_optimizer.Fira",

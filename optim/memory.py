@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dtensor import local
+from optim.normuon import NorMuon
 from optim.stack import OptimizerStack
 
 
@@ -40,6 +41,8 @@ def _state_of(optimizer: torch.optim.Optimizer, group: dict) -> int | None:
     parameters = [local(p) for p in group["params"]]
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         return 2 * _bytes(parameters)
+    if isinstance(optimizer, NorMuon):  # momentum, and a number for each row in float32 at least
+        return _bytes(parameters) + sum(len(p) * max(p.element_size(), 4) for p in parameters)
     if isinstance(optimizer, torch.optim.Muon):
         return _bytes(parameters)
     if type(optimizer) is torch.optim.SGD:

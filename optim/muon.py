@@ -49,10 +49,19 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
         orthogonal = _orthogonal(list(directions), like=parameters[0])
+        steps, to_unit_rms = self._scaled(orthogonal, parameters)
         parts = [local(p) for p in parameters]
         torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
-        rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5
-        torch._foreach_add_(parts, list(orthogonal.to(parts[0].dtype).unbind()), alpha=-rate)
+        rate = group["lr"] * 0.2 * to_unit_rms
+        torch._foreach_add_(parts, list(steps.to(parts[0].dtype).unbind()), alpha=-rate)
+
+    def _scaled(self, orthogonal: Tensor, parameters: list[Tensor]) -> tuple[Tensor, float]:
+        """The directions of the step, and the factor that brings their root mean square to 1.
+
+        Args:
+            orthogonal: (b, m, n), the local parts of the orthogonalised momentum of ``parameters``.
+        """
+        return orthogonal, max(parameters[0].shape) ** 0.5
 
 
 def orthogonalize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from models.dtensor import zeros_divided_like
 from optim.grass import Grass
 from optim.mixed_precision import MasterWeights
 from optim.norm_growth import NormGrowthLimiter
@@ -163,5 +164,7 @@ def _make_room_in(optimizer: Any, stored: Mapping[str, Any]) -> None:
             device = torch.device("cpu") if counter and not fused else parameter.device
             if size == parameter.shape:
                 state[key] = torch.empty_like(parameter, dtype=dtype)
+            elif len(size) == parameter.ndim and not counter:
+                state[key] = zeros_divided_like(parameter, size, dtype)
             else:
                 state[key] = torch.empty(() if counter else size, dtype=dtype, device=device)

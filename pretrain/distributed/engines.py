@@ -184,7 +184,8 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
         )
     if any(optim.inner in (name, INNER_OPTIMIZERS[name]) for name in FSDPEngine.REFUSED):
         problems.append(
-            f"optim.inner={optim.inner} cannot step on shards; use muon, adamw, adam or sgd, or train.parallel=ddp"
+            f"optim.inner={optim.inner} cannot step on shards; use muon, adamw, adam, sgd or normuon, or "
+            "train.parallel=ddp"
         )
     if getattr(optim, "int8_weights", False):
         problems.append(

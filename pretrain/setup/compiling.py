@@ -78,7 +78,7 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
         layer.scaled = isinstance(optim, GrassConfig) and optim.selection.endswith(WITH_REPLACEMENT)  # as Grass sets it
     block.compile()
     probes = isinstance(optim, GrassConfig) and optim.selection != "frozen"
-    if probes and not needs_scores(optim.selection) and optim.inner in ("muon", "sgd"):
+    if probes and not needs_scores(optim.selection) and optim.inner in ("muon", "normuon", "sgd"):
         probes = False  # neither the selection nor a second moment uses scores
     for probing in (False, True) if probes else (False,):
         for layer in _layers_of(block) if probing else ():

@@ -29,7 +29,7 @@ TINY = [
 ]  # fmt: skip
 RANK, GAP = 8, 5
 PROJECTION = [f"optim.rank={RANK}", f"optim.update_gap={GAP}"]
-FULL = ["muon", "adafactor", "adamw8bit"]
+FULL = ["muon", "normuon", "adafactor", "adamw8bit"]
 IDS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
 

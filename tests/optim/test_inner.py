@@ -8,7 +8,7 @@ from torch import nn
 
 from models.convert import convert_linears
 from models.grass_linear import GrassLinear
-from optim import muon
+from optim import muon, normuon
 from optim.grass import Grass
 from optim.inner import inner_optimizer, optimizer_class, optimizer_of_groups
 from optim.param_groups import parameter_groups, set_rates
@@ -17,6 +17,7 @@ from tests.helpers import PAPER
 # The optimizer by name, and its class as anyone would call it with lr, weight_decay and what is given here.
 INNER = {
     "muon": lambda p, **kw: muon.Muon(p, momentum=0.8, **kw),  # tests/test_baselines.py holds it against torch's
+    "normuon": lambda p, **kw: normuon.NorMuon(p, momentum=0.8, **kw),  # held against others in test_normuon.py
     "adamw": lambda p, **kw: torch.optim.AdamW(p, betas=(0.9, 0.99), eps=1e-8, **kw),
     "adam": lambda p, **kw: torch.optim.Adam(p, betas=(0.9, 0.99), eps=1e-8, **kw),
     "sgd": lambda p, **kw: torch.optim.SGD(p, momentum=0.8, **kw),
@@ -99,7 +100,7 @@ def test_it_trains_through_refreshes_in_turn(name, refresh):
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "torch.optim.Muon"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "normuon", "torch.optim.Muon"])
 def test_decoupled_decay_is_taken_once_whatever_rho_is(name):
     """With no gradient there is no step but decay: w ← (1 - lr·decay) w, also where ρ ≠ 1 and rows repeat."""
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=3)

@@ -6,7 +6,7 @@ import torch
 from optim.memory import held_bytes
 from tests.optim.test_stack import BFLOAT16_ROWS, GRASS, MASTERS, built, update
 
-INNER = ["adamw", "adam", "sgd", "muon", "adafactor"]
+INNER = ["adamw", "adam", "sgd", "muon", "normuon", "adafactor"]
 
 
 def size(tensors):

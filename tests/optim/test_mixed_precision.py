@@ -195,7 +195,7 @@ def test_master_weights_refuse_bf16_rows():
         check(load(["train.dtype=bfloat16", "optim.master_weights=true", "optim.state_dtype=bfloat16"]))
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon", "normuon"])
 def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
     """Includes weight decay and a repeated row; full-rank parameters are stepped on once."""
 

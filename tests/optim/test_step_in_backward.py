@@ -58,8 +58,9 @@ def trained(overrides, micro_batches=2, look=None):
         [*GRASS, "optim.norm_growth=1.01"],
         [*GRASS, "optim.inner=adafactor"],
         ["optim=muon"],
+        ["optim=normuon"],
     ],
-    ids=["grass", "adamw", "bf16", "bf16-sampled-sgd", "norm-growth", "adafactor", "muon"],
+    ids=["grass", "adamw", "bf16", "bf16-sampled-sgd", "norm-growth", "adafactor", "muon", "normuon"],
 )
 def test_the_weights_and_all_state_are_those_of_steps_after_the_backward(overrides):
     expected, expected_norms = trained([*overrides, "optim.clip=0"])
