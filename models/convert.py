@@ -20,7 +20,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of on
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a glob names this module, by its full name or by the last part of it."""
+    """Whether a glob matches the full name of a module, or the last part of the name."""
     return fnmatch(name, pattern) or fnmatch(name.rpartition(".")[2], pattern)
 
 
@@ -36,14 +36,14 @@ def convert_linears(
 ) -> dict[str, GrassLinear]:
     """Replace in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` by GrassLinear.
 
-    Weights are shared, not copied, unless they become ``int8``. Converted and other layers are logged.
+    Weights are shared, not copied, unless they become ``int8``. The log names converted and other layers.
 
     Args:
-        rank: a number of rows (int) or a share of them (float), as in GrassLinear; for all layers, or for each glob of
-            names, of which the last match counts.
-        side: likewise "auto", "rows" or "columns"; "auto" where no glob matches.
-        state_dtype: of the rows, their gradients and moments; the weight's own when None.
-        share_index: layers of a group in SAME_INPUT that select columns, with one rank, share an index and a slice.
+        rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
+            mapping from globs of names to values, in which the last match counts.
+        side: "auto", "rows" or "columns", or a mapping as for ``rank``; "auto" if no glob matches.
+        state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
+        share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
         int8: keep the weights in 8 bits, see models.int8_weight.
         attention_weight: the share of its rows that a layer of attention trains, relative to other layers, where one
             ``rank`` is given for all; they train as many elements in all as with that rank everywhere. See
@@ -54,21 +54,17 @@ def convert_linears(
 
     Raises:
         ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank or side,
-            or ``share_index`` where no layers can share. It names all problems, and the model is left unchanged.
+            or ``share_index`` if no layers can share. The message lists all problems; the model stays unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen, problems = _sides_and_ranks(model, linears, rank, patterns, side)
-    if attention_weight <= 0:
-        problems[f"optim.attention_weight={attention_weight} must be above 0; 1 trains the same share everywhere"] = []
-    elif attention_weight != 1 and not isinstance(rank, Mapping):
-        chosen = _with_more_attention(linears, chosen, attention_weight)
+    chosen, problems = _sides_and_ranks(model, linears, rank, patterns, side, attention_weight)
     layers = {
         name: GrassLinear(linears[name].get_parameter("weight"), rank_of_this, side_of_this, state_dtype, int8)
         for name, (side_of_this, rank_of_this) in (chosen if not problems else {}).items()
     }
     if share_index and not problems and not _share_slices(layers):
         groups = " or ".join(", ".join(names) for names in SAME_INPUT)
-        problems[f"optim.share_index=true: no {groups} of one module select columns; set optim.side=columns"] = []
+        problems[f"optim.share_index=true: no module's {groups} select columns; set optim.side=columns"] = []
     if problems:
         for layer in layers.values():
             layer.weight.requires_grad_(True)
@@ -85,10 +81,10 @@ def restore_linears(model: nn.Module, dtype: torch.dtype | None = None) -> dict[
     """Replace in place all GrassLinear modules by plain ``nn.Linear``: the way back from ``convert_linears``.
 
     Call it between steps: a step that is not yet folded is lost. Weights are shared, not copied, and trainable again.
-    Optimizers and a ``Grass`` of the old layers are of no more use.
+    Optimizers and a ``Grass`` of the old layers cannot be used afterwards.
 
     Args:
-        dtype: of weights that were kept in 8 bits; that of the rows when None. Other weights keep their dtype.
+        dtype: of weights that were kept in 8 bits; None for the dtype of the rows. Other weights keep their dtype.
 
     Returns:
         The new layers by module name, in model order; none if the model has no GrassLinear.
@@ -120,10 +116,11 @@ def _sides_and_ranks(
     rank: float | Mapping[str, float],
     patterns: Sequence[str],
     side: str | Mapping[str, str],
+    attention_weight: float,
 ) -> tuple[dict[str, tuple[str, int]], dict[str, list[str]]]:
     """By layer its side and rank, and the problems: message → names of the layers that have it."""
     if not isinstance(side, (str, Mapping)):
-        raise ValueError(f"optim.side={side} is neither auto, rows or columns nor one of these for each name")
+        raise ValueError(f"optim.side={side} must be auto, rows or columns, or a mapping from names to these")
     sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
     ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
@@ -142,10 +139,14 @@ def _sides_and_ranks(
             ranks_of_this = [r for p, r in ranks.items() if matches(name, p)]
             side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
             if not ranks_of_this:
-                raise ValueError("optim.rank names no rank for it; add one, or one for all others as '*'")
+                raise ValueError("optim.rank has no rank for it; add one, or a rank for all other layers as '*'")
             chosen[name] = side_and_rank(linear.weight.shape, side_of_this, ranks_of_this[-1])
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
+    if attention_weight <= 0:
+        problems[f"optim.attention_weight={attention_weight} must be above 0; 1 trains the same share everywhere"] = []
+    elif attention_weight != 1 and not isinstance(rank, Mapping):
+        chosen = _with_more_attention(linears, chosen, attention_weight)
     return chosen, problems
 
 
@@ -173,7 +174,7 @@ def _require_convertible(linear: nn.Linear, tied: bool) -> None:
 
 
 def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
-    """Let the layers of one module that read the same input and select columns share a slice; returns their number."""
+    """Share a slice among the layers of a module with the same input that select columns; returns their number."""
     siblings: dict[tuple[str, int, int], list[GrassLinear]] = {}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")

@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PAPER = {
-    "score": "exact", "probe_steps": 1, "stagger": False, "state_at_refresh": "reset", "new_second_moment": "mean",
+    "selection": "top_r", "score": "exact", "probe_steps": 1, "stagger": False, "state_at_refresh": "reset",
+    "new_second_moment": "mean",
 }  # fmt: skip
-"""Arguments of Grass: the scores, refreshes and state of the paper."""
+"""Arguments of Grass: the selection, scores, refreshes and state of the paper."""
 
 NOBODY = 65534
 

@@ -166,7 +166,7 @@ def test_clipping_acts_on_the_norm_of_the_dense_gradient_s_rows_rho_and_repeats_
     model, dense = tiny_llama(), tiny_llama()
     layers = convert_linears(model, 8)
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    grass = Grass(model, sgd, refresh_every=9, selection=selection, **PAPER)
+    grass = Grass(model, sgd, **PAPER | {"refresh_every": 9, "selection": selection})
     grass.start(lambda: loss_at(model, 0).backward())
     for one in (model, dense):
         for micro_batch in (1, 2):
@@ -286,7 +286,7 @@ def test_a_layer_without_a_gradient_is_sampled_beside_one_that_has_some():
     nn.init.zeros_(model[1].weight)
     layers = convert_linears(model, 2, ["*"])
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    grass = Grass(model, optimizer, refresh_every=2, selection="multinomial_norm_with_replacement", **PAPER)
+    grass = Grass(model, optimizer, **PAPER | {"refresh_every": 2, "selection": "multinomial_norm_with_replacement"})
     grass.start(lambda: (model(torch.ones(4, 8)) - 1).square().sum().backward())
     assert torch.equal(layers["0"].scale, torch.ones(2))
     assert (layers["1"].scale != 1).any()

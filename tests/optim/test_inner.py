@@ -106,7 +106,7 @@ def test_decoupled_decay_is_taken_once_whatever_rho_is(name):
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=3)
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer(name, parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY))
-    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement", **PAPER)
+    Grass(model, optimizer, **PAPER | {"refresh_every": 1000, "selection": "uniform_with_replacement"})
     layer.select(torch.tensor([1, 1, 3]), torch.tensor([3.0, 3.0, 0.5]))
     expected = layer.weight.detach().clone()
     expected[[1, 3]] *= 1 - LR * DECAY
@@ -119,7 +119,7 @@ def test_decay_in_the_gradient_is_part_of_the_step_and_counts_rho_times():
     layer = GrassLinear(nn.Parameter(torch.randn(4, 6)), rank=2)
     model = nn.ModuleDict({"layer": layer})
     optimizer = inner_optimizer("sgd", parameter_groups(model, lr=LR, linear_lr=LR, weight_decay=DECAY))
-    Grass(model, optimizer, refresh_every=1000, selection="uniform_with_replacement", **PAPER)
+    Grass(model, optimizer, **PAPER | {"refresh_every": 1000, "selection": "uniform_with_replacement"})
     layer.select(torch.tensor([1, 3]), torch.tensor([3.0, 0.5]))
     expected = layer.weight.detach().clone()
     expected[1] *= 1 - 3.0 * LR * DECAY
