@@ -1,1 +1,1 @@
-"""The networks: plain `nn.Module`s that take keyword arguments, do no I/O and know no config objects."""
+"""The networks: plain `nn.Module`s with keyword arguments, without I/O and config objects."""

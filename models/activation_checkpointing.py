@@ -1,9 +1,9 @@
-"""Activation checkpointing with torch's own: the activations that a block keeps for its backward, by mode.
+"""Activation checkpointing with torch.utils.checkpoint. By mode, a block keeps for its backward:
 
-none           all
+none           all activations
 full           only its input; the block runs again in the backward
-every:N        every N-th block as "full", the others as "none"
-selective      the results of matrix products and attention; the rest is computed again
+every:N        every N-th block as "full", the other blocks as "none"
+selective      the results of matmuls and attention; everything else is recomputed
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ ATTENTION_NAMESPACES = ("flash_attn", "flash_attn_3", "flash_attn_4", "torch_att
 
 
 def parse(mode: str) -> tuple[str, int]:
-    """("none" | "full" | "selective", N) from ``train.checkpointing``: it applies to every N-th block.
+    """("none" | "full" | "selective", N) from ``train.checkpointing``; the mode applies to every N-th block.
 
     Raises:
         ValueError: any other mode.
@@ -44,7 +44,7 @@ def parse(mode: str) -> tuple[str, int]:
 
 
 def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
-    """Set `checkpointing` of each block, which its forward passes to `run`, by the mode of ``train.checkpointing``."""
+    """Set the attribute `checkpointing` of each block from the mode ``train.checkpointing``."""
     name, every = parse(mode)
     for number, block in enumerate(blocks):
         block.checkpointing = name if number % every == 0 else "none"
@@ -52,13 +52,13 @@ def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
 
 @contextmanager
 def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
-    """A context in which every block is checkpointed in full, whatever its mode."""
+    """A context in which every block has mode "full", independent of its own mode."""
     blocks = list(blocks)
     modes = [block.checkpointing for block in blocks]
     lean = [module for block in blocks for module in block.modules() if getattr(module, "lean", False)]
     checkpoint_blocks(blocks, "full")
     for module in lean:
-        module.lean = False  # a block that runs again keeps all activations, for the short time until its backward
+        module.lean = False  # a recomputed block keeps all activations only until its backward, so lean saves nothing
     try:
         yield
     finally:
@@ -71,8 +71,7 @@ def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
 def run(mode: str, function: Callable[..., Tensor], *inputs) -> Tensor:
     """`function(*inputs)`, checkpointed as "none", "full" or "selective". Compiles together with its caller.
 
-    Gradients are the same to the bit in all modes. Each is computed once: a layer that runs again only recomputes its
-    saved tensors.
+    Gradients are bit-identical in all modes. Recomputation affects only saved tensors; each gradient is computed once.
     """
     if mode == "none":
         return function(*inputs)

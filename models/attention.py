@@ -1,7 +1,7 @@
-"""Causal self-attention: flash-attn where it is installed, torch's own kernels elsewhere.
+"""Causal self-attention with flash-attn if it is installed, otherwise with torch's kernels.
 
-Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` decides from the setting which
-kernels will run: "sdpa", "varlen" or a version of flash-attn. `attention` takes its answer.
+Tensors have flash-attn's layout (batch, tokens, heads, head_dim). `resolve_backend` chooses the backend from the
+setting: "sdpa", "varlen" or a version of flash-attn. `attention` takes it as an argument.
 """
 
 import logging
@@ -26,15 +26,15 @@ def resolve_backend(
 ) -> str:
     """The backend for tensors of `dtype` on `device`.
 
-    "auto" is the first version of flash-attn that is installed and can run; else, for packed documents, torch's varlen
-    kernel if that can run; else SDPA. "sdpa" is always SDPA.
+    "auto" is the first version of flash-attn that is installed and can run. Otherwise it is torch's varlen kernel for
+    packed documents, if that can run, and else SDPA. "sdpa" is always SDPA.
 
     Args:
-        requested: a name of BACKENDS.
-        documents: attention stays within packed documents.
+        requested: a name in BACKENDS.
+        documents: whether attention is limited to packed documents.
 
     Raises:
-        ValueError: an unknown name, or "flash" where no version of flash-attn can run.
+        ValueError: an unknown name, or "flash" if no version of flash-attn can run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"model.attention={requested}: unknown; choose one of {', '.join(BACKENDS)}")
@@ -44,7 +44,7 @@ def resolve_backend(
     if version:
         return version
     if requested == "flash":
-        raise ValueError(f"model.attention=flash: {reason}; fix that, or set model.attention=auto or sdpa")
+        raise ValueError(f"model.attention=flash: {reason}; fix this, or set model.attention=auto or sdpa")
     return "varlen" if documents and varlen_runs(device, dtype, head_dim) else "sdpa"
 
 
@@ -58,9 +58,9 @@ KERNELS = {
 
 
 def log_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Tensor | None) -> None:
-    """Log the kernel that attention will run in blocks on x (b, t, hidden), once for each kind of call.
+    """Log the attention kernel of blocks on x (b, t, hidden), once for each kind of call.
 
-    For SDPA it is torch's choice for such tensors among the enabled kernels.
+    For SDPA, this is the kernel that torch chooses for these tensors among the enabled kernels.
     """
     call = (backend, x.device, x.dtype, head_dim, kv_heads, layout is None, torch.is_grad_enabled())
     # Fake tensors are of another type, and no kernel runs on them.
@@ -79,19 +79,19 @@ def log_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Te
 
 
 def document_layout(documents: Tensor, backend: str, rows: int, tokens: int) -> Tensor:
-    """The `layout` argument of `attention` that keeps documents apart. Does not wait for the device.
+    """The `layout` argument of `attention` that separates documents. Does not wait for the device.
 
-    For SDPA it is a mask, bool (rows, 1, tokens, tokens); for others `documents` unchanged.
+    For SDPA a mask, bool (rows, 1, tokens, tokens); for other backends `documents` unchanged.
 
     Args:
-        documents: int32 (documents + 1,), the first token of each document, counted over all rows in order; every row
+        documents: int32 (documents + 1,), the first token of each document, counted over all rows in order. Every row
             begins a document, and the last entry is rows · tokens.
     """
     if backend == "sdpa":
         places = torch.arange(rows * tokens, dtype=torch.int32, device=documents.device)
         numbers = torch.bucketize(places, documents, out_int32=True, right=True).view(rows, tokens)
         return (numbers[:, :, None] == numbers[:, None, :]).tril().unsqueeze(1)
-    # The number of documents differs from batch to batch: one compiled block must serve all of them.
+    # The number of documents differs from batch to batch, and the same compiled block must accept any number.
     torch._dynamo.maybe_mark_dynamic(documents, 0)
     return documents
 
@@ -101,10 +101,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor |
 
     Args:
         q: (b, t, heads, head_dim), the queries of the last t of s tokens.
-        k: and `v` (b, s, kv_heads, head_dim), where heads is a multiple of kv_heads: consecutive query heads share a
+        k: (b, s, kv_heads, head_dim), like `v`. heads is a multiple of kv_heads: consecutive query heads share a
             key-value head.
-        backend: an answer of `resolve_backend`.
-        layout: of `document_layout`: a token sees only tokens of its own document.
+        backend: from `resolve_backend`.
+        layout: from `document_layout`; a token then attends only to tokens of its own document.
 
     Returns:
         (b, t, heads, head_dim) in the dtype of q.
@@ -112,7 +112,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor |
     if backend == "sdpa":
         return _sdpa(q, k, v, layout)
     rows, documents = functions[backend]
-    # flash-attn's backward sums with atomics, in an order that differs from run to run, unless told not to.
+    # flash-attn's backward sums with atomics by default, in an order that differs from run to run.
     options = {"causal": True, "deterministic": torch.are_deterministic_algorithms_enabled()}
     if layout is None:
         return _output(rows(q, k, v, **options))
@@ -122,7 +122,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor |
 
 
 def _output(returned: Tensor | tuple) -> Tensor:
-    """Earlier builds of flash-attn 3 return a tuple that begins with the output."""
+    """The output; earlier builds of flash-attn 3 return a tuple that begins with it."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
@@ -139,11 +139,11 @@ def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> d
     t, s, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     mask, causal = layout, layout is None
     if t != s:
-        # SDPA's causal mask takes the queries for those of the first tokens; a single new token sees all.
+        # SDPA's causal mask assumes that the queries belong to the first tokens. A single new token attends to all.
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t) if t > 1 else None
         causal = False
     if groups > 1 and q.is_cuda and (q.dtype == torch.float32 or mask is not None):
-        # The kernels for these take no groups of heads, and the math path would store all t × s scores.
+        # The kernels for these cases do not support grouped heads, and the math path would store all t × s scores.
         k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
     arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": groups > 1}
     return arguments | {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2)}
@@ -151,7 +151,7 @@ def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> d
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """cuDNN compiles a plan for every pair of lengths: with a key-value cache, for every token."""
+    """A context without cuDNN, which compiles a plan for every pair of lengths: with a key-value cache, every token."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

@@ -1,6 +1,6 @@
-"""Attention kernels besides those of torch's SDPA: flash-attn 2, 3 and 4, and torch's own for packed documents.
+"""Attention kernels other than torch's SDPA: flash-attn 2, 3 and 4, and torch's kernel for packed documents.
 
-Each has two functions, for rows of equal length and for packed documents, both called like flash-attn's.
+Each has two functions with flash-attn's signatures: for rows of equal length, and for packed documents.
 """
 
 import importlib
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 
 
 class KernelUnavailable(Exception):
-    """The functions are not installed, or of a version that is too old or too new."""
+    """The functions are not installed, or their version is too old or too new."""
 
 
 class Kernels(NamedTuple):
-    """The module of some kernels and their limits, besides half precision on a GPU."""
+    """The module and the limits of some kernels. All of them need half precision and a GPU."""
 
     module: str
     majors: Container[int]  # major versions of the GPU's compute capability
-    head_dim: int  # the largest
-    head_dim_of: int  # head_dim must be a multiple of it
+    head_dim: int  # the largest head size
+    head_dim_of: int  # the head size must be a multiple of this
     operators: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # wrappers, if the functions are not torch's
 
 
@@ -48,14 +48,14 @@ LENGTHS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 """The arguments that are passed by name."""
 
 functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-"""The loaded functions for (rows, documents), by version or "varlen". They return the output, or a tuple that begins
-with it."""
+"""The loaded functions for (rows, documents), by version or "varlen". They return the output, or a tuple whose first
+element is the output."""
 reasons: dict[str, str] = {}
-"""By version the reason why it could not be loaded: every forward asks, and a failed import is slow."""
+"""By version, the reason why it could not be loaded. Cached, because every forward needs it and an import is slow."""
 
 
 def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str | None, str]:
-    """(the first version of flash-attn that is installed and can run, ""), or (None, the reason why none can)."""
+    """(the first version of flash-attn that is installed and can run, ""), or (None, the reason why no version can)."""
     if reason := needs(device, dtype):
         return None, f"flash-attn {reason}"
     found = {}
@@ -78,7 +78,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 
 
 def needs(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why none of these kernels takes tensors of `dtype` on `device`; None if they do."""
+    """Why these kernels do not accept tensors of `dtype` on `device`; None if they do."""
     if device.type != "cuda":
         return f"needs a CUDA device, the tensors are on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -112,8 +112,8 @@ def load_flash(version: str) -> str | None:
 def _functions_of(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The functions for rows and for documents.
 
-    It looks for the functions, not for the package: with flash-attn 4 `import flash_attn` succeeds without 2, and 2
-    contains an early `flash_attn.cute` that lacks some.
+    Checks the functions, not only the package: with flash-attn 4, `import flash_attn` succeeds even without version 2,
+    and version 2 contains an early `flash_attn.cute` that lacks some functions.
 
     Raises:
         KernelUnavailable: a function is missing or takes other arguments.
@@ -127,7 +127,7 @@ def _functions_of(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., A
 
 
 def _find(module: str, name: str, arguments: set[str]) -> Callable[..., Any]:
-    """The function `name` of `module`; raises KernelUnavailable unless it is there and takes `arguments`."""
+    """The function `name` of `module`. Raises KernelUnavailable if it is missing or does not take `arguments`."""
     try:
         function = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
@@ -135,22 +135,22 @@ def _find(module: str, name: str, arguments: set[str]) -> Callable[..., Any]:
     if function is None:
         raise KernelUnavailable(f"not installed ({module} has no {name})")
     if missing := arguments - set(inspect.signature(function).parameters):
-        raise KernelUnavailable(f"too old, or too new: {module}.{name} takes no {', '.join(sorted(missing))}")
+        raise KernelUnavailable(f"too old or too new: {module}.{name} does not take {', '.join(sorted(missing))}")
     return function
 
 
 def load_varlen() -> None:
-    """Load torch's function for packed documents into `functions`, to be called like flash-attn's."""
+    """Load torch's function for packed documents into `functions`, with flash-attn's signature."""
     if "varlen" in functions:
         return
     from torch.nn.attention.varlen import varlen_attn  # takes a second to import, and most runs do not use it
 
-    # Versions without this argument always take groups of heads.
+    # Versions without this argument always support grouped heads.
     groups: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def documents(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, deterministic):
         assert causal
-        # Its backward reads from torch whether it must be deterministic.
+        # Its backward reads torch's setting for deterministic algorithms.
         return varlen_attn(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_size=(-1, 0), **groups
         )

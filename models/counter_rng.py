@@ -1,7 +1,7 @@
 """Random numbers as a function of (key, position): the same on every device, on every rank and in a resumed run.
 
-A key names a draw ("seed 0, sketch, step 200, layers.3.mlp.up_proj"); a position is an element's place in the complete
-tensor. There is no sequence, so that no draw depends on earlier draws.
+A key identifies a random tensor ("seed 0, sketch, step 200, layers.3.mlp.up_proj"); a position is the index of an
+element in the complete tensor. There is no sequence, so no random number depends on earlier random numbers.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def key(seed: int, *purpose: str | int) -> int:
-    """A key in [0, 2**63) for the draw that ``purpose`` names, under the run's ``seed``."""
+    """A key in [0, 2**63) for the random tensor named by ``purpose``, in a run with ``seed``."""
     text = "\0".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _as_int64(number: int) -> int:
-    """``number`` modulo 2**64, as the int64 that holds the same bits."""
+    """``number`` modulo 2**64, as the int64 with the same bits."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -35,10 +35,9 @@ def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
     """64 random bits for every position (int64, any shape), as int64 of the same shape.
 
     Splitmix64 (Steele, Lea, Flood 2014) at counter ``position`` of the stream that starts at ``key``: it mixes
-    (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. The second form keeps a compiler that
-    knows ``position`` as an index from multiplying the index by γ: Inductor would do so in 32 bits for a GPU, which
-    Triton refuses, and with wrong results in some vectorised loops for a CPU. In compiled code the key must be a tensor
-    for that.
+    (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. The second form prevents a compiler from
+    multiplying an index ``position`` by γ: Inductor would do so in 32 bits for a GPU, which Triton refuses, and with
+    wrong results in some vectorised loops for a CPU. In compiled code, this works only if the key is a tensor.
     """
     start = key * _INVERSE + 1
     z = (position + (start if isinstance(start, Tensor) else _as_int64(start))) * _GAMMA

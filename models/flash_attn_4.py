@@ -1,8 +1,9 @@
 """flash-attn 4 as torch operators.
 
-Its functions are written in Python that torch cannot trace: compiled blocks would break into several graphs,
-checkpointed blocks would not compile, and selective checkpointing could not keep the results. So an operator wraps
-them. Its backward calls flash-attn's backward like torch.nn.attention._fa4: a private function, the same since 4.0.0b3.
+torch cannot trace flash-attn 4's Python functions: compiled blocks would break into several graphs, checkpointed blocks
+would not compile, and selective checkpointing could not keep the results. So we wrap these functions in a custom
+operator. Its backward calls flash-attn's private backward function, as torch.nn.attention._fa4 does. That function's
+signature has not changed since 4.0.0b3.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, begins: Tensor | None, longest: int, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of each softmax' denominator in float32, for every head and query."""
+    """The output, and for every head and query the logarithm of the softmax denominator, in float32."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # type: ignore[import-not-found]
 
     options = {"causal": True, "deterministic": deterministic, "return_lse": True}
@@ -69,7 +70,7 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool) -> Tensor:
-    """`flash_attn_func` of flash-attn 4; returns the output (b, t, heads, head_dim) only."""
+    """`flash_attn_func` of flash-attn 4. Returns only the output (b, t, heads, head_dim)."""
     assert causal
     return torch.ops.flash_attn_4.forward(q, k, v, None, 0, deterministic)[0]
 
@@ -78,6 +79,6 @@ def documents(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    """`flash_attn_varlen_func` of flash-attn 4, for queries and keys of the same lengths; the output only."""
+    """`flash_attn_varlen_func` of flash-attn 4, for queries and keys of the same lengths. Returns only the output."""
     assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     return torch.ops.flash_attn_4.forward(q, k, v, cu_seqlens_q, max_seqlen_q, deterministic)[0]

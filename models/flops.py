@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, from the shapes: 2 per multiply-add, matrix products only."""
+"""Floating-point operations of a training step, computed from the shapes: 2 per multiply-add, only matmuls."""
 
 import re
 
@@ -8,8 +8,8 @@ from torch import nn
 from models.grass_linear import GrassLinear
 from models.llama import Llama, SelfAttention
 
-# Peaks of matrix products in (bfloat16, TF32), TFLOP/s, without sparsity, from NVIDIA's data sheets; by words of
-# torch's name for the GPU, of which the first match counts.
+# Peaks of matmuls in (bfloat16, TF32), TFLOP/s, without sparsity, from NVIDIA's data sheets, by a part of torch's name
+# for the GPU; the first match counts.
 PEAKS = {
     "H200 NVL": (835, 417), "H200": (989, 494), "H100 PCIe": (756, 378), "H100 NVL": (835, 417), "H100": (989, 494),
     "A100": (312, 156), "L40S": (362, 183), "L4": (121, 60),
@@ -17,7 +17,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float | None:
-    """The peak of ``device`` in FLOP/s for products in ``dtype`` (a name of DTYPES); None if unknown.
+    """The peak of ``device`` in FLOP/s for matmuls in ``dtype`` (a name in DTYPES); None if unknown.
 
     Args:
         matmul_precision: as in torch.set_float32_matmul_precision; "highest" excludes TF32.
@@ -28,7 +28,7 @@ def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float
 
 
 def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
-    """``peak_flops`` of a GPU by its name. For float32 it is the peak of TF32, if that is allowed."""
+    """``peak_flops`` of a GPU by its name. For float32, it is the peak of TF32, if TF32 is allowed."""
     found = next((peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
     if found is None or (dtype, matmul_precision) == ("float32", "highest") or dtype not in ("bfloat16", "float32"):
         return None
@@ -38,9 +38,10 @@ def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
 def flops_per_token(model: Llama, seq_len: int) -> int:
     """FLOPs per token of a forward and backward over sequences of ``seq_len``, without recomputation.
 
-    A linear costs 2·in·out for the forward, the input gradient and the weight gradient each. A GrassLinear computes
-    rank / selectable of the weight gradient, a frozen linear none. Attention counts both of its products over the
-    complete square, like appendix B of PaLM (arXiv 2204.02311) and torch's FlopCounterMode for unfused attention.
+    A linear layer costs 2·in·out each for the forward, the input gradient and the weight gradient. A GrassLinear
+    computes rank / selectable of the weight gradient; a frozen linear layer does not compute it. Both matmuls of
+    attention are counted over the complete square, as in appendix B of PaLM (arXiv 2204.02311) and in torch's
+    FlopCounterMode for unfused attention.
     """
     total = 0
     for module in model.modules():
@@ -55,7 +56,7 @@ def flops_per_token(model: Llama, seq_len: int) -> int:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of elements: "parameters" of the architecture, without copies in rows, and "trainable"."""
+    """Numbers of elements: "parameters" of the architecture (without the copies in rows), and "trainable" ones."""
     rows = sum(m.rows.numel() for m in model.modules() if isinstance(m, GrassLinear))
     return {
         "parameters": sum(p.numel() for p in model.parameters()) - rows,

@@ -1,10 +1,10 @@
-"""A linear layer that trains a selection of its rows (or columns), and computes no other gradient of its weight.
+"""A linear layer that trains only selected rows (or columns), and computes only their part of the weight gradient.
 
-``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight`` and gives autograd an ordinary small parameter, ``rows``:
-the trainable copy of the selected slice of the weight. Its backward forms ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660,
-section 3), never the (out, in) gradient. Optimizers, clipping, accumulation, DDP and FSDP see only ``rows``.
+``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight``. Its only trainable parameter is ``rows``, a copy of the
+selected slice of the weight. Its backward computes ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660, section 3), never the
+(out, in) gradient. Optimizers, clipping, accumulation, DDP and FSDP use only ``rows``.
 
-Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass`` keeps it so.
+Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass`` maintains this.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _SelectedLinear(torch.autograd.Function):
-    """``F.linear`` whose weight gradient is that of the selected slice, and, while probing, its row scores."""
+    """``F.linear`` that computes the weight gradient of the selected slice and, while probing, the row scores."""
 
     @staticmethod
     def forward(ctx, x, x_slice, weight, weight_step, rows, index, scale, probe, probe_key, columns):
@@ -62,14 +62,15 @@ class _SelectedLinear(torch.autograd.Function):
 def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: Tensor) -> Tensor:
     """The contribution of a backward to the probe, float32, from the factors of the gradient G (m, n).
 
-    Without a width: the squared norms of the rows of G (m,), by forming G. With width k: the sketch GΩ (m, k), where Ω
-    (n, k) has random signs, at k (1/m + 1/n) of the cost; it is linear in G and can be summed over batches and
-    processes.
+    Without a width: the squared norms of the rows of G (m,), computed from the complete G. With width k: the sketch GΩ
+    (m, k), where Ω (n, k) has random signs, at k (1/m + 1/n) of the cost. The sketch is linear in G, so it can be
+    summed over batches and processes.
 
     Args:
-        selected: (tokens, m) and ``other`` (tokens, n), the factors: G = selectedᵀ @ other.
+        selected: (tokens, m); G = selectedᵀ @ other.
+        other: (tokens, n).
         width: () or (k,).
-        key: int64 scalar, of the random signs.
+        key: int64 scalar, the key of the random signs.
     """
     if not width:
         wide = torch.promote_types(other.dtype, torch.float32)
@@ -79,16 +80,17 @@ def _probe_gradient(selected: Tensor, other: Tensor, width: Sequence[int], key: 
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` in ``dtype``; a float32 result of bfloat16 factors on a GPU is not rounded to bfloat16 in between."""
+    """``a @ b`` in ``dtype``. On a GPU, a float32 result of bfloat16 factors is not rounded to bfloat16 first."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
 
 
 class SharedSlice:
-    """One slice ``x[..., index]`` for the linears that read the same ``x`` and select the same columns of it.
+    """One slice ``x[..., index]`` for the linear layers with the same input ``x`` and the same selected columns.
 
-    The first of its ``members`` to be called makes the slice and the last releases it: then only their graphs hold it.
+    Of its ``members``, the first one called makes the slice and the last one releases it: then only their autograd
+    graphs hold it.
     """
 
     def __init__(self, members: int):
@@ -97,7 +99,7 @@ class SharedSlice:
         self.slice: Tensor | None = None
 
     def of(self, x: Tensor, index: Tensor) -> Tensor:
-        """The (…, rank) slice of ``x`` (…, in); made when ``x`` is not the tensor of the previous call."""
+        """The (…, rank) slice of ``x`` (…, in); computed unless ``x`` is the tensor of the previous call."""
         if self.x is not x or self.slice is None:
             self.x, self.slice, self.left = x, x.detach().index_select(-1, index), self.members
         found = self.slice
@@ -110,19 +112,19 @@ class SharedSlice:
 class GrassLinear(nn.Module):
     """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
 
-    weight  Parameter (out, in), frozen, used by the forward; with ``int8`` the codes of all that is not selected
+    weight  Parameter (out, in), frozen, used by the forward; with ``int8`` the codes of the rows that are not selected
     rows    Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
     index   buffer (rank,) int64: the selected rows or columns, ascending; entries may repeat
-    scale   buffer (rank,) float32: ρ of each; used if ``scaled`` is set, which weighted samples need
-    weight_step  with ``int8`` a buffer of the selected dimension, float32: see models.int8_weight
+    scale   buffer (rank,) float32: ρ of each selected row; used only if ``scaled`` is set, for weighted samples
+    weight_step  with ``int8`` a buffer (size of the selected dimension,) float32: see models.int8_weight
 
     Args:
         weight: the (out, in) weight; shared, not copied, and frozen.
-        rank: the number of trained rows or columns, an int from 1 to the selected dimension; or their share of it, a
-            float, 0 < rank ≤ 1.
-        side: "rows", "columns" or "auto" (rows where out ≤ in: the smaller side, as in the paper).
-        state_dtype: dtype of ``rows`` and so of its gradient and moments; the weight's own when None.
-        int8: keep the weight in 8 bits, rounded to nearest; a forward and a backward dequantise it for themselves.
+        rank: the number of trained rows or columns, an int from 1 to the size of the selected dimension; or their
+            share, a float, 0 < rank ≤ 1.
+        side: "rows", "columns" or "auto" (rows if out ≤ in: the smaller side, as in the paper).
+        state_dtype: dtype of ``rows``, and so of its gradient and moments; None for the weight's dtype.
+        int8: keep the weight in 8 bits, rounded to nearest; each forward and backward dequantises it.
 
     Raises:
         ValueError: an unknown side or an impossible rank.
@@ -156,11 +158,11 @@ class GrassLinear(nn.Module):
         self.rows = nn.Parameter(selected(self, self.index, state_dtype or weight.dtype))
         self.scaled = False
         self.shared: SharedSlice | None = None  # with layers that always have the same index
-        self.probe: Tensor | None = None  # a leaf outside parameters(): DDP, FSDP and the optimizer never see it
+        self.probe: Tensor | None = None  # a leaf that is not in parameters(), for DDP, FSDP and the optimizer
         self.probe_key: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out), in the dtype of ``x``, which is the weight's unless that is ``int8``."""
+        """(…, in) → (…, out), in the dtype of ``x``, which equals the weight's dtype unless it is ``int8``."""
         scale = self.scale if self.scaled else None
         return _SelectedLinear.apply(
             x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe,
@@ -168,7 +170,7 @@ class GrassLinear(nn.Module):
         )  # fmt: skip
 
     def _slice_of(self, x: Tensor) -> Tensor | None:
-        """The slice of ``x`` that the backward needs; None if it needs ``x``, for rows or while being probed."""
+        """The slice of ``x`` that the backward needs; None if it needs all of ``x`` (for rows, or while probing)."""
         if self.dim == 0 or self.probe is not None or not torch.is_grad_enabled():
             return None
         return self.shared.of(x, self.index) if self.shared else x.detach().index_select(-1, self.index)
@@ -202,17 +204,17 @@ class GrassLinear(nn.Module):
         stepped: Tensor | None = None,
         rounding_key: int = 0,
     ) -> None:
-        """Write a step on ``rows`` into the weight: weight[index] = rows, rounded to nearest (not into 8 bits).
+        """Write a step on ``rows`` into the weight: weight[index] = rows, rounded to nearest. 8-bit weights are left.
 
-        float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot hold. With
-        weighted rows (``scaled``) the step Δ of every draw counts ρ times, and a row that was drawn twice takes both
-        steps: w ← decay·w + Σ ρΔ.
+        float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot store. With
+        weighted rows (``scaled``), the step Δ of every draw is multiplied by ρ, and a row that was drawn twice makes
+        both steps: w ← decay·w + Σ ρΔ.
 
         Args:
             before: ``rows`` before the step, needed for weighted rows.
             decay: the factor of decoupled weight decay in the step, for weighted rows.
-            stepped: the new rows, if the step was made on a float32 copy; rounded into ``rows`` stochastically.
-            rounding_key: of the random numbers for that.
+            stepped: the new rows, if the step was computed on a float32 copy; rounded stochastically into ``rows``.
+            rounding_key: the key of the random numbers of this rounding.
         """
         if self.scaled:
             assert before is not None
@@ -224,8 +226,9 @@ class GrassLinear(nn.Module):
         """The new values of weighted ``rows``, w ← decay·w + Σ ρΔ, in float32 or wider; see ``fold``.
 
         Args:
-            before: the rows before the step, and ``after`` the optimizer's step on each draw, both of their shape.
+            before: the rows before the step, in the shape of ``rows``.
             decay: the factor of decoupled weight decay in the step.
+            after: the rows after the optimizer's step on each draw, in the same shape.
         """
         before, after, scale = local(before), local(after), self.scale.unsqueeze(1 - self.dim)
         kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
@@ -240,11 +243,11 @@ class GrassLinear(nn.Module):
             pass
 
     def start_probe(self, key: Tensor | int, width: int | None) -> None:
-        """From the next forward on, each backward also adds to ``probe.grad``: scores for the choice of rows.
+        """From the next forward on, each backward also adds scores for the choice of rows to ``probe.grad``.
 
         Args:
-            key: of the random matrix of the sketch; a tensor is an int64 scalar on the weight's device.
-            width: columns k of the sketch; None for exact squared norms.
+            key: the key of the sketch's random matrix, an int or an int64 scalar tensor on the weight's device.
+            width: the number of columns k of the sketch; None for exact squared norms.
         """
         shape = (self.selectable,) if width is None else (self.selectable, width)
         self.probe = torch.empty(shape, device=self.weight.device, requires_grad=True)  # only its gradient has a value

@@ -1,9 +1,8 @@
-"""A frozen weight in 8 bits: an int8 code for each element, and a step for each row (or column).
+"""A frozen weight in 8 bits: an int8 code for each element, and a step size for each row (or column).
 
-An element is its code times the step of its row (dim 0) or column (dim 1). Rows are selected and written back as units,
-so that every write chooses a new step and clips nothing. Steps are powers of two: codes convert to bfloat16 without
-error, and a row that comes back little changed mostly meets the grid that it left, so that its rounding error is as
-small as its change.
+An element is its code times the step size of its row (dim 0) or column (dim 1). Rows are always written completely, so
+every write chooses a new step size and clips nothing. Step sizes are powers of two: codes convert to bfloat16 without
+error, and a slightly changed row mostly gets its previous step size, so its rounding error is as small as its change.
 """
 
 import torch
@@ -21,12 +20,12 @@ def quantise(
 
     Args:
         dim: 0 for a step per row, 1 for a step per column.
-        key: of the random numbers of stochastic rounding, whose mean is x; rounds to nearest when None.
-        position: int64, the shape of ``x``, with a ``key``: each element's place in the stream of random numbers.
+        key: seeds the random numbers of stochastic rounding, which is unbiased (its mean is x). None: round to nearest.
+        position: int64, in the shape of ``x``, needed with a ``key``: each element's position in the random stream.
 
     Returns:
-        Codes, int8 (…, m, n), and steps, float32 (…, m) for dim 0 and (…, n) for dim 1. The step of a row with an
-        element that is not finite is NaN.
+        Codes, int8 (…, m, n), and step sizes, float32 (…, m) for dim 0 and (…, n) for dim 1. The step size of a row
+        with a non-finite element is NaN.
     """
     x = x.float()
     other = -1 if dim == 0 else -2

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, so that attention computes only those of new tokens."""
+"""A cache of keys and values, so that attention computes them only for new tokens."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ class KVCache:
     """The cache of one attention layer.
 
     Args:
-        positions: the largest number of tokens; memory for all of them is allocated with the first.
+        positions: the maximum number of tokens; memory for all of them is allocated with the first token.
 
     Attributes:
-        tokens: the number of tokens held.
+        tokens: the number of tokens in the cache.
     """
 
     def __init__(self, positions: int):
@@ -19,7 +19,7 @@ class KVCache:
         self._keys = self._values = torch.empty(0)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the next tokens' k and v (b, t, kv_heads, head_dim); returns those of all tokens, as views."""
+        """Add the k and v (b, t, kv_heads, head_dim) of the next tokens; returns k and v of all tokens, as views."""
         if not self.tokens:
             self._keys, self._values = (x.new_empty(x.shape[0], self.positions, *x.shape[2:]) for x in (k, v))
         first, self.tokens = self.tokens, self.tokens + k.shape[1]

@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Causal attention with rotary positions, x (b, t, hidden) → (b, t, hidden).
 
-    `kv_heads` < `heads` is grouped-query attention (Ainslie et al., arXiv 2305.13245).
+    `kv_heads` < `heads` means grouped-query attention (Ainslie et al., arXiv 2305.13245).
     """
 
     def __init__(self, hidden_size: int, heads: int, kv_heads: int):
@@ -130,15 +130,16 @@ class Llama(nn.Module):
     """A LLaMA language model. Construction leaves torch's default weights: call `init_weights` next.
 
     Args:
-        num_key_value_heads: one per attention head when None.
-        rope_scaling: stretches the positions, see `models.rope.scaled`.
+        num_key_value_heads: None for one per attention head.
+        rope_scaling: scales the positions, see `models.rope.scaled`.
         attention: auto, sdpa or flash, see `models.attention`.
 
     Attributes:
-        loss_chunk_tokens: if set, the loss takes this many tokens at a time, and all logits never exist at once.
+        loss_chunk_tokens: if set, the loss is computed for this number of tokens at a time, so that the logits of all
+            tokens never exist at once.
 
     Raises:
-        ValueError: impossible sizes; names every key at fault.
+        ValueError: impossible sizes; names every wrong key.
     """
 
     def __init__(
@@ -201,14 +202,14 @@ class Llama(nn.Module):
 
         Args:
             input_ids: (b, t) int64.
-            targets: (b, t) int64, -100 where there is none.
-            documents: int32 (documents + 1,): the first token of each document, counted over all rows, and b · t last;
-                every row begins a document. A token sees only tokens of its own document. Rotary positions continue
-                from document to document, which changes nothing: only differences of positions count.
-            caches: one per layer; input_ids continue the tokens that they hold, and are added to them.
+            targets: (b, t) int64, -100 for positions without a target.
+            documents: int32 (documents + 1,): the first token of each document, counted over all rows, and b · t at the
+                end. Every row begins a document. A token attends only to its own document. Rotary positions continue
+                across documents; this changes nothing, because only differences of positions matter.
+            caches: one per layer; input_ids follow the tokens in the caches, and are added to them.
 
         Returns:
-            Logits in the model's dtype; with targets the cross-entropies in nats summed over the targets, a scalar in
+            Logits in the model's dtype. With targets, the cross-entropy in nats summed over the targets, a scalar in
             float32 (float64 for a float64 model).
 
         Raises:
@@ -219,7 +220,7 @@ class Llama(nn.Module):
         if tokens > self.max_position_embeddings:
             raise ValueError(
                 f"a sequence of {tokens} tokens is longer than model.max_position_embeddings="
-                f"{self.max_position_embeddings}; shorten train.seq_len or raise the model's positions"
+                f"{self.max_position_embeddings}; lower train.seq_len or raise model.max_position_embeddings"
             )
         x = self.embed_tokens(input_ids)
         cos, sin = self.rope_tables(input_ids.shape[1], like=x, start=start)
@@ -232,7 +233,7 @@ class Llama(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x)
-        # The loss is computed here and not by the caller so that a sharded model's hooks span it.
+        # The loss is computed here, not by the caller, so that the hooks of a sharded model include it.
         if self.loss_chunk_tokens:
             return chunked_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.loss_chunk_tokens)
         return cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
@@ -245,9 +246,9 @@ class Llama(nn.Module):
     def init_weights(self, seed: int) -> None:
         """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
 
-        Each weight depends only on (seed, name) and is drawn in float32 on the CPU. So it does not depend on device,
-        sharding or other layers, and models in other dtypes get the rounded value. Parameters whose names do not end in
-        "weight" do not belong to the architecture and are left unchanged.
+        Each weight depends only on (seed, name) and is drawn in float32 on the CPU. So it does not depend on the
+        device, sharding or other layers, and models in other dtypes get the rounded value. Parameters whose names do
+        not end in "weight" are not part of the architecture and stay unchanged.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -258,7 +259,7 @@ class Llama(nn.Module):
                 fill_weight(self, name, draw.mul_(self.initializer_range))
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
-        """Cast the parameters in place, norm weights to float32 at least: near 1, bfloat16 has steps of 2⁻⁸."""
+        """Cast the parameters in place. Norm weights stay at least float32: near 1, bfloat16 has steps of 2⁻⁸."""
         for module in self.modules():
             kept = at_least_fp32(dtype) if isinstance(module, RMSNorm) else dtype
             for parameter in module.parameters(recurse=False):
@@ -292,10 +293,10 @@ def size_problems(**sizes: float) -> list[str]:
 
 
 def odd_sizes(**sizes: int) -> list[str]:
-    """A message for each size that makes bfloat16 products slow on a GPU: rows should be multiples of 16 bytes."""
+    """A message for each size that makes bfloat16 matmuls slow on a GPU: rows should be multiples of 16 bytes."""
     return [
-        f"model.{name}={value} is not a multiple of 8, which makes its products in bfloat16 slow on a GPU; "
-        f"{value + -value % 8} is, and {value + -value % 128} is a multiple of 128, which is better still"
+        f"model.{name}={value} is not a multiple of 8, which makes its bfloat16 matmuls slow on a GPU; "
+        f"use {value + -value % 8}, or better {value + -value % 128}, a multiple of 128"
         for name, value in sizes.items()
         if value % 8
     ]

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, summed in nats, with all logits at once or in chunks."""
+"""Summed cross-entropy of the next token in nats, with all logits at once or in chunks."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ TORCH_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy in nats of logits (n, vocab) and targets (n,) int64, -100 where there is none.
+    """The summed cross-entropy in nats of logits (n, vocab) and targets (n,) int64, -100 for no target.
 
-    A scalar in float32 (float64 for float64).
+    Returns a scalar in float32 (float64 for float64 logits).
     """
     logits = logits.to(at_least_fp32(logits.dtype))
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
@@ -22,10 +22,10 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """`cross_entropy(head(x), targets)` for x (n, hidden), with the logits of `chunk` tokens at a time.
 
-    A plain `nn.Linear` head in float32 or float64 takes torch's chunked loss where torch has it (2.13), which computes
-    gradients in the forward. All other heads (a GrassLinear, a sharded one) are called chunk by chunk, and again in the
-    backward: one more product with the head. In bfloat16 torch's would also return the loss, thousands of nats, in
-    bfloat16.
+    For a plain `nn.Linear` head in float32 or float64, uses torch's chunked loss (from torch 2.13), which computes
+    gradients in the forward. All other heads (a GrassLinear, a sharded head) are called chunk by chunk, and again in
+    the backward: one more matmul with the head. In bfloat16, torch's function would also return the loss, thousands of
+    nats, in bfloat16.
     """
     if TORCH_CHUNKS and type(head) is nn.Linear and x.dtype == at_least_fp32(x.dtype):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)

@@ -6,7 +6,7 @@ from torch import Tensor
 from models.counter_rng import logical_shift_right, random_bits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-"""The dtypes that settings can name."""
+"""The dtypes by their names in settings."""
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -15,15 +15,15 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, key: Tensor | int, position: Tensor) -> Tensor:
-    """``x`` in ``dtype``: to bfloat16 rounded up or down at random so that the mean is x, else rounded to nearest.
+    """Convert ``x`` to ``dtype``. For bfloat16, round up or down at random with mean x; otherwise round to nearest.
 
-    Adds 16 random bits below the 16 that bfloat16 keeps of a float32, so that the nearer neighbour is likelier. Values
-    that are not finite stay so.
+    Adds 16 random bits below the 16 bits of a float32 that bfloat16 keeps, so that the nearer neighbour is more likely.
+    Non-finite values stay non-finite.
 
     Args:
         x: floating point, any shape.
-        key: of the random numbers, see models.counter_rng.
-        position: int64, the shape of ``x``: each element's place in the stream of random numbers.
+        key: the key of the random numbers, see models.counter_rng.
+        position: int64, in the shape of ``x``: each element's position in the random stream.
     """
     if dtype != torch.bfloat16 or x.dtype == dtype:
         return x.to(dtype)

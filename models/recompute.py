@@ -1,9 +1,9 @@
 """Recompute cheap tensors in the backward instead of saving them.
 
-`recomputable` computes a tensor from inputs that are kept anyway. An operation inside `save_as_recipe` that would save
+`recomputable` computes a tensor from inputs that are kept anyway. Inside `save_as_recipe`, an operation that would save
 the tensor for its backward saves a reference to this computation instead. The first backward that needs the tensor
-computes it again, once for all backwards that need it and for its own gradient. Under torch.compile nothing changes:
-its partitioner decides what to recompute.
+recomputes it, once for all backwards that need it and for its own gradient. Under torch.compile these functions have no
+effect: the partitioner of the compiler decides what to recompute.
 """
 
 from collections.abc import Callable, Iterable
@@ -35,7 +35,7 @@ def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def save_as_recipe(tensor: Tensor) -> AbstractContextManager:
-    """A context in which operations save the recipe of `tensor` instead of `tensor`, if it is from `recomputable`."""
+    """A context in which operations save, instead of a `tensor` from `recomputable`, a reference to its computation."""
     if torch.compiler.is_compiling() or not isinstance(tensor.grad_fn, _Recomputable._backward_cls):
         return nullcontext()
     node, storage, size = tensor.grad_fn, tensor.untyped_storage()._cdata, tensor.numel()
@@ -56,7 +56,7 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _recompute(node: Any) -> tuple[list[Tensor], Tensor]:
-    """The inputs of `node` as leaves, and its function of them; kept with the node until its backward."""
+    """The inputs of `node` as leaves, and its output computed from them; kept with the node until its backward."""
     if node.recomputed is None:
         inputs = [tensor.detach().requires_grad_() for tensor in node.saved_tensors]
         with torch.enable_grad():
@@ -65,9 +65,9 @@ def _recompute(node: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def set_lean(blocks: Iterable[Any], lean: bool) -> None:
-    """Set `lean` in the norms and MLPs of `blocks`; to False in blocks with activation checkpointing.
+    """Set `lean` in the norms and MLPs of `blocks`, but False in blocks with activation checkpointing.
 
-    A checkpointed block recomputes its activations as it is.
+    A checkpointed block already recomputes its activations.
     """
     for block in blocks:
         for module in block.modules():

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864), also stretched to longer sequences as in Llama 3.1 and 3.2."""
+"""Rotary positions (Su et al., arXiv 2104.09864), also scaled to longer sequences as in Llama 3.1 and 3.2."""
 
 from collections.abc import Mapping
 from math import pi
@@ -13,7 +13,7 @@ SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""The types of scaling and the numbers that each needs, by the names of Hugging Face's ``rope_scaling``."""
+"""The types of scaling and the numbers that each type needs, with the names of Hugging Face's ``rope_scaling``."""
 
 
 def rope_tables(
@@ -27,8 +27,8 @@ def rope_tables(
     """cos and sin of position · frequency for `tokens` positions from `start` on.
 
     The frequencies are theta^(-2i / head_dim), changed by `scaling` (see `scaled`). Both tables are
-    (tokens, 1, head_dim), on the device of `like`, in float32 or wider whatever its dtype: in bfloat16 positions 256
-    and 257 are the same number.
+    (tokens, 1, head_dim), on the device of `like`. Their dtype is at least float32 for any dtype of `like`, because in
+    bfloat16 positions 256 and 257 are the same number.
     """
     dtype, device = at_least_fp32(like.dtype), like.device
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
@@ -40,15 +40,16 @@ def rope_tables(
 
 
 def scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """The frequencies, in radians per position, of a model whose positions are stretched.
+    """The frequencies, in radians per position, of a model with scaled positions.
 
-    linear  all are divided by ``factor`` (Chen et al., arXiv 2306.15595)
+    linear  all frequencies are divided by ``factor`` (Chen et al., arXiv 2306.15595)
     llama3  as in Llama 3.1. With L = ``original_max_position_embeddings``, a frequency that turns fewer than
             ``low_freq_factor`` times in L positions is divided by ``factor``; a frequency that turns more than
-            ``high_freq_factor`` times stays. Frequencies in between are mixed linearly in their number of turns.
+            ``high_freq_factor`` times is unchanged. In between, the two are interpolated linearly in the number of
+            turns.
 
     Args:
-        scaling: Hugging Face's ``rope_scaling``, in which `scaling_problems` finds no problem.
+        scaling: Hugging Face's ``rope_scaling``, checked by `scaling_problems`.
     """
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
@@ -59,14 +60,12 @@ def scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def scaling_problems(scaling: Any) -> list[str]:
-    """A message for each fault of ``model.rope_scaling``, with the fix; None is no scaling, and has no fault."""
+    """A message for each problem of ``model.rope_scaling``, with the fix. None (no scaling) has no problem."""
     if scaling is None:
         return []
     key = "model.rope_scaling"
     if not isinstance(scaling, Mapping):
-        return [
-            f"{key}={scaling} is no scaling; set it to null or to a mapping such as {{rope_type:linear,factor:4.0}}"
-        ]
+        return [f"{key}={scaling} is not valid; set it to null or to a mapping such as {{rope_type:linear,factor:4.0}}"]
     kind = scaling.get("rope_type")
     if kind not in SCALINGS:
         return [f"{key}: rope_type={kind} is unknown; choose {' or '.join(SCALINGS)}, or set {key}=null"]
@@ -78,7 +77,7 @@ def scaling_problems(scaling: Any) -> list[str]:
     wrong = {name: value for name, value in given.items() if type(value) not in (int, float) or not value > 0}
     problems += [f"{key}: {name}={value} must be a number above 0" for name, value in wrong.items()]
     if not problems and kind == "llama3" and not given["low_freq_factor"] < given["high_freq_factor"]:
-        problems.append(f"{key}: low_freq_factor must be below high_freq_factor; exchange them")
+        problems.append(f"{key}: low_freq_factor must be below high_freq_factor; swap them")
     return problems
 
 

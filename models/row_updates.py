@@ -1,7 +1,7 @@
 """Updates of the rows of many GrassLinear layers: the fold after a step, and a change of selection.
 
-Layers of one shape are stacked. On a GPU that takes a few kernels for all of them instead of a few per layer: with
-hundreds of layers of small rows, launches cost more than arithmetic. The results of a layer are the same to the bit as
+Layers of one shape are stacked, so that a GPU launches a few kernels for all of them instead of a few kernels per
+layer: with hundreds of layers of small rows, launches cost more than arithmetic. Results are bit-identical to those
 without stacking.
 """
 
@@ -26,7 +26,7 @@ class Change(NamedTuple):
     """The old and the new selection of several layers of equal shape.
 
     old_index, new_index  (layers, rank) int64, ascending
-    old_scale, new_scale  ρ of each, (layers, rank) float32; None where it is 1
+    old_scale, new_scale  ρ of each row, (layers, rank) float32; None if all are 1
     dim                   the selected dimension: 0 for rows, 1 for columns
     """
 
@@ -49,7 +49,7 @@ class Change(NamedTuple):
 
 
 def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
-    """The numbers of ``layers`` in groups for stacking: of one shape, dtype and placement, at most ``stack_size``."""
+    """The numbers of ``layers``, in groups of one shape, dtype and placement, of at most ``stack_size`` layers."""
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
         rows, weight = layer.rows, layer.weight
@@ -64,9 +64,9 @@ def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
 
 
 def positions(layer: "GrassLinear", index: Tensor) -> Tensor:
-    """The positions in the flattened weight of ``layer`` of the elements of rows at ``index`` (…, rank), int64.
+    """The positions in the flattened weight of ``layer`` of the elements of rows ``index`` (…, rank), int64.
 
-    (…, rank, in) for rows, (…, out, rank) for columns; of a sharded layer for the local part.
+    The shape is (…, rank, in) for rows, (…, out, rank) for columns; for a sharded layer that of the local part.
     """
     part = place(layer.rows)[1 - layer.dim]
     other = torch.arange(part.start, part.stop, device=index.device)
@@ -76,9 +76,9 @@ def positions(layer: "GrassLinear", index: Tensor) -> Tensor:
 
 
 def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of ``new`` (…, n): its first position in the sorted ``old`` (…, m), and whether it is there at all.
+    """For each element of ``new`` (…, n): its first position in the sorted ``old`` (…, m), and whether it is there.
 
-    Both (…, n), int64 and bool. The position of an element that is not there has no meaning.
+    Both results are (…, n), int64 and bool. The position of an element that is not in ``old`` is meaningless.
     """
     position = torch.searchsorted(old, new).clamp_max(old.shape[-1] - 1)
     return position, old.gather(-1, position) == new
@@ -86,12 +86,12 @@ def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None], keys: Sequence[int]) -> None:
-    """Write ``rows`` back to the weights: weight[index] = rows, rounded to nearest (not into a weight of 8 bits).
+    """Write ``rows`` back to the weights: weight[index] = rows, rounded to nearest. 8-bit weights are not written.
 
     Args:
-        stepped: for each layer the new values of its rows, in their precision or a higher one, or None if ``rows`` has
-            them already. They are rounded into ``rows`` stochastically, so that no update is too small to count.
-        keys: of the random numbers for the rounding of each layer.
+        stepped: for each layer the new values of its rows, in their precision or a higher one; None if ``rows`` already
+            has them. They are rounded stochastically into ``rows``, so that small updates are not lost.
+        keys: for each layer the key of the random numbers of this rounding.
     """
     given = [number for number, value in enumerate(stepped) if value is not None]
     for group in group_alike([layers[number] for number in given]):
@@ -105,7 +105,7 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
 def round_values(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> list[Tensor]:
-    """``values``, of the shapes of the layers' rows, in ``dtype``, rounded stochastically by the layers' ``keys``."""
+    """``values`` (in the shapes of the layers' rows) in ``dtype``, rounded stochastically with the layers' ``keys``."""
     rounded = [torch.empty_like(value, dtype=dtype) for value in values]
     for numbers in group_alike(layers):
         members, wide = [layers[n] for n in numbers], [local(values[n]) for n in numbers]
@@ -134,7 +134,7 @@ def _write_weights(layers: Sequence["GrassLinear"]) -> None:
 def _rounded(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> Sequence[Tensor]:
-    """``values`` of the current rows of layers of one shape, in ``dtype``, rounded stochastically."""
+    """``values`` for the current rows of layers of one shape, in ``dtype``, rounded stochastically."""
     if dtype != torch.bfloat16 or values[0].dtype == dtype:
         return [value.to(dtype) for value in values]
     index = torch.stack([layer.index for layer in layers])
@@ -155,16 +155,16 @@ def select_rows(
 ) -> Iterator[tuple[list[int], Change]]:
     """Select other rows, and load their values from the weights. Layers change as the iterator is consumed.
 
-    Rows of a higher precision than the weight's are rounded stochastically into it when they leave the selection, and
-    keep their precision when they stay.
+    Rows with a higher precision than the weight are rounded stochastically into the weight when they leave the
+    selection. Rows that stay keep their precision.
 
     Args:
         index: for each layer the ascending selection (rank,) int64.
-        scale: for each layer ρ (rank,) float32, or None where it is 1.
-        keys: of the random numbers for the rounding of each layer.
+        scale: for each layer ρ (rank,) float32, or None if all ρ are 1.
+        keys: for each layer the key of the random numbers of this rounding.
 
     Yields:
-        The numbers of some layers of one shape, and the change they have made.
+        The numbers of some layers of one shape, and their change.
     """
     for numbers in group_alike(layers):
         members = [layers[n] for n in numbers]
@@ -202,11 +202,11 @@ def _change(layers: list["GrassLinear"], change: Change, keys: Sequence[int]) ->
     kept = masters.take_along_dim(position, 1 + dim)
     _write_rows(layers, torch.where(stays, kept, loaded).unbind())
     if masters.dtype != first.weight.dtype and first.weight_step is None:
-        _write_weights(layers)  # rows that stay were also rounded stochastically above: the weight holds the nearest
+        _write_weights(layers)  # for rows that stay: above they were rounded stochastically too, but must be nearest
 
 
 def selected(layer: "GrassLinear", index: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in ``dtype`` of the slice of the weight at ``index`` (rank,); of a sharded layer the local part."""
+    """A copy in ``dtype`` of the slice of the weight at ``index`` (rank,); for a sharded layer of the local part."""
     part = local(layer.weight.detach()).index_select(layer.dim, index)
     if layer.weight_step is None:
         return part.to(dtype)

@@ -1,4 +1,4 @@
-"""Copies from the host's memory to a device that do not wait for the device's work."""
+"""Copies from host memory to a device that do not wait for work on the device."""
 
 import torch
 from torch import Tensor

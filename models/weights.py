@@ -31,7 +31,7 @@ def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first ``most`` of ``names``, and the number of the others, for messages: "a, b and 3 more"."""
+    """The first ``most`` of ``names`` and the number of further names, for messages: "a, b and 3 more"."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
@@ -41,13 +41,13 @@ def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin
     """Copy all ``weights`` of a model into ``model``, in the model's dtypes.
 
     Args:
-        weights: (name, complete tensor); every weight of the model once, a tied head is optional.
-        origin: of the weights, for messages.
+        weights: (name, complete tensor): every weight of the model once; a tied head is optional.
+        origin: the source of the weights, for messages.
 
     Raises:
         ValueError: an unknown or missing weight, or a weight of another shape.
     """
-    # Whatever else Grass layers hold is derived from their weights.
+    # All other tensors of Grass layers are derived from their weights.
     own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith("weight")}
     missing, casts = set(own), set[str]()
     for name, tensor in weights:

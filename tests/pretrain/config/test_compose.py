@@ -148,7 +148,7 @@ def test_an_experiment_that_is_not_there_and_a_plus_that_is_too_much_are_named()
 
 
 def test_a_side_that_is_a_number_is_refused():
-    with pytest.raises(ConfigError, match=r"optim\.side=0 is neither auto"):
+    with pytest.raises(ConfigError, match=r"optim\.side=0 must be auto"):
         check(load(["optim.side=0"]))
 
 
