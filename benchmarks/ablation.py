@@ -2,7 +2,7 @@
 
 Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``. Each result is added to
 ``docs/ablation.jsonl``, and what that file has is not run again, on any machine; an unfinished run is resumed. From the
-file it writes ``docs/ablation.md``, ``docs/ablation.png`` and ``docs/losses.png``; with ``--written`` that alone.
+file it writes ``docs/ablation.md`` and ``docs/ablation.png``; with ``--written`` that alone.
 
 A record is of the defaults of its commit. Who changes a default takes its lines out of the file, or out of the listing.
 """
@@ -29,7 +29,6 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 RECORDS = DOCS / "ablation.jsonl"
 SEED = "train.seed="
-COMPARED = {"optim=adamw": "AdamW, all weights", "optim=galore": "GaLore", "optim=grass": "Grass"}  # in losses.png
 LABEL_WIDTH = 34  # characters of a line
 
 # A line of the file is one run: stage, setting, seed, loss, tokens_per_s, commit, machine, date. Or it is a trial of
@@ -193,19 +192,24 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
         save(figure, file)
 
 
-def plot_losses(trials: list[Trial], file: Path) -> None:
-    """The final losses of the methods in COMPARED, with standard errors over their seeds."""
-    found = {COMPARED[t.setting]: t for t in trials if t.setting in COMPARED}
-    with new_figure(height=1.7, grid="x") as figure:
+def plot_losses(trials: list[Trial], listing: dict[str, Any], file: Path) -> None:
+    """The final losses of some settings, with standard errors over their seeds where there are several.
+
+    Args:
+        listing: "title", and "names": for each setting its name in the picture.
+    """
+    names = listing["names"]
+    found = sorted((t for t in trials if t.setting in names), key=lambda t: t.loss)
+    with new_figure(height=0.9 + 0.32 * len(found), grid="x") as figure:
         axis = figure.add_subplot()
-        for place, name in enumerate(name for name in COMPARED.values() if name in found):
-            loss, error = found[name].loss, found[name].error
-            axis.errorbar(loss, place, xerr=error, fmt="o", capsize=3, markersize=6)
-            axis.annotate(f"{loss:.3f}", (loss, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        axis.set_yticks(range(len(found)), [name for name in COMPARED.values() if name in found], fontsize=9)
+        for place, t in enumerate(found):
+            error = 0.0 if math.isnan(t.error) else t.error
+            axis.errorbar(t.loss, place, xerr=error, fmt="o", capsize=3, markersize=6)
+            axis.annotate(f"{t.loss:.3f}", (t.loss, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_yticks(range(len(found)), [names[t.setting] for t in found], fontsize=9)
         axis.set_ylim(len(found) - 0.5, -0.7)
-        axis.set_title("Validation loss of a 5M LLaMA, three seeds ± standard error")
-        axis.set_xlabel("nats per token after 0.41M tokens; less is better")
+        axis.set_title(listing["title"])
+        axis.set_xlabel("nats per token; less is better")
         save(figure, file)
 
 
@@ -261,8 +265,8 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
         lines += table(topics, against)
     (DOCS / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
     plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / f"{page}.png")
-    if losses := stages.get(study.get("losses", "")):
-        plot_losses([t for trials in losses.values() for t in trials], DOCS / "losses.png")
+    if (listing := study.get("losses")) and (topics := stages.get(listing["stage"])):
+        plot_losses([t for trials in topics.values() for t in trials], listing, DOCS / "losses.png")
 
 
 def main(page: str = "ablation", about: str | None = __doc__) -> None:
