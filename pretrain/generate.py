@@ -1,6 +1,7 @@
 """Generate text with a trained model, token by token, with a cache of keys and values.
 
-python -m pretrain.generate runs/x --prompt "…" writes it to the terminal as it comes; --page serves a web page instead.
+python -m pretrain.generate runs/x --prompt "…" prints tokens as they are generated. --page serves a web page instead,
+whose form starts with the other options.
 """
 
 import argparse
@@ -22,21 +23,22 @@ def parser() -> argparse.ArgumentParser:
     default = "(default: %(default)s)"
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     p.add_argument("--prompt", default="", help="the text to continue (default: none)")
-    p.add_argument("--tokens", type=number(int, 1), default=200, help=f"the most tokens to generate {default}")
-    p.add_argument("--temperature", type=number(float, 0), default=0.8, help=f"0 takes the likeliest token {default}")
+    p.add_argument("--tokens", type=number(int, 1), default=200, help=f"maximum number of tokens {default}")
+    p.add_argument("--temperature", type=number(float, 0), default=0.8, help=f"0 takes the most likely token {default}")
     p.add_argument(
-        "--top-k", type=number(int, 0), default=50, help=f"draw from this many likeliest tokens; 0: from all {default}"
+        "--top-k", type=number(int, 0), default=50, help=f"number of most likely tokens to draw from; 0: all {default}"
     )
     p.add_argument(
         "--top-p",
         type=number(float, 0, 1, above=True),
         default=1.0,
-        help=f"draw from the likeliest tokens of this total probability {default}",
+        help=f"draw from the most likely tokens that have this total probability {default}",
     )
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    p.add_argument("--seed", type=int, default=0, help=f"of the draws {default}")
-    p.add_argument("--page", action="store_true", help="serve a page to type prompts into, to this machine only")
-    p.add_argument("--port", type=number(int, 1, 65535), default=8000, help=f"of the page {default}")
+    seed_help = "seed of the sampling (default: 0; with --page a random seed for each text)"
+    p.add_argument("--seed", type=int, help=seed_help)
+    p.add_argument("--page", action="store_true", help="serve a page with a form for prompts, on this machine only")
+    p.add_argument("--port", type=number(int, 1, 65535), default=8000, help=f"port of the page {default}")
     return p
 
 
@@ -56,7 +58,7 @@ def _generate(args: argparse.Namespace) -> str:
     """Print the text; returns its length and speed."""
     _, generator, sampling = _load(args)
     pieces = generator.stream(args.prompt, args.tokens, sampling, args.stop)
-    first = next(pieces, "")  # before the prompt is printed, so that warnings of the model come ahead of both
+    first = next(pieces, "")  # before the prompt is printed, so that warnings of the model come first
     for piece in chain([args.prompt, first], pieces):
         print(piece, end="", flush=True)
     return generator.speed
@@ -75,16 +77,18 @@ def _serve(args: argparse.Namespace) -> None:
     step = path.name.removeprefix("step-")
     name = f"{path.parent.parent.name}, step {int(step):,}" if step != path.name else path.name
     logging.getLogger("waitress").setLevel(logging.WARNING)
-    serve(make_app(generator, name, sampling), args.port)
+    app = make_app(generator, name, sampling, prompt=args.prompt, tokens=args.tokens, stops=args.stop, seed=args.seed)
+    serve(app, args.port)
 
 
 def _load(args: argparse.Namespace) -> tuple[Path, Any, Any]:
-    """The path of the model's weights, its TextGenerator, and the Sampling that the options ask for."""
+    """The path of the model's weights, its TextGenerator, and the Sampling given by the options."""
     from pretrain.inference.pretrained import find_pretrained  # torch takes seconds to import: not for --help
     from pretrain.inference.sampling import Sampling
     from pretrain.inference.text_generator import TextGenerator
 
-    sampling, found = Sampling(args.temperature, args.top_k, args.top_p, args.seed), find_pretrained(args.model)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed or 0)
+    found = find_pretrained(args.model)
     return found.path, TextGenerator(*found.load(), found.end_ids()), sampling
 
 

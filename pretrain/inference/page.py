@@ -1,13 +1,13 @@
-"""A web page on which to type a prompt and watch the tokens arrive, served to this machine only.
+"""A web page with a form for a prompt, which shows tokens as they are generated. Served to this machine only.
 
-The server listens on 127.0.0.1, answers to local host names only, and refuses forms that another site could post.
+The server listens on 127.0.0.1, answers only to local host names, and refuses forms that another site could post.
 """
 
 import errno
 import json
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import waitress
@@ -21,27 +21,35 @@ LARGEST_SEED = 2**31
 DEFAULTS = Sampling()
 
 
-def make_app(generator: TextGenerator, name: str, defaults: Sampling = DEFAULTS) -> Flask:
+def make_app(
+    generator: TextGenerator, name: str, defaults: Sampling = DEFAULTS, *, prompt: str = "", tokens: int = 200,
+    stops: Sequence[str] = (), seed: int | None = None,
+) -> Flask:  # fmt: skip
     """The page at /, and POST /write.
 
-    The latter takes {"prompt", "tokens", "stops", keys of Sampling}. Each request without a seed gets another one. The
+    POST /write takes {"prompt", "tokens", "stops", keys of Sampling}. A request without a seed gets a random seed. The
     answer is lines {"text"}, and at the end {"speed", "seed"}.
 
     Args:
-        name: of the model, for people.
-        defaults: the values that the page begins with, except the seed.
+        name: the name of the model, shown on the page.
+        defaults: the sampling options at the start, except the seed.
+        prompt: the prompt in the form at the start.
+        tokens: the maximum number of tokens in the form at the start.
+        stops: every text ends before the first of these.
+        seed: the seed in the form at the start; None for a random seed for each text.
     """
+    start = asdict(defaults) | {"prompt": prompt, "tokens": tokens, "stops": list(stops), "seed": seed}
     app = Flask(__name__, template_folder=".")
-    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]  # refuses a name that another site resolves to this machine
+    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]  # refuses host names of other sites that resolve to it
     one_at_a_time = threading.Lock()
 
     @app.get("/")
     def page() -> str:
-        return render_template("page.html", name=name, **asdict(defaults))
+        return render_template("page.html", name=name, **start)
 
     @app.post("/write")
     def write() -> Response | tuple[str, int]:
-        asked = request.get_json()  # refuses any other content type: browsers ask before they send JSON elsewhere
+        asked = request.get_json()  # refuses other content types: browsers ask before they send JSON elsewhere
         try:
             if asked.get("seed") is None:
                 asked["seed"] = secrets.randbelow(LARGEST_SEED)

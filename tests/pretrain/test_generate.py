@@ -83,7 +83,7 @@ def test_probabilities_are_hugging_face_s(temperature, top_k, top_p):
 
 def test_the_command_s_defaults_are_the_library_s():
     args = command.parser().parse_args(["model"])
-    assert Sampling(args.temperature, args.top_k, args.top_p, args.seed) == Sampling()
+    assert Sampling(args.temperature, args.top_k, args.top_p, args.seed or 0) == Sampling()
 
 
 def test_values_out_of_range_are_refused_at_once():

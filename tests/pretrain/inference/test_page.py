@@ -124,6 +124,21 @@ def test_the_command_names_the_model_and_prints_no_text_after_the_page(path, nam
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_form_starts_with_all_options_of_the_command(generator, monkeypatch):
+    pages = []
+    monkeypatch.setattr(command, "_load", lambda _: (Path("exported/a"), generator, Sampling(0.25)))
+    monkeypatch.setattr("pretrain.inference.page.serve", lambda app, _: pages.append(app.test_client().get("/").text))
+    given = ["--prompt", "\nx </textarea>", "--tokens", "7", "--stop", "\n\n", "--stop", "</script>", "--seed", "0"]
+    command.main(["model", "--page", *given])
+    command.main(["model", "--page"])
+    assert "autofocus>\n\nx &lt;/textarea&gt;</textarea>" in pages[0]  # HTML drops the first line end
+    assert 'id="tokens" type="number" min="1" value="7"' in pages[0] and 'value="0.25"' in pages[0]
+    assert 'id="seed" type="number" min="0" placeholder="random" value="0"' in pages[0]
+    assert r'stops: ["\n\n", "\u003c/script\u003e"] }' in pages[0] and 'id="stops"' in pages[0]
+    assert "autofocus>\n</textarea>" in pages[1] and 'placeholder="random">' in pages[1]
+    assert "stops: [] }" in pages[1] and 'id="stops"' not in pages[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
