@@ -68,8 +68,10 @@ def test_the_readme_begins_with_memory_then_losses_and_says_what_it_takes(root):
         "Tested with",
         "LICENSE",
         "CITATION.cff",
+        "independent implementation",
     ):
         assert said in first_screen
+    assert re.search(r"\[authors' repository\]\(\S+\)\s+holds\s+a\s+README\s+and\s+a\s+licence\.", first_screen)
 
 
 def test_every_file_and_test_that_is_named_exists(root):

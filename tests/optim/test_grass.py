@@ -292,6 +292,17 @@ def test_a_layer_without_a_gradient_is_sampled_beside_one_that_has_some():
     assert (layers["1"].scale != 1).any()
 
 
+def test_one_backward_chooses_the_initial_rows_of_all_blocks_also_where_they_take_turns():
+    model, _, _, grass = grass_of(4, refresh_every=4, stagger=True)
+    assert len({*grass.schedule.offsets.values()}) > 1
+    chosen, calls, choose = [], [], grass.choose
+    grass.choose = lambda names, norms: (chosen.append((names, norms)), choose(names, norms))[1]
+    grass.start(lambda: (calls.append(1), loss_at(model, 1).backward()))
+    ((names, norms),) = chosen
+    assert len(calls) == 1 and names == [*grass.layers]
+    assert all((scores > 0).any() for scores in norms)  # none was chosen without scores
+
+
 @pytest.mark.parametrize("selection", ["cyclic", "uniform"])
 def test_a_selection_without_scores_probes_nothing_and_needs_no_first_gradient(selection):
     model, layers, optimizer, grass = grass_of(4, selection=selection, refresh_every=2)

@@ -51,7 +51,7 @@ def test_what_no_job_could_run_is_refused_before_the_first(tmp_path):
     with pytest.raises(ConfigError) as error:
         begin(["optim.ranc=4,8", "train.steps=2,many", f"run.root={tmp_path}"])
     assert "did you mean optim.rank?" in str(error.value) and "'many'" in str(error.value)
-    with pytest.raises(ConfigError, match="every job has a name of its own"):
+    with pytest.raises(ConfigError, match="every job gets its own name"):
         begin(["run.name=a,b", f"run.root={tmp_path}"])
     with pytest.raises(ConfigError) as error:  # each is wrong in another way, and only with the values it has
         begin([*SMALL, "optim.rank=0,8,33", "optim.lr=0,1e-3", f"run.root={tmp_path}"])
@@ -92,9 +92,12 @@ def test_a_failed_job_takes_nothing_from_the_others_and_a_finished_one_is_left_a
     assert finished.status == "finished" and "optim.rank=8" in finished.overrides
     assert Path(finished.folder).parent == folder and finished.summary["steps"] == 2
     assert finished.summary["commit"].removesuffix("-dirty") == git("rev-parse", "HEAD")
-    again = sweep([*overrides, f"run.root='{tmp_path}'", "run.name='a sweep'"], stdout=subprocess.PIPE)
-    table = again.communicate(timeout=500)[0].splitlines()
+    again = sweep(
+        [*overrides, f"run.root='{tmp_path}'", "run.name='a sweep'"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    table, progress = (text.splitlines() for text in again.communicate(timeout=500))
     assert again.returncode == 1
+    assert [line.split(", ")[0] for line in progress if " starts; " in line] == [f"sweep: job {n} of 2" for n in (1, 2)]
     assert [line.split()[1] for line in table] == ["failed", "finished"] and "error" in table[0]
     latest = results(max((folder / "_sweeps").iterdir()))
     assert latest[1].name == finished.name and "is finished at step 2" in Path(latest[1].log).read_text()

@@ -18,21 +18,22 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "graphs"),  # with probes, and without
     [
-        [],
-        ["optim=adamw"],
-        ["optim.selection=uniform_with_replacement", "optim.inner=adamw"],
-        ["train.checkpointing=full", "train.dtype=bfloat16"],
+        (["optim.selection=top_r"], 2),
+        (["optim.selection=cyclic"], 1),
+        (["optim=adamw"], 1),
+        (["optim.selection=multinomial_norm_with_replacement", "optim.inner=adamw"], 2),
+        (["optim.selection=top_r", "train.checkpointing=full", "train.dtype=bfloat16"], 2),
     ],
 )
-def test_what_is_compiled_for_the_trial_is_all_that_a_run_needs(more):
+def test_what_is_compiled_for_the_trial_is_all_that_a_run_needs(more, graphs):
     torch._dynamo.reset()
     counters.clear()
     own = [o for o in TINY if "rank" not in o or "optim=adamw" not in more]
     steps = Steps(load([*own, *more]), ALONE)
     compiled = counters["stats"]["unique_graphs"]
-    assert compiled == (1 if "optim=adamw" in more else 2)  # with probes, and without
+    assert compiled == graphs
     made = iter(steps)
     for _ in range(11):
         next(made)
@@ -44,9 +45,12 @@ def test_a_block_that_does_not_compile_is_said_and_the_model_trains_as_it_is(cap
         raise RuntimeError("\nScalar -7046029254386353131 is out of range\nmore")
 
     monkeypatch.setattr(compiling.GrassLinear, "start_probe", refuse)  # the state that a small trial does not have
-    config = load([*TINY, "train.compile=false"])
+    config = load([*TINY, "train.compile=false", "optim.selection=top_r"])
     steps = Steps(config, ALONE)
+    caplog.set_level("INFO")
+    caplog.clear()
     assert not compile_blocks(config, steps.model, ALONE)
+    assert caplog.messages[0] == "compiling …"  # while it lasts, which may be a minute
     assert "training without it: RuntimeError: Scalar -7046029254386353131 is out of range" in caplog.text
     assert all(layer._compiled_call_impl is None for layer in steps.model.layers)
 
