@@ -41,7 +41,7 @@ def convert_linears(
     Args:
         rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
             mapping from globs of names to values, in which the last match counts.
-        side: "auto", "rows" or "columns", or a mapping as for ``rank``; "auto" if no glob matches.
+        side: "auto", "longer", "rows" or "columns", or a mapping as for ``rank``; "auto" if no glob matches.
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
         share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
         int8: keep the weights in 8 bits, see models.int8_weight.
@@ -120,7 +120,7 @@ def _sides_and_ranks(
 ) -> tuple[dict[str, tuple[str, int]], dict[str, list[str]]]:
     """By layer its side and rank, and the problems: message → names of the layers that have it."""
     if not isinstance(side, (str, Mapping)):
-        raise ValueError(f"optim.side={side} must be auto, rows or columns, or a mapping from names to these")
+        raise ValueError(f"optim.side={side} must be auto, longer, rows or columns, or a mapping from names to these")
     sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
     ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"

@@ -122,7 +122,8 @@ class GrassLinear(nn.Module):
         weight: the (out, in) weight; shared, not copied, and frozen.
         rank: the number of trained rows or columns, an int from 1 to the size of the selected dimension; or their
             share, a float, 0 < rank ≤ 1.
-        side: "rows", "columns" or "auto" (rows if out ≤ in: the smaller side, as in the paper).
+        side: "rows", "columns", "auto" (along the smaller dimension, as in the paper) or "longer" (along the larger
+            one); of a square weight "auto" and "longer" take rows.
         state_dtype: dtype of ``rows``, and so of its gradient and moments; None for the weight's dtype.
         int8: keep the weight in 8 bits, rounded to nearest; each forward and backward dequantises it.
 
@@ -270,10 +271,10 @@ def side_and_rank(shape: torch.Size, side: str, rank: float) -> tuple[str, int]:
     Raises:
         ValueError: an unknown side or an impossible rank.
     """
-    if side not in ("auto", "rows", "columns"):
-        raise ValueError(f"optim.side={side!r} is unknown; use auto, rows or columns")
-    if side == "auto":
-        side = "rows" if shape[0] <= shape[1] else "columns"
+    if side not in ("auto", "longer", "rows", "columns"):
+        raise ValueError(f"optim.side={side!r} is unknown; use auto, longer, rows or columns")
+    if side in ("auto", "longer"):
+        side = "rows" if shape[0] == shape[1] or (shape[0] > shape[1]) == (side == "longer") else "columns"
     size = shape[0 if side == "rows" else 1]
     number = max(1, round(rank * size)) if type(rank) is float and 0 < rank <= 1 else rank
     if type(number) is not int or not 1 <= number <= size:

@@ -40,6 +40,13 @@ def test_the_side_can_be_given_for_each_pattern():
     assert [layer.side for layer in layers.values()] == ["columns", "rows", "columns"]
 
 
+def test_longer_takes_many_short_slices_and_a_share_of_as_many_elements():
+    auto, longer = (convert_linears(nn.ModuleList([Tiny()]), 0.5, side=side) for side in ("auto", "longer"))
+    assert [layer.side for layer in longer.values()] == ["rows", "columns", "rows"]
+    assert [layer.rank for layer in longer.values()] == [4, 4, 8]
+    assert [layer.rows.numel() for layer in longer.values()] == [layer.rows.numel() for layer in auto.values()]
+
+
 def test_the_rank_can_be_given_for_each_pattern():
     layers = convert_linears(nn.ModuleList([Tiny()]), rank={"*": 4, "*.self_attn.*": 2, "k_proj": 3})
     assert [layer.rank for layer in layers.values()] == [2, 3, 4]
@@ -78,7 +85,7 @@ def test_attention_trains_a_larger_share_at_the_same_total():
         ({"rank": 0}, "optim.rank=0 must be between 1 and"),
         ({"rank": 2, "attention_weight": 0.0}, "optim.attention_weight=0.0 must be above 0"),
         ({"rank": 1.5}, "optim.rank=1.5 must be between 1 and 8, the number of rows .* or a share"),
-        ({"rank": 2, "side": "diagonal"}, "use auto, rows or columns"),
+        ({"rank": 2, "side": "diagonal"}, "use auto, longer, rows or columns"),
     ],
 )
 def test_bad_conversions_are_refused_and_change_nothing(arguments, message):

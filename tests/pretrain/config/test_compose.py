@@ -75,7 +75,7 @@ def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
         ("optim.selection=best", r"optim\.selection=best is unknown; choose from top_r"),
         ("optim.score=guess", r"optim\.score=guess is unknown; choose from exact, sketch"),
         ("optim.state_at_refresh=drop", r"optim\.state_at_refresh=drop is unknown"),
-        ("optim.side=top", r"optim\.side='top' is unknown; use auto, rows or columns"),
+        ("optim.side=top", r"optim\.side='top' is unknown; use auto, longer, rows or columns"),
         ("optim.schedule=line", r"optim\.schedule=line is unknown"),
         ("optim.patterns=[mlp]", r"pattern 'mlp' matches no linear layer"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=.* must be two numbers"),
@@ -134,7 +134,7 @@ def test_all_problems_come_at_once():
 
 
 def test_a_key_added_with_a_plus_must_be_known_too():
-    with pytest.raises(ConfigError, match=r"train\.stepz is no key of the configuration; did you mean train\.steps"):
+    with pytest.raises(ConfigError, match=r"train\.stepz is not a key of the configuration; did you mean train\.steps"):
         load(["+train.stepz=3"])
     with pytest.raises(ConfigError, match=r"optm=grass: .*did you mean optim\?"):
         load(["optm=grass"])
