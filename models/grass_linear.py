@@ -112,11 +112,13 @@ class SharedSlice:
 class GrassLinear(nn.Module):
     """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
 
-    weight  Parameter (out, in), frozen, used by the forward; with ``int8`` the codes of the rows that are not selected
-    rows    Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
-    index   buffer (rank,) int64: the selected rows or columns, ascending; entries may repeat
-    scale   buffer (rank,) float32: ρ of each selected row; used only if ``scaled`` is set, for weighted samples
-    weight_step  with ``int8`` a buffer (size of the selected dimension,) float32: see models.int8_weight
+    Attributes:
+        weight: Parameter (out, in), frozen, used by the forward; with ``int8`` the codes of the rows that are not
+            selected
+        rows: Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
+        index: buffer (rank,) int64: the selected rows or columns, ascending; entries may repeat
+        scale: buffer (rank,) float32: ρ of each selected row; used only if ``scaled`` is set, for weighted samples
+        weight_step: with ``int8`` a buffer (size of the selected dimension,) float32: see models.int8_weight
 
     Args:
         weight: the (out, in) weight; shared, not copied, and frozen.

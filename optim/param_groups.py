@@ -21,10 +21,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Every trainable parameter in one of three groups, with ``name`` and ``peak_lr`` for the schedule.
 
-    linears     rate ``linear_lr``: the rows of GrassLinear layers, and the weights of linear layers that match
-                ``patterns``; the same layers under Grass and in full-rank training
-    embeddings  rate ``lr``: embeddings, head and all other matrices
-    norms       rate ``lr``, without weight decay: vectors
+    - ``linears``: rate ``linear_lr``; the rows of GrassLinear layers, and the weights of linear layers that match
+      ``patterns``; the same layers under Grass and in full-rank training
+    - ``embeddings``: rate ``lr``; embeddings, head and all other matrices
+    - ``norms``: rate ``lr`` without weight decay; vectors
 
     Args:
         model: its trainable parameters.

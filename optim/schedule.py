@@ -21,10 +21,10 @@ def rate_factor(
 
     Linear warm-up from 1/n to 1 over the n updates of ``warmup``, then
 
-    cosine    half a cosine from 1 to ``final`` at the last update (Loshchilov & Hutter, arXiv 1608.03983)
-    wsd       1, then linear to ``final`` over the last ``decay_share`` of all updates (warm-up, stable, decay: Hu et
-              al., arXiv 2404.06395)
-    constant  1
+    - ``cosine``: half a cosine from 1 to ``final`` at the last update (Loshchilov & Hutter, arXiv 1608.03983)
+    - ``wsd``: 1, then linear to ``final`` over the last ``decay_share`` of all updates (warm-up, stable, decay: Hu et
+      al., arXiv 2404.06395)
+    - ``constant``: 1
 
     Args:
         step: updates made so far.

@@ -33,9 +33,10 @@ def needs_scores(name: str) -> bool:
 class Selected(NamedTuple):
     """A choice of rows.
 
-    chosen  row numbers (r,) int64, ascending; they may repeat
-    scale   ρ (r,) float32; None where it is 1
-    usable  False: the scores were of no use, and the rows were drawn uniformly
+    Attributes:
+        chosen: row numbers (r,) int64, ascending; they may repeat
+        scale: ρ (r,) float32; None where it is 1
+        usable: False if the scores were of no use and the rows were drawn uniformly
     """
 
     chosen: Tensor

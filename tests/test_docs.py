@@ -1,6 +1,7 @@
 """The documentation builds without a warning, and every file, test, module and anchor that it names exists."""
 
 import importlib.util
+import inspect
 import os
 import re
 import runpy
@@ -34,6 +35,16 @@ def test_the_site_builds_without_warnings(root, tmp_path):
     result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert result.returncode == 0 and "WARNING" not in result.stderr, result.stderr
     assert "GrassLinear" in (tmp_path / "site" / "api" / "index.html").read_text()
+
+
+def test_no_docstring_of_the_api_page_has_columns(root):
+    """Markdown would run the lines of an aligned list together into one paragraph."""
+    names = re.findall(r"^::: ([\w.]+)$", (root / "docs" / "api.md").read_text(), re.M)
+    assert len(names) > 20
+    for name in names:
+        module, _, member = name.rpartition(".")
+        text = inspect.getdoc(getattr(importlib.import_module(module), member)) or ""
+        assert not re.search(r"^\w+ {2,}\S", text, re.M), name
 
 
 def test_every_page_is_in_the_navigation(root):

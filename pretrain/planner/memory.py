@@ -31,14 +31,15 @@ FIXES = {
 class Estimate:
     """The estimate for one device. Memory and traffic are in bytes.
 
-    peak_bytes                   peak of a step without a refresh
-    refresh_peak_bytes           peak of the steps that gather scores and refresh
-    components                   ``peak_bytes`` by component
-    parameters                   parameters of the model
-    flops_per_token              floating-point operations of forward and backward, per token
-    communicated_bytes_per_step  given to collectives in a step without a refresh (fake_ranks.TrafficCounter)
-    communicated_bytes_per_refresh  the same in the last step of a window, which includes the scores of all rows
-    max_micro_batch_size         largest that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
+    Attributes:
+        peak_bytes: peak of a step without a refresh
+        refresh_peak_bytes: peak of the steps that gather scores and refresh
+        components: ``peak_bytes`` by component
+        parameters: parameters of the model
+        flops_per_token: floating-point operations of forward and backward, per token
+        communicated_bytes_per_step: given to collectives in a step without a refresh (fake_ranks.TrafficCounter)
+        communicated_bytes_per_refresh: the same in the last step of a window, which includes the scores of all rows
+        max_micro_batch_size: largest that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
     """
 
     peak_bytes: int
