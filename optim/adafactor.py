@@ -1,4 +1,4 @@
-"""Adafactor as an inner optimizer: torch's, with steps that do not wait for a GPU."""
+"""Adafactor as an inner optimizer: like torch's, but without waiting for the GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,8 @@ CHUNK = 2**24  # elements of a parameter that are scaled in float32 at a time
 class Adafactor(torch.optim.Adafactor):
     """torch.optim.Adafactor (Shazeer & Stern, arXiv 1804.04235), with the same state and the same step.
 
-    For every parameter torch copies two norms from the device to Python numbers. Here they stay on a GPU as float32
-    scalars. On a CPU, where copies do not wait, the step is torch's to the bit.
+    For every parameter, torch copies two norms from the device to Python numbers. Here they stay on the GPU as float32
+    scalars. On a CPU, where copies do not wait, the step is bit-identical to torch's.
     """
 
     @torch.no_grad()
@@ -34,7 +34,7 @@ class Adafactor(torch.optim.Adafactor):
         """The step on one parameter.
 
         Args:
-            norms_on_host: compute with the norms as Python numbers, like torch; else they stay on the device.
+            norms_on_host: compute with the norms as Python numbers, like torch; otherwise they stay on the device.
         """
         eps1, eps2 = group["eps"]
         eps1 = torch.finfo(parameter.dtype).eps if eps1 is None else eps1
@@ -61,7 +61,7 @@ class Adafactor(torch.optim.Adafactor):
         parameter, update = torch.atleast_1d(parameter, update)
         rows = max(1, CHUNK // max(1, parameter[:1].numel()))
         for part, change in zip(parameter.split(rows), update.split(rows), strict=True):
-            part.add_(change.to(wide).mul_(factor))  # the parameter's own dtype would round the factor
+            part.add_(change.to(wide).mul_(factor))  # the parameter's dtype would round the factor
 
 
 def _new_variance(gradient: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
-"""The baselines of Grass: GaLore, APOLLO and Fira, from their own packages.
+"""The baselines of Grass: GaLore, APOLLO and Fira, adapted from their packages.
 
-They run with the same parameter groups, rates, schedule, clipping and checkpoints as every other optimizer here. This
-file adapts them; the methods are the packages'.
+They use the same parameter groups, rates, schedule, clipping and checkpoints as all other optimizers here.
 """
 
 import sys
@@ -11,7 +10,7 @@ import torch
 
 from optim.inner import inner_optimizer
 
-# By name of the optimizer: further settings that its package wants in a group that is projected.
+# By name of the optimizer: additional settings of a projected group that its package needs.
 PROJECTED: dict[str, dict[str, Any]] = {
     "galore": {"proj_type": "std"},
     "apollo": {"proj_type": "std", "proj": "random"},
@@ -25,18 +24,18 @@ def projected_optimizer(
     name: str, groups: list[dict[str, Any]], *, rank: int, update_gap: int, scale: float, scale_type: str | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """The optimizer ``name`` of PROJECTED, which projects the gradients of the group "linears" only.
+    """The optimizer ``name`` in PROJECTED, which projects only the gradients of the group "linears".
 
     Args:
-        groups: of ``optim.param_groups.parameter_groups``.
-        rank: of the projected gradients.
+        groups: from ``optim.param_groups.parameter_groups``.
+        rank: the rank of the projected gradients.
         update_gap: steps between two computations of the projection.
         scale: factor on the projected update; APOLLO multiplies by its square root.
         scale_type: for APOLLO: "channel", or "tensor" for APOLLO-Mini.
-        options: of the optimizer, such as betas.
+        options: options of the optimizer, such as betas.
 
     Raises:
-        ValueError: the package is not installed, or does not take a weight decay that a group has.
+        ValueError: the package is not installed, or does not support the weight decay of a group.
     """
     projection = {"rank": rank, "update_proj_gap": update_gap, "scale": scale, **PROJECTED[name]}
     if scale_type is not None:
@@ -48,11 +47,11 @@ def projected_optimizer(
 
 
 class StateInTensors:
-    """Keeps the state of ``optimizer`` in tensors between steps, as checkpoints need; attached by step hooks.
+    """Keeps the state of ``optimizer`` in tensors between steps, for checkpoints; attached by step hooks.
 
     The packages keep numbers and a projector object in a parameter's state, and Fira keeps its step count in the group.
-    After a step they become tensors, named ``projector_…`` and ``group_step``; before the next step the projector is
-    built again from them.
+    After a step, these are converted to tensors, named ``projector_…`` and ``group_step``. Before the next step, the
+    projector is built again from the tensors.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -81,7 +80,7 @@ class StateInTensors:
                 state |= {name: int(value) for name, value in state.items() if not value.is_floating_point()}
                 if "group_step" in state:
                     group["step"] = state.pop("group_step")
-                if "proj" in group:  # APOLLO's own numbering, also for master weights
+                if "proj" in group:  # APOLLO's numbering, also for master weights
                     state.setdefault("seed", place)
                 changed = {name: state.pop(f"projector_{name}") for name in CHANGING if f"projector_{name}" in state}
                 if changed:
@@ -89,7 +88,7 @@ class StateInTensors:
                     vars(state["projector"]).update(changed)
 
     def _projector(self, group: dict[str, Any], state: dict[str, Any]) -> Any:
-        """A projector as the package builds it in the first step."""
+        """A projector as built by the package in the first step."""
         if hasattr(self.optimizer, "_initialize_projector"):  # APOLLO
             return self.optimizer._initialize_projector(group, state)
         settings = ("rank", "update_proj_gap", "scale", "proj_type", "projection_type")

@@ -1,4 +1,4 @@
-"""Several optimizers as one, and a step of an optimizer on some of its parameters."""
+"""Several optimizers as one optimizer, and steps on a subset of an optimizer's parameters."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class CompositeOptimizer(torch.optim.Optimizer):
     """Steps with each of ``parts`` in turn.
 
-    Its groups are those of the parts and its state is shared with them: nothing is copied. Parts that are themselves
-    composite are replaced by their parts.
+    Its groups are the groups of the parts, and its state is shared with them: nothing is copied. Composite parts are
+    replaced by their parts.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]):
@@ -35,7 +35,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
 
 @contextmanager
 def restricted_to(optimizer: torch.optim.Optimizer, parameters: Collection[Tensor]) -> Iterator[None]:
-    """A context in which the groups of ``optimizer`` hold only ``parameters``; their settings stay the same."""
+    """A context in which the groups of ``optimizer`` contain only ``parameters``; group settings stay the same."""
     held = [group["params"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p in parameters]

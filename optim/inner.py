@@ -23,7 +23,7 @@ INNER_OPTIMIZERS = {
     "apollo": "apollo_torch.APOLLOAdamW",
     "fira": "pytorch_optimizer.Fira",
 }
-# The requirements file of each package that is optional.
+# The requirements file of each optional package.
 REQUIREMENTS = {
     "torchao": "requirements-extra.txt",
     "galore_torch": "requirements-baselines.txt",
@@ -57,13 +57,14 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """The optimizer ``name`` over ``groups``. Options that it does not take are left out; the others are logged.
+    """The optimizer ``name`` for ``groups``. Unsupported options are left out; the other options are logged.
 
-    Adam and AdamW are fused. SGD is not: its fused step cannot start the momentum of reset rows while others have one.
+    Adam and AdamW are fused. SGD is not fused: the fused step cannot start the momentum of reset rows while other rows
+    have a momentum.
 
     Args:
         name: see ``optimizer_class``.
-        groups: of ``optim.param_groups.parameter_groups``.
+        groups: from ``optim.param_groups.parameter_groups``.
         options: keyword arguments such as betas, eps and momentum.
 
     Raises:
@@ -73,7 +74,7 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
     known = inspect.signature(cls).parameters
     if cls is not torch.optim.SGD:
         options = {"fused": True} | options
-    # Adafactor's eps is a pair, with another meaning.
+    # Adafactor's eps is a pair with a different meaning.
     taken = {
         k: v for k, v in options.items() if k in known and isinstance(known[k].default, tuple) == isinstance(v, tuple)
     }
@@ -87,7 +88,7 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
 def optimizer_of_groups(
     inner: str, embedding_inner: str | None, groups: list[dict[str, Any]], **options: Any
 ) -> torch.optim.Optimizer:
-    """The optimizer ``inner`` over ``groups``; ``embedding_inner``, if given, takes the group "embeddings"."""
+    """The optimizer ``inner`` for ``groups``. If ``embedding_inner`` is given, it gets the group "embeddings"."""
     embeddings = [group for group in groups if group["name"] == "embeddings"]
     if embedding_inner is None or not embeddings:
         return inner_optimizer(inner, groups, **options)

@@ -1,6 +1,6 @@
-"""Memory that a training step holds throughout: weights, gradients and optimizer state, by formula.
+"""The memory of weights, gradients and optimizer state during training, by formula.
 
-Activations come on top: pretrain.planner simulates a step for them.
+Activations need additional memory; pretrain.planner simulates a step for them.
 """
 
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ def held_bytes(model: nn.Module, stack: OptimizerStack) -> dict[str, int | None]
     """Bytes on this process by component, known before the first step.
 
     weights          parameters and buffers of ``model``, and float32 master weights
-    gradients        one for each trained parameter; 0 when the backward steps and frees them
-    optimizer state  without counters of steps; None for an optimizer without a formula here: those that quantise or
-                     project their state, and those given by a dotted path
+    gradients        one for each trained parameter; 0 if the backward makes the steps and frees gradients
+    optimizer state  without step counters; None for an optimizer without a formula here: optimizers that quantise or
+                     project their state, and optimizers given by a dotted path
     """
     masters = [master for _, master in stack.masters.pairs] if stack.masters else []
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -1,12 +1,12 @@
-"""Steps in float32 on parameters that are kept in bfloat16 or float16, with any optimizer.
+"""Float32 steps on parameters in bfloat16 or float16, with any optimizer.
 
-A stock optimizer changes a bfloat16 parameter in place: updates below half the spacing of its values are lost, and a
-second moment stops following its gradient. Two remedies:
+A stock optimizer changes a bfloat16 parameter in place: updates below half the spacing of bfloat16 are lost, and a
+second moment stops following the gradient. Two solutions:
 
-``Float32Steps`` gives the optimizer float32 copies for the duration of a step. Between steps only bfloat16 is kept, and
-the caller rounds the results, stochastically in ``optim.grass``. For the rows of Grass.
+``Float32Steps`` gives the optimizer float32 copies during a step. Between steps, only bfloat16 is kept, and the caller
+rounds the results, stochastically in ``optim.grass``. For the rows of Grass.
 
-``MasterWeights`` keeps float32 copies for the run. For any low-precision parameter of an optimizer.
+``MasterWeights`` keeps float32 copies for the complete run. For any low-precision parameter of an optimizer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,18 +24,18 @@ from optim.composite import restricted_to, with_gradient
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Round = Callable[[Sequence[nn.Parameter], str, Sequence[Tensor]], Sequence[Tensor]]
-"""(parameters, name of a state, its float32 values for each parameter) → the values rounded to be kept."""
+"""(parameters, name of a state, its float32 values for each parameter) → the rounded values to keep."""
 
 
 class Float32Steps:
-    """For the duration of a step, float32 stand-ins in an optimizer for low-precision parameters, gradients and state.
+    """Replaces low-precision parameters, gradients and state of an optimizer by float32 stand-ins during a step.
 
-    ``lend`` is to be called before a step and ``take_back`` after it.
+    Call ``lend`` before a step and ``take_back`` after it.
 
     Args:
         optimizer: any torch.optim.Optimizer.
         blocks: the low-precision parameters, each with the name of its block.
-        round_state: rounds state that has one value for each element of a parameter.
+        round_state: rounds state with one value per element of a parameter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, str], round_state: Round):
@@ -44,10 +44,10 @@ class Float32Steps:
         self._restriction = ExitStack()  # of the running step, to parameters not yet stepped on
 
     def step_on_other_blocks(self) -> None:
-        """Step on the parameters of all blocks but the last, one block at a time, so that few stand-ins exist at once.
+        """Step on the parameters of all blocks except the last, one block at a time, so that few stand-ins exist.
 
-        Called before a step, which is then restricted to everything else until ``take_back``. The optimizer's step on a
-        parameter must not depend on other parameters.
+        Called before a step. Until ``take_back``, this step is then restricted to all other parameters. The optimizer's
+        step on a parameter must not depend on other parameters.
         """
         remaining, by_block = with_gradient(self.optimizer), dict[str, list[nn.Parameter]]()
         for p, block in self.blocks.items():
@@ -64,7 +64,7 @@ class Float32Steps:
 
     @torch.no_grad()
     def lend(self) -> None:
-        """Put stand-ins in the places of the low-precision parameters that have a gradient."""
+        """Replace the low-precision parameters that have a gradient by stand-ins."""
         stepped_on = with_gradient(self.optimizer) & self.blocks.keys()
         lent = [p for group in self.optimizer.param_groups for p in group["params"] if p in stepped_on]
         if not lent:
@@ -83,10 +83,10 @@ class Float32Steps:
                 state[name] = wide
 
     def take_back(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Put the parameters back and round their state; returns the stand-ins, with the results of the step.
+        """Restore the parameters and round their state; returns the stand-ins, with the results of the step.
 
-        State of other shapes than the parameter's (counts, factors, quantised blocks) stays as the optimizer made it.
-        The parameters still have their old values.
+        State with other shapes than the parameter (counts, factors, quantised blocks) stays unchanged. The parameters
+        still have their old values.
         """
         stand_ins = self.stand_ins
         if stand_ins:
@@ -106,7 +106,7 @@ class Float32Steps:
         return stand_ins
 
     def _elementwise_state(self) -> dict[str, list[nn.Parameter]]:
-        """By name of a state with one value for each element of a parameter: the lent parameters that have it."""
+        """For each name of a state with one value per element, the lent parameters that have this state."""
         found: dict[str, list[nn.Parameter]] = {}
         for p, stand_in in self.stand_ins.items():
             for name, value in self.optimizer.state.get(stand_in, {}).items():
@@ -116,7 +116,7 @@ class Float32Steps:
 
 
 def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies in float32, made in one operation."""
+    """Float32 copies, made in one operation."""
     wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
     if wide:
         torch._foreach_copy_([local(w) for w in wide], [local(t.detach()) for t in tensors])
@@ -135,8 +135,8 @@ def _is_elementwise(state: Any, parameter: Tensor) -> bool:
 class MasterWeights:
     """float32 copies (master weights) of the low-precision parameters of an optimizer, attached by step hooks.
 
-    They take the places of the parameters in ``optimizer.param_groups``. Before a step the gradients move to the
-    masters; after it the parameters get the masters' values, rounded to nearest.
+    They replace the parameters in ``optimizer.param_groups``. Before a step, the gradients are moved to the masters.
+    After the step, the parameters get the values of the masters, rounded to nearest.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):

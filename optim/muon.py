@@ -1,4 +1,4 @@
-"""Muon as an inner optimizer: for the linear layers, with AdamW for everything else."""
+"""Muon as an inner optimizer: for the linear layers, with AdamW for all other parameters."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
@@ -16,15 +16,16 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the same as in torch.optim.Muon
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon with a Newton-Schulz iteration that is batched, in a precision that suits the device.
+    """torch.optim.Muon with a batched Newton-Schulz iteration, in a precision suitable for the device.
 
-    Torch's iteration takes one matrix at a time, always in bfloat16: hundreds of small kernels on a GPU, some twenty
-    times slower than float32 on a CPU without bfloat16 units, and different for every way of sharding by bfloat16
-    rounding errors. Here matrices of one shape are stacked, in bfloat16 on a GPU and elsewhere in their own precision
-    (float32 at least). Matrices sharded along their longer side stay sharded: only small square products are sent.
+    Torch's iteration takes one matrix at a time, always in bfloat16. This launches hundreds of small kernels on a GPU,
+    is about twenty times slower than float32 on a CPU without bfloat16 units, and its rounding errors depend on the
+    sharding. Here, matrices of one shape are stacked. The iteration is in bfloat16 on a GPU, elsewhere in the dtype of
+    the matrices (at least float32). Matrices sharded along their longer side stay sharded: only small square products
+    are sent.
 
-    The step is scaled by 0.2 √max(rows, columns) to the size of AdamW's (Liu et al., arXiv 2502.16982), so that rates
-    and decay have the same meaning as there. Decay is decoupled.
+    The step is scaled by 0.2 √max(rows, columns) to the size of AdamW's step (Liu et al., arXiv 2502.16982), so that
+    rates and decay have the same meaning as for AdamW. Decay is decoupled.
     """
 
     @torch.no_grad()
@@ -56,7 +57,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(parts, list(steps.to(parts[0].dtype).unbind()), alpha=-rate)
 
     def _scaled(self, orthogonal: Tensor, parameters: list[Tensor]) -> tuple[Tensor, float]:
-        """The directions of the step, and the factor that brings their root mean square to 1.
+        """The directions of the step, and the factor that makes their root mean square 1.
 
         Args:
             orthogonal: (b, m, n), the local parts of the orthogonalised momentum of ``parameters``.
@@ -70,9 +71,9 @@ def orthogonalize(
     """Bring the singular values of ``matrices`` near 1 by Newton-Schulz iterations.
 
     The quintic iteration of Jordan et al., https://kellerjordan.github.io/posts/muon. It multiplies X by a polynomial
-    of X Xᵀ, so that all iterations are one polynomial of the first X Xᵀ. In float32 or wider that polynomial is
-    computed on the small square matrix, and X is multiplied once: fewer products where X is twice as long as wide, and
-    a single sum over shards. bfloat16 is too coarse for that, so a GPU iterates on X.
+    of X Xᵀ, so all iterations together are one polynomial of the first X Xᵀ. In float32 or wider, this polynomial is
+    computed on the small square matrix, and X is multiplied once: fewer FLOPs if X is at least twice as long as wide,
+    and a single sum over shards. bfloat16 is not precise enough for this, so on a GPU the iteration is on X.
 
     Args:
         matrices: (b, m, n), or shards of matrices that are divided along their longer side.

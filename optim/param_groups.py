@@ -28,8 +28,8 @@ def parameter_groups(
 
     Args:
         model: its trainable parameters.
-        lr: and ``linear_lr``, peak learning rates.
-        weight_decay: factor, as the optimizer defines it.
+        lr: peak learning rate, as is ``linear_lr``.
+        weight_decay: factor, as defined by the optimizer.
         patterns: globs of module names, see ``models.convert.matches``.
 
     Returns:
@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """The factor of decoupled weight decay on parameters of ``group`` in a step, 1 - lr · decay; 1 if not decoupled."""
+    """The factor of decoupled weight decay in a step on parameters of ``group``, 1 - lr · decay; 1 if not decoupled."""
     if isinstance(optimizer, CompositeOptimizer):
         return next(decay_factor(part, group) for part in optimizer.parts if any(g is group for g in part.param_groups))
     decoupled = (
@@ -70,10 +70,10 @@ def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> flo
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float, linears: float = 1.0) -> None:
-    """Set the rate of every group to its peak rate times ``factor``, that of the group "linears" also ``linears``."""
+    """Set the rate of every group to its peak rate times ``factor``; for the group "linears" also times ``linears``."""
     for group in optimizer.param_groups:
         lr = group["peak_lr"] * factor * (linears if group["name"] == "linears" else 1.0)
-        if torch.is_tensor(group["lr"]):  # torchao keeps rates in tensors of its own
+        if torch.is_tensor(group["lr"]):  # torchao keeps rates in tensors
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr

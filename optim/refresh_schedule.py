@@ -1,4 +1,4 @@
-"""When the layers of a model are probed and refreshed."""
+"""The schedule of probes and refreshes of a model's layers."""
 
 import logging
 import re
@@ -14,19 +14,19 @@ STAGGER = (True, False, "auto")
 class RefreshSchedule:
     """The probes and refreshes of each layer, as functions of the number of updates made so far.
 
-    A layer's rows are chosen every ``refresh_every`` updates (a window), from the scores that its probe gathers in the
+    A layer's rows are chosen every ``refresh_every`` updates (a window), from the scores gathered by its probe in the
     last ``probe_steps`` updates of the window.
 
     Args:
-        names: of the layers, in model order.
+        names: the layers, in model order.
         refresh_every: K, updates per window.
-        probe_steps: updates that feed the scores of a refresh; K at most.
+        probe_steps: number of updates that contribute to the scores of a refresh; at most K.
         stagger: spread the refreshes of the blocks evenly over a window, instead of refreshing all at once.
-        warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
-        frozen: choose rows once, before the first update, and never again.
+        warmup: updates over which the rate of the rows warms up after each refresh; 0 for none.
+        frozen: choose rows only once, before the first update.
 
     Raises:
-        ValueError: a number below 1, or a warm-up with ``stagger``, where no refresh is common to all layers.
+        ValueError: a number below 1, or a warm-up with ``stagger``, which has no common refresh of all layers.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class RefreshSchedule:
         self.offsets = turn_offsets(names, refresh_every) if stagger else dict.fromkeys(names, 0)
 
     def window(self, name: str, steps: int) -> int:
-        """The number of the window, from 0 on, that layer ``name`` is in after ``steps`` updates."""
+        """The number of the current window (from 0) of layer ``name`` after ``steps`` updates."""
         return (steps + self.offsets[name]) // self.refresh_every
 
     def steps_to_refresh(self, name: str, steps: int) -> int:
-        """Updates until the rows of ``name`` are chosen next, 1 … K; K right at a refresh."""
+        """Updates until the next choice of rows of ``name``, 1 … K; K directly after a refresh."""
         return self.refresh_every - (steps + self.offsets[name]) % self.refresh_every
 
     def due(self, steps: int) -> list[str]:
@@ -68,7 +68,7 @@ class RefreshSchedule:
         return [name for name in self.offsets if self.steps_to_refresh(name, steps) <= self.probe_steps]
 
     def rate_factor(self, steps: int) -> float:
-        """The factor on the rows' learning rate in the update after ``steps``; below 1 right after a refresh."""
+        """The factor on the rows' learning rate in the update after ``steps``; below 1 directly after a refresh."""
         return min(1.0, (steps % self.refresh_every + 1) / self.warmup) if self.warmup else 1.0
 
 
@@ -78,7 +78,7 @@ def takes_turns(stagger: bool | str, layers: Iterable[GrassLinear]) -> bool:
     stagger = columns > 0 if stagger == "auto" else bool(stagger)
     if columns and not stagger:
         logger.info(
-            "all %d layers that select columns keep their complete inputs in a probed step; with optim.stagger=auto "
+            "in a probed step, all %d layers that select columns keep their complete inputs; with optim.stagger=auto, "
             "they take turns",
             columns,
         )
@@ -86,12 +86,15 @@ def takes_turns(stagger: bool | str, layers: Iterable[GrassLinear]) -> bool:
 
 
 def block_of(layer: str) -> str:
-    """The name of the block that ``layer`` is in, or its own: layers.3 of layers.3.mlp.up_proj."""
+    """The name of the block that contains ``layer``, e.g. layers.3 for layers.3.mlp.up_proj.
+
+    For a layer outside the blocks, the layer's own name.
+    """
     return re.sub(r"(\.\d+)\..*", r"\1", layer)
 
 
 def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
-    """The updates by which each layer refreshes early when the blocks take turns, in model order.
+    """The number of updates by which each layer refreshes early if the blocks take turns, in model order.
 
     The layers of a block share a turn, so that a compiled block has two states: with probes and without.
     """
@@ -101,6 +104,6 @@ def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
 
 
 def most_at_once(blocks: int, refresh_every: int, probe_steps: int) -> int:
-    """The largest number of blocks, of ``blocks`` that take turns, that are probed in one update."""
+    """The largest number of blocks probed in one update, if ``blocks`` blocks take turns."""
     schedule = RefreshSchedule([f"layers.{n}.linear" for n in range(blocks)], refresh_every, probe_steps, stagger=True)
     return max(len(schedule.probing(step)) for step in range(refresh_every))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a pure function from the step to a factor on the peak rate."""
+"""Learning-rate schedules: the factor on the peak rate as a function of the step."""
 
 import math
 
@@ -9,7 +9,7 @@ def warmup_updates(warmup: float, total: int) -> int:
     """The number of updates of a warm-up in a run of ``total`` updates.
 
     Args:
-        warmup: a number of updates, or, between 0 and 1, a share of ``total``; a share leaves the last update out.
+        warmup: a number of updates, or, between 0 and 1, a share of ``total``; a share never includes the last update.
     """
     return min(round(warmup * total), max(0, total - 1)) if 0 < warmup < 1 else int(warmup)
 
@@ -29,7 +29,7 @@ def rate_factor(
     Args:
         step: updates made so far.
         total: updates of the run.
-        schedule: a name of SCHEDULES.
+        schedule: a name in SCHEDULES.
         warmup: updates, or a share of ``total``, see ``warmup_updates``.
         final: the factor in the last update, 0 … 1.
         decay_share: 0 … 1, for "wsd".

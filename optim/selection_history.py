@@ -1,6 +1,6 @@
-"""A record of the selections of a run: the share of the gradient they captured, new rows, rows ever selected.
+"""A record of the selections of a run: captured share of the gradient, newly selected rows, rows ever selected.
 
-It is kept on the CPU, where rows are chosen, and is part of a checkpoint.
+It is on the CPU, where rows are chosen, and is part of a checkpoint.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ class SelectionHistory:
     """The latest refresh of each layer, and the rows that were ever selected.
 
     rows    by layer (m,) uint8: NEVER selected, selected BEFORE, or selected NOW
-    latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selection,
-            √(Σ selected g² / Σ g²) by the scores g, NaN where the scores were of no use; the number of new rows
+    latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selected
+            rows, √(Σ selected g² / Σ g²) with the scores g, NaN if the scores were unusable; the number of new rows
 
     Args:
         selectable: the number of rows m of each layer.
@@ -31,22 +31,22 @@ class SelectionHistory:
         """Record a refresh of layer ``name`` after update ``step``.
 
         Args:
-            index: the chosen rows (r,) int64 on the CPU; they may repeat.
-            scores: (m,) on the CPU, by which they were chosen.
+            index: the chosen rows (r,) int64 on the CPU; rows may repeat.
+            scores: (m,) on the CPU, the scores of all rows.
         """
         rows, chosen, squares = self.rows[name].numpy(), np.unique(index.numpy()), scores.double().numpy() ** 2
         changed = np.count_nonzero(rows[chosen] != NOW)
         rows[rows == NOW] = BEFORE
         rows[chosen] = NOW
-        with np.errstate(invalid="ignore"):  # scores may be of no use
+        with np.errstate(invalid="ignore"):  # scores may be unusable
             captured = np.sqrt(squares[chosen].sum() / squares.sum())
         self.latest[name].numpy()[:] = step, captured, changed
 
     def means(self) -> dict[str, float]:
-        """Means over the layers for the metrics, grass/<name>; unknown ones are left out.
+        """Means over the layers for the metrics grass/<name>. Unknown values are left out.
 
         captured  share of the gradient's norm in the latest selection
-        changed   share of new rows in the latest selection
+        changed   share of newly selected rows in the latest selection
         coverage  share of all rows that were ever selected
         """
         latest = torch.stack(list(self.latest.values()))
@@ -58,8 +58,13 @@ class SelectionHistory:
     def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
         """The latest refresh of each layer that refreshed after update ``since``.
 
-        The first choice of a run, before its first update, counts as after update 0. By layer: "captured", the share of
-        the gradient's norm (None if unknown), and "changed", "selected", "ever_selected" and "rows", numbers of rows.
+        The initial choice, before the first update, counts as after update 0. For each layer:
+
+        captured       share of the gradient's norm in the selected rows; None if unknown
+        changed        number of newly selected rows
+        selected       number of selected rows
+        ever_selected  number of rows ever selected
+        rows           number of all rows
         """
         found: dict[str, dict[str, float | int | None]] = {}
         for name, rows in self.rows.items():
@@ -75,6 +80,6 @@ class SelectionHistory:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors for a checkpoint by name, to be filled in place on resuming."""
+        """The tensors for a checkpoint by name, which are filled in place on resuming."""
         rows = {f"{name}.rows": tensor for name, tensor in self.rows.items()}
         return rows | {f"{name}.latest": tensor for name, tensor in self.latest.items()}

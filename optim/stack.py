@@ -1,4 +1,4 @@
-"""Everything that steps in a training run: the optimizer, Grass, master weights and limits on gradients."""
+"""All parts of an optimizer step: the optimizer, Grass, master weights and limits on gradients."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,10 +18,10 @@ from optim.step_in_backward import StepInBackward
 
 
 class OptimizerStack:
-    """An optimizer with the parts of a run that act on its gradients, its parameters and its state.
+    """An optimizer with the parts of a run that change its gradients, parameters and state.
 
     Args:
-        optimizer: with groups of ``optim.param_groups.parameter_groups``.
+        optimizer: with groups from ``optim.param_groups.parameter_groups``.
         grass: attached to ``optimizer`` by hooks, if the run uses Grass.
         masters: attached to ``optimizer`` by hooks, if the run keeps float32 master weights.
         limiter: scales the gradients before a step.
@@ -58,9 +58,9 @@ class OptimizerStack:
 
     @contextmanager
     def backward(self, last: bool) -> Iterator[None]:
-        """A context for the backward of one micro-batch; ``last`` marks the last of an update.
+        """A context for the backward of one micro-batch; ``last`` marks the last micro-batch of an update.
 
-        With step-in-backward the update is complete at the end of the last one.
+        With step-in-backward, the update is complete at the end of the last micro-batch.
         """
         if not (self._in_backward and last):
             yield
@@ -69,7 +69,7 @@ class OptimizerStack:
             yield
 
     def step(self) -> None:
-        """Limit the gradients, step, and drop the gradients. With step-in-backward all of it is already done."""
+        """Limit the gradients, step, and drop the gradients. With step-in-backward, all this is already done."""
         if self._in_backward:
             return
         if self.limiter:
@@ -78,13 +78,13 @@ class OptimizerStack:
         self._drop_gradients()
 
     def skip(self) -> None:
-        """Drop the gradients and make no update; the update still counts towards the next refresh."""
+        """Drop the gradients without an update. The update still counts towards the next refresh."""
         self._drop_gradients()
         if self.grass:
             self.grass.skip_update()
 
     def grad_norm(self) -> Tensor:
-        """With step-in-backward: the norm of all gradients of the latest update, before the limiter, on the device."""
+        """With step-in-backward: the norm of all gradients of the latest update before the limiter, on the device."""
         assert self._in_backward is not None
         return self._in_backward.grad_norm()
 
@@ -112,7 +112,7 @@ class OptimizerStack:
         return tensors
 
     def make_room(self, stored: Mapping[str, Any]) -> None:
-        """Create, unfilled, the state tensors that a checkpoint has and a new optimizer lacks.
+        """Allocate the state tensors that a checkpoint has and a new optimizer lacks, without filling them.
 
         Args:
             stored: the checkpoint's tensors by name: metadata with ``size`` and ``properties.dtype``.
@@ -143,7 +143,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, T
 def _parts(key: str, value: Any) -> dict[str, Tensor]:
     """The tensor of a state under its key; of torchao's quantised states the tensors inside, as key.codes etc."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; only tensors go into a checkpoint")
+        raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; checkpoints can contain only tensors")
     if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
         return {f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
     return {key: value}

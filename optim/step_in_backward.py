@@ -1,8 +1,8 @@
-"""The optimizer's step on each parameter as soon as its gradient is complete; the gradient is then freed.
+"""Makes the optimizer's step on each parameter as soon as its gradient is complete, and then frees the gradient.
 
-So the gradients of a model, and the float32 stand-ins of low-precision rows, never exist all at once, except between
-the micro-batches of an update. The step on a parameter must not depend on other parameters, so clipping by the global
-norm is impossible.
+So the gradients of all parameters, and the float32 stand-ins of all low-precision rows, never exist at once, except
+between the micro-batches of an update. The step on a parameter must not depend on other parameters, so clipping by the
+global norm is impossible.
 """
 
 import weakref
@@ -18,11 +18,11 @@ from optim.norm_growth import NormGrowthLimiter
 
 
 class StepInBackward:
-    """Makes the steps of ``optimizer`` in the backwards that run inside ``steps()``: the last of each update.
+    """Makes the steps of ``optimizer`` in the backwards that run inside ``steps()``: the last backward of each update.
 
     Args:
-        optimizer: its step on a parameter, hooks included, must not depend on other parameters.
-        limiter: scales each gradient before its step.
+        optimizer: its step on a parameter, including hooks, must not depend on other parameters.
+        limiter: scales each gradient before the step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, limiter: NormGrowthLimiter | None):
@@ -30,7 +30,7 @@ class StepInBackward:
         self.limiters = limiter.one_for_each() if limiter else {}
         self.norms: list[Tensor] = []
         self.stepping = False
-        # The hooks hold this object weakly: it holds the parameters, and would keep a model alive that is out of use.
+        # The hooks reference this object weakly. It references the parameters, and would keep an unused model alive.
         step = weakref.WeakMethod(self._step)
 
         def hook(parameter: Tensor) -> None:
@@ -51,7 +51,7 @@ class StepInBackward:
             self.stepping = False
 
     def grad_norm(self) -> Tensor:
-        """The norm of all gradients of the latest update before any limit, a float32 scalar on their device."""
+        """The norm of all gradients of the latest update before any limit, a float32 scalar on the device."""
         return torch.stack(self.norms).norm()
 
     def _step(self, parameter: nn.Parameter) -> None:
