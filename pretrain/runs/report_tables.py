@@ -1,4 +1,4 @@
-"""The tables of a report, as HTML: the results of runs, their shared settings and those in which they differ."""
+"""The tables of a report, as HTML: the results of runs, their common settings, and their different settings."""
 
 import html
 import json
@@ -9,17 +9,18 @@ from pretrain.runs.records import RunRecords
 
 COLUMNS = ["run", "steps", "tokens", "validation loss", "perplexity", "bits/byte", "tokens/s", "peak memory", "minutes"]
 LARGEST_PERPLEXITY = 1e6
-SHOWN = [  # in the header, where all runs have the same value
-    "model.name", "optim.name", "optim.inner", "optim.rank", "optim.refresh_every", "optim.lr", "optim.linear_lr",
+SHOWN = [  # in the header, if all runs have the same value
+    "model.name", "optim.name", "optim.inner", "optim.rank", "optim.attention_weight", "optim.selection",
+    "optim.refresh_every", "optim.lr", "optim.linear_lr",
     "optim.schedule", "optim.warmup_steps", "train.steps", "train.tokens_per_step", "train.seq_len", "train.dtype",
     "train.seed", "train.init_from", "data.name", "data.paths", "data.tokenizer", "model.vocab_size",
 ]  # fmt: skip
-# Settings of the surroundings of a run. Runs that differ in them alone compute the same.
+# Settings that do not change the results of a run.
 SURROUNDINGS = ("run.", "logger.", "estimate.", "data.root", "data.workers", "train.resume", "train.dry_run")
 
 
 def about(runs: list[RunRecords]) -> str:
-    """The settings that matter, of those that all runs share, and the model's size where it is known."""
+    """The most important settings that all runs share, and the model's size if it is known."""
     shown = {}
     sizes = {(run.summary.get("parameters"), run.summary.get("trainable")) for run in runs}
     if len(sizes) == 1 and all(next(iter(sizes))):
@@ -39,7 +40,7 @@ def about(runs: list[RunRecords]) -> str:
 
 
 def differences(runs: list[RunRecords]) -> str:
-    """A table of the settings in which runs differ, a row per run; "" for one run, or where they do not."""
+    """A table of the settings in which runs differ, with a row per run; "" for a single run or without differences."""
     settings = [run.flat_settings for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if not key.startswith(SURROUNDINGS)]
     differing = [key for key in keys if len({_text(each.get(key)) for each in settings}) > 1]
@@ -53,7 +54,7 @@ def differences(runs: list[RunRecords]) -> str:
 
 
 def results(groups: list[Group]) -> str:
-    """A table with the latest values of each run; the lowest validation loss of several is marked."""
+    """A table with the latest values of each run. If there are several runs, the lowest validation loss is marked."""
     lines = [(group, run) for group in groups for run in group.runs]
     rows = [_row(run) for _, run in lines]
     losses = {row[3][1] for row in rows if row[3][1] is not None}
@@ -63,7 +64,7 @@ def results(groups: list[Group]) -> str:
 
 
 def _row(run: RunRecords) -> list[tuple[str, float | None]]:
-    """The text and the number of each column; "" where nothing was logged yet."""
+    """The text and the number of each column; "" if nothing has been logged yet."""
 
     def latest(key: str, form: str, scale: float = 1.0) -> tuple[str, float | None]:
         _, values = run.series(key)
@@ -85,7 +86,7 @@ def _table(
     heads: list[str], rows: list[list[tuple[str, float | None]]], marks: list[str] | None = None,
     colours: list[int] | None = None,
 ) -> str:  # fmt: skip
-    """A table that the page's script sorts; ``colours`` are the numbers of lines in the charts."""
+    """A table that the page's script can sort. ``colours`` are the numbers of lines in the charts."""
     head = "".join(f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in heads)
     lines = []
     for number, row in enumerate(rows):
