@@ -19,12 +19,12 @@ class MetricLog:
 
     Args:
         first_step: the step that the run starts or resumes at.
-        parameters: numbers of parameters by name, for W&B.
+        sizes: of the run, by name, for W&B.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, first_step: int, parameters: Mapping[str, int]):
+    def __init__(self, folder: RunFolder, config: Config, first_step: int, sizes: Mapping[str, Any]):
         self._lines, self._selection = JsonLinesFile(folder.metrics_file), JsonLinesFile(folder.selection_file)
-        self._wandb = WandbLogger(config, folder.path, parameters, folder.log_start)
+        self._wandb = WandbLogger(config, folder.path, sizes, folder.log_start)
         self._tensorboard = TensorboardLogger(folder.tensorboard, first_step) if config.logger.tensorboard else None
         self._bar = run_bar(config.train.steps, first_step)
 

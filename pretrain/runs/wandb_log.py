@@ -49,13 +49,13 @@ class WandbLogger:
 
     Args:
         folder: of the run.
-        parameters: numbers of parameters by name, shown with the settings from the start.
+        sizes: numbers of parameters and bytes by name, shown with the settings from the start.
         log_start: number of bytes in train.log that the run's earlier processes wrote. The lines after them are sent to
             the Logs tab at the start, and later ones as they are logged.
     """
 
-    def __init__(self, config: Config, folder: Path, parameters: Mapping[str, int] | None = None, log_start: int = 0):
-        self._config, self._folder, self._parameters, self._log_start = config, folder, parameters or {}, log_start
+    def __init__(self, config: Config, folder: Path, sizes: Mapping[str, Any] | None = None, log_start: int = 0):
+        self._config, self._folder, self._sizes, self._log_start = config, folder, sizes or {}, log_start
         losses = (line.get("val/loss") for line in read_json_lines(folder / "metrics.jsonl"))
         self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
         self._run: Any = None
@@ -101,7 +101,7 @@ class WandbLogger:
         return self._run is not None
 
     def _start(self, mode: str) -> None:
-        self._run = _init(self._config, self._folder, mode, self._parameters)
+        self._run = _init(self._config, self._folder, mode, self._sizes)
         self._advice = f"; the run goes online with: {_sync_command(self._run)}"
         self._send_log_lines()
         if self._run.offline:
@@ -198,7 +198,7 @@ def wandb_problems(wandb: WandbConfig) -> list[str]:
     ]
 
 
-def _init(config: Config, folder: Path, mode: Any, parameters: Mapping[str, int]) -> Any:
+def _init(config: Config, folder: Path, mode: Any, sizes: Mapping[str, Any]) -> Any:
     """The W&B run, started in ``mode``; W&B's environment variables override what the configuration leaves open."""
     import wandb
 
@@ -219,7 +219,7 @@ def _init(config: Config, folder: Path, mode: Any, parameters: Mapping[str, int]
     settings = _unless_set(SETTINGS)
     if ours.log_checkpoint and "finish_timeout" in settings:
         settings["finish_timeout"] = CHECKPOINT_SECONDS
-    shown = asdict(config) | dict(parameters)
+    shown = asdict(config) | dict(sizes)
     run = wandb.init(mode=mode, config=shown, settings=wandb.Settings(**settings), **arguments)
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")

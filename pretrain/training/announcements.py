@@ -1,7 +1,8 @@
-"""What a run says of itself: its size, data and device at the beginning, and the next commands at the end."""
+"""Messages of a run: its size, data and device at the beginning, and the next commands at the end."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStack, data: PreparedDataset) -> None:
-    """Log what is trained, on how many tokens, in which batches, where, and the memory that it takes at least."""
+    """Log the model, the number of tokens, the batches, the device, and the memory that training needs at least."""
     train, optim, counts = config.train, config.optim, parameter_counts(model)
     total, share = train.steps * train.tokens_per_step, counts["trainable"] / counts["parameters"]
-    rows = f", {optim.rank} rows of each linear layer" if isinstance(optim, GrassConfig) else ""
+    rows = f", {_rows(optim.rank)}" if isinstance(optim, GrassConfig) else ""
     corpus = "being prepared" if config.data.on_the_fly else f"{len(data.train):,} tokens"
     sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -38,6 +39,12 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
         logger.info("%-9s  %s", name, text)
 
 
+def _rows(rank: Any) -> str:
+    if isinstance(rank, float):
+        return f"{rank:.4g} of the rows of the linear layers"
+    return f"{rank} rows of each linear layer"
+
+
 def _memory(held: dict[str, int | None]) -> str:
     known = {name: size for name, size in held.items() if size is not None}
     unit, name_of_unit = (2**30, "GiB") if sum(known.values()) >= 2**30 else (2**20, "MiB")
@@ -47,13 +54,13 @@ def _memory(held: dict[str, int | None]) -> str:
 
 
 def log_next_commands(config: Config, folder: Path) -> None:
-    """Log the commands that usually follow a finished run, to be pasted into a shell."""
+    """Log the usual commands after a finished run, to be copied into a shell."""
     prompt = next((prompt for prompt in config.data.prompts if prompt.strip().isprintable()), "The ").strip()
     commands = [
         ["report", str(folder)],
         ["generate", str(folder), "--prompt", prompt],
         ["export", str(folder), "--out", f"{folder}-exported"],
     ]
-    logger.info("next, the report of the run, text of its model, and its model for transformers:")
+    logger.info("next: the report of the run, text from its model, and its model for transformers:")
     for name, *arguments in commands:
         logger.info("  %s", command_line(name, *arguments))

@@ -11,6 +11,7 @@ import torch
 from data.atomic import write_atomic
 from models.flops import flops_per_token, parameter_counts, peak_flops
 from models.llama import Llama
+from optim.memory import held_bytes
 from optim.stack import OptimizerStack
 from pretrain.config.schema import Config
 from pretrain.distributed.world import World
@@ -54,7 +55,8 @@ class StepLog:
         self._peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
         self._compile_seconds = 0.0  # as logged last
         self._divergence = Divergence(config, read_json_lines(folder.metrics_file)) if world.is_main else None
-        self._metrics = MetricLog(folder, config, first_step, parameter_counts(model)) if world.is_main else None
+        sizes = {**parameter_counts(model), "estimated_bytes": held_bytes(model, optim)}
+        self._metrics = MetricLog(folder, config, first_step, sizes) if world.is_main else None
         self._commit = git_commit() if world.is_main else None  # now: the code on disk may change during the run
 
     def due(self, step: int) -> bool:

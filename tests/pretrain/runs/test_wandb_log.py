@@ -238,6 +238,8 @@ def test_an_offline_run_has_the_metrics_in_the_docs(root, tmp_path, monkeypatch)
     assert documented(root, summary) | {"val/loss"} <= summarized
     (start,) = (r.run for r in found if r.WhichOneof("record_type") == "run")
     assert (start.display_name, start.run_group, start.job_type) == ("job", "sweep", "grass")
+    held = items(start.config.update)["estimated_bytes"]
+    assert held.keys() == {"weights", "gradients", "optimizer state"} and min(held.values()) > 0
     assert {(m.name or m.glob_name, m.step_metric) for r in found if (m := r.metric).ByteSize()} >= {("*", "tokens")}
     table = json.loads(next(folder.path.glob("wandb/*/files/media/table/validation*")).read_text())
     ours = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
