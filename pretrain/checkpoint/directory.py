@@ -5,8 +5,8 @@
                                  manifest.json   size and SHA-256 of each of these files
                 latest           a link to the newest checkpoint, for people and other programs
 
-This program does not read ``latest``: a checkpoint is intact when the files that its manifest names are intact. Other
-files in these folders are ignored. A link to a checkpoint that is gone shows that somebody removed checkpoints.
+This program does not resume from ``latest``: a checkpoint is intact if the files in its manifest are intact. Other
+files in these folders are ignored. A link to a missing checkpoint shows that checkpoints were removed by hand.
 """
 
 import json
@@ -27,7 +27,7 @@ REQUIRED: dict[str, Any] = {"step": int, "seconds": (int, float), "training_seco
 
 
 class Damaged(ValueError):
-    """A checkpoint whose files are missing or have changed. ``what`` names the file and the fault."""
+    """A checkpoint with missing or changed files. ``what`` names the file and the problem."""
 
     def __init__(self, path: Path, what: object):
         self.path, self.what = path, str(what)
@@ -52,15 +52,15 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``, intact or damaged; ``verify`` tells which."""
+    """The newest checkpoint in ``folder``, intact or damaged; ``verify`` checks it."""
     return next(iter(checkpoints_in(folder)), None)
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[Damaged]]:
-    """The newest intact checkpoint, and the faults of the newer ones; None for a new run.
+    """Return the newest intact checkpoint (None for a new run), and the errors of newer, damaged checkpoints.
 
     Raises:
-        ValueError: there are, or were, checkpoints, and none of them is intact.
+        ValueError: there are, or were, checkpoints, but none of them is intact.
     """
     damaged: list[Damaged] = []
     for path in checkpoints_in(folder):
@@ -69,13 +69,13 @@ def newest_good(folder: Path) -> tuple[Path | None, list[Damaged]]:
             return path, damaged
         except Damaged as error:
             damaged.append(error)
-    fix = "bring a good one back from a copy, or move {} away to start the run from the beginning"
+    fix = "restore one from a copy, or move {} away to start the run from the beginning"
     if damaged:
         lines = [f"{error.path} is damaged ({error.what})" for error in damaged]
-        raise ValueError("\n".join(["no checkpoint of this run is good:", *lines, fix.format(folder)]))
+        raise ValueError("\n".join(["no checkpoint of this run is intact:", *lines, fix.format(folder)]))
     if (folder / LATEST).is_symlink():
         gone = (folder / LATEST).readlink()
-        raise ValueError(f"{folder} held {gone}, which is gone; {fix.format(folder / LATEST)}")
+        raise ValueError(f"{folder} had the checkpoint {gone}, which is missing; {fix.format(folder / LATEST)}")
     return None, []
 
 
@@ -92,7 +92,7 @@ def remove_unfinished(folder: Path, *patterns: str) -> None:
     """Remove files and folders that a killed process left half-written or half-removed.
 
     Args:
-        patterns: globs of their names without the ending ``.tmp``; other files stay.
+        patterns: globs of their names without the suffix ``.tmp``; other files are kept.
     """
     for path in (path for pattern in patterns for path in folder.glob(pattern + UNFINISHED)):
         remove(path)
@@ -111,7 +111,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Size and checksum by file name, of the files of the checkpoint at ``path``.
+    """The manifest of the checkpoint at ``path``: size and checksum by file name.
 
     Raises:
         ValueError: a damaged file, or a format that this version does not read.
@@ -139,9 +139,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that a flipped bit has made equal to another one is an error."""
+    """A JSON object. Equal keys are an error: a flipped bit can make two keys equal."""
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -149,8 +149,8 @@ def seal(path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]
     """Write ``state`` and the manifest to ``path``, the last files of a checkpoint.
 
     Args:
-        state: JSON-able.
-        checksums: of each file written before, as ``checksum`` returns it.
+        state: JSON-serialisable.
+        checksums: of each file written before, as returned by ``checksum``.
     """
     write_atomic(path / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
     checksums = {**checksums, STATE: checksum(path / STATE)}
@@ -165,10 +165,10 @@ def checksum(file: Path) -> tuple[int, str]:
 
 
 def verify(path: Path) -> None:
-    """Compare the files of a checkpoint with its manifest. Files that the manifest does not name are ignored.
+    """Compare the files of a checkpoint with its manifest. Files that are not in the manifest are ignored.
 
     Raises:
-        Damaged: a file is missing, has another size or other content.
+        Damaged: a file is missing, or its size or content differs.
         ValueError: a format that this version does not read.
     """
     files = read_manifest(path)
@@ -180,9 +180,9 @@ def verify(path: Path) -> None:
                 raise Damaged(path, f"{name} is missing")
             size = (path / name).stat().st_size
             if not isinstance(expected, dict) or size != expected.get("bytes"):
-                raise Damaged(path, f"{name} has {size} bytes, which is not what {MANIFEST} says")
+                raise Damaged(path, f"{name} has {size} bytes, unlike in {MANIFEST}")
             if sha256(path / name) != expected.get("sha256"):
-                raise Damaged(path, f"the content of {name} is not what was written")
+                raise Damaged(path, f"the content of {name} has changed")
     except (OSError, ValueError) as error:
         if isinstance(error, Damaged):
             raise
@@ -197,12 +197,12 @@ def point_at(path: Path) -> None:
     try:
         link.symlink_to(path.name)
         link.replace(path.parent / LATEST)
-    except OSError as error:  # some file systems have no links, and this program does not need this one
-        logger.warning("%s could not be pointed at %s: %s", path.parent / LATEST, path.name, error)
+    except OSError as error:  # some file systems have no links, and resuming does not need this link
+        logger.warning("the link %s to %s could not be made: %s", path.parent / LATEST, path.name, error)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder; if that fails, for example for a file that NFS keeps open, warn and leave the rest."""
+    """Delete a file or folder. If this fails, for example because NFS keeps a file open, warn and leave the rest."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

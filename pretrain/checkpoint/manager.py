@@ -1,4 +1,4 @@
-"""The checkpoints of one run: when to save, which one to resume from, and going back to one after a spike."""
+"""The checkpoints of one run: when to save, which checkpoint to resume from, and rolling back after a spike."""
 
 import json
 import logging
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Construct it on every process: the main process looks for the newest intact checkpoint, and tells the others.
+    """Construct on every process: the main process finds the newest intact checkpoint, and broadcasts it.
 
-    ``resume_from`` is that checkpoint, None for a new run. ``rollbacks`` are the steps whose batches are left out
-    because the loss jumped there.
+    ``resume_from`` is this checkpoint, None for a new run. ``rollbacks`` are the steps whose batches are skipped
+    because of a loss spike.
 
     Args:
-        folder: of the checkpoints.
-        rollbacks_file: lists ``rollbacks``; need not exist.
+        folder: the folder of the checkpoints.
+        rollbacks_file: the file with ``rollbacks``, which need not exist.
 
     Raises:
         ValueError: on every process: no checkpoint is intact, or ``rollbacks_file`` cannot be read.
@@ -66,30 +66,30 @@ class CheckpointManager:
     def open(self) -> None:
         """Prepare the folder for a run that resumes from ``resume_from``; call on the main process only.
 
-        Damaged checkpoints are renamed, and checkpoints that ``keep_last`` and ``keep_every`` do not keep are deleted.
-        Nothing on disk changes before this.
+        Renames damaged checkpoints, and deletes checkpoints according to ``keep_last`` and ``keep_every``. Before this
+        call, nothing on disk changes.
         """
         for error in self._damaged:
             logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, set_aside(error).name)
         if self.resume_from:
-            # The process that saved it may have been killed before it could do this.
+            # The process that saved this checkpoint may have been killed before it did this.
             tidy(self.resume_from, self.train.keep_last, self.train.keep_every)
 
     def due(self, step: int) -> bool:
-        """Whether ``train.checkpoint_every`` asks for a checkpoint of ``step``; the end of a run is no such step."""
+        """Whether ``train.checkpoint_every`` requires a checkpoint of ``step``; False for the last step of a run."""
         every = self.train.checkpoint_every
         return every > 0 and step % every == 0 and step < self.train.steps
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Wait for the running save, then save ``step`` unless it is saved; see ``Saver.save``."""
+        """Wait for the running save, then save ``step`` unless it is already saved; see ``Saver.save``."""
         self._saver.save(step, tensors, state)
 
     def poll(self) -> None:
-        """Report how a save that has ended went; call after each step."""
+        """Report the result of a save that has ended; call after each step."""
         self._saver.poll()
 
     def wait(self) -> Path | None:
-        """Wait for the running save, and report how it went; returns the newest checkpoint."""
+        """Wait for the running save, and report its result; returns the newest checkpoint."""
         self._saver.wait()
         return latest(self.folder)
 
@@ -97,14 +97,14 @@ class CheckpointManager:
         """Wait for the latest save.
 
         Raises:
-            NotSaved: it is not on disk.
+            NotSaved: the save failed.
         """
         self._saver.finish()
 
     def roll_back(self, step: int) -> None:
-        """Have the next life of the run leave out the batch of ``step``; call on every process.
+        """Record that the batch of ``step`` is to be skipped after the rollback; call on every process.
 
-        It resumes from the newest checkpoint, for which this waits.
+        Waits for a running save first, so that the run can continue from the newest checkpoint.
         """
         self._saver.wait()
         if self.world.is_main:
@@ -113,7 +113,7 @@ class CheckpointManager:
 
 
 def read_rollbacks(file: Path) -> list[int]:
-    """The steps in ``rollbacks.json``, whose batches are left out; [] without the file.
+    """The steps in ``rollbacks.json``, whose batches are skipped; [] without the file.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -126,4 +126,4 @@ def read_rollbacks(file: Path) -> list[int]:
             return steps
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ConfigError(f"{file} does not list steps to leave out; bring it back from a copy")
+    raise ConfigError(f"{file} is not a list of steps to skip; restore it from a copy")

@@ -1,4 +1,4 @@
-"""Which checkpoints are deleted."""
+"""Delete old checkpoints."""
 
 import logging
 from pathlib import Path
@@ -9,22 +9,22 @@ logger = logging.getLogger(__name__)
 
 
 def tidy(newest: Path, keep_last: int, keep_every: int) -> None:
-    """Point ``latest`` at the checkpoint ``newest``, and ``prune`` its folder; an error of the disk is only logged."""
+    """Make ``latest`` a link to the checkpoint ``newest``, and ``prune`` its folder; disk errors are only logged."""
     try:
         point_at(newest)
         prune(newest.parent, keep_last, keep_every)
     except OSError as error:
-        logger.warning("%s is complete, but older checkpoints could not all be removed: %s", newest, error)
+        logger.warning("%s is complete, but some older checkpoints could not be removed: %s", newest, error)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:
     """Delete checkpoints that are no longer needed: those outside ``keep_last`` and ``keep_every``.
 
-    Damaged checkpoints that were set aside stay.
+    Damaged checkpoints that were renamed are kept.
 
     Args:
         keep_last: number of newest checkpoints to keep; 0 keeps all.
-        keep_every: keep checkpoints at multiples of this step too; 0 for none.
+        keep_every: also keep checkpoints at multiples of this step; 0 for none.
     """
     if not keep_last:
         return

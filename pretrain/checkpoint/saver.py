@@ -1,8 +1,8 @@
-"""Save checkpoints in the background: training waits for a copy in host memory, a thread writes it to disk.
+"""Save checkpoints in the background: training waits only for a copy in host memory, and a thread writes the copy.
 
-One save runs at a time. A checkpoint is written to ``step-….tmp`` and renamed once all processes have written and every
-file has its checksum; then ``latest`` moves. When the disk refuses a save, that is logged and the half-written files
-are removed; older checkpoints stay, and the next save is another attempt.
+One save runs at a time. A checkpoint is written to ``step-….tmp``. It is renamed after all processes have written and
+every file has its checksum; then ``latest`` is updated. If the disk refuses a save, the error is logged and the
+half-written files are removed. Older checkpoints stay, and the next scheduled save tries again.
 """
 
 import errno
@@ -45,10 +45,10 @@ class Saver:
     """Writes the checkpoints of a run in ``folder``. Construct it on every process.
 
     Args:
-        background: let ``save`` return once the tensors are copied, not once all is on disk.
+        background: ``save`` returns when the tensors are copied, not when everything is on disk.
         keep_last: see ``retention.prune``.
         keep_every: see ``retention.prune``.
-        timeout: longest wait of a process for the others in a save.
+        timeout: longest time that a process waits for other processes in a save.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Saver:
     ):
         self.folder, self.world, self.background = folder, world, background
         self.keep = keep_last, keep_every
-        # A process group of its own, because a save runs at the same time as the collectives of training.
+        # A separate process group, because a save runs at the same time as the collectives of training.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         # Pinned memory is slow to allocate and kept for the next save; without a GPU the copies are freed after a save.
         self._on_cuda = world.device.type == "cuda"
@@ -71,14 +71,14 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the running save, to be raised in the main thread
         self._lost: NotSaved | None = None  # why the latest save is not on disk
-        self.blocked_seconds = self.seconds = 0.0  # of the latest save: how long training waited, and all of it
+        self.blocked_seconds = self.seconds = 0.0  # of the latest save: time that training waited, and total time
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write the checkpoint of ``step``, unless it exists. Call on every process at the same step.
 
         Args:
-            tensors: by name, of this process; a sharded tensor holds its own part.
-            state: JSON-able.
+            tensors: the tensors of this process by name; a sharded tensor has the part of this process.
+            state: JSON-serialisable.
 
         Raises:
             FloatingPointError: the previous save had a tensor that is not finite.
@@ -86,11 +86,11 @@ class Saver:
         self.wait()
         self._lost = None
         path = path_of(self.folder, step)
-        # One answer for all processes: a network's file system may show the folder to some of them later.
+        # The main process decides for all: a network file system may show the folder to some processes later.
         if self.world.broadcast_object(path.exists()):
             return
         began = time.perf_counter()
-        total = sum(t.numel() * t.element_size() for t in tensors.values())  # of a sharded one all shards
+        total = sum(t.numel() * t.element_size() for t in tensors.values())  # numel() counts all shards
         tensors = _share(tensors, self.world)
         if self.background:
             stager = self._stager or _stager(pinned=self._on_cuda)
@@ -105,19 +105,19 @@ class Saver:
         self.blocked_seconds = time.perf_counter() - began
 
     def poll(self) -> None:
-        """Report how a save that has ended went; call after each step.
+        """Report the result of a save that has ended; call after each step.
 
         Raises:
-            FloatingPointError, RuntimeError: it failed for another reason than the disk.
+            FloatingPointError, RuntimeError: the save failed, but not because of the disk.
         """
         if self._thread is None or not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the running save, and report how it went as ``poll`` does."""
+        """Wait for the running save, and report its result as ``poll`` does."""
         if failure := self._end():
             self._lost = failure
-            logger.warning("%s; the run continues, and the next save is another attempt", failure)
+            logger.warning("%s; the run continues, and the next scheduled save will try again", failure)
 
     def finish(self) -> None:
         """Wait for the latest save.
@@ -175,7 +175,7 @@ class Saver:
         self._on_all(lambda: call() if self.world.is_main else None)
 
     def _checksums(self, folder: Path) -> dict[str, tuple[int, str]]:
-        """Size and checksum of this process' share of the files in ``folder``, after they are flushed to disk."""
+        """Flush this process' share of the files in ``folder`` to disk; returns their sizes and checksums."""
         mine = sorted(folder.glob("*.safetensors"))[self.world.rank :: self.world.size]
         for file in mine:
             fsync(file)
@@ -193,20 +193,20 @@ class Saver:
         tidy(path, *self.keep)
 
     def _explained(self, error: BaseException, path: Path, temporary: Path, total: int) -> BaseException:
-        """An error of the disk as NotSaved, after removing what was written; any other error unchanged."""
+        """A disk error as NotSaved, after the half-written files are removed; any other error unchanged."""
         cause: BaseException | None = error
-        if isinstance(error, CheckpointException):  # holds the errors of the processes that failed
+        if isinstance(error, CheckpointException):  # contains the errors of the processes that failed
             cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error)
         if not isinstance(cause, OSError):
             return error
         if path.exists():
-            return NotSaved(f"{path} is saved, but not all that follows a save was done: {cause}")
+            return NotSaved(f"{path} is saved, but an operation after the save failed: {cause}")
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = str(cause)
         if cause.errno == errno.ENOSPC:
             free = _free(path.parent)
-            reason = f"the disk is full: it takes {total} bytes and {free} are free, {max(total - free, 0)} are missing"
+            reason = f"the disk is full: {total} bytes needed, {free} free, {max(total - free, 0)} missing"
         return NotSaved(f"{path} was not saved ({reason}); the checkpoints before it are unchanged")
 
 
@@ -248,7 +248,7 @@ def _make_room(temporary: Path, total: int) -> None:
     """Create the empty folder ``temporary`` for ``total`` bytes.
 
     Raises:
-        OSError: the disk has less than that free.
+        OSError: the disk has less free space.
     """
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

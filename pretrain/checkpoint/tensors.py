@@ -1,6 +1,7 @@
 """The tensors of a checkpoint: names, and reading them with torch.distributed.checkpoint from safetensors files.
 
-model.<parameter or buffer>, and the names of ``OptimizerStack.tensors``
+Tensors are named ``model.<parameter or buffer>``; the optimizer's tensors have the names given by
+``OptimizerStack.tensors``.
 """
 
 import os
@@ -23,12 +24,12 @@ from optim.stack import OptimizerStack
 from pretrain.checkpoint.directory import Damaged, read_manifest, verify
 from pretrain.cli.errors import first_line
 
-INT8_PARTS = ("weight_step", "rows", "index")  # buffers and rows that an 8-bit weight is dequantised with
+INT8_PARTS = ("weight_step", "rows", "index")  # tensors needed to dequantise an 8-bit weight
 
 
 def tensors_of(model: nn.Module, optim: OptimizerStack) -> dict[str, Tensor]:
     """Every tensor that the next step depends on, by name. Views, not copies."""
-    # Unlike state_dict(), these name a tied weight once: safetensors refuses tensors that share memory.
+    # Unlike state_dict(), these list a tied weight once: safetensors refuses tensors that share memory.
     named = [*model.named_parameters(), *model.named_buffers()]
     return {f"model.{name}": tensor.detach() for name, tensor in named} | optim.tensors()
 
@@ -37,7 +38,7 @@ def load(path: Path, model: nn.Module, optim: OptimizerStack) -> None:
     """Fill ``model`` and ``optim`` in place with the tensors of the checkpoint at ``path``.
 
     Raises:
-        ValueError: a damaged checkpoint, or tensors that are not those of this model and optimizer.
+        ValueError: a damaged checkpoint, or its tensors do not match this model and optimizer.
     """
     reader, stored = _open(path)
     optim.make_room(stored)
@@ -51,15 +52,15 @@ def load(path: Path, model: nn.Module, optim: OptimizerStack) -> None:
         if (dtype := stored[name].properties.dtype) != tensor.dtype:
             fix = f"set optim.state_dtype={str(dtype).removeprefix('torch.')}" if name.endswith(".rows") else ""
             raise ValueError(
-                f"{path} holds {name} in {dtype}, this run needs {tensor.dtype}; {fix or 'check train.dtype'}"
+                f"{path} has {name} in {dtype}, but this run needs {tensor.dtype}; {fix or 'check train.dtype'}"
             )
     _fill(path, reader, tensors, no_dist=not torch.distributed.is_initialized())
 
 
 def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Read the model's weights of these names from the checkpoint at ``path``, a block of the model at a time.
+    """Read the model's weights ``names`` from the checkpoint at ``path``, one block of the model at a time.
 
-    Weights stored in 8 bits are dequantised to ``dtype``; others keep the dtype they are stored in.
+    Weights stored in 8 bits are dequantised to ``dtype``; other weights keep their stored dtype.
 
     Raises:
         ValueError: a damaged checkpoint, or a checkpoint without a weight of ``names``.
@@ -73,7 +74,7 @@ def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[t
 
 
 class _Files(FileSystem):
-    """A folder in which only the files of these names exist: DCP would read every safetensors file that lies there."""
+    """A folder that shows only the files ``names``, because DCP reads every safetensors file in a folder."""
 
     def __init__(self, names: list[str]):
         super().__init__()
@@ -106,7 +107,7 @@ def _fill(path: Path, reader: dcp.HuggingFaceStorageReader, tensors: dict[str, T
 def _read_block(
     path: Path, reader: dcp.HuggingFaceStorageReader, stored: Mapping[str, Any], names: list[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    layers = [name.removesuffix(".weight") for name in names if f"model.{name}_step" in stored]  # in 8 bits
+    layers = [name.removesuffix(".weight") for name in names if f"model.{name}_step" in stored]  # the 8-bit layers
     parts = [f"{layer}.{part}" for layer in layers for part in INT8_PARTS]
     tensors = {}
     for name in [*names, *parts]:

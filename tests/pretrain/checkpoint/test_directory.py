@@ -132,12 +132,12 @@ def test_where_none_is_good_the_run_is_refused_and_nothing_moves(copied, overrid
     for step in (4, 8):
         (path_of(path / "checkpoints", step) / "state.json").unlink()
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"no checkpoint of this run is good:\n.*00000008 is damaged \(state.json"):
+    with pytest.raises(ValueError, match=r"no checkpoint of this run is intact:\n.*00000008 is damaged \(state.json"):
         train(overrides(*where, "train.steps=12"))
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
     for step in (4, 8):
         shutil.rmtree(path_of(path / "checkpoints", step))
-    with pytest.raises(ValueError, match=r"held step-00000008, which is gone; bring a good one back"):
+    with pytest.raises(ValueError, match=r"had the checkpoint step-00000008, which is missing; restore one"):
         train(overrides(*where, "train.steps=12"))
 
 

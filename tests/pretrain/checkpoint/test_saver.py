@@ -166,5 +166,6 @@ def test_an_old_checkpoint_that_stays_does_not_fail_the_new_one(tmp_path, monkey
     saving.save(2, {"model.weight": torch.ones(8)}, {"step": 2})
     saving.finish()
     assert (
-        newest_good(tmp_path)[0] == path_of(tmp_path, 2) and "older checkpoints could not all be removed" in caplog.text
+        newest_good(tmp_path)[0] == path_of(tmp_path, 2)
+        and "some older checkpoints could not be removed" in caplog.text
     )
