@@ -1,4 +1,4 @@
-"""Types of command-line arguments that name their flag and their limits when a value is out of range."""
+"""Types of command-line arguments whose errors name the flag and the limits."""
 
 import argparse
 from collections.abc import Callable
@@ -8,7 +8,7 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
     """An argparse type: a number of ``kind``, int or float, from ``low`` to ``high``.
 
     Args:
-        above: ``low`` itself is not allowed.
+        above: exclude ``low`` itself.
     """
 
     def parse(text: str) -> float:
@@ -18,5 +18,5 @@ def number(kind: Callable[[str], float], low: float, high: float = float("inf"),
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low:g}{most}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse's own message for a text that is no number names it
+    parse.__name__ = kind.__name__  # argparse prints this name for a text that is not a number
     return parse

@@ -22,9 +22,9 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn an error that the user can fix into its message on standard error and exit code 2; a lost process into 3.
+    """Print only the message of an error that the user can fix, and exit with 2; with 3 after a lost process.
 
-    When the reader of standard output is gone, as after ``| head``, the process ends with 141 and without a message.
+    If the reader of standard output has ended, as after ``| head``, the process ends with 141 and without a message.
     Characters that the terminal's encoding lacks are printed as escapes. GRASS_TRACEBACK=1 shows tracebacks.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -34,7 +34,7 @@ def clear_errors() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, where a closed pipe can still be handled
+            sys.stdout.flush()  # now, while a closed pipe can still be handled
     except (ValueError, OSError, FloatingPointError, LostPeer) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_output():
             sys.exit(CLOSED_PIPE)
@@ -49,7 +49,7 @@ def clear_errors() -> Iterator[None]:
 
 
 def _nobody_reads_output() -> bool:
-    """Whether standard output is a pipe without a reader. The output that is left in its buffer is then dropped."""
+    """Whether standard output is a pipe without a reader. If so, drops the output in its buffer."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, 0)

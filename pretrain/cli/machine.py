@@ -1,9 +1,9 @@
-"""Check that the machine can train: a torch that is new enough, and GPUs that torch can use.
+"""Check that the machine can train: torch is new enough, and can use the GPUs.
 
     python -m pretrain.cli.machine            print the version of this Python's torch, if it is new enough
     python -m pretrain.cli.machine VERSION    the same for a version that is not installed yet
 
-scripts/setup_env.sh runs this before there is an environment: only the standard library is imported at the top.
+scripts/setup_env.sh runs this before there is an environment, so only the standard library is imported at the top.
 """
 
 import os
@@ -23,7 +23,7 @@ def require_torch(found: str) -> None:
     if (int(major), int(minor)) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ValueError(
-            f"torch {found} is too old, {oldest} or newer is needed: ./launch.sh without GRASS_TORCH installs one"
+            f"torch {found} is too old; {oldest} or newer is needed: ./launch.sh without GRASS_TORCH installs it"
         )
 
 
@@ -35,12 +35,12 @@ def require_installed_torch() -> None:
 
 
 def require_usable_gpus() -> None:
-    """Refuse to train on the CPU of a machine with GPUs, unless CUDA_VISIBLE_DEVICES names no GPU.
+    """Refuse to train on the CPU of a machine with GPUs, unless CUDA_VISIBLE_DEVICES selects no GPU.
 
-    nvidia-smi runs only where torch finds no GPU.
+    nvidia-smi runs only if torch finds no GPU.
 
     Raises:
-        ValueError: nvidia-smi counts GPUs, and torch can use none of them; with the likely cause and the fix.
+        ValueError: nvidia-smi finds GPUs, but torch cannot use any of them; with the likely cause and the fix.
     """
     import torch
 
@@ -54,13 +54,13 @@ def require_usable_gpus() -> None:
     built = f"built for CUDA {cuda}" if cuda else "a build without CUDA"
     of_wanted = f" of CUDA_VISIBLE_DEVICES={wanted}" if wanted else ""
     raise ValueError(
-        f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_wanted} that nvidia-smi counts "
-        f"(driver {driver}); {_fix(driver, cuda)}; to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (to nothing)"
+        f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_wanted} that nvidia-smi lists "
+        f"(driver {driver}); {_fix(driver, cuda)}; to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (empty)"
     )
 
 
 def _fix(driver: str, cuda: str | None) -> str:
-    """The fix for a torch for ``cuda`` that does not run on ``driver``."""
+    """The fix if a torch built for ``cuda`` does not run on ``driver``."""
     major = int(driver.partition(".")[0])
     fits = max((family for family, oldest in OLDEST_DRIVER.items() if oldest <= major), default=None)
     another = f"install a torch built for CUDA {fits}, see docs/setup.md" if fits else "update the driver"
@@ -79,11 +79,11 @@ def _error_of_cuda() -> str:
         torch.cuda.init()
     except RuntimeError as error:
         return str(error).splitlines()[0]
-    return "no GPU is there for this process"
+    return "this process has no GPU"
 
 
 def _driver() -> tuple[int, str]:
-    """The number of GPUs and the version of the driver that nvidia-smi prints; (0, "") without nvidia-smi."""
+    """The number of GPUs and the driver version, from nvidia-smi; (0, "") without nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         printed = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
@@ -91,9 +91,9 @@ def _driver() -> tuple[int, str]:
         return 0, ""
     if "version mismatch" in printed:  # the driver was updated, and the machine was not restarted
         raise ValueError(
-            f"nvidia-smi says: {printed.strip()}; restart the machine, or set CUDA_VISIBLE_DEVICES= (to nothing)"
+            f"nvidia-smi says: {printed.strip()}; restart the machine, or set CUDA_VISIBLE_DEVICES= (empty)"
         )
-    drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # a line for each GPU; otherwise words
+    drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # one line per GPU; without a GPU a message
     return len(drivers), drivers[0] if drivers else ""
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         found = sys.argv[1] if len(sys.argv) > 1 else version("torch")
         require_torch(found)
     except PackageNotFoundError:
-        sys.exit(f"{sys.executable} has no torch: set PYTHON to an interpreter that has one, or install one for it")
+        sys.exit(f"{sys.executable} has no torch: install torch for it, or set PYTHON to an interpreter with torch")
     except ValueError as error:
         sys.exit(str(error))
     print(found)

@@ -1,17 +1,17 @@
-"""Settings with which glibc keeps freed memory for the next step instead of returning it to the kernel (CPU runs)."""
+"""Settings that make glibc keep freed memory for the next step instead of returning it to the kernel (CPU runs)."""
 
 import os
 
-# By default glibc takes large allocations from the kernel and returns them: hundreds of thousands of pages in each
-# step, which the kernel clears every time. These settings use no mmap, return nothing, and allow huge pages.
+# By default, glibc requests large blocks from the kernel and returns them in each step: hundreds of thousands of pages,
+# which the kernel clears every time. With these settings it uses no mmap, returns nothing, and may use huge pages.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def keep_freed_memory() -> None:
-    """Set glibc's variables for processes that start from now on, unless one of them is set.
+    """Set glibc's environment variables for processes started afterwards, unless one of them is already set.
 
-    A process then never gets smaller than its peak. C libraries other than glibc ignore the variables. The gain is in
-    docs/performance.md.
+    Such a process keeps its peak memory until it ends. C libraries other than glibc ignore the variables. For the gain,
+    see docs/performance.md.
     """
     if not KEEP.keys() & os.environ.keys():
         os.environ.update(KEEP)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C stop a run after the current step; a second Ctrl-C stops it at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C stop a run after the current step. A second Ctrl-C stops it at once."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ from contextlib import suppress
 
 from pretrain.cli.ranks import is_main_from_env
 
-EXIT_CODE = 85  # of a run that a signal stopped after it saved its state; the same command resumes it
+EXIT_CODE = 85  # of a run that saved and stopped after a signal; the same command resumes it
 
 
 class StopRequest:
-    """True once a signal has asked the run to stop.
+    """True after a signal to stop.
 
-    ``step`` is the step that is finished before the run stops, None when the run saves and ends anyway.
+    ``step`` is the step that the run finishes before it stops; None if the run is already saving before its end.
     """
 
     def __init__(self) -> None:
@@ -36,11 +36,11 @@ class StopRequest:
                 self._acknowledge()
 
     def _acknowledge(self) -> None:
-        """Say at once what happens next: past Python's streams, which may be in the middle of writing a line."""
+        """Print at once what happens next. Bypasses Python's streams, which may be in the middle of a line."""
         doing = "saving" if self.step is None else f"finishing step {self.step}, then saving"
         clear = "\r\033[2K" if os.isatty(2) else ""  # the progress bar is drawn again on the next line
         with suppress(OSError):
-            os.write(2, f"{clear}{doing}; Ctrl-C again stops at once and saves nothing\n".encode())
+            os.write(2, f"{clear}{doing}; Ctrl-C again stops at once without saving\n".encode())
 
     def __bool__(self) -> bool:
         return self.signal is not None

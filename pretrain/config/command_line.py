@@ -1,4 +1,4 @@
-"""The command line of the commands that take settings: overrides ``key=value``, and flags such as --help."""
+"""The command line of commands with settings: overrides ``key=value``, and flags such as --help."""
 
 import io
 import shlex
@@ -15,7 +15,7 @@ from pretrain.config.compose import CONF, compose, load, nearest, options
 from pretrain.config.schema import Config, ConfigError, types_of_settings
 from pretrain.config.text import as_typed
 
-# Hydra's flags, and how many arguments each takes. Those that choose files are left out: conf/ and overrides do that.
+# Hydra's flags, and their numbers of arguments, without the flags that choose files: conf/ and overrides do that.
 FLAGS = {
     "--help": 0, "-h": 0, "--hydra-help": 0, "--version": 0, "--cfg": 1, "-c": 1, "--package": 1, "-p": 1,
     "--resolve": 0, "--info": 1, "-i": 1, "--shell-completion": 0, "-sc": 0,
@@ -27,7 +27,7 @@ USED_MOST = {
     "train.dry_run=true": "print the plan of the run, and write nothing",
     "train.steps=1000": "number of steps",
     "train.tokens_per_step=65536": "batch size over all processes",
-    "train.micro_batch_size=4": "sequences that a process takes at once; by default all of its share",
+    "train.micro_batch_size=4": "sequences per forward of a process; by default its complete share of the batch",
     "train.seq_len=512": "tokens in a sequence",
     "train.dtype=bfloat16": "of weights, activations and gradients",
     "optim.rank=128": "rows (or columns) trained in each linear layer",
@@ -51,16 +51,16 @@ For python -m pretrain.estimate only:
   estimate.devices=8             number of devices, of which one is simulated
   estimate.format=json           print one JSON object instead of a table
 
-A list is written key=[a,b]. Quotes keep the shell from reading brackets: 'data.paths=[notes,book.txt]'.
---cfg job prints every setting with its value. The files in conf/ and README.md explain them.
+A list is written key=[a,b]. Quote brackets for the shell: 'data.paths=[notes,book.txt]'.
+--cfg job prints every setting with its value. The files in conf/ and README.md explain the settings.
 """
 
 
 def config_from(arguments: list[str]) -> Config:
-    """The configuration that the overrides among ``arguments`` give. Flags are answered, and the process ends.
+    """The configuration from the overrides in ``arguments``. Flags are answered instead, and the process ends.
 
     Raises:
-        ConfigError: lists everything that is wrong with them, a line each.
+        ConfigError: lists all problems, one line each.
     """
     flags, overrides = split_arguments(arguments)
     if set(MULTIRUN) & set(flags):
@@ -74,7 +74,7 @@ def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
     """Print the answer to ``flags``, and end the process.
 
     Raises:
-        ConfigError: lists the overrides that are wrong, where a configuration is to be printed.
+        ConfigError: lists wrong overrides, if a configuration is to be printed.
     """
     if {"-h", "--help"} & set(flags):
         print(help_text(), end="")
@@ -89,16 +89,16 @@ def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
 
 
 def run_hydra(arguments: list[str], job: Callable[[DictConfig], Any]) -> None:
-    """Let Hydra read ``arguments`` and call ``job`` with each configuration that they ask for."""
+    """Let Hydra parse ``arguments`` and call ``job`` with each resulting configuration."""
     sys.argv = [sys.argv[0], *arguments]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Flags, each followed by its arguments, and overrides.
+    """Split into flags, each followed by its arguments, and overrides.
 
     Raises:
-        ConfigError: lists the arguments that are neither.
+        ConfigError: lists the arguments that are neither flags nor overrides.
     """
     flags, overrides, problems = list[str](), list[str](), list[str]()
     rest = list(arguments)
@@ -126,14 +126,14 @@ def _not_an_override(argument: str, value: str, before: str) -> str:
     if fits:
         advice = f"; write {fits[0]}={own_value or value or '…'}"
     elif before and not argument.startswith("-"):
-        advice = f"; quote a value that has spaces: {shlex.quote(f'{before} {argument}')}"
+        advice = f"; quote a value with spaces: {shlex.quote(f'{before} {argument}')}"
     else:
-        advice = ", such as train.steps=1000; --help lists those that are used most"
+        advice = ", such as train.steps=1000; --help lists the most common settings"
     return f"{argument}: settings are given as key=value{advice}"
 
 
 def help_text() -> str:
-    """The answer to --help: the docstring of the program that runs, and how settings are given."""
+    """The answer to --help: the docstring of the running program, and the form of settings."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")

@@ -34,13 +34,13 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 SECTIONS = {name.rpartition(".")[0] for name in types_of_settings()}
 DEVICE_WORDS = ("device", "devices", "gpu", "gpus", "cuda")  # keys that others have for what is no setting here
 DEVICES = (
-    "devices are no setting: each process takes a GPU if there is one; ./launch.sh --nproc-per-node 2 takes two, "
-    "CUDA_VISIBLE_DEVICES=0 before the command chooses, and CUDA_VISIBLE_DEVICES= takes the CPU"
+    "devices are not a setting: each process uses a GPU if there is one; ./launch.sh --nproc-per-node 2 uses two, "
+    "CUDA_VISIBLE_DEVICES=0 before the command selects a GPU, and CUDA_VISIBLE_DEVICES= selects the CPU"
 )
 
 
 def register_schema() -> None:
-    """Make the schemas known to Hydra under the names that the YAML files use."""
+    """Register the schemas in Hydra under the names used in the YAML files."""
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     store.store(group="model", name="model_schema", node=ModelConfig)
@@ -49,7 +49,7 @@ def register_schema() -> None:
     store.store(group="optim", name="baseline_schema", node=BaselineConfig)
     store.store(group="data", name="data_schema", node=DataConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
-    SourcesRegistry.instance().register(FileConfigSource)  # Hydra does not replace a source that is there
+    SourcesRegistry.instance().register(FileConfigSource)  # Hydra does not replace an existing source
 
 
 register_schema()
@@ -66,7 +66,7 @@ def load(overrides: list[str]) -> Config:
 
 
 def compose(overrides: list[str]) -> DictConfig:
-    """``load`` without the conversion to dataclasses: settings may still have no value.
+    """``load`` without the conversion to dataclasses, so that settings may still lack a value.
 
     Raises:
         ConfigError: lists every override that names an unknown key or gives a wrong type.
@@ -85,10 +85,10 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """The composed configuration as dataclasses, interpolations resolved.
+    """The composed configuration as dataclasses, with interpolations resolved.
 
     Raises:
-        ConfigError: names the keys that have no value, or that the schema does not know (``+key`` can add such).
+        ConfigError: names the keys that have no value, or are not in the schema (``+key`` can add such keys).
     """
     if missing := OmegaConf.missing_keys(cfg):
         raise ConfigError("\n".join(f"{k} has no value; give it as {k}=…" for k in sorted(missing)))
@@ -97,7 +97,7 @@ def to_config(cfg: DictConfig) -> Config:
         raise ConfigError("the configuration is not built on config_schema; begin with conf/config.yaml")
     known = keys(OmegaConf.structured(config))
     if unknown := [k for k in keys(cfg) if k not in known]:
-        raise ConfigError("\n".join(f"{k} is no key of the configuration{_did_you_mean(k, known)}" for k in unknown))
+        raise ConfigError("\n".join(f"{k} is not a key of the configuration{_did_you_mean(k, known)}" for k in unknown))
     return config
 
 
@@ -111,10 +111,10 @@ def _explained(overrides: list[str]) -> Iterator[None]:
 
 
 def _explain(overrides: list[str], error: Exception) -> str:
-    """One line for each override that is wrong by itself; the error as it came when only the combination is wrong."""
+    """One line for each override that is wrong on its own. If only the combination is wrong, the original error."""
     choices = {o: o.lstrip("+~").partition("=")[::2] for o in overrides}
     if added := [o for o, (group, _) in choices.items() if o.startswith("+") and group and (CONF / group).is_dir()]:
-        return "\n".join(f"{o}: this group is in the configuration already; leave the + out" for o in added)
+        return "\n".join(f"{o}: this group is already in the configuration; remove the +" for o in added)
     groups = [o for o, (group, value) in choices.items() if value in options(group)]
     try:
         known = [*(p.name for p in CONF.iterdir() if p.is_dir()), *keys(_compose(groups))]
@@ -131,9 +131,9 @@ def _explain(overrides: list[str], error: Exception) -> str:
         try:
             to_config(_compose(list(dict.fromkeys([*groups, override]))))
         except OverrideParseException:
-            reason = f"the value cannot be read; text needs quotes: {shlex.quote(f'{name}={quoted(value)}')}"
+            reason = f"the value cannot be parsed; text needs quotes: {shlex.quote(f'{name}={quoted(value)}')}"
             if name not in known:
-                reason = f"{name} is no key of the configuration{_did_you_mean(name, known)}"
+                reason = f"{name} is not a key of the configuration{_did_you_mean(name, known)}"
             lines.append(f"{override}: {reason}")
         except (HydraException, OmegaConfBaseException, ConfigError) as own_error:
             reason = _in_short(own_error).removeprefix(f"{override}: ")
@@ -142,18 +142,18 @@ def _explain(overrides: list[str], error: Exception) -> str:
 
 
 def options(group: str) -> list[str]:
-    """The values that ``group=…`` can have; [] when ``group`` is no config group."""
+    """The possible values of ``group=…``; [] if ``group`` is not a config group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml")) if group else []
 
 
 def _in_short(error: Exception) -> str:
-    """What Hydra or OmegaConf says, without the dump of types that follows."""
+    """The message of Hydra or OmegaConf, without the dump of types after it."""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines()]
     return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "reference")))
 
 
 def nearest(name: str, known: list[str]) -> list[str]:
-    """The one of ``known`` that is spelt most like ``name``; [] when none is close."""
+    """The name in ``known`` that is most similar to ``name``, as a list; [] if none is similar."""
     return difflib.get_close_matches(name, known, n=1)
 
 
@@ -173,24 +173,24 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
 
 
 def read_config(file: Path) -> DictConfig:
-    """What a run's config.yaml holds.
+    """The content of a run's config.yaml.
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: the file is not a run's configuration.
     """
     try:
         stored = OmegaConf.load(file)
         OmegaConf.to_container(stored, resolve=True)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, AttributeError) as error:
         reason = _in_short(error) or type(error).__name__
-        raise ConfigError(f"{file} cannot be read ({reason}); bring it back from a copy") from None
+        raise ConfigError(f"{file} cannot be read ({reason}); restore it from a copy") from None
     if not isinstance(stored, DictConfig):
-        raise ConfigError(f"{file} is no configuration of a run; bring it back from a copy")
+        raise ConfigError(f"{file} is not a configuration of a run; restore it from a copy")
     return stored
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """``{"train.steps": 300, …}`` of a nested configuration. A setting that is a mapping is one value."""
+    """A nested configuration as ``{"train.steps": 300, …}``. A setting that is a mapping stays one value."""
     flat: dict[str, Any] = {}
 
     def visit(node: dict[str, Any], prefix: str) -> None:

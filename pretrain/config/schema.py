@@ -1,6 +1,6 @@
 """The schema of a run's configuration: names, types and limits of all settings.
 
-The values, and what each setting means, are in ``conf/``. A key that is not here is an error.
+The values and meanings of all settings are in ``conf/``. A key that is not in the schema is an error.
 """
 
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ SETTLING = 3  # train.profile starts after these steps: the first steps of a pro
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message lists every problem, a line each."""
+    """A configuration that cannot run. The message lists all problems, one line each."""
 
 
 # Metadata of a field, joined by |. The functions at the end of this file read it.
-MAY_CHANGE: dict[str, Any] = {"may_change": True}  # when a run resumes; on a section it holds for all its settings
-SAME_CONTENT = MAY_CHANGE  # a name or a place: a resume compares the content, which is in the checkpoint
-PER_RANK: dict[str, Any] = {"per_rank": True}  # processes on machines with disks of their own have their own paths
+MAY_CHANGE: dict[str, Any] = {"may_change": True}  # when a run resumes; on a section, for all its settings
+SAME_CONTENT = MAY_CHANGE  # a name or a path may change: the content is compared, by its hash in the checkpoint
+PER_RANK: dict[str, Any] = {"per_rank": True}  # may differ between processes, which may run on different machines
 AT_LEAST_0: dict[str, Any] = {"at_least": 0}
 AT_LEAST_1: dict[str, Any] = {"at_least": 1}
 
 
 def one_of(*choices: str) -> dict[str, Any]:
-    """The field has one of these values, or null where its type has None."""
+    """The field has one of these values, or null if its type includes None."""
     return {"choices": choices}
 
 
 @dataclass
 class RunConfig:
-    """Where a run is kept: in the folder ``root/name``."""
+    """The location of a run: the folder ``root/name``."""
 
     name: str = field(metadata=SAME_CONTENT)
     root: str = field(metadata=MAY_CHANGE)
@@ -40,7 +40,7 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    """The keyword arguments of models.llama.Llama, which are Hugging Face's names."""
+    """The keyword arguments of models.llama.Llama, with Hugging Face's names."""
 
     name: str = field(metadata=SAME_CONTENT)
     vocab_size: int
@@ -60,7 +60,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """Full-rank training; Grass and the baselines add keys to these."""
+    """Full-rank training. Grass and the baselines add keys."""
 
     name: str = field(metadata=SAME_CONTENT)
     inner: str
@@ -82,7 +82,7 @@ class OptimConfig:
 
 @dataclass
 class GrassConfig(OptimConfig):
-    """Grass; ``rank``, ``side`` and ``stagger`` take a value of one of several types."""
+    """Grass. ``rank``, ``side`` and ``stagger`` accept several types."""
 
     patterns: list[str]
     rank: Any
@@ -105,7 +105,7 @@ class GrassConfig(OptimConfig):
 
 @dataclass
 class BaselineConfig(OptimConfig):
-    """Full-rank training with an optimizer that projects the gradients of the linear layers: a name of PROJECTED."""
+    """Full-rank training with an optimizer in PROJECTED, which projects the gradients of the linear layers."""
 
     rank: int
     update_gap: int = field(metadata=AT_LEAST_1)
@@ -115,7 +115,7 @@ class BaselineConfig(OptimConfig):
 
 @dataclass(kw_only=True)
 class DataConfig(DataSettings):
-    """The settings of the preparation, and those of a run that reads the data."""
+    """The settings of the preparation, and of a run that reads the data."""
 
     name: str = field(default=DataSettings.name, metadata=SAME_CONTENT)
     root: str = field(default=DataSettings.root, metadata=SAME_CONTENT | PER_RANK)
@@ -133,7 +133,7 @@ class DataConfig(DataSettings):
 
 @dataclass
 class TrainConfig:
-    """The training loop, its precision, its memory options and its processes."""
+    """The training loop: steps, precision, memory options and processes."""
 
     steps: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
     tokens_per_step: int = field(metadata=AT_LEAST_1)
@@ -186,7 +186,7 @@ class WandbConfig:
 
 @dataclass
 class LoggerConfig:
-    """Loggers beside ``metrics.jsonl``."""
+    """Loggers in addition to ``metrics.jsonl``."""
 
     wandb: WandbConfig = field(metadata=MAY_CHANGE)
     tensorboard: bool = field(metadata=MAY_CHANGE)
@@ -239,7 +239,7 @@ def marked(config: Config, mark: str) -> set[str]:
 
 
 def limit_problems(config: Config) -> list[str]:
-    """A line for each setting that is below its least value or none of its choices."""
+    """A line for each setting that is below its minimum or not among its choices."""
     problems = []
     for key, value, marks in _settings(config):
         least, choices = marks.get("at_least"), marks.get("choices")
@@ -253,7 +253,7 @@ def limit_problems(config: Config) -> list[str]:
 def _settings(
     section: Any, prefix: str = "", inherited: dict[str, Any] | None = None
 ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Name, value and marks of every setting; ``may_change`` of a section holds for all in it."""
+    """Name, value and marks of every setting; ``may_change`` of a section applies to all its settings."""
     for entry in fields(section):
         key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
         marks = {**entry.metadata, **(inherited or {})}

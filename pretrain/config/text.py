@@ -1,8 +1,8 @@
-"""Text in settings as it was typed: names, paths and prompts that look like numbers, or that Hydra's grammar refuses.
+"""Keeps text settings exactly as typed, even if the text looks like a number or is invalid in Hydra's grammar.
 
-Hydra reads ``run.name=2024_111`` as the number 2024111, and its grammar lacks ``é``, ``=`` and ``(1)``. Which settings
-are text is known from their types in the schema. ``as_typed`` puts quotes around their values on the command line, and
-``FileConfigSource`` keeps their values as they are written in the files of ``conf/``.
+Hydra reads ``run.name=2024_111`` as the number 2024111, and its grammar does not allow ``é``, ``=`` and ``(1)``. The
+types in the schema say which settings are text. ``as_typed`` puts quotes around their values on the command line, and
+``FileConfigSource`` keeps their values as written in the files of ``conf/``.
 """
 
 import re
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from data.settings import DataSettings
 from pretrain.config.schema import ConfigError, GrassConfig, types_of_settings
 
-# Values that Hydra reads as this very text, without quotes.
+# Values that Hydra reads unchanged as text, without quotes.
 PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_/][\w/.*?@+-]*", re.ASCII | re.IGNORECASE)
 QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", re.DOTALL)
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")  # in values without quotes
@@ -30,17 +30,17 @@ TYPES = types_of_settings() | {"data.mixture": list[DataSettings], "optim": Gras
 
 
 def quoted(value: object) -> str:
-    """``value`` as Hydra's grammar reads any text."""
+    """``value`` quoted for Hydra's grammar, so that it is read as text."""
     return QuotedString(str(value), Quote.double).with_quotes()
 
 
 def as_typed(overrides: list[str], sweep: bool = False) -> list[str]:
-    """``overrides`` with quotes around the text of settings that are text.
+    """``overrides`` with quotes around the values of text settings.
 
-    With ``sweep`` a comma separates the values of several runs. Without, it belongs to the text.
+    With ``sweep``, a comma separates the values of several runs. Without ``sweep``, it is part of the text.
 
     Raises:
-        ConfigError: a list of text is not in brackets, or a bracket is not closed; with the form to type.
+        ConfigError: a list of text is not in brackets, or a bracket is not closed; shows the correct form.
     """
     typed, problems = list[str](), list[str]()
     for override in overrides:
@@ -56,7 +56,7 @@ def as_typed(overrides: list[str], sweep: bool = False) -> list[str]:
 
 
 def _alternatives(value: str, kind: Any, sweep: bool) -> str:
-    """The values of a sweep, or the only one."""
+    """The values of a sweep, or the single value."""
     if not sweep or NUMBERS.fullmatch(value):
         return _value(value, kind)
     if function := FUNCTION.fullmatch(value):
@@ -66,7 +66,7 @@ def _alternatives(value: str, kind: Any, sweep: bool) -> str:
 
 
 def _value(value: str, kind: Any) -> str:
-    """``value`` of type ``kind`` for Hydra: text in it is quoted, everything else stays."""
+    """``value`` of type ``kind`` for Hydra: text is quoted, everything else stays unchanged."""
     if kind is str or kind == str | None:
         return value if kind is not str and value == "null" else _text(value)
     if get_origin(kind) is list:
@@ -93,14 +93,14 @@ def _list(value: str, kind: Any) -> str:
     if kind is str and len(split(value)) == 1:
         return f"[{_text(value)}]"
     raise ValueError(
-        f"a list is written '{{key}}=[{value}]', and text that has a comma '{{key}}=[{quoted(value)}]'"
+        f"a list is written '{{key}}=[{value}]', and text with a comma '{{key}}=[{quoted(value)}]'"
         if kind is str
         else "a list is written '{key}=[{{…}},{{…}}]'"
     )
 
 
 def _mapping(value: str, kind: Any) -> str:
-    """``{name: value, …}`` of the settings of the section ``kind``."""
+    """``{name: value, …}`` with the settings of the section ``kind``."""
     types, pairs = types_of_settings(kind), []
     for pair in split(value[1:-1]):
         name, colon, inner = pair.partition(":")
@@ -110,7 +110,7 @@ def _mapping(value: str, kind: Any) -> str:
 
 
 def split(text: str) -> list[str]:
-    """``text`` at its commas, without the spaces around them. Commas in brackets and in quotes do not count."""
+    """Split ``text`` at commas and remove the spaces around them. Commas in brackets and quotes do not split."""
     parts, start, depth, i = list[str](), 0, 0, 0
     balanced = sum(map(text.count, OPENING)) == sum(map(text.count, CLOSING))
     while i < len(text):
@@ -132,13 +132,13 @@ def split(text: str) -> list[str]:
 
 
 def _closing_quote(text: str, opening: int) -> int | None:
-    """The place after the quoted value that begins at ``opening``; None for a mere apostrophe."""
+    """The position after the quoted value that begins at ``opening``; None if it is only an apostrophe."""
     found = QUOTED.match(text, opening)
     return found.end() if found and text[found.end() :].lstrip()[:1] in ("", *CLOSING, ",", ":") else None
 
 
 class FileConfigSource(HydraFiles):
-    """Hydra's reader of YAML files, except that text stays as it is written there."""
+    """Hydra's reader of YAML files, but text stays as written in the files."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
@@ -151,7 +151,7 @@ class FileConfigSource(HydraFiles):
 
 
 def _restore_text(node: DictConfig, written: dict[str, Any], prefix: str) -> None:
-    """Put the text that is ``written`` in the place of the numbers and booleans that YAML made of it."""
+    """Replace numbers and booleans that YAML made of text by the ``written`` text."""
     for name, text in written.items():
         if name not in node or OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.cli.machine import OLDEST_TORCH, main, require_torch, require_usable_gpus
 
-ON_THE_CPU = "to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (to nothing)"
+ON_THE_CPU = "to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (empty)"
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_supported_torches_are_taken(version):
 
 @pytest.mark.parametrize("version", ["2", "1.13.1", "2.9.1+cu128", "2.10.0"])
 def test_an_older_torch_is_refused(version):
-    with pytest.raises(ValueError, match=r"torch .* is too old, 2\.11 or newer is needed"):
+    with pytest.raises(ValueError, match=r"torch .* is too old; 2\.11 or newer is needed"):
         require_torch(version)
 
 
@@ -79,7 +79,7 @@ def test_the_torch_of_the_requirements_is_supported(root):
         (
             None,
             "580.65.06",
-            "a build without CUDA, can use none of the 2 GPUs that nvidia-smi counts (driver 580.65.06); ",
+            "a build without CUDA, can use none of the 2 GPUs that nvidia-smi lists (driver 580.65.06); ",
         ),
         (None, "580.65.06", "; install a torch built for CUDA 13, see docs/setup.md;"),
         (None, "560.35", "; install a torch built for CUDA 12, see docs/setup.md;"),
@@ -123,9 +123,7 @@ def test_gpus_that_are_asked_for_by_name_must_be_usable(nvidia_smi, cuda, monkey
     nvidia_smi("580.65.06")
     cuda("13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-    with pytest.raises(
-        ValueError, match=f"none of the 1 GPUs of CUDA_VISIBLE_DEVICES={devices} that nvidia-smi counts"
-    ):
+    with pytest.raises(ValueError, match=f"none of the 1 GPUs of CUDA_VISIBLE_DEVICES={devices} that nvidia-smi lists"):
         require_usable_gpus()
 
 

@@ -198,7 +198,7 @@ def test_what_was_typed_stays_when_it_is_typed_again():
         (["--rank=8"], "write optim.rank=8"),
         (["-n", "3"], "-n: settings are given as key=value, such as train.steps=1000"),
         (["help"], "help: settings are given as key=value, such as train.steps=1000"),
-        (["run.name=My", "Corpus"], "Corpus: settings are given as key=value; quote a value that has spaces: "
+        (["run.name=My", "Corpus"], "Corpus: settings are given as key=value; quote a value with spaces: "
          "'run.name=My Corpus'"),
         (["train.step", "5"], "write train.steps=5"),
         (["--config-name", "x"], "--config-name: settings are given as key=value"),
