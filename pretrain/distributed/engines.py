@@ -1,8 +1,8 @@
-"""Engines that train one model on several processes: torch's DDP and FSDP2, and HSDP (replicas that are sharded).
+"""Engines that train one model on several processes: torch's DDP and FSDP2, and HSDP (sharded replicas).
 
-A Grass layer trains only its small ``rows``, so little is communicated. FSDP2 shards a layer's weight and rows on the
-dimension that is not selected. Every process then folds and refreshes its own shard, with the same index and without
-communication.
+A Grass layer trains only its small ``rows``, so few gradients are communicated (FSDP2 still gathers all weights). FSDP2
+shards a layer's weight and rows along the dimension that is not selected. So every process folds and refreshes its own
+shard with the same index, and loads new rows without communication. Only choosing rows communicates: scores and a hash.
 """
 
 import inspect
@@ -32,41 +32,41 @@ FORWARD_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_O
 
 
 class Engine:
-    """Trains on a single process; the base class of the engines for several.
+    """Trains on a single process; the base class of the engines for several processes.
 
-    Calling an engine calls the model. Once ``finish_backward`` has returned, gradients are the mean over the processes.
+    Calling an engine calls the model. After ``finish_backward``, gradients are the mean over the processes.
     """
 
-    sharded = False  # whether a forward needs every process
+    sharded = False  # whether a forward needs all processes
 
     def shard(self, model: Llama) -> None:
-        """Shard ``model`` in place; it is on the meta device, and its linear layers are converted to Grass layers."""
+        """Shard ``model`` in place. It is on the meta device, with its linear layers already converted."""
 
     def wrap(self, model: Llama) -> None:
         """Use ``model``. Call before weights are loaded from a checkpoint, and before blocks are compiled."""
         self.module: nn.Module = model
 
     def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
-        """The summed loss of a micro-batch in nats, as ``Llama`` returns it."""
+        """The summed loss of a micro-batch in nats, as returned by ``Llama``."""
         return self.module(input_ids, targets, *documents)
 
     def backward(self, last: bool) -> AbstractContextManager:
-        """The context of a micro-batch's forward and backward; only the step's ``last`` one sums gradients."""
+        """The context of a micro-batch's forward and backward. Only the ``last`` one of a step sums gradients."""
         return nullcontext()
 
     def finish_backward(self) -> None:
         """Complete the gradients; call after the last backward of a step."""
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Clip the gradients to the global norm ``limit``; returns their norm before, a scalar on the device."""
+        """Clip the gradients to the global norm ``limit``; returns the norm before clipping, a scalar on the device."""
         return nn.utils.clip_grad_norm_(parameters, limit)
 
 
 class DDPEngine(Engine):
-    """DDP: every process holds the complete model. Its buckets hold the gradients of trained parameters only.
+    """DDP: every process has the complete model. The buckets contain only the gradients of trained parameters.
 
     Args:
-        wire: the dtype in which gradients are sent and summed; None: their own.
+        wire: the dtype in which gradients are sent and summed; None for the dtype of the gradients.
     """
 
     def __init__(self, wire: torch.dtype | None):
@@ -81,10 +81,10 @@ class DDPEngine(Engine):
         self._settle_buckets(model)
 
     def _settle_buckets(self, model: Llama) -> None:
-        """Run a backward now, after which DDP orders its buckets once, by the order in which gradients came.
+        """Run a backward now. After its first backward, DDP rearranges its buckets by the order of the gradients.
 
-        The layout of the buckets decides the order in which the processes' gradients are summed. Without this, the
-        first step of a resumed run would sum in another order than the same step of a run that was never stopped.
+        The layout of the buckets determines the order in which the gradients of the processes are summed. Without this
+        call, the first step of a resumed run would sum in another order than the same step of an uninterrupted run.
         """
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.lm_head.weight.device)
         self.module(token, token).backward()
@@ -98,7 +98,7 @@ class DDPEngine(Engine):
 def _mean_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook of DDP: the mean over the processes, sent and summed in ``wire``.
 
-    It does what torch's bf16_compress_hook does, for any dtype. DDP refuses that hook without NCCL, although gloo can
+    Like torch's bf16_compress_hook, but for any dtype. DDP refuses bf16_compress_hook without NCCL, although gloo can
     sum bfloat16.
     """
     gradients = bucket.buffer()
@@ -111,16 +111,16 @@ def _mean_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future
 class FSDPEngine(Engine):
     """FSDP2 over ``mesh``, which has the dimensions (shard,), or (replica, shard) for HSDP.
 
-    Three kinds of groups of parameters are gathered together: each block, the embedding, and the head with all that is
-    left. Vectors (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in a
-    group of bf16 parameters.
+    Parameters are gathered in these groups: each block, the embedding, and the head with all other parameters. Vectors
+    (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in a group of bf16
+    parameters.
 
     Args:
-        reduce_dtype: the dtype in which gradients are sent and summed; None: their own.
+        reduce_dtype: the dtype in which gradients are sent and summed; None for the dtype of the gradients.
         reshard: whether gathered weights are freed after the forward of their group.
     """
 
-    # Inner optimizers whose state does not belong to single elements, or whose step needs complete matrices.
+    # Inner optimizers with state that is not per element, or whose step needs complete matrices.
     REFUSED = ("adafactor", "adamw8bit", "galore", "apollo", "fira")
 
     sharded = True
@@ -172,7 +172,7 @@ class FSDPEngine(Engine):
 
 
 def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list[str]:
-    """Why ``model``, with its Grass layers, cannot be sharded as ``config`` says; a message each, with the fix."""
+    """Why ``model``, with its Grass layers, cannot be sharded as in ``config``; a message per problem, with the fix."""
     train, optim = config.train, config.optim
     if train.parallel == "ddp" or world_size == 1:
         return []
@@ -189,8 +189,8 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
         )
     if getattr(optim, "int8_weights", False):
         problems.append(
-            "optim.int8_weights=true: the steps of 8-bit weights belong to complete rows, which shards do not have; "
-            "set it to false, or train.parallel=ddp"
+            "optim.int8_weights=true: each step size of 8-bit weights needs a complete row, but shards have parts of "
+            "rows; set it to false, or use train.parallel=ddp"
         )
     for child, size in {
         name.rpartition(".")[2]: layer.in_features
@@ -198,14 +198,14 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
         if isinstance(layer, GrassLinear) and layer.dim == 0 and layer.in_features % max(shards, 1)
     }.items():
         problems.append(
-            f"{child} selects rows of {size} elements, which do not divide among {shards} shards; set "
+            f"{child} selects rows of {size} elements, which cannot be divided among {shards} shards; set "
             f"optim.side={{{child}: columns}}, another size, or train.parallel=ddp"
         )
     return problems
 
 
 def build_engine(train: TrainConfig, world: World) -> Engine:
-    """The engine that ``train.parallel`` names; the base class for a single process."""
+    """The engine for ``train.parallel``; the base class for a single process."""
     if world.size == 1:
         return Engine()
     wire = DTYPES[train.reduce_dtype] if train.reduce_dtype else None

@@ -1,8 +1,8 @@
-"""Torch's elastic agent, changed so that a signal lets the workers save before they end.
+"""Torch's elastic agent, changed so that the workers can save after a signal before they end.
 
-Torchrun's own ``--signals-to-handle`` and ``--shutdown-timeout`` do not serve: they signal the children of a worker
-too, which a step that is being finished may need; a second signal leaves the workers running without an agent; and the
-exit codes of the workers are lost. Torch 2.11 has no ``--shutdown-timeout`` at all.
+Torchrun's ``--signals-to-handle`` and ``--shutdown-timeout`` are not suitable: they also signal the children of a
+worker, which a step that is being finished may need; after a second signal, the workers continue without an agent; and
+the exit codes of the workers are lost. Torch 2.11 has no ``--shutdown-timeout``.
 """
 
 import os
@@ -19,8 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from pretrain.cli.signals import EXIT_CODE
 
-# Signals to this process, and the signal that the workers get instead. Workers live in sessions of their own: a
-# terminal's Ctrl-C reaches them only from here, and once.
+# Signals to this process, and the signals that the workers get instead. Workers have separate sessions: a Ctrl-C in the
+# terminal reaches them only through this process, and only once.
 PASSED_ON = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -31,10 +31,10 @@ PASSED_ON = {
 
 
 class GracefulAgent(LocalElasticAgent):
-    """Passes signals on to its workers, and gives them ``GRASS_GRACE_SECONDS`` (default 300) to end by themselves.
+    """Passes signals on to its workers, and gives them ``GRASS_GRACE_SECONDS`` (default 300) to end.
 
-    Workers that still run after that time are killed. A third signal kills them at once; the second one is passed on
-    like the first. ``say`` prints a line for the user.
+    Workers that are still running after this time are killed. The second signal is passed on like the first; the third
+    kills the workers at once. ``say`` prints a line for the user.
     """
 
     say: Callable[[str], None]
@@ -64,7 +64,7 @@ class GracefulAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._pass_signals_on()
         if self._deadline is None and EXIT_CODE in self._failed().values():
-            self._deadline = time.monotonic() + self._grace  # a worker got the signal from elsewhere, as SLURM sends it
+            self._deadline = time.monotonic() + self._grace  # a worker got the signal directly, for example from SLURM
         if self._deadline is not None:
             if self._running() and time.monotonic() < self._deadline:
                 return RunResult(state=WorkerState.HEALTHY)
@@ -74,14 +74,14 @@ class GracefulAgent(LocalElasticAgent):
         if not failed and self._running():
             return RunResult(state=WorkerState.HEALTHY)
         if failed:
-            # When one worker is killed, another may fail of the lost connection and be seen first.
+            # If one worker is killed, another may fail because of the lost connection, and be noticed first.
             time.sleep(worker_group.spec.monitor_interval)
             failed |= self._failed()
             assert self._pcontext is not None
-            self._pcontext.close(signal.SIGTERM, timeout=5)  # the others cannot go on, and one that hangs never ends
+            self._pcontext.close(signal.SIGTERM, timeout=5)  # the others cannot continue, and may hang
         result = super()._monitor_workers(worker_group)
         if failed:
-            # Torch counts the workers that it ended itself as failures too: they are not the cause.
+            # Torch also counts the workers that it ended as failures, but they are not the cause.
             result.failures = {rank: result.failures[rank] for rank in failed}
             self._report(result.failures)
         return result
@@ -103,7 +103,7 @@ class GracefulAgent(LocalElasticAgent):
         while self._received:
             number = PASSED_ON[signal.Signals(self._received.pop())]
             for process in self._processes().values():
-                process.send_signal(number)  # not to its children: the step that it finishes may need them
+                process.send_signal(number)  # not to its children, which its current step may need
             self._sent.add(number)
             self._requests += 1
             if self._requests in (1, 3):
@@ -117,7 +117,7 @@ class GracefulAgent(LocalElasticAgent):
             self._sent.add(signal.SIGKILL)
 
     def _report(self, failures: dict[int, ProcessFailure]) -> None:
-        """Name the workers that a signal killed: they could print no message themselves."""
+        """Report the workers that were killed by a signal, because they could not print a message."""
         for rank, failure in failures.items():
             if failure.exitcode < 0 and -failure.exitcode not in self._sent:
                 hint = " (out of memory?)" if -failure.exitcode == signal.SIGKILL else ""
@@ -128,7 +128,7 @@ class GracefulAgent(LocalElasticAgent):
 
 
 def _restore_signals() -> None:
-    """Let signals end this process: there are no workers to pass them on to."""
+    """Let signals end this process, because there are no workers any more."""
     for number in PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

@@ -1,8 +1,8 @@
 """Name the ranks that do not answer when a collective fails.
 
-The error that torch raises after a timeout or a broken connection names neither the collective nor the rank. So every
-process in which a collective fails signs its rank in the store of the process group, and waits a while for the others'
-signatures. The ranks that do not sign are dead or stuck.
+Torch's error after a timeout or a broken connection names neither the collective nor the rank. So every process in
+which a collective fails records its rank in the store of the process group, and waits for some time for the other
+ranks. Ranks that are not recorded are dead or stuck.
 """
 
 import json
@@ -17,16 +17,16 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-
 from pretrain.cli.errors import LostPeer, first_line
 from pretrain.distributed.world import World
 
-ROLL_CALL = timedelta(seconds=20)  # the longest wait for the others' signatures
+ROLL_CALL = timedelta(seconds=20)  # the longest wait for the other ranks to be recorded
 
 
 @contextmanager
 def name_lost_ranks(world: World, timeout: timedelta, leave: Callable[[], bool]) -> Iterator[None]:
-    """Turn the failure of a collective inside the context into an error that names the missing ranks.
+    """If a collective fails inside the context, raise an error that names the missing ranks.
 
     Args:
-        timeout: of the process groups.
-        leave: tells whether this process was asked to end, and is to stop waiting for signatures.
+        timeout: the timeout of the process groups.
+        leave: returns whether this process was asked to end and must stop waiting for other ranks.
 
     Raises:
         LostPeer: a collective failed.
@@ -38,7 +38,7 @@ def name_lost_ranks(world: World, timeout: timedelta, leave: Callable[[], bool])
             raise
         place = _last_collective()
         missing = _missing(world, place, min(timeout / 4, ROLL_CALL), leave)
-        who = f"no answer from rank {', '.join(map(str, missing))}" if missing else "every rank answers"
+        who = f"no answer from rank {', '.join(map(str, missing))}" if missing else "every rank has answered"
         if leave():
             raise LostPeer(f"rank {world.rank} was asked to end while it waited in {place}") from error
         raise LostPeer(
@@ -52,7 +52,7 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first sentence of gloo's message, without the line of its source."""
+    """The first sentence of gloo's message, without the source line."""
     return first_line(error).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or first_line(error)
 
 
@@ -67,7 +67,7 @@ def _last_collective() -> str:
 
 
 def _missing(world: World, place: str, patience: timedelta, leave: Callable[[], bool]) -> list[int]:
-    """The ranks that do not sign in time; if the store is gone, rank 0 if it had not signed."""
+    """The ranks that are not recorded in time. If the store is lost: rank 0, unless it was recorded."""
     missing, deadline = [rank for rank in range(world.size) if rank != world.rank], time.monotonic()
     deadline += patience.total_seconds()
     try:

@@ -1,4 +1,4 @@
-"""The processes of a run: the rank of this one, and the collectives that the engines do not do."""
+"""The processes of a run: the rank of this process, and the collectives outside the engines."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ``size`` processes of a run; for a single one every call is the identity."""
+    """This process among the ``size`` processes of a run. For a single process, every call is the identity."""
 
     rank: int
     size: int
@@ -31,7 +31,7 @@ class World:
     def use_device(self) -> None:
         """Make ``device`` the current device of the calling thread.
 
-        Every thread starts with the first GPU, and calls that name no device would create a context of half a GB there.
+        Every thread starts with the first GPU. There, calls without a device would create a context of half a GB.
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -43,7 +43,7 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process. Uses the CPU only, and does not wait for the device."""
+        """Whether ``flag`` is true on any process. Uses only the CPU, and does not wait for the device."""
         if self.size == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -51,20 +51,20 @@ class World:
         return bool(value)
 
     def upload(self, batch: Tensor) -> Tensor:
-        """``batch`` on this process' device; returns before the copy is done."""
+        """``batch`` on this process' device. Returns before the copy is complete."""
         if self.device.type != "cuda":
             return batch
         return batch.pin_memory().to(self.device, non_blocking=True)
 
     def broadcast_object(self, value: Any) -> Any:
-        """The main process' ``value``, on every process; it is pickled."""
+        """The ``value`` of the main process, on every process; the value is pickled."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """What ``call()`` returns on the main process, on every process; a ValueError or OSError is raised on all."""
+        """The result of ``call()`` on the main process, on every process. A ValueError or OSError is raised on all."""
         found: Any = None
         if self.is_main:
             try:
@@ -77,7 +77,7 @@ class World:
         return found
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, in the order of ranks; they are pickled."""
+        """The ``value`` of every process, in the order of ranks; values are pickled."""
         box = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(box, value)
@@ -89,7 +89,7 @@ class World:
 
 
 def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
-    """The number of processes that share one copy of the model; by default, hsdp shards it within each node."""
+    """The number of processes that share one copy of the model. By default, hsdp shards within each node."""
     if parallel != "hsdp":
         return world_size if parallel == "fsdp" else 1
     return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -99,11 +99,11 @@ def connect(timeout: timedelta) -> World:
     """Join the process group of torchrun's processes: gloo for tensors on the CPU, NCCL for tensors on GPUs.
 
     Args:
-        timeout: of every collective.
+        timeout: the timeout of every collective.
 
     Raises:
         ValueError: this machine has more processes than GPUs.
-        LostPeer: not all of the processes joined in time.
+        LostPeer: not all processes joined in time.
     """
     size, rank = world_size_from_env(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -117,7 +117,7 @@ def connect(timeout: timedelta) -> World:
         try:
             dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         except dist.DistError as error:
-            raise LostPeer(f"not all of the {size} processes of this run came: {first_line(error)}") from error
+            raise LostPeer(f"not all of the {size} processes of this run connected: {first_line(error)}") from error
     return world
 
 

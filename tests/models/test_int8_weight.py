@@ -164,6 +164,6 @@ def test_trained_8_bit_weights_are_read_back_in_full(overrides, side):  # noqa: 
 
 def test_shards_are_refused():
     with pytest.raises(
-        ConfigError, match=r"optim\.int8_weights=true: the steps .* set it to false, or train\.parallel"
+        ConfigError, match=r"optim\.int8_weights=true: each step size .* set it to false, or use train\.parallel"
     ):
         check(load(["optim.int8_weights=true", "train.parallel=fsdp"]), 2)

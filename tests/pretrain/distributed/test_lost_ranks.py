@@ -102,7 +102,7 @@ def test_differences_between_processes_are_named_before_any_compute(common, tmp_
     assert version[0].splitlines()[1:-1] == [f"torch: {torch.__version__} on rank 0; 2.12.0+cpu on rank 1"]
     shards, changed, trainer = weights[0]
     assert shards is None
-    assert "different values of 1 tensors\nw: " in changed
+    assert "different initial values of 1 tensors\nw: " in changed
     assert agreed == (None, None) and apart == ("the processes chose different rows: their scores or seeds differ",) * 2
     assert "model.embed_tokens.weight: " in trainer and not RunFolder(load(common)).config_file.exists()
 
