@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The scores and counts of the text that ``args`` name."""
-    import torch  # here and below: torch takes seconds to import, which --help need not wait for
+    import torch  # here and below, because importing torch takes seconds: not for --help
 
     from data.loading.batches import validation_batches
     from data.token_dataset import load as load_dataset

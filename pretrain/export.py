@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     p.add_argument("--out", required=True, help="the folder to write, which must not exist")
-    p.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights; by default that of the model")
+    p.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: that of the model)")
     p.add_argument(
         "--shard-gb",
         type=number(float, 0, above=True),
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with clear_errors():
         args = parser().parse_args(arguments)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        from models.precision import DTYPES  # torch takes seconds to import, which --help need not wait for
+        from models.precision import DTYPES  # imports torch, which takes seconds: not for --help
         from pretrain.inference.hf_export import export
 
         export(args.model, args.out, DTYPES[args.dtype] if args.dtype else None, int(args.shard_gb * 1e9))

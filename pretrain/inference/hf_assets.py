@@ -1,6 +1,6 @@
-"""Files beside the weights of a Hugging Face model: generation settings, chat template, special tokens.
+"""Other files of a Hugging Face model than its weights: generation settings, chat template, special tokens.
 
-A run that starts from such a model keeps copies of them in its folder, and an export writes them out again.
+A run that starts from such a model copies these files to its folder, and an export copies them on.
 """
 
 import json
@@ -13,7 +13,7 @@ from data.atomic import sha256
 from data.tokenizer import FILES
 from pretrain.inference.hf_llama import CONFIG, read_config
 
-ASSETS_FOLDER = "hf_assets"  # of a run: the files that lay beside the weights it started from
+ASSETS_FOLDER = "hf_assets"  # in a run's folder: files of the model that the run started from
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -22,21 +22,21 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 FREE = ("attention_dropout", "use_cache")  # settings in config.json that models.llama does not have
-REPLACED = ("dtype", "rope_parameters")  # newer names of settings that an export writes by their older names
+REPLACED = ("dtype", "rope_parameters")  # newer names of settings that an export writes with older names
 
 
 def find_assets(path: Path) -> list[Path]:
-    """The asset files of the model whose config.json lies in the folder ``path``; [] if there is no config.json."""
+    """The asset files of the model in the folder ``path``; [] if the folder has no config.json."""
     if not (path / CONFIG).exists():
         return []
     return [path / name for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (path / name).exists()]
 
 
 def copy_assets(assets: Iterable[Path], folder: Path) -> None:
-    """Copy files and folders of assets into ``folder``, which is made if need be."""
+    """Copy files and folders of assets into ``folder``, which is created if necessary."""
     for asset in assets:
         folder.mkdir(parents=True, exist_ok=True)
-        # Contents only: permissions are those of new files, whatever the model's files have.
+        # Only the contents: permissions are those of new files.
         for file in [path for path in asset.rglob("*") if path.is_file()] if asset.is_dir() else [asset]:
             copy = folder / file.relative_to(asset.parent)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -44,22 +44,22 @@ def copy_assets(assets: Iterable[Path], folder: Path) -> None:
 
 
 def other_settings(folder: Path, ours: Container[str]) -> dict[str, Any]:
-    """The settings in ``folder``/config.json that an export leaves as they are, such as ``eos_token_id``.
+    """The settings in ``folder``/config.json that an export keeps unchanged, such as ``eos_token_id``.
 
     Args:
-        ours: the settings that the export writes from its own model and weights.
+        ours: the settings that the export writes from the exported model and weights.
     """
     config = {key: value for key, value in read_config(folder).items() if value is not None}
     return {key: value for key, value in config.items() if key in FREE or not (key in ours or key in REPLACED)}
 
 
 def end_ids(folder: Path) -> list[int]:
-    """The tokens at which transformers' ``generate`` stops for the model in ``folder``; [] if no file names one.
+    """The tokens at which transformers' ``generate`` stops for the model in ``folder``; [] if no file names any.
 
-    They are ``eos_token_id``, a number or a list, in generation_config.json, or in config.json without such a file.
+    They are ``eos_token_id``, a number or a list, in generation_config.json, or if this file is missing in config.json.
 
     Raises:
-        ValueError: a file cannot be read, or its ``eos_token_id`` is something else.
+        ValueError: a file cannot be read, or its ``eos_token_id`` is neither.
     """
     file = next((folder / name for name in (GENERATION, CONFIG) if (folder / name).exists()), None)
     if file is None:
@@ -70,10 +70,10 @@ def end_ids(folder: Path) -> list[int]:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
     ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(type(end) is int for end in ends):
-        raise ValueError(f"{file}: eos_token_id={stated} is no token id or list of token ids; correct it")
+        raise ValueError(f"{file}: eos_token_id={stated} is neither a token id nor a list of token ids; correct it")
     return ends
 
 
 def has_tokenizer(folder: Path, tokenizer: Path) -> bool:
-    """Whether the tokenizer in ``folder`` is the file ``tokenizer``, by content."""
+    """Whether the tokenizer in ``folder`` has the same content as the file ``tokenizer``."""
     return any(sha256(folder / name) == sha256(tokenizer) for name in FILES if (folder / name).exists())

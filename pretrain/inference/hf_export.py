@@ -35,20 +35,20 @@ SHARD_BYTES = 5_000_000_000
 def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model at ``path`` to the new folder ``out``.
 
-    A model that came from Hugging Face, or a run that started from one, gets its generation settings, chat template and
-    special tokens back as they were. The embedding keeps all rows, padding included. The export of a run has a model
-    card, and the length of the run's sequences as the tokenizer's ``model_max_length``.
+    For a Hugging Face model, or a run that started from one, the generation settings, chat template and special tokens
+    are copied unchanged. The embedding keeps all rows, including padding. The export of a run has a model card, and the
+    tokenizer's ``model_max_length`` is the run's sequence length.
 
     Args:
         dtype: of all weights; by default the model's dtype.
-        shard_bytes: maximum size of a file of weights; a single larger tensor gets a file of its own.
+        shard_bytes: maximum size of a file of weights; a single larger tensor gets a separate file.
 
     Raises:
         ValueError: there is no model at ``path``, or ``out`` exists.
     """
     found, out = find_pretrained(path), Path(out)
     if out.exists():
-        raise ValueError(f"{out} exists, and nothing is overwritten; name another folder")
+        raise ValueError(f"{out} exists, and nothing is overwritten; choose another folder")
     temporary = out.with_name(f".{out.name}{UNFINISHED}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -62,7 +62,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
 
 
 def _weights(found: PretrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights in ``dtype`` by Hugging Face's names; logs the number of weights whose values that rounds."""
+    """All weights in ``dtype`` by Hugging Face's names; logs the number of weights that this rounds."""
     tensors, rounded = {}, []
     for name, tensor in found.weights():
         if name == "lm_head.weight" and found.arguments.get("tie_word_embeddings"):
@@ -84,7 +84,7 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
         names = [WEIGHTS]
     for file, shard in zip(names, shards, strict=True):
         save_file({name: tensors[name].contiguous() for name in shard}, folder / file, metadata={"format": "pt"})
-        use_umask(folder / file)  # safetensors makes it readable by its owner only
+        use_umask(folder / file)  # safetensors makes it readable only by its owner
     if len(shards) > 1:
         file_of = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -104,7 +104,7 @@ def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]
 
 
 def _write_settings(folder: Path, found: PretrainedModel, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json and the tokenizer: the model's own files where it brought some."""
+    """Write config.json, generation_config.json and the tokenizer, or copies of the model's original files."""
     path = found.tokenizer()
     assets = {asset.name: asset for asset in find_assets(found.assets)} if found.assets else {}
     tokenizer = Tokenizer(path)
@@ -123,7 +123,7 @@ def _write_settings(folder: Path, found: PretrainedModel, dtype: torch.dtype) ->
 
 
 def _write_card(folder: Path, found: PretrainedModel, name: str) -> None:
-    """The model card: of a run one that describes it; of a model from Hugging Face its own."""
+    """Write the model card: for a run a new one, for a Hugging Face model the original."""
     if found.run is not None:
         (folder / CARD).write_text(model_card(found, found.run, name), encoding="utf-8")
     elif found.assets and (found.assets / CARD).exists():
@@ -131,7 +131,7 @@ def _write_card(folder: Path, found: PretrainedModel, name: str) -> None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None:
-    """The tokenizer's own file, and the files with which transformers' AutoTokenizer opens it."""
+    """Write the tokenizer's file, and the files that transformers' AutoTokenizer needs."""
     copy = tokenizer.copy_to(folder)
     if copy.name == "tokenizer.json":
         special = {f"{key}_token": name for key, name in tokenizer.special.items()}

@@ -1,7 +1,7 @@
 """LLaMA models in Hugging Face's format: ``config.json`` and safetensors files.
 
-The names of the weights are ours with "model." in front, except ``lm_head.weight``. A setting in config.json that
-``models.llama`` does not implement is refused: the weights would load, and compute something else.
+Hugging Face's names of the weights are ours with the prefix "model.", except ``lm_head.weight``. A setting in
+config.json that ``models.llama`` does not implement is refused, because the weights would load but give other results.
 """
 
 import inspect
@@ -19,12 +19,12 @@ from models.rope import SCALINGS, scaling_problems
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_KEYS = set(inspect.signature(Llama).parameters) - {"attention"}
-# The values that transformers' LlamaConfig gives to keys that a config.json leaves out or has as null.
+# The defaults in transformers' LlamaConfig for keys that are missing or null in config.json.
 DEFAULTS = {
     "num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02,
     "tie_word_embeddings": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-# The only values that models.llama implements; transformers calls one activation by two names.
+# The only values that models.llama implements; transformers has two names for one activation.
 SUPPORTED = {
     "model_type": ("llama",),
     "hidden_act": ("silu", "swish"),
@@ -38,7 +38,7 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     """The keyword arguments for ``Llama`` and the dtype of the weights, from ``folder``/config.json.
 
     Raises:
-        ValueError: the file cannot be read, or has settings that ``Llama`` does not implement; a line for each.
+        ValueError: the file cannot be read, or has settings that ``Llama`` does not implement; one line per problem.
     """
     config = read_config(folder)
     config = {**config, **{key: value for key, value in DEFAULTS.items() if config.get(key) is None}}
@@ -54,7 +54,7 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     problems += rope_problems
     problems += [f"{key} is missing" for key in sorted(MODEL_KEYS - config.keys())]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        problems.append(f"dtype={dtype_name}: no floating-point dtype of torch")
+        problems.append(f"dtype={dtype_name}: not a floating-point dtype of torch")
     if problems:
         raise ValueError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
     assert isinstance(dtype, torch.dtype)
@@ -65,29 +65,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of ``folder``/config.json.
 
     Raises:
-        ValueError: the file cannot be read, or is no JSON object.
+        ValueError: the file cannot be read, or is not a JSON object.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} cannot be read ({error}); name the folder of a LLaMA") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} holds no JSON object; name the folder of a LLaMA")
+        raise ValueError(f"{folder / CONFIG} is not a JSON object; name the folder of a LLaMA")
     return config
 
 
 def _head_problems(config: dict[str, Any]) -> list[str]:
-    """``Llama`` derives the size of a head from the hidden size; config.json may state another one."""
+    """A message if config.json states another head size than ``Llama`` derives from the hidden size."""
     derived = (config.get("hidden_size") or 0) // (config.get("num_attention_heads") or 1)
     stated = config.get("head_dim") or derived
     return [] if stated == derived else [f"head_dim={stated}: only {derived} is supported"]
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[str]]:
-    """``rope_theta`` and ``rope_scaling`` for ``Llama``, and a line for each setting that it does not implement.
+    """``rope_theta`` and ``rope_scaling`` for ``Llama``, and a line for each setting that is not implemented.
 
-    transformers 5 writes both into ``rope_parameters``; versions before it wrote ``rope_theta`` and ``rope_scaling``,
-    in which the key of the type was first ``type``.
+    transformers 5 writes both into ``rope_parameters``. Earlier versions wrote ``rope_theta`` and ``rope_scaling``; the
+    oldest called the type in ``rope_scaling`` ``type``.
     """
     parameters = config.get("rope_parameters") or {}
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
@@ -121,7 +121,7 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files in the folder ``path``, or ``path`` itself if it is a file.
 
     Raises:
-        ValueError: there is none, or one that the index lists is missing.
+        ValueError: there is none, or a file in the index is missing.
     """
     if path.is_file():
         return [path]
@@ -139,7 +139,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight by our name; reads only the headers of the files."""
+    """The shape of every weight, by our names; reads only the headers of the files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path):
         with _open(file) as tensors:
@@ -156,7 +156,7 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of the weight that we call ``name``."""
+    """Hugging Face's name of the weight with our name ``name``."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -168,9 +168,9 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file ({error}); copy it again") from None
+        raise ValueError(f"{file} is not a safetensors file ({error}); copy it again") from None
 
 
 def _weight_names(tensors: Any) -> list[str]:
-    """All names but the rotary frequencies, which old conversions store too: they follow from ``rope_theta``."""
+    """All names except rotary frequencies, which old conversions store although they follow from ``rope_theta``."""
     return [name for name in tensors.keys() if not name.endswith("rotary_emb.inv_freq")]  # noqa: SIM118

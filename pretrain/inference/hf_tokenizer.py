@@ -1,8 +1,8 @@
 """Convert a sentencepiece tokenizer to Hugging Face's tokenizer.json and tokenizer_config.json.
 
-The converted tokenizer gives the same tokens, with three differences. It puts the bos token before every text. It reads
-"<s>" or "</s>" in a text as the special token. It turns U+2581 in a text into a space, because sentencepiece uses that
-character as the sign for a space.
+The converted tokenizer gives the same tokens, with three differences. It puts the bos token before every text. It
+encodes "<s>" or "</s>" in a text as the special token. It encodes U+2581 in a text like a space, because sentencepiece
+uses this character for spaces.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def conversion_problem(path: Path) -> str | None:
     """Why the sentencepiece model at ``path`` cannot be converted; None if it can."""
     model = _read(path)
     if model.trainer_spec.model_type != BPE:
-        return "it is no byte-pair encoding"
+        return "it is not a byte-pair encoding"
     if model.trainer_spec.bos_id < 0:
         return "it has no bos token"
     if model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces:
@@ -63,7 +63,7 @@ def tokenizer_json(path: Path) -> dict[str, Any]:
 def tokenizer_config(path: Path, positions: int) -> dict[str, Any]:
     """The content of tokenizer_config.json for the sentencepiece model at ``path``.
 
-    ``positions`` is the longest sequence, in tokens, that the model of the tokenizer was trained on.
+    ``positions`` is the length, in tokens, of the longest sequence in the model's training.
     """
     model = _read(path)
     spec = model.trainer_spec
@@ -77,9 +77,9 @@ def tokenizer_config(path: Path, positions: int) -> dict[str, Any]:
 
 
 def _merges(pieces: list[str]) -> list[list[str]]:
-    """Every pair of pieces that makes another piece, in the order in which sentencepiece prefers the results.
+    """Every pair of pieces whose concatenation is a piece, in sentencepiece's order of preference of the results.
 
-    Several pairs that make the same piece are ordered by the rank of their left part: "aaa" then merges from the left.
+    Pairs with the same result are ordered by the rank of their left part, so that "aaa" is merged from the left.
     """
     rank = {piece: number for number, piece in enumerate(pieces)}
     merges = []

@@ -1,4 +1,4 @@
-"""Start a run from the weights at ``train.init_from``: the checks before it, and the files that it takes along."""
+"""Start a run from the weights at ``train.init_from``: checks of the weights, and the other files to copy."""
 
 import hashlib
 import logging
@@ -20,19 +20,19 @@ from pretrain.inference.pretrained import find_pretrained
 
 logger = logging.getLogger(__name__)
 
-FREE = ("initializer_range", "max_position_embeddings")  # settings that the run may have otherwise
+FREE = ("initializer_range", "max_position_embeddings")  # settings that may differ from the stored model
 
 
 def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
-    """The weights by our names of a model that ``find_pretrained`` finds, or in one safetensors file."""
+    """The weights, by our names, of a model found by ``find_pretrained``, or in a single safetensors file."""
     path = Path(path)
     return read_weights(path) if path.is_file() else find_pretrained(path).weights()
 
 
 class InitialWeights:
-    """The weights at ``path``, to iterate over once: (name, tensor) as ``read_weights_at`` gives them.
+    """The weights at ``path``, to iterate over once: (name, tensor) as from ``read_weights_at``.
 
-    ``identity()`` then names their content, wherever and in whatever files they lie.
+    Afterwards ``identity()`` identifies their content, independent of their location and files.
     """
 
     def __init__(self, path: str | Path):
@@ -46,7 +46,7 @@ class InitialWeights:
             yield name, tensor
 
     def identity(self) -> dict[str, str]:
-        """Path and SHA-256 of the weights, JSON-able; reads them unless they were read."""
+        """Path and SHA-256 of the weights, JSON-serialisable; reads the weights unless they were read before."""
         if not self._digests:
             for _ in self:
                 pass
@@ -55,9 +55,9 @@ class InitialWeights:
 
 
 def require_same_start(path: str | None, started_from: dict[str, str] | None) -> None:
-    """Compare the weights at ``path``, a new value of train.init_from, with those that a resumed run started from.
+    """Compare the weights at ``path``, a new value of train.init_from, with the initial weights of a resumed run.
 
-    Nothing is read without a path, or with the path that the run started from: it has its own checkpoint.
+    Reads nothing if ``path`` is None or the path that the run started from, because the run has a checkpoint.
 
     Args:
         started_from: ``InitialWeights.identity()``; None for a run that did not start from weights.
@@ -76,20 +76,20 @@ def require_same_start(path: str | None, started_from: dict[str, str] | None) ->
         found = InitialWeights(path).identity()
     except (ValueError, OSError) as error:
         raise ConfigError(
-            f"train.init_from={path} cannot be compared with {started_from['path']}, which the run started from "
+            f"train.init_from={path} cannot be compared with {started_from['path']}, from which the run started "
             f"({error}); {fix}"
         ) from None
     if found["sha256"] != started_from["sha256"]:
-        raise ConfigError(f"train.init_from={path} has other weights than the run started from; {fix}")
+        raise ConfigError(f"train.init_from={path} differs from the weights that the run started from; {fix}")
 
 
 def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer: str | None = None) -> list[str]:
-    """Why a run cannot start from the weights at ``path``, a line each; reads no weights.
+    """Why a run cannot start from the weights at ``path``, one line per problem; reads no weights.
 
     Args:
-        model: of the run, before its linears are converted; may be on the meta device.
-        arguments: the keyword arguments that ``model`` was made with.
-        tokenizer: the file that data.tokenizer names.
+        model: of the run, before its linear layers are converted; may be on the meta device.
+        arguments: the keyword arguments of ``model``.
+        tokenizer: the file data.tokenizer.
     """
     try:
         if Path(path).is_file():
@@ -101,7 +101,7 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer:
             return problems
         if not (found.path / CONFIG).exists():
             return []
-        fix = f"{found.path / CONFIG} describes other weights: correct it, or copy both again"
+        fix = f"{found.path / CONFIG} does not match the weights: correct it, or copy both again"
         return _shape_problems(path, read_shapes(found.path), model, fix)
     except ValueError as error:
         return [f"train.init_from: {line}" for line in str(error).splitlines()]
@@ -118,12 +118,12 @@ def _tokenizer_problems(path: str, rows: int, tokenizer: str | None) -> list[str
         return []
     return [
         f"train.init_from={path} has {rows} embedding rows, but data.tokenizer={tokenizer} has {own.vocab_size} "
-        "tokens; name the tokenizer that the model was trained with"
+        "tokens; use the tokenizer that the model was trained with"
     ]
 
 
 def _setting_problems(path: str, stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One line with every setting that would make the run's model the one that is stored."""
+    """One line with all settings that must change so that the run's model is the stored model."""
 
     def explicit(arguments: dict[str, Any]) -> dict[str, Any]:
         heads = arguments["num_key_value_heads"] or arguments["num_attention_heads"]
@@ -136,7 +136,7 @@ def _setting_problems(path: str, stored: dict[str, Any], wanted: dict[str, Any])
 
 
 def _override(key: str, value: Any) -> str:
-    """``key=value`` as one types it in a shell."""
+    """``key=value``, quoted for a shell."""
     if isinstance(value, dict):
         return shlex.quote(f"{key}={{{','.join(f'{name}:{number}' for name, number in value.items())}}}")
     return f"{key}={'null' if value is None else str(value).lower()}"
@@ -157,9 +157,9 @@ def _shape_problems(
 
 
 def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
-    """Compare the run's ``tokenizer`` with the one that lies beside the weights at ``path``, if there is one.
+    """Compare the run's ``tokenizer`` with the tokenizer next to the weights at ``path``, if there is one.
 
-    None stands for a tokenizer that has yet to be trained, which differs from any other.
+    None stands for a tokenizer that will be trained, which differs from every other tokenizer.
 
     Raises:
         ValueError: they differ.
@@ -170,16 +170,16 @@ def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
     except ValueError:
         files = []
     if not files and tokenizer is not None:
-        logger.warning("there is no tokenizer beside train.init_from=%s to compare the run's with", path)
+        logger.warning("train.init_from=%s has no tokenizer, so the run's tokenizer could not be compared", path)
     elif files and (tokenizer is None or all(sha256(file) != tokenizer.sha256 for file in files)):
         raise ValueError(f"train.init_from={path} has another tokenizer than the run; set data.tokenizer={files[-1]}")
 
 
 def keep_assets(path: str, folder: Path) -> None:
-    """Copy the files beside the weights at ``path`` to ``folder``, so that the run can do without ``path``.
+    """Copy the other files next to the weights at ``path`` to ``folder``, so that the run no longer needs ``path``.
 
-    They are the settings, generation settings, chat template and special tokens of a Hugging Face model; nothing is
-    copied for a model without them.
+    These are the settings, generation settings, chat template and special tokens of a Hugging Face model. For a model
+    without them, nothing is copied.
     """
     source = Path(path).parent if Path(path).is_file() else find_pretrained(path).assets
     copy_assets(find_assets(source) if source else [], folder)

@@ -1,7 +1,7 @@
-"""The model card of an exported run: the README.md that Hugging Face shows beside a model.
+"""The model card of an exported run: the README.md that Hugging Face shows for a model.
 
-It says how the model was trained, on which data, and with which losses. Of local files it gives the names, not the
-places: a card is meant to be published.
+It describes the training, the data and the losses. For local files it gives the names without the folders, because a
+card is meant to be published.
 """
 
 import json
@@ -88,7 +88,7 @@ def _source(corpus: dict[str, Any]) -> str:
 
 
 def _name(path: str) -> str:
-    """The last part of an absolute path; any other path or name as it is."""
+    """The last part of an absolute path; any other path or name unchanged."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -127,7 +127,7 @@ def _training(config: dict[str, Any], state: dict[str, Any], summary: dict[str, 
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    """summary.json, which a finished run has."""
+    """The content of summary.json, which only a finished run has."""
     try:
         return json.loads((run / "summary.json").read_text())
     except (OSError, ValueError):
@@ -135,7 +135,7 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _losses(run: Path, step: int) -> str:
-    """A table of validation losses up to ``step``: the first, the last and some between them."""
+    """A table of validation losses up to ``step``: the first, the last and some in between."""
     lines = [line for line in _metrics(run / "metrics.jsonl") if line["step"] <= step]
     found = [line for line in lines if line.get("val/loss") is not None]
     if len(found) > LOSSES:
@@ -152,7 +152,7 @@ def _losses(run: Path, step: int) -> str:
 
 
 def _metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a line that a crash cut short is left out."""
+    """The lines of metrics.jsonl, without incomplete lines from a crash."""
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""Find and load pretrained models: those of a run or of one of its checkpoints, and LLaMAs in Hugging Face's format."""
+"""Find and load pretrained models: runs, their checkpoints, and LLaMAs in Hugging Face's format."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from pretrain.inference.hf_llama import CONFIG, MODEL_KEYS, read_arguments, read
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A model on the disk.
+    """A model on disk.
 
     path        the checkpoint, or the Hugging Face folder
     arguments   the keyword arguments for ``Llama``
-    dtype       of the weights
-    seq_len     the length of its training sequences in tokens, or the most that it takes if that is not known
+    dtype       the dtype of the weights
+    seq_len     the length of the training sequences in tokens; the number of positions if this is unknown
     weights     reads the weights: pairs of our name and a tensor, one at a time
     tokenizer   finds the tokenizer's file; raises ValueError if there is none
-    assets      the folder with the files that Hugging Face keeps beside a model, see ``hf_assets``; None without any
-    run         the folder of the run that trained it; None if it came from Hugging Face
+    assets      the folder with the other files of a Hugging Face model, see ``hf_assets``; None without such files
+    run         the folder of the run that trained the model; None for a Hugging Face model
     """
 
     path: Path
@@ -45,10 +45,10 @@ class PretrainedModel:
     run: Path | None = None
 
     def load(self) -> tuple[Llama, Tokenizer]:
-        """The model in its own dtype and in eval mode, on the GPU if there is one, and its tokenizer.
+        """The model in its dtype and in eval mode, on the GPU if there is one, and its tokenizer.
 
         Raises:
-            ValueError: the tokenizer is missing, or has tokens that the model has no embedding for.
+            ValueError: the tokenizer is missing, or has tokens without an embedding row in the model.
         """
         tokenizer = Tokenizer(self.tokenizer())
         require_embeddings(tokenizer, self.arguments["vocab_size"])
@@ -59,7 +59,7 @@ class PretrainedModel:
         return model.eval(), tokenizer
 
     def end_ids(self) -> list[int]:
-        """The tokens at which generation stops beside the tokenizer's eos token, see ``hf_assets.end_ids``."""
+        """The tokens, besides the tokenizer's eos token, at which generation stops; see ``hf_assets.end_ids``."""
         return end_ids(self.assets) if self.assets else []
 
 
@@ -73,7 +73,7 @@ def find_pretrained(path: str | Path) -> PretrainedModel:
     if (path / "config.yaml").exists():
         newest = latest(path / "checkpoints")
         if newest is None:
-            raise ValueError(f"{path} holds no checkpoint yet; wait for one (train.checkpoint_every)")
+            raise ValueError(f"{path} has no checkpoint yet; wait for the first (train.checkpoint_every)")
         return _from_checkpoint(newest)
     if (path / "state.json").exists():
         return _from_checkpoint(path)
@@ -86,8 +86,8 @@ def find_pretrained(path: str | Path) -> PretrainedModel:
             assets=path,
         )  # fmt: skip
     raise ValueError(
-        f"{path} holds no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's {CONFIG} and "
-        "safetensors files"
+        f"{path} contains no model; name a run's folder, one of its checkpoints, or a folder with a LLaMA's {CONFIG} "
+        "and safetensors files"
     )
 
 
@@ -97,7 +97,7 @@ def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
 
 
 def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with tokens that a model with ``rows`` embedding rows cannot take, see ``Tokenizer.fits``.
+    """Refuse a tokenizer with tokens that have no row among ``rows`` embedding rows, see ``Tokenizer.fits``.
 
     More rows than tokens are allowed: embeddings are often padded to a multiple of 64 or 128.
 
@@ -106,8 +106,8 @@ def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
     """
     if not tokenizer.fits(rows):
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows: bring the "
-            "tokenizer that the model was trained with, or give the model more rows (model.vocab_size of a new model)"
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows: use the "
+            "tokenizer that the model was trained with, or a model with more rows (model.vocab_size of a new model)"
         )
 
 
@@ -132,14 +132,14 @@ def _from_checkpoint(path: Path) -> PretrainedModel:
 
 
 def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:
-    """The copy in the run's folder, or else the file in the prepared dataset that the run was trained on."""
+    """The tokenizer's copy in the run's folder, or else its file in the prepared dataset of the run."""
     if found := find_tokenizer(run):
         return found
     wanted = read_state(path)["data"]["tokenizer"]
     for file in Path(config["data"]["root"]).glob("*/tokenizer.*"):
         if sha256(file) == wanted:
             return file
-    raise ValueError(f"{run} holds no tokenizer.model; copy it there from the preparation the run was trained on")
+    raise ValueError(f"{run} has no tokenizer.model; copy it there from the preparation the run was trained on")
 
 
 def _require(path: Path) -> Path:

@@ -13,13 +13,14 @@ from models.llama import Llama
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. The draws depend on nothing but the logits and ``seed``.
+    """Options for sampling tokens. The samples depend only on the logits and ``seed``.
 
-    temperature divides the logits; 0 takes the likeliest token. top_k keeps that many of the likeliest tokens, 0 all.
-    top_p keeps the likeliest tokens that together reach this probability (Holtzman et al., arXiv 1904.09751).
+    ``temperature`` divides the logits; 0 always takes the most likely token. ``top_k`` keeps this number of most likely
+    tokens; 0 keeps all. ``top_p`` keeps the most likely tokens that together reach this probability (Holtzman et al.,
+    arXiv 1904.09751).
 
     Raises:
-        ValueError: a line for each value out of its range.
+        ValueError: values out of range, one line per value.
     """
 
     temperature: float = 0.8
@@ -37,7 +38,7 @@ class Sampling:
             raise ValueError("\n".join(problems))
 
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities (n,) of the tokens that may be drawn, and those tokens (n,), from float logits (rows,)."""
+        """The probabilities (n,) of the possible tokens, and these tokens (n,), from float logits (rows,)."""
         best, tokens = logits.topk(min(self.top_k or logits.numel(), logits.numel()))
         p = (best / self.temperature).softmax(-1)
         p = p * (p.cumsum(-1) - p < self.top_p)
@@ -52,10 +53,10 @@ class Sampling:
 
 
 def rows_without_token(tokenizer: Tokenizer, rows: int, ends: Collection[int] = ()) -> Tensor:
-    """Which of a model's ``rows`` embedding rows stand for no token, as bool (rows,).
+    """For each of a model's ``rows`` embedding rows, whether it has no token, as bool (rows,).
 
-    They are padding after the vocabulary, or gaps in it. ``ends`` are tokens even if the tokenizer's file lacks them:
-    a sentencepiece model lacks those that were added to it later.
+    Such rows are padding after the vocabulary, or gaps in it. ``ends`` are tokens even if they are not in the
+    tokenizer's file: a sentencepiece model lacks tokens that were added later.
     """
     return torch.tensor([not (tokenizer.has(row) or row in ends) for row in range(rows)])
 
@@ -65,10 +66,10 @@ def new_tokens(
 ) -> Iterator[int]:
     """The tokens that follow ``prompt``, without end.
 
-    When the model's positions are used up, it continues from the latest half of the tokens.
+    When all positions of the model are used, generation continues from the last half of the tokens.
 
     Args:
-        never: bool (rows,), the tokens that are never drawn, such as ``rows_without_token``.
+        never: bool (rows,), the tokens that are never generated, such as ``rows_without_token``.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     device, positions = model.embed_tokens.weight.device, model.max_position_embeddings
@@ -79,7 +80,7 @@ def new_tokens(
         if caches is None and use_cache:
             caches = [KVCache(positions) for _ in model.layers]
         seen = caches[0].tokens if caches else 0
-        with torch.no_grad():  # not around the yield: it would stay in force for the caller
+        with torch.no_grad():  # not around the yield, where it would also apply to the caller
             logits = model(torch.tensor([ids[start + seen :]], device=device), caches=caches)[0, -1]
         logits = logits.float().cpu()
         ids.append(sampling.draw(logits if never is None else logits.masked_fill(never, -torch.inf), generator))
@@ -90,7 +91,7 @@ def generate(
     model: Llama, prompt: Sequence[int], tokens: int, *, temperature: float, top_k: int, seed: int,
     top_p: float = 1.0, ends: Collection[int] = (), never: Tensor | None = None, use_cache: bool = True,
 ) -> list[int]:  # fmt: skip
-    """``prompt`` and up to ``tokens`` more, without the first of ``ends`` and what follows it; see ``new_tokens``."""
+    """``prompt`` and up to ``tokens`` new tokens, which end before the first of ``ends``; see ``new_tokens``."""
     ids = list(prompt)
     following = new_tokens(model, prompt, Sampling(temperature, top_k, top_p, seed), never, use_cache)
     for _, token in zip(range(tokens), following, strict=False):

@@ -16,12 +16,12 @@ from pretrain.distributed.world import World
 
 logger = logging.getLogger(__name__)
 
-LARGEST_EXPONENT = 700.0  # e to it is finite in float64
+LARGEST_EXPONENT = 700.0  # exp() of it is finite in float64
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the targets of a text: the loss in nats, the number of tokens, and the number of their UTF-8 bytes."""
+    """Sums over the targets of a text: the loss in nats, the number of tokens, and the number of UTF-8 bytes."""
 
     nats: float
     tokens: int
@@ -46,13 +46,13 @@ def evaluate(
     world: World,
     space_after: int | None = None,
 ) -> Score:
-    """The score of ``model``, which is left in train mode, summed over the batches of all processes.
+    """The score of ``model``, summed over the batches of all processes. Leaves the model in train mode.
 
     Args:
-        batches: this process' arguments of the model: inputs (b, t) and targets (b, t), int64, -100 for no target, and
-            ids of documents, if the model is to see only the own document of a token.
-        token_bytes: int64 (vocab,), the number of UTF-8 bytes in each token.
-        space_after: the bos token, if the tokenizer puts a space before every text; that space is not counted.
+        batches: this process' arguments of the model: inputs (b, t) and targets (b, t), int64, -100 for no target; and
+            the starts of documents, if a token attends only to its own document.
+        token_bytes: int64 (vocab,), the number of UTF-8 bytes of each token.
+        space_after: the bos token, if the tokenizer puts a space before every text; this space is not counted.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     model.eval()
@@ -63,7 +63,7 @@ def evaluate(
             text_bytes = token_bytes[real].sum()
             if space_after is not None:
                 first = targets[(input_ids == space_after) & (targets != -100)]
-                text_bytes -= (token_bytes[first] > 0).sum()  # not eos, where eos and bos are the same token
+                text_bytes -= (token_bytes[first] > 0).sum()  # excludes eos, if eos and bos are the same token
             parts = [nats, real.numel(), text_bytes]
             sums += torch.stack([torch.as_tensor(part, dtype=torch.float64, device=world.device) for part in parts])
     model.train()
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def tokenize_files(paths: Sequence[str], patterns: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of the documents at ``paths``, int32 (n,); each document is put between bos and eos.
+    """The tokens of the documents at ``paths``, int32 (n,), each document between bos and eos.
 
     Args:
         paths: files, folders and globs.

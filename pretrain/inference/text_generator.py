@@ -1,4 +1,4 @@
-"""Continue a text, in pieces as they are generated."""
+"""Continue a text, and return it in pieces as they are generated."""
 
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -12,7 +12,7 @@ class TextGenerator:
     """Continues texts with ``model``; ``tokens`` and ``seconds`` are the length and time of the latest continuation.
 
     Args:
-        end_ids: tokens that end a text beside the tokenizer's eos token.
+        end_ids: tokens that end a text, in addition to the tokenizer's eos token.
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, end_ids: Collection[int] = ()):
@@ -24,8 +24,8 @@ class TextGenerator:
     def stream(self, prompt: str, tokens: int, sampling: Sampling, stops: Sequence[str] = ()) -> Iterator[str]:
         """Up to ``tokens`` tokens that continue ``prompt``, as pieces of text.
 
-        The text ends before the first of ``stops``, or at a token that ends texts. Characters at the end that may still
-        become part of a stop or of another character are held back until that is decided.
+        The text ends before the first of ``stops``, or at a token that ends texts. Characters at the end that may be
+        the beginning of a stop, or part of an incomplete character, are held back until the next tokens decide.
         """
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         before, shown = len(self.tokenizer.decode(ids)), 0
@@ -53,7 +53,7 @@ class TextGenerator:
 
 
 def _undecided(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of ``text`` may still change, or may begin one of ``stops``."""
+    """The number of characters at the end of ``text`` that may still change, or may begin one of ``stops``."""
     complete = text.rstrip("\ufffd")
     begun = [n for stop in stops for n in range(1, len(stop)) if complete.endswith(stop[:n])]
     return len(text) - len(complete) + max(begun, default=0)

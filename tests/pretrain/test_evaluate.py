@@ -71,7 +71,7 @@ def test_windows_can_be_shorter_and_documents_are_framed_as_in_a_preparation(fol
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--text", "x"], "nowhere holds no model; name a run's folder"),
+        (["nowhere", "--text", "x"], "nowhere contains no model; name a run's folder"),
         (["MODEL", "--text", "nowhere.txt"], "there is no file or folder nowhere.txt"),
         (["MODEL", "--data", "nowhere"], "--data: there is no folder nowhere"),
     ],

@@ -88,7 +88,7 @@ def test_a_text_ends_where_transformers_ends_it(in_config, in_generation, tmp_pa
 def test_ends_that_are_no_ids_are_named_with_their_file(eos, tmp_path):
     model_that_writes(tmp_path, END)
     change_json(tmp_path / "generation_config.json", eos_token_id=eos)
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=.* is no token id"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=.* is neither a token id"):
         find_pretrained(tmp_path).end_ids()
 
 

@@ -211,7 +211,7 @@ def test_settings_that_the_model_does_not_implement_are_refused_before_any_compu
 
 def test_missing_files_other_shapes_and_another_tokenizer_are_refused_by_name(run, overrides, tmp_path):
     export(run, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"train\.init_from: .* holds no model; name a run's folder"):
+    with pytest.raises(ConfigError, match=r"train\.init_from: .* contains no model; name a run's folder"):
         check(load(overrides(f"train.init_from={tmp_path}")))
     file = tmp_path / "out" / "model.safetensors"
     with pytest.raises(ConfigError, match=r"mlp\.down_proj\.weight is \(48, 80\) there and \(48, 96\) in the model"):
