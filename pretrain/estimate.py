@@ -1,7 +1,7 @@
 """Estimate the memory of a run before it starts: ``python -m pretrain.estimate [key=value ...]``.
 
 Takes the overrides of training and simulates its steps without memory. Prints a table, or one JSON object with
-``estimate.format=json``. Exits with 2 and one message when the run cannot start or does not fit.
+``estimate.format=json``. Exits with 2 and one message if the run cannot start or does not fit.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from data.wording import counted
 from pretrain.cli.errors import clear_errors
 from pretrain.config.command_line import config_from
 from pretrain.config.schema import Config
@@ -38,7 +39,8 @@ def print_table(config: Config, found: "Estimate", refresh: dict[str, int]) -> N
         regular, refreshed = found.communicated_bytes_per_step, found.communicated_bytes_per_refresh
         console.print(f"{regular / unit:.3f} {name_of_unit} sent per step, {refreshed / unit:.3f} with a refresh")
     if found.max_micro_batch_size is not None:
-        console.print(f"largest micro-batch in {config.estimate.device_memory_gib:g} GiB: {found.max_micro_batch_size}")
+        largest = counted(found.max_micro_batch_size, "sequence")
+        console.print(f"largest micro-batch that fits in {config.estimate.device_memory_gib:g} GiB: {largest}")
 
 
 def run(config: Config) -> None:

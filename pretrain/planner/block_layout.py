@@ -1,4 +1,4 @@
-"""Group the blocks of a model by the memory they hold in a step, so that a few of them stand for all."""
+"""Group the blocks of a model by their memory in a step, so that a few blocks represent all."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from pretrain.config.schema import Config, GrassConfig
 class BlockLayout(NamedTuple):
     """Blocks in model order: ``front`` equal blocks, ``middle`` equal blocks, and the last block.
 
-    With a staggered refresh, the simulated refresh probes the front blocks and the last one. That is the largest number
-    of blocks that any step of a window probes, so no phase of any step holds more than the simulated phase of the same
-    name. Where no step probes more than one block, ``front`` is 0, and the first and the last block refresh in two
-    simulated steps. Where every block refreshes at once, ``middle`` is 0.
+    With a staggered refresh, the simulated refresh probes the front blocks and the last block. This is the largest
+    number of blocks that a step of a window probes, so no phase of any step needs more memory than the simulated phase
+    of the same name. If no step probes more than one block, ``front`` is 0, and the first and the last block refresh in
+    two simulated steps. If all blocks refresh at once, ``middle`` is 0.
     """
 
     front: int
@@ -25,7 +25,7 @@ class BlockLayout(NamedTuple):
         return self.front + self.middle + 1
 
     def place(self, block: int) -> str | None:
-        """The name of ``block`` in phases, or None inside a group: its peaks lie between those of the group's ends."""
+        """The name of ``block`` in phases. None inside a group, where peaks are between those at the group's ends."""
         last = self.blocks - 1
         ends = {last - 1: "middle end", self.front: "middle", self.front - 1: "front end", 0: "0", last: "-1"}
         return ends.get(block)
@@ -39,7 +39,7 @@ class BlockLayout(NamedTuple):
         return BlockLayout(self.front + front, self.middle + middle)
 
     def shortest(self, period: int) -> "BlockLayout":
-        """The smallest layout from which this one follows by adding multiples of ``period`` to front and middle."""
+        """The smallest layout that gives this layout by adding multiples of ``period`` to front and middle."""
         least = 2 if self.front and self.middle else ON_CPU - 1  # enough of each shape to fill a stack
 
         def shorter(blocks: int) -> int:

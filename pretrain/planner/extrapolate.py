@@ -1,9 +1,9 @@
 """Peak memory of a model with many blocks, extrapolated from simulations of models with few blocks.
 
 Equal blocks (pretrain.planner.block_layout) add equal bytes to every phase of a step; with ``checkpointing=every:N``
-each N of them do. So the bytes of a phase are affine in the number of blocks of each group, and one simulation more
-than there are groups determines them. A further simulation checks the result; where it differs, the complete model is
-simulated instead.
+each N blocks do. So the bytes of a phase are affine in the number of blocks of each group, and for G groups, G + 1
+simulations determine them. A further simulation checks the result. If it differs, the complete model is simulated
+instead.
 """
 
 import logging
@@ -20,8 +20,8 @@ def simulate_all_blocks(config: Config, verify: bool = True) -> Peaks:
     """Return the result of ``simulate`` for all blocks of the model, without the phases inside a group of equal blocks.
 
     Args:
-        verify: check the extrapolation by one more simulation. Leave it out for settings that differ from verified ones
-            in sizes only.
+        verify: check the extrapolation with one more simulation. Not needed for settings that differ from verified
+            settings only in sizes.
     """
     complete, period = layout_of(config), period_of(config)
     few = complete.shortest(period)
@@ -33,7 +33,7 @@ def simulate_all_blocks(config: Config, verify: bool = True) -> Peaks:
     base = _without_between(simulate(config, few))
     longer = {group: _without_between(simulate(config, few.longer(**{group: period}))) for group in growing}
     if verify and _extrapolate(base, longer, dict.fromkeys(growing, 2)) != _without_between(simulate(config, check)):
-        logger.info("the blocks do not hold equal memory: simulating all of them")
+        logger.info("the blocks do not need equal memory: simulating all of them")
         return _without_between(simulate(config, complete))
     return _extrapolate(base, longer, times)
 
@@ -43,7 +43,7 @@ def _without_between(peaks: Peaks) -> Peaks:
 
 
 def _extrapolate(base: Peaks, longer: dict[str, Peaks], times: dict[str, int]) -> Peaks:
-    """Add to ``base`` the difference that one period of each group makes, ``times`` over; {} where phases differ."""
+    """Add the difference of one period of each group to ``base``, ``times`` times; {} if phases differ."""
     if any(more.keys() != base.keys() for more in longer.values()):
         return {}
 

@@ -1,7 +1,7 @@
-"""Simulate rank 0 of several without the other ranks.
+"""Simulate rank 0 of several ranks without the other ranks.
 
-Collectives go to torch's fake process group, which moves no data. FSDP2 and HSDP are torch's own. DDP cannot be built
-from tensors without data, so ``SimulatedDDP`` allocates its buckets as DDP does.
+Collectives use torch's fake process group, which moves no data. FSDP2 and HSDP are torch's own. DDP cannot be built
+from tensors without data, so ``SimulatedDDP`` allocates the same buckets as DDP.
 """
 
 from collections.abc import Iterator
@@ -38,10 +38,10 @@ def fake_world(devices: int) -> Iterator[World]:
 
 
 class SimulatedDDP(Engine):
-    """The memory and the traffic of DDP: gradients are views of buckets that live as long as the run.
+    """The memory and the traffic of DDP: gradients are views of buckets that exist for the complete run.
 
     Args:
-        wire_dtype: the dtype in which buckets are summed; None: that of the gradients.
+        wire_dtype: the dtype in which buckets are summed; None for the dtype of the gradients.
     """
 
     def __init__(self, wire_dtype: torch.dtype | None):
@@ -77,7 +77,7 @@ class SimulatedDDP(Engine):
 
 
 def simulated_engine(train: TrainConfig, world: World) -> Engine:
-    """The engine of the run, or SimulatedDDP in place of DDP."""
+    """The engine of the run, but SimulatedDDP instead of DDP."""
     if world.size > 1 and train.parallel == "ddp":
         return SimulatedDDP(DTYPES[train.reduce_dtype] if train.reduce_dtype else None)
     with patch.object(dist.ProcessGroup, "set_timeout"):  # the fake group has no timeout and raises
@@ -85,10 +85,10 @@ def simulated_engine(train: TrainConfig, world: World) -> Engine:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Count the bytes of tensors given to collectives; of all_gather and reduce_scatter the complete tensor counts.
+    """Count the bytes of tensors in collectives; for all_gather and reduce_scatter, those of the complete tensor.
 
-    In a ring of N ranks, each rank sends (N − 1) / N of a tensor that is gathered or scattered, and twice that of a
-    tensor that is all-reduced.
+    In a ring of N ranks, each rank sends (N − 1) / N of a gathered or scattered tensor, and twice this share of an
+    all-reduced tensor.
     """
 
     def __init__(self) -> None:

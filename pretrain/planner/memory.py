@@ -11,7 +11,7 @@ from pretrain.setup.checks import check
 from pretrain.setup.trained_data import state_to_resume
 
 GIB, MIB = 2**30, 2**20
-NO_LIMIT = 2**16  # sequences: more than any device holds
+NO_LIMIT = 2**16  # sequences: more than fit on any device
 FIXES = {
     "weights": "train.dtype=bfloat16, optim.int8_weights=true with optim=grass, train.parallel=fsdp on several "
     "devices, or a smaller model",
@@ -37,9 +37,9 @@ class Estimate:
         components: ``peak_bytes`` by component
         parameters: parameters of the model
         flops_per_token: floating-point operations of forward and backward, per token
-        communicated_bytes_per_step: given to collectives in a step without a refresh (fake_ranks.TrafficCounter)
+        communicated_bytes_per_step: bytes in collectives in a step without a refresh (fake_ranks.TrafficCounter)
         communicated_bytes_per_refresh: the same in the last step of a window, which includes the scores of all rows
-        max_micro_batch_size: largest that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
+        max_micro_batch_size: largest size that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
     """
 
     peak_bytes: int
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
-    """Simulate a run; return its estimate, and the bytes by component at the peak of a refresh.
+    """Simulate a run. Returns its estimate, and the bytes by component at the peak of a refresh.
 
     Raises:
         ConfigError: the configuration cannot run.
@@ -75,7 +75,7 @@ def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
 
 
 def highest(peaks: Peaks, step: str) -> Counter[str]:
-    """Bytes by component at the highest peak of the phases whose names begin with ``step``."""
+    """The bytes by component at the highest peak among the phases whose names begin with ``step``."""
     return max((held for phase, held in peaks.items() if phase.startswith(step)), key=Counter.total)
 
 
@@ -84,20 +84,21 @@ def _in_order(components: Counter[str]) -> dict[str, int]:
 
 
 def device_bytes(config: Config) -> float:
-    """Memory of the device in bytes; infinite when ``estimate.device_memory_gib`` is null."""
+    """The memory of the device in bytes; infinite if ``estimate.device_memory_gib`` is null."""
     return (config.estimate.device_memory_gib or math.inf) * GIB
 
 
 def needed_bytes(config: Config, peak: int) -> int:
-    """Memory of the device that tensors of ``peak`` bytes need: with the allocator's overhead and the context."""
+    """The device memory for tensors of ``peak`` bytes, including the allocator's overhead and the context."""
     return int(peak * (1 + config.estimate.allocator_overhead) + config.estimate.context_gib * GIB)
 
 
 def largest_micro_batch(config: Config, peaks: Peaks) -> int:
-    """Return the largest micro-batch size that fits the device, or 0. The run accumulates gradients if ``config`` does.
+    """The largest micro-batch size that fits the device, or 0.
 
-    Memory is roughly linear in the micro-batch size. Extrapolate from two simulations, ``peaks`` of ``config`` and one
-    with one sequence more, then search until size n fits and n + 1 does not.
+    If ``config`` uses gradient accumulation, so do the simulated runs. Memory is roughly linear in the micro-batch
+    size. Extrapolates from two simulations: ``peaks`` for ``config``, and a second simulation with one more sequence
+    per micro-batch. Then searches until size n fits and n + 1 does not.
     """
     size, fits, too_many = micro_batch_size(config), 0, NO_LIMIT
     while True:
@@ -115,7 +116,7 @@ def largest_micro_batch(config: Config, peaks: Peaks) -> int:
 
 
 def _room(config: Config, held: int, with_one_more: int) -> int:
-    """The number of sequences to add until a phase fills the device; negative: to remove. Both arguments in bytes."""
+    """The number of sequences to add until a phase fills the device; negative to remove. Arguments are in bytes."""
     left = device_bytes(config) - needed_bytes(config, held)
     each = needed_bytes(config, with_one_more) - needed_bytes(config, held)
     if each > 0:
@@ -137,7 +138,7 @@ def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> Non
         refresh: bytes by component at the peak of a refresh.
 
     Raises:
-        ConfigError: it does not; names the component that takes most, and the setting to change.
+        ConfigError: it does not fit; names the largest component, and the setting to change.
     """
     peak = max(found.peak_bytes, found.refresh_peak_bytes)
     if _fits(config, peak):
@@ -147,8 +148,8 @@ def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> Non
     if found.max_micro_batch_size and (size := _smaller_micro_batch(config, found.max_micro_batch_size)):
         fix = f"set train.micro_batch_size={size}"
     raise ConfigError(
-        f"the run does not fit: it needs {needed_bytes(config, peak) / GIB:.2f} GiB, and estimate.device_memory_gib="
-        f"{config.estimate.device_memory_gib:g}; {components[blamed] / GIB:.2f} GiB of it are for the "
+        f"the run does not fit: it needs {needed_bytes(config, peak) / GIB:.2f} GiB, but estimate.device_memory_gib="
+        f"{config.estimate.device_memory_gib:g}; {components[blamed] / GIB:.2f} GiB are for the "
         f"{blamed.replace('_', ' ')}: {fix}"
     )
 
@@ -158,7 +159,7 @@ def _fits(config: Config, peak: int) -> bool:
 
 
 def _blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[dict[str, int], str]:
-    """The components of the peak that does not fit, and the component to reduce."""
+    """The components of the peak that exceeds the device, and the component to reduce."""
     if _fits(config, found.peak_bytes):
         grown = max(refresh, key=lambda name: refresh[name] - found.components[name])
         return refresh, "sketch" if refresh["sketch"] else grown
@@ -168,7 +169,7 @@ def _blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[di
 
 
 def _smaller_micro_batch(config: Config, most: int) -> int:
-    """The largest micro-batch size up to ``most`` that fits when the same step is accumulated from it; 0 if none."""
+    """The largest micro-batch size up to ``most`` that fits if the same step is accumulated from it; 0 if none."""
     share = config.train.tokens_per_step // (config.train.seq_len * config.estimate.devices)
     for size in range(min(most, micro_batch_size(config) - 1), 0, -1):
         smaller = replace(config, train=replace(config.train, micro_batch_size=size))

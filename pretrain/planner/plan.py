@@ -1,7 +1,7 @@
 """Print the plan of a run without starting it: ``train.dry_run=true``.
 
 The run's own code makes the first steps on fake tensors (pretrain.planner.simulate), so a laptop can plan a model that
-it could not hold. Nothing is written and no data is needed; prepared data is counted in epochs.
+does not fit in its memory. Nothing is written, and no data is needed. If the data is prepared, epochs are counted.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from pretrain.training.rates import describe_change
 
 
 def dry_run(config: Config, world_size: int) -> None:
-    """Print the plan of ``config`` for ``world_size`` processes; for ``estimate.devices`` when there is only one.
+    """Print the plan of ``config`` for ``world_size`` processes, or for ``estimate.devices`` if there is only one.
 
     Raises:
         ConfigError: the run cannot start, cannot resume in its folder, or does not fit ``estimate.device_memory_gib``.
@@ -56,7 +56,7 @@ def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
         "the run": f"{train.steps:,} steps, {tokens:,} tokens{_epochs(config)}",
         "arithmetic": f"{found.flops_per_token / 1e9:,.2f} GFLOPs/token, {found.flops_per_token * tokens:.2e} FLOPs",
         "memory of a device": f"{step} in a step, {refreshed} in a step with a refresh",
-        "of which tensors": f"{held} GiB",
+        "tensor memory": f"{held} GiB",
         "communicated": f"{found.communicated_bytes_per_step / GIB:.3f} GiB per step",
         "would write to": f"{RunFolder(config).path}, {_place(config)}",
     }
@@ -67,7 +67,7 @@ def _rate_changes(config: Config) -> list[str]:
     newest = RunFolder(config).latest_checkpoint
     try:
         state = read_state(newest) if newest else None
-    except Damaged:  # the run resumes from an older one
+    except Damaged:  # the run resumes from an older checkpoint
         return []
     return describe_change(state.get("rates"), config, state["step"]) if state else []
 

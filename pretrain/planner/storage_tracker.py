@@ -1,7 +1,7 @@
-"""Record every tensor storage that a program allocates and frees: total bytes at any moment, and their kinds.
+"""Record every tensor storage that a program allocates and frees: total bytes at any time, and their kinds.
 
-Works on real tensors and on fake tensors, whose storages have sizes but no memory. Memory that a kernel allocates and
-frees within one operation is not seen.
+Works with real tensors and with fake tensors, whose storages have sizes but no memory. Memory that a kernel allocates
+and frees within one operation is not recorded.
 """
 
 import weakref
@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 TEMPORARIES = "temporaries"  # the kind of a storage without a label
-GATHERED = "gathered_weights"  # storages that are emptied and filled again: only FSDP2 does that
+GATHERED = "gathered_weights"  # storages that are emptied and refilled, which only FSDP2 does
 
 
 class StorageTracker(TorchDispatchMode):
     """While entered, log the allocation and the end of every storage that an operation returns.
 
-    Storages are numbered in the order of allocation. Their kind is TEMPORARIES until ``label`` sets another one, which
-    then holds for the storage's complete life. ``mark`` divides the log into named phases.
+    Storages are numbered in the order of allocation. Their kind is TEMPORARIES unless ``label`` sets another kind,
+    which then applies to the complete lifetime of the storage. ``mark`` divides the log into named phases.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,8 @@ class StorageTracker(TorchDispatchMode):
         self.marks: list[tuple[int, str]] = []  # (place in the log where a phase begins, its name)
         self.kinds: dict[int, str] = {}
         self.allocated = 0  # storages so far; the number of the next one
-        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: number, and a reference that reports its end
-        self._sizes: dict[int, int] = {}  # bytes by number, living storages only
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: number, and a reference that logs its end
+        self._sizes: dict[int, int] = {}  # bytes by number, of living storages
         self._resize: Any = UntypedStorage.resize_
         self._resize_patch = patch.object(UntypedStorage, "resize_", lambda *arguments: self._resized(*arguments))
 
@@ -47,7 +47,7 @@ class StorageTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(is_traceable_wrapper_subclass_type(t) for t in types):
-            return NotImplemented  # the wrapper's inner tensors come here after it is unwrapped
+            return NotImplemented  # after unwrapping, this is called with the wrapper's inner tensors
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -55,7 +55,7 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
-        """Set the kind of the storages of ``tensors``; entries that are None are skipped."""
+        """Set the kind of the storages of ``tensors``. None entries are skipped."""
         for tensor in tensors:
             if tensor is not None:
                 self.kinds |= dict.fromkeys(self._numbers(tensor), kind)
@@ -71,7 +71,7 @@ class StorageTracker(TorchDispatchMode):
         self.marks.append((len(self.log), name))
 
     def peaks(self) -> dict[str, Counter[str]]:
-        """Return for each phase the bytes by kind at its peak. Names get a number, since phases repeat: "end 1"."""
+        """For each phase, the bytes by kind at its peak. Names get a number because phases repeat: "end 1"."""
         peaks: dict[str, Counter[str]] = {}
         repeated: Counter[str] = Counter()
         held: Counter[str] = Counter()

@@ -185,7 +185,7 @@ def test_json_is_one_object_with_the_named_keys(capsys):
 def test_the_table_shows_both_peaks(capsys):
     run(tiny("estimate.device_memory_gib=1"))
     out = capsys.readouterr().out
-    assert "a refresh" in out and "optimizer state" in out and "largest micro-batch in 1 GiB" in out
+    assert "a refresh" in out and "optimizer state" in out and "largest micro-batch that fits in 1 GiB" in out
 
 
 @pytest.mark.parametrize("tokens", [32, pytest.param(64, marks=pytest.mark.slow)], ids=["at once", "accumulated"])
@@ -209,7 +209,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=llama_1b", "estimate.device_memory_gib=4"], r"4\.99 GiB of it are for the weights: .*bfloat16"),
+        (["model=llama_1b", "estimate.device_memory_gib=4"], r"4\.99 GiB are for the weights: .*bfloat16"),
         (["model=llama_130m", "optim=adamw", "train.micro_batch_size=1", "train.seq_len=64",
           "estimate.device_memory_gib=2"], "are for the optimizer state: .*optim=grass, optim.embedding_inner="),
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
