@@ -1,4 +1,4 @@
-"""The charts of a report: metrics against tokens or time, a line per group of runs that differ only in their seed."""
+"""The charts of a report: metrics against tokens or time, one line per group of runs that differ only in their seed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import numpy as np
 
 from pretrain.runs.records import RunRecords, Series
 
-MEMORY = 1 / 25  # of the moving average, as a share of all points
-MOST_POINTS = 400  # of a line on the page
-MOST_SMOOTHED = 4  # lines with their logged values behind them
+MEMORY = 1 / 25  # length of the moving average, as a share of all points
+MOST_POINTS = 400  # per line on the page
+MOST_SMOOTHED = 4  # maximum number of smoothed lines with their logged values behind them
 UNITS = {"tokens": "tokens", "minutes": "minutes of training"}
 LOSS = "nats per token"
 
@@ -28,8 +28,8 @@ class Group:
 class Line:
     """The line of one group: the mean ``y`` over its seeds at each ``x``, both (points,).
 
-    low, high   the least and the greatest of the seeds (points,); None for one seed
-    logged      x and y as they were logged, for lines that are moving averages; one pair per seed
+    low, high   the minimum and maximum over the seeds (points,); None for one seed
+    logged      for moving averages, x and y as logged; one pair per seed
     """
 
     group: Group
@@ -51,7 +51,7 @@ class Metric:
     log       whether the y axis is logarithmic
     zero      whether the y axis starts at zero
     smoothed  whether lines are moving averages
-    markers   whether points are marked, where there are few
+    markers   whether points are marked, if there are few
     """
 
     name: str
@@ -72,7 +72,7 @@ class Chart:
     """A metric against ``over``, tokens or minutes.
 
     name  of its PNG file
-    data  the name of the data that its runs share; "" for a chart of all runs
+    data  the name of the common data of its runs; "" for a chart of all runs
     """
 
     name: str
@@ -93,9 +93,9 @@ LOSSES = [
 OTHERS = [
     Metric("learning-rate", "train/lr", "Learning rate", "of the linear layers"),
     Metric("gradient-norm", "train/grad_norm", "Gradient norm", "norm before clipping",
-           "Of all trained parameters together.", log=True),
+           "The norm over all trained parameters.", log=True),
     Metric("captured", "grass/captured", "Share of the gradient caught", "%", "The gradient norm of the selected rows "
-           "over that of all rows, estimated when rows are selected; the mean over the layers.", scale=100),
+           "divided by that of all rows, estimated when rows are selected; the mean over the layers.", scale=100),
     Metric("covered", "grass/coverage", "Rows ever selected", "%", "The mean over the layers.", scale=100),
     Metric("speed", "perf/tokens_per_s", "Speed", "tokens per second", zero=True),
     Metric("memory", "mem/peak_bytes", "Peak memory so far", "GiB", "Of CUDA's allocator, or of the process on a CPU.",
@@ -115,9 +115,9 @@ def charts_of(groups: list[Group], metrics: Iterable[Metric], data: str = "", su
         if len(metric.over) > 1:
             axis = "time" if over == "minutes" else over
             name, title = f"{name}-{axis}", f"{title} against {axis}"
-        caption = "The time of training steps, without validation and saving." if over == "minutes" else metric.caption
+        caption = "Time of training steps, without validation and saving." if over == "minutes" else metric.caption
         if keep_logged and over == "tokens":
-            caption += " The logged values are behind it."
+            caption += " The logged values are in the background."
         charts.append(Chart(name + suffix, title, data, caption, over, metric, lines))
     return charts
 
@@ -139,7 +139,7 @@ def _line(group: Group, metric: Metric, over: str, keep_logged: bool) -> Line | 
 
 
 def smooth(values: Series) -> Series:
-    """The exponential moving average (n,) of values (n,), corrected for its start: the first value stays the same."""
+    """The exponential moving average (n,) of values (n,), with bias correction: the first value is unchanged."""
     keep = 1 - 1 / (1 + MEMORY * len(values))
     average, weight, result = 0.0, 0.0, np.empty_like(values)
     for i, value in enumerate(values):
@@ -149,9 +149,9 @@ def smooth(values: Series) -> Series:
 
 
 def _aligned(series: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
-    """x (points,), the mean over the seeds, and y (seeds, points), NaN where a seed has fewer points.
+    """x (points,), the mean over the seeds, and y (seeds, points), NaN if a seed has fewer points.
 
-    Seeds log at the same steps, so that only times differ among them.
+    Seeds log at the same steps, so only times differ between them.
     """
     x, y = np.full((2, len(series), max(len(x) for x, _ in series)), np.nan)
     for i, (xs, ys) in enumerate(series):
@@ -160,7 +160,7 @@ def _aligned(series: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
 
 
 def as_json(chart: Chart) -> dict[str, Any]:
-    """The chart for the page's script: at most about MOST_POINTS points per line, with four digits of each."""
+    """The chart for the page's script: at most about MOST_POINTS points per line, with four digits each."""
     lines = []
     for line in chart.lines:
         keep = _kept(line.y)
@@ -181,7 +181,7 @@ def _pairs(*columns: Series) -> list[list[float]]:
 
 
 def _kept(y: Series) -> Any:
-    """The indices of the points to draw: the first and last, and the least and greatest of each stretch."""
+    """The indices of the points to draw: the first, the last, and the minimum and maximum of each interval."""
     if len(y) <= MOST_POINTS:
         return np.arange(len(y))
     return np.unique([0, len(y) - 1, *_extremes(y)])

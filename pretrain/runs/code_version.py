@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def git_commit() -> str | None:
-    """The commit that is checked out, with ``-dirty`` if files differ from it; None if git does not know."""
+    """The checked-out commit, with ``-dirty`` if files differ from it; None if git does not know it."""
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # a repository that contains this folder
             return None

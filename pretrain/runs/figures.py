@@ -1,6 +1,6 @@
 """The project's plot style, and the figures of runs: charts against tokens or time, and coverage of rows.
 
-Figures are 5.2 inches wide, so that their letters can be read at 400 pixels.
+Figures are 5.2 inches wide, so that their text is readable at 400 pixels.
 """
 
 import math
@@ -21,9 +21,9 @@ from pretrain.runs.records import RunRecords
 
 WIDTH = 5.2  # inches
 DPI = 200
-# The palette of Okabe and Ito, which people with any colour vision can tell apart.
+# The palette of Okabe and Ito, whose colours are distinguishable with any colour vision.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-GREY = "#888888"  # lines that the data are compared with
+GREY = "#888888"  # reference lines
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -45,9 +45,9 @@ STYLE: Any = {
 
 @contextmanager
 def new_figure(width: float = WIDTH, height: float = 3.1, grid: str = "both") -> Iterator[Figure]:
-    """An empty figure of this size in inches; what is drawn inside the context gets the project's style.
+    """An empty figure of this size in inches. Inside the context, drawing uses the project's style.
 
-    It is made without pyplot, which keeps every figure and may look for a screen.
+    Does not use pyplot, which keeps every figure and may need a display.
 
     Args:
         grid: both | x | y | none, the axes with grid lines.
@@ -57,7 +57,7 @@ def new_figure(width: float = WIDTH, height: float = 3.1, grid: str = "both") ->
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG whose bytes depend only on what is drawn; returns its path."""
+    """Write the figure as a PNG whose bytes depend only on its content; returns the path."""
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return path
 
@@ -89,7 +89,7 @@ def plot_chart(chart: Chart) -> Figure:
 
 
 def plot_coverage(run: RunRecords) -> Figure | None:
-    """The share of each layer's rows that were ever selected, against tokens; None for a run that selects no rows."""
+    """The share of each layer's rows that were ever selected, against tokens; None for a run without selected rows."""
     layers, tokens, shares = run.coverage()
     if not layers:
         return None

@@ -1,7 +1,7 @@
-"""The folder of a run, and the rules by which nothing in it is lost.
+"""The folder of a run, and the rules that prevent the loss of its files.
 
-A run whose folder exists is resumed or refused. What a resumed run replaces (metric lines after the checkpoint, an
-older config.yaml) is renamed and kept.
+A run whose folder exists is resumed or refused. If a resumed run replaces something (metric lines after the checkpoint,
+an older config.yaml), the old version is renamed and kept.
 """
 
 import json
@@ -28,7 +28,7 @@ OUR_FILES = (
 
 
 class RunFolder:
-    """The paths in ``runs/<name>/``, and what may happen to the files there.
+    """The paths in ``runs/<name>/``, and the operations on the files there.
 
     ``log_start`` is the number of bytes in the log file when the folder was opened.
     """
@@ -53,22 +53,22 @@ class RunFolder:
         return latest(self.checkpoints)
 
     def is_finished(self, steps: int) -> bool:
-        """Whether a run of ``steps`` steps is finished: it has a summary, and its newest checkpoint is of that step."""
+        """Whether a run of ``steps`` steps is finished: it has a summary, and a newest checkpoint of this step."""
         newest = self.latest_checkpoint
         try:
             return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
         except Damaged:
-            return False  # the run resumes from the checkpoint before it
+            return False  # the run resumes from the previous checkpoint
 
     def log_finished(self, steps: int) -> None:
-        """Log that nothing is left to do, and how to continue."""
+        """Log that the run is finished, and how to continue it."""
         logger.info("%s is finished at step %d; raise train.steps or choose a new run.name", self.path, steps)
 
     def report_if_finished(self, config: Config) -> bool:
-        """Whether the run of ``config`` is finished, which is then logged.
+        """Whether the run of ``config`` is finished; if so, this is logged.
 
         Raises:
-            ConfigError: it is finished, with other settings.
+            ConfigError: the run is finished, but with other settings.
         """
         if not self.is_finished(config.train.steps):
             return False
@@ -77,7 +77,7 @@ class RunFolder:
         return True
 
     def check(self, config: Config) -> list[str]:
-        """The settings in which ``config`` differs from the existing run, a line each; [] for a new run.
+        """The settings in which ``config`` differs from the existing run, one line each; [] for a new run.
 
         Raises:
             ConfigError: the run exists and cannot be resumed with ``config``.
@@ -85,12 +85,12 @@ class RunFolder:
         try:
             if not self.path.exists() or all(_no_part_of_a_run(p) for p in self.path.iterdir()):
                 return []
-        except FileNotFoundError:  # another process removed the folder that it had made, see require_writable
+        except FileNotFoundError:  # another process removed the folder that it had created, see require_writable
             return []
         if config.train.resume == "never":
             raise ConfigError(f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run")
         if not self.config_file.exists():
-            raise ConfigError(f"{self.path} exists and holds no config.yaml of a run; choose another run.name")
+            raise ConfigError(f"{self.path} exists, but has no config.yaml of a run; choose another run.name")
         if self.latest_checkpoint is None:
             return []
         changed = self.changes(config)
@@ -99,7 +99,7 @@ class RunFolder:
         if refused:
             lines = [f"{k} was {changed[k][0]}, is now {changed[k][1]}" for k in refused]
             raise ConfigError(
-                f"{self.path} was trained with other settings; choose another run.name, or put these back:\n"
+                f"{self.path} was trained with other settings; choose another run.name, or restore these:\n"
                 + "\n".join(lines)
             )
         return [f"{k}: {was} → {now}" for k, (was, now) in changed.items()]
@@ -107,12 +107,12 @@ class RunFolder:
     def changes(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """The old and the new value of each setting in which ``config`` differs from the run in this folder."""
         old, new = flat(read_config(self.config_file)), flat(OmegaConf.structured(config))
-        # Only another version of this program has other keys: that is no change of settings.
+        # Different keys come from another version of this program, and are not changes of settings.
         return {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder while the context is open.
+        """Lock the folder for other runs while the context is open.
 
         Raises:
             ConfigError: another run uses the folder.
@@ -123,11 +123,11 @@ class RunFolder:
                 yield
         except LockHeld as error:
             raise ConfigError(
-                f"another run uses {self.path} ({error}); wait for its end, or choose another run.name"
+                f"another run uses {self.path} ({error}); wait until it ends, or choose another run.name"
             ) from None
 
     def open(self, config: Config, step: int) -> None:
-        """Prepare the folder for a run that starts or resumes after ``step``; call on one process, after ``check``."""
+        """Prepare the folder for a run that starts or resumes after ``step``. Call on one process, after ``check``."""
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path, *OUR_FILES)
         self.log_start = self.log_file.stat().st_size if self.log_file.exists() else 0
@@ -145,11 +145,11 @@ class RunFolder:
                 stale.rename(_unused(stale.with_suffix(f".before{stale.suffix}")))
 
     def _set_lines_aside(self, file: Path, step: int, last_step: int) -> None:
-        """Move the lines after ``step`` to another file; they will be written again."""
+        """Move the lines after ``step`` to another file, because they will be written again."""
         if not file.exists():
             return
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        # The validations of step 0 and of the last step come after those steps' checkpoints, and are repeated.
+        # The validations of step 0 and of the last step follow the checkpoints of these steps, and are repeated.
         again = [step in (0, last_step) and _step_of(line) == step and '"val/loss"' in line for line in lines]
         kept = [_step_of(line) <= step and not repeated for line, repeated in zip(lines, again, strict=True)]
         if not all(kept):
@@ -159,12 +159,12 @@ class RunFolder:
 
 
 def _no_part_of_a_run(path: Path) -> bool:
-    """Whether a file says nothing of a run: hidden files, among them our lock, and half-written ones."""
+    """Whether a file does not belong to a run: hidden files (also our lock), and half-written files."""
     return path.name.startswith(".") or path.name.endswith(UNFINISHED)
 
 
 def _step_of(line: str) -> float:
-    """The step of a metric line; infinity for a line that a crash cut short."""
+    """The step of a metric line; infinity for an incomplete line after a crash."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):

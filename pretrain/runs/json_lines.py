@@ -1,4 +1,4 @@
-"""Files of JSON lines: appended to by a run, read for reports."""
+"""Files of JSON lines: a run appends to them, and reports read them."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 class JsonLinesFile:
     """Appends JSON lines to the file ``path``.
 
-    When the disk refuses a line, that is logged once; the line is kept and written as soon as the disk takes it.
+    If the disk refuses a line, a warning is logged once. The line is kept in memory and written as soon as possible.
     """
 
     def __init__(self, path: Path):
@@ -26,7 +26,7 @@ class JsonLinesFile:
                     self._pending = self._pending[file.write(self._pending) :]
         except OSError as error:
             if not self._failing:
-                logger.warning("%s cannot be written (%s); the run continues and keeps its lines", self.path, error)
+                logger.warning("%s cannot be written (%s); the run continues and keeps the lines", self.path, error)
             self._failing = True
         else:
             if self._failing:

@@ -17,16 +17,16 @@ from pretrain.config.compose import flat
 from pretrain.runs.json_lines import read_json_lines
 
 Series = NDArray[np.float64]
-HOW_TO_READ = {"root", "workers", "on_the_fly", "shuffle_block", "prompts"}  # data settings that change no text
+HOW_TO_READ = {"root", "workers", "on_the_fly", "shuffle_block", "prompts"}  # data settings that do not change the text
 SEED = re.compile(r"[_-]?seed[-_=]?\d+")
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """The records of the run in the folder ``path``; each file is read when it is first needed.
+    """The records of the run in the folder ``path``. Each file is read when it is first needed.
 
     settings   config.yaml
-    lines      of metrics.jsonl; ``minutes`` is added to each: the training time so far, without validation
+    lines      of metrics.jsonl, each with the additional key ``minutes``: the training time so far, without validation
     selection  lines of selection.jsonl
     summary    summary.json; empty until the run is finished
     """
@@ -63,7 +63,7 @@ class RunRecords:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Of the tokens, documents and tokenizer that the run is trained on; None before its first checkpoint."""
+        """The fingerprint of the run's tokens, documents and tokenizer; None before the first checkpoint."""
         newest = latest(self.path / "checkpoints")
         try:
             return read_state(newest)["data"].get("fingerprint") if newest else None
@@ -72,7 +72,7 @@ class RunRecords:
 
     @cached_property
     def data_settings(self) -> str:
-        """The settings that choose the text, and the tokenizer's hash, as text."""
+        """The settings that determine the training text, and the tokenizer's hash, as one string."""
         chosen = {key: value for key, value in self.settings["data"].items() if key not in HOW_TO_READ}
         tokenizers = [sha256(file) for file in sorted(self.path.glob("tokenizer.*"))]
         return json.dumps([chosen, self.settings["model"]["vocab_size"], tokenizers], sort_keys=True)
@@ -83,7 +83,7 @@ class RunRecords:
 
     @property
     def progress(self) -> str:
-        """The step for people: ``700`` if the run is finished, or else ``300 of 700``."""
+        """The step as text: ``700`` if the run is finished, otherwise ``300 of 700``."""
         return f"{self.step}" if self.summary else f"{self.step} of {self.settings['train']['steps']}"
 
     def series(self, key: str, over: str = "tokens") -> tuple[Series, Series]:
@@ -105,17 +105,17 @@ class RunRecords:
 
 
 def find_runs(paths: list[Path]) -> list[RunRecords]:
-    """The runs at ``paths``: folders of runs, or folders that contain some. Their names are the shortest that differ.
+    """The runs at ``paths``: folders of runs, or folders that contain runs. Their names are as short as possible.
 
     Raises:
-        ValueError: a path holds no run that has logged anything.
+        ValueError: a path contains no run that has logged anything.
     """
     folders: dict[Path, None] = {}
     for path in paths:
         inside = [path] if (path / "config.yaml").exists() else sorted(p.parent for p in path.rglob("config.yaml"))
         logged = [p for p in inside if (p / "metrics.jsonl").exists() and (p / "metrics.jsonl").stat().st_size]
         if not logged:
-            raise ValueError(f"{path} holds no run that has logged anything; give a folder below run.root")
+            raise ValueError(f"{path} contains no run that has logged anything; give a folder below run.root")
         folders |= dict.fromkeys(logged)
     parts = 1
     while len({p.parts[-parts:] for p in folders}) < len(folders):
@@ -124,10 +124,10 @@ def find_runs(paths: list[Path]) -> list[RunRecords]:
 
 
 def group_by_data(runs: list[RunRecords]) -> list[list[RunRecords]]:
-    """Sets of runs whose losses can be compared: trained and validated on the same tokens in sequences of one length.
+    """Sets of runs with comparable losses: the same training and validation tokens, and the same sequence length.
 
-    A run without a checkpoint has no fingerprint of its data yet. It joins the runs with the same data settings, if
-    all of them have the same fingerprint.
+    A run without a checkpoint has no fingerprint of its data yet. It is grouped with the runs with the same data
+    settings, if they all have the same fingerprint.
     """
     known: dict[str, set[str]] = {}
     for run in runs:
@@ -143,7 +143,7 @@ def group_by_data(runs: list[RunRecords]) -> list[list[RunRecords]]:
 
 
 def group_by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
-    """Group runs that differ only in ``train.seed``, under the name that they share."""
+    """Group runs that differ only in ``train.seed``, under their common name."""
     groups: dict[str, dict[int, RunRecords]] = {}
     for run in runs:
         settings = {k: v for k, v in run.settings.items() if k not in ("run", "logger")}

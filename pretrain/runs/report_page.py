@@ -1,6 +1,6 @@
 """The page of a report: the settings and results of runs, their charts, coverage of rows and samples.
 
-The page needs no other file and no network. Its data are inside as JSON, and report.js draws them.
+The page needs no other file and no network. It contains its data as JSON, and report.js draws the charts.
 """
 
 import html
@@ -26,11 +26,11 @@ def write_report(paths: list[Path], out: Path, watched: bool = False) -> Path:
     """Write ``out``/index.html, and its charts as PNG files; returns the path of the page.
 
     Args:
-        paths: folders of runs, or folders that contain some, such as a sweep's. Finished or not.
-        watched: the page is written again and again: it reloads itself, and no PNG is written.
+        paths: folders of runs, finished or not, or folders that contain runs, such as a sweep's.
+        watched: the page is written repeatedly, so it reloads itself, and no PNG is written.
 
     Raises:
-        ValueError: a path holds no run that has logged anything.
+        ValueError: a path contains no run that has logged anything.
     """
     runs = find_runs(paths)
     sets = _numbered(group_by_data(runs))
@@ -46,7 +46,7 @@ def write_report(paths: list[Path], out: Path, watched: bool = False) -> Path:
     ]  # fmt: skip
     data = {"charts": [as_json(chart) for chart in charts], "names": _names(sets), "coverage": _coverage(runs)}
     page = out / "index.html"
-    temporary = out / "index.html.part"  # a browser may read the page while it is written
+    temporary = out / "index.html.part"  # because a browser may read the page while it is written
     temporary.write_text(_document(title, "".join(body), data, watched), encoding="utf-8")
     temporary.replace(page)
     return page
@@ -54,7 +54,7 @@ def write_report(paths: list[Path], out: Path, watched: bool = False) -> Path:
 
 def _document(title: str, body: str, data: dict[str, Any], watched: bool) -> str:
     css, script = ((HERE / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    # "<" could end the element that holds the data.
+    # "<" could end the element with the data.
     inside = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     reload = f' data-reload="{WATCH_SECONDS}"' if watched else ""
     return (
@@ -68,7 +68,7 @@ def _document(title: str, body: str, data: dict[str, Any], watched: bool) -> str
 
 
 def _numbered(sets: list[list[RunRecords]]) -> dict[str, list[Group]]:
-    """The groups of each set of comparable runs, under the name of its data; groups are numbered over all sets."""
+    """The groups of each set of comparable runs, by the name of the data; groups are numbered over all sets."""
     named: dict[str, list[Group]] = {}
     count: Counter[str] = Counter()
     number = 0
@@ -84,7 +84,7 @@ def _numbered(sets: list[list[RunRecords]]) -> dict[str, list[Group]]:
 
 
 def _data_name(run: RunRecords) -> str:
-    """The data, the size of the vocabulary and the length of sequences, for people."""
+    """The data, the vocabulary size and the sequence length, as text."""
     data, pieces, length = run.settings["data"], run.settings["model"]["vocab_size"], run.settings["train"]["seq_len"]
     places = [Path(path).name for path in data["paths"]] or [name for name in [data["dataset"]] if name]
     text = f" ({', '.join(places[:3])}{', …' if len(places) > 3 else ''})" if places else ""
@@ -92,7 +92,7 @@ def _data_name(run: RunRecords) -> str:
 
 
 def _charts(sets: dict[str, list[Group]]) -> list[Chart]:
-    """Charts of losses for each set of comparable runs, and of everything else for all runs."""
+    """Charts of losses for each set of comparable runs, and charts of all other metrics for all runs."""
     charts = []
     for number, (name, groups) in enumerate(sets.items(), start=1):
         charts += charts_of(groups, LOSSES, name if len(sets) > 1 else "", f"-{number}" if number > 1 else "")
@@ -127,10 +127,10 @@ def _coverage(runs: list[RunRecords]) -> list[dict[str, Any]]:
 
 
 def _results(sets: dict[str, list[Group]]) -> list[str]:
-    """A table per set of comparable runs; runs of several sets are never in one ranking."""
+    """A table per set of comparable runs; runs of different sets are never ranked together."""
     if len(sets) == 1:
         return ["<h2>Results</h2>\n", *map(results, sets.values())]
-    note = "<p>Losses on different data, tokenizers or sequence lengths do not compare: such runs are apart.</p>\n"
+    note = "<p>Losses with different data, tokenizers or sequence lengths are in separate tables.</p>\n"
     return ["<h2>Results</h2>\n", note, *(f"<h3>{html.escape(name)}</h3>\n{results(g)}" for name, g in sets.items())]
 
 
@@ -157,7 +157,7 @@ def _failed(paths: list[Path]) -> list[str]:
 
 
 def _details(run: RunRecords) -> str:
-    """The run's coverage of rows, samples and settings, to unfold."""
+    """Expandable sections with the run's coverage of rows, samples and settings."""
     name, parts = html.escape(run.name), []
     if run.selection:
         parts.append(

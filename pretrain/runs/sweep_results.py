@@ -7,13 +7,13 @@ from typing import Any
 
 from pretrain.cli.signals import EXIT_CODE
 
-LOGS = "_sweeps"  # in the sweep's folder: the output and the result of each job
+LOGS = "_sweeps"  # folder in the sweep's folder, with the output and the result of each job
 STATUSES = {0: "finished", EXIT_CODE: "stopped"}
 
 
 @dataclass
 class JobResult:
-    """How one job of a sweep ended.
+    """The result of one job of a sweep.
 
     ``status`` is finished, failed, stopped (by a signal, after saving) or not started (the sweep was stopped before).
     """
@@ -36,7 +36,7 @@ class JobResult:
 
     @property
     def reason(self) -> str:
-        """The last line that a failed job printed."""
+        """The last line of output of a failed job."""
         text = Path(self.log).read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""Check that a run folder can be written, before anything is read or computed for it."""
+"""Check that a run folder can be written, before anything is read or computed for the run."""
 
 import errno
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from pretrain.config.schema import ConfigError
 
-PATIENCE = 5.0  # seconds in which other processes that make the same check are done with it
+PATIENCE = 5.0  # seconds to wait until other processes have finished the same check
 
 
 def require_writable(root: str, name: str) -> None:
-    """Make the run folder ``root/name`` and a file in it, and remove again whatever was made.
+    """Create the run folder ``root/name`` and a file in it, and remove everything that was created.
 
-    Permissions are not enough: a disk can be read-only, and /proc cannot hold folders.
+    Checking permissions is not enough: a disk can be read-only, and /proc cannot contain new folders.
 
     Raises:
-        ConfigError: the folder cannot be made or written; names the key, ``run.root`` or ``run.name``, and the reason.
+        ConfigError: the folder cannot be created or written; names ``run.root`` or ``run.name``, and the reason.
     """
     folder = path = Path(root, name)
     made = list[Path]()
@@ -31,7 +31,7 @@ def require_writable(root: str, name: str) -> None:
                     _make(folder, made)
                 with tempfile.TemporaryFile(dir=path, prefix="."):  # hidden: no part of a run, see RunFolder.check
                     break
-            except FileNotFoundError:  # another process of this run, or of a sweep, removes the folder that it made
+            except FileNotFoundError:  # another process of this run, or of a sweep, removes the folder it created
                 if time.monotonic() > deadline:
                     raise
     except OSError as error:
@@ -41,12 +41,12 @@ def require_writable(root: str, name: str) -> None:
         raise ConfigError(f"{key}={shown}: {_reason(error, folder, key)}") from None
     finally:
         for made_here in reversed(made):
-            with suppress(OSError):  # another process of the run has put something there
+            with suppress(OSError):  # another process of the run has created something there
                 made_here.rmdir()
 
 
 def _make(folder: Path, made: list[Path]) -> None:
-    """Make ``folder`` unless it is there, and note it in ``made``."""
+    """Create ``folder`` unless it exists, and add it to ``made``."""
     try:
         mode = folder.stat().st_mode
     except FileNotFoundError:
@@ -58,7 +58,7 @@ def _make(folder: Path, made: list[Path]) -> None:
             folder.mkdir()
             made.append(folder)
     except FileExistsError:
-        if folder.is_symlink():  # a link to nothing; a folder was made by another process just now
+        if folder.is_symlink():  # a broken link; otherwise another process has just created the folder
             raise
 
 

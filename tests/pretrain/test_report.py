@@ -226,7 +226,7 @@ def test_the_failed_jobs_of_a_sweep_are_named(runs, tmp_path):
 def test_a_folder_without_runs_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main([str(tmp_path)])
-    assert exit.value.code == 2 and f"error: {tmp_path} holds no run" in capsys.readouterr().err
+    assert exit.value.code == 2 and f"error: {tmp_path} contains no run" in capsys.readouterr().err
 
 
 @pytest.mark.slow
