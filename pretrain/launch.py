@@ -1,14 +1,14 @@
 """torchrun for runs that save: ``python -m pretrain.launch [torchrun flags] -m pretrain.train [key=value ...]``.
 
-Torch's own flags, rendezvous and agent do the work. The differences: the workers get every signal, and time to finish
-a step and save (GRASS_GRACE_SECONDS, 300 by default); the command ends with the worker's own exit code, such as 85
-after saving; torch's log and traceback are left out (LOGLEVEL=INFO shows them).
+Uses torch's flags, rendezvous and agent, with these differences: the workers get every signal, and time to finish a
+step and save (GRASS_GRACE_SECONDS, 300 by default); the command ends with the exit code of the worker, such as 85 after
+saving; torch's log and traceback are not shown (LOGLEVEL=INFO shows them).
 
-The flags used most:
+The most common flags:
   --nproc-per-node N   processes on this node (default: 1)
   --nnodes N           nodes, or a range such as 2:4 (default: 1)
-  --node-rank I, --master-addr HOST, --master-port PORT   which node this is, and where node 0 listens
-  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id ID   the same by torchrun's rendezvous
+  --node-rank I, --master-addr HOST, --master-port PORT   the number of this node, and the address of node 0
+  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id ID   instead of these, torchrun's rendezvous
   --max-restarts N     how often the workers are started again after a failure (default: 0)
 torchrun --help lists all of them.
 """
@@ -29,17 +29,17 @@ STATIC_PORT = 29500  # torchrun's default
 
 
 def say(message: str) -> None:
-    with contextlib.suppress(OSError):  # the workers still need this process when the terminal is gone
+    with contextlib.suppress(OSError):  # this process must continue for the workers even without a terminal
         print(f"launch: {message}", file=sys.stderr, flush=True)
 
 
 def exit_code(codes: list[int]) -> int:
-    """The exit code of the first failed worker; one that a signal killed comes first and gives 128 + signal."""
+    """The exit code of the first failed worker; a worker killed by a signal has priority and gives 128 + signal."""
     return next((128 - code for code in codes if code < 0), codes[0])
 
 
 def explain(error: Exception) -> str:
-    """What went wrong between the launchers, in one line: torch's messages end in pages of C++ frames."""
+    """The error between the launchers in one line, because torch's messages end in pages of C++ frames."""
     from torch.distributed import DistError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -48,12 +48,12 @@ def explain(error: Exception) -> str:
     line = f"{type(cause).__name__}: {first}".rstrip(": ")
     if isinstance(error, RendezvousError | DistError):
         advice = "check NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT or RDZV_ENDPOINT on every node"
-        return f"the nodes did not find one another: {advice} ({line})"
+        return f"the nodes did not find each other: {advice} ({line})"
     return line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Torchrun's flags and ``PET_*`` variables, with a few defaults of our own."""
+    """Torchrun's flags and ``PET_*`` variables, with a few other defaults."""
     from torch.distributed import run
 
     parser = run.get_args_parser()
@@ -61,24 +61,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.signals_to_handle = ""  # torch's handlers would end the agent
     if args.log_dir is None and args.redirects == args.tee == "0":
-        args.log_dir = os.devnull  # torch would leave an empty folder behind after every run
+        args.log_dir = os.devnull  # otherwise torch creates an empty folder for every run
     if args.local_addr is None and args.nnodes in ONE_NODE:
-        args.local_addr = "localhost"  # a laptop's own name may resolve to nowhere
+        args.local_addr = "localhost"  # the host name of a laptop may not resolve
     default = args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port in (None, STATIC_PORT)
     if default and args.nnodes in ONE_NODE:
-        args.standalone = True  # at a free port: before torch 2.13 all runs of a machine would take the same one
+        args.standalone = True  # at a free port: before torch 2.13, all runs of a machine would use the same port
     if args.max_restarts and args.nnodes not in ONE_NODE and args.rdzv_backend == "static":
-        parser.error("restarts of several nodes need a rendezvous: RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR")
+        parser.error(
+            "MAX_RESTARTS on several nodes needs a rendezvous: set RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR"
+        )
     return args
 
 
 def set_environment() -> None:
-    """Defaults for the workers' environment, where it does not say otherwise."""
+    """Set defaults in the workers' environment, for variables that are not set."""
     import torch
 
-    # Otherwise all attempts share one store, and a restarted worker may read the address of one that was killed.
+    # Otherwise all attempts share one store, and a restarted worker may read the address of a killed worker.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # Steps with a refresh, a loss in chunks or a validation take other sizes than the rest: less is lost to gaps.
+    # Steps with a refresh, a loss in chunks or a validation allocate other sizes: this reduces fragmentation.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not torch.cuda.is_available():
@@ -86,7 +88,7 @@ def set_environment() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run torchrun with ``argv``; returns the exit code. Torch, which takes seconds, is imported here."""
+    """Run torchrun with ``argv``; returns the exit code. Imports torch, which takes seconds."""
     quiet = "LOGLEVEL" not in os.environ
     with _quiet_cpp(quiet):
         from torch.distributed import run
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     if quiet:
         logging.disable(logging.CRITICAL)
     if args.nnodes not in ONE_NODE:
-        say(f"waiting for the other nodes ({args.nnodes} in all) at {run.get_rdzv_endpoint(args)}")
+        say(f"waiting for the other nodes ({args.nnodes} in total) at {run.get_rdzv_endpoint(args)}")
     GracefulAgent.say = staticmethod(say)
     api.LocalElasticAgent = GracefulAgent  # type: ignore[misc]  # launch_agent takes no other
     try:
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _quiet_cpp(quiet: bool):
-    """Torch reads its C++ log level when it is imported: its connection errors come with pages of C++ frames."""
+    """Set torch's C++ log level, which is read on import, because connection errors print pages of C++ frames."""
     name = "TORCH_CPP_LOG_LEVEL"
     if not quiet or name in os.environ:
         yield
@@ -127,7 +129,7 @@ def _quiet_cpp(quiet: bool):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there are workers, Ctrl-C just ends this process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there are workers, Ctrl-C simply ends this process
     if sys.argv[1:] and sys.argv[1] in ("-h", "--help"):
         with clear_errors():
             print(__doc__.replace("``", "").strip())

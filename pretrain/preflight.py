@@ -1,7 +1,7 @@
 """Check a run before it starts, and prepare its data: ``python -m pretrain.preflight [key=value ...]``.
 
-Prints one message and exits with 2 when a setting, a file or the machine has to be fixed, and with 86 when the run is
-finished already. Data that are prepared while the run trains (data.on_the_fly=true) are checked only.
+Prints one message and exits with 2 if a setting, a file or the machine must be fixed, and with 86 if the run is already
+finished. Data that are prepared during training (data.on_the_fly=true) are only checked.
 """
 
 import sys
@@ -13,14 +13,14 @@ from pretrain.cli.ranks import on_one_node_from_env, world_size_from_env
 from pretrain.config.command_line import config_from
 from pretrain.runs.folder import RunFolder
 
-FINISHED = 86  # launch.sh starts no process then
+FINISHED = 86  # with this exit code, launch.sh starts no process
 
 
 def main() -> None:
     log_to_terminal(is_main=True)
     with clear_errors():
         config = config_from(sys.argv[1:])
-        if config.train.dry_run:  # checks by itself, and needs no data
+        if config.train.dry_run:  # a dry run makes these checks and needs no data
             return
         if on_one_node_from_env() and RunFolder(config).report_if_finished(config):
             sys.exit(FINISHED)

@@ -1,8 +1,8 @@
 """Train a run for each combination of settings: ``./launch.sh -m optim.rank=64,128 optim.lr=1e-3,3e-3``.
 
-Hydra's sweepers make the combinations and its launchers run them. Each job is a launch of its own, in the folder
-``<run.root>/<run.name or "sweep">/<name made of its overrides>``. The same command again resumes unfinished jobs.
-Exit codes: 0 all finished, 1 some failed, 2 a setting to fix before the first job, 85 stopped by a signal.
+Hydra's sweepers make the combinations, and its launchers run them. Each job is a separate launch, in the folder
+``<run.root>/<run.name or "sweep">/<name made of its overrides>``. The same command again resumes unfinished jobs. Exit
+codes: 0 all finished, 1 some failed, 2 a setting to fix before the first job, 85 stopped by a signal.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ from pretrain.runs.writable import require_writable
 
 logger = logging.getLogger(__name__)
 FIXED = "fixed.json"  # in the sweep's folder of logs: the overrides that all jobs share
-TOTAL = "total"  # a file there: the number of jobs, unless a sweeper decides on it
-STOP = "stop"  # a file there asks every job to save and stop, and none to start
+TOTAL = "total"  # in the same folder: the number of jobs, unless a sweeper decides it
+STOP = "stop"  # in the same folder: asks every job to save and stop, and prevents new jobs
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
     "optuna": "hydra_optuna_sweeper",
@@ -58,7 +58,7 @@ def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1,
         processes: the number of processes of each job.
 
     Raises:
-        ConfigError: the sweep could not start; standard error says why.
+        ConfigError: the sweep could not start; standard error gives the reason.
     """
     folder, logs = Path(root), _new_logs(Path(root))
     arguments = [*overrides, f"run.root={quoted(folder.parent)}", f"run.name={quoted(folder.name)}"]
@@ -74,9 +74,9 @@ def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1,
 def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:
     """The folder name of a job from its ``key=value`` overrides, the same in any order: ``lr-0.001_rank-64``.
 
-    ``fixed`` are the overrides that all jobs share. A few of them follow the others in the name; many are replaced by
-    a hash, as are characters that a file system may refuse. Overrides of ``run.``, ``logger.`` and ``data.root``, which
-    change no result, are left out.
+    ``fixed`` are the overrides that all jobs share. A few of them are appended to the name. Many of them are replaced
+    by a hash, and so are characters that a file system may refuse. Overrides of ``run.``, ``logger.`` and ``data.root``
+    are omitted, because they do not change results.
     """
     keys = [key for key, _ in _settings([*swept, *fixed])]
     texts = []
@@ -97,12 +97,12 @@ def _settings(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return sorted((key, value[1:-1] if QUOTED.fullmatch(value) else value) for key, value in pairs)
 
 
-# One job, in the process that Hydra's launcher gives it.
+# One job, in the process of Hydra's launcher.
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Launch the training of ``cfg``; returns its final validation loss, or None when there is none."""
-    log_to_terminal(is_main=True)  # a launcher's own process may have no log yet
+    """Launch the training of ``cfg``; returns its final validation loss, or None if there is none."""
+    log_to_terminal(is_main=True)  # the process of a launcher may have no log yet
     settings = HydraConfig.get()
     logs, number = Path(settings.runtime.output_dir), settings.job.num
     overrides = [o for o in settings.overrides.task if not o.startswith("run.")]
@@ -122,8 +122,8 @@ def run_job(cfg: DictConfig) -> float | None:
 
 
 def _environment(settings: Any) -> dict[str, str]:
-    """The job's environment: on a CPU, the cores are divided among all jobs and processes at work, as in launch.sh."""
-    import torch  # here, because it takes seconds and --help does not need it
+    """The job's environment: on a CPU, the cores are divided among all running jobs and processes, as in launch.sh."""
+    import torch  # here, because importing torch takes seconds: not for --help
 
     environment, cores = dict(os.environ), len(os.sched_getaffinity(0))
     jobs = int(settings.launcher.get("n_jobs", 1))
@@ -136,9 +136,9 @@ def _environment(settings: Any) -> dict[str, str]:
 
 def _attend(command: list[str], log: Any, environment: dict[str, str], stop: Path) -> int:
     """Run ``command`` to its end and return its exit code; send it SIGTERM once when the file ``stop`` appears."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in a launcher's process; the sweep handles it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in a launcher's process: the sweep handles it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A session of its own: a terminal's Ctrl-C would reach it twice.
+    # A separate session, because otherwise a Ctrl-C in the terminal would reach the job twice.
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     asked = False
     while True:
@@ -148,7 +148,7 @@ def _attend(command: list[str], log: Any, environment: dict[str, str], stop: Pat
             if not asked and stop.exists():
                 process.terminate()
                 asked = True
-        else:  # a job that the signal itself ended had nothing to save yet
+        else:  # a job that was ended by the signal had nothing to save yet
             return EXIT_CODE if asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM) else code
 
 
@@ -176,7 +176,7 @@ def main() -> None:
 
 
 def begin(arguments: list[str]) -> tuple[list[str], Path]:
-    """Check the overrides of every combination; returns the overrides for Hydra, and the folder of logs.
+    """Check the overrides of every combination. Returns the overrides for Hydra, and the folder of logs.
 
     Raises:
         ConfigError: lists every override that is wrong.
@@ -184,7 +184,7 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
     parsed = parse(arguments)
     settings = [o for o in parsed if not o.get_key_element().startswith("hydra")]
     if swept := [o.input_line for o in settings if o.get_key_element().startswith("run.") and o.is_sweep_override()]:
-        raise ConfigError(f"{', '.join(map(str, swept))}: every job has a name of its own; give the sweep one name")
+        raise ConfigError(f"{', '.join(map(str, swept))}: every job gets its own name; give the sweep one name")
     given, jobs = {o.get_key_element(): o for o in parsed}, combinations(settings)
     config = _checked(jobs, every="hydra/sweeper" not in given, named="run.name" in given)
     _check_plugins(str(given[group].value()) for group in ("hydra/launcher", "hydra/sweeper") if group in given)
@@ -202,11 +202,11 @@ def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
     """The configuration of the last of ``jobs``, each given by its overrides.
 
     Args:
-        every: check the values of all jobs too; of a sweeper that chooses among them, some may be wrong.
+        every: also check the values of all jobs; False for a sweeper that chooses jobs, because some may be wrong.
         named: whether ``run.name`` is given, instead of the default name of sweeps.
 
     Raises:
-        ConfigError: lists what is wrong with any of them.
+        ConfigError: lists the problems of all jobs.
     """
     problems: dict[str, None] = {}
     configs = list[Config]()
@@ -218,7 +218,7 @@ def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
         except ConfigError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     if every and not problems:
-        from pretrain.setup.checks import check  # only now: it imports torch, which takes seconds
+        from pretrain.setup.checks import check  # only here, because it imports torch, which takes seconds
 
         for config in configs:
             folder = Path(config.run.root) / (config.run.name if named else "sweep")
@@ -233,10 +233,10 @@ def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
 
 
 def parse(arguments: list[str]) -> list[Override]:
-    """Hydra's reading of overrides.
+    """Overrides parsed by Hydra.
 
     Raises:
-        ConfigError: its grammar does not allow one of them.
+        ConfigError: an override is not valid in Hydra's grammar.
     """
     try:
         return OverridesParser.create().parse_overrides(as_typed(arguments, sweep=True))
@@ -245,7 +245,7 @@ def parse(arguments: list[str]) -> list[Override]:
 
 
 def combinations(settings: list[Override]) -> list[list[str]]:
-    """The overrides of each job. Where a sweeper chooses numbers, the override it chooses for is left out."""
+    """The overrides of each job, without overrides whose values a sweeper chooses."""
     discrete = [o for o in settings if not o.is_sweep_override() or o.is_discrete_sweep()]
     return BasicSweeper.split_arguments(discrete, None)[0]
 
@@ -267,7 +267,7 @@ def _new_logs(folder: Path) -> Path:
 def _ask_to_stop(logs: Path, number: int, _frame: Any) -> None:
     (logs / STOP).touch()
     logger.info("sweep: the jobs save and stop; the same command resumes them")
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends this process at once; the jobs still save
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends this process at once, while the jobs still save
 
 
 def report(jobs: list[JobResult]) -> int:
@@ -283,7 +283,7 @@ def report(jobs: list[JobResult]) -> int:
     if losses:
         folder = Path(os.path.relpath(Path(jobs[0].folder).parent))
         folder = folder if ".." not in folder.parts else folder.resolve()
-        logger.info("a page that compares them: %s", command_line("report", str(folder)))
+        logger.info("to compare the jobs on a page: %s", command_line("report", str(folder)))
     statuses = {job.status for job in jobs}
     return EXIT_CODE if {"stopped", "not started"} & statuses else 0 if statuses == {"finished"} else 1
 
@@ -291,4 +291,4 @@ def report(jobs: list[JobResult]) -> int:
 if __name__ == "__main__":
     from pretrain import sweep
 
-    sweep.main()  # under its module name, so that a launcher's processes find run_job there
+    sweep.main()  # under its module name, so that the processes of a launcher can import run_job

@@ -17,9 +17,9 @@ from pretrain.runs.folder import RunFolder
 
 
 def run(config: Config) -> int:
-    """Train as ``config`` says; returns the exit code.
+    """Train with ``config``; returns the exit code.
 
-    A finished run, and wrong settings, are reported before torch is imported, which takes seconds.
+    A finished run and wrong settings are reported before torch is imported, which takes seconds.
     """
     log_to_terminal(is_main=is_main_from_env())
     with clear_errors():
@@ -29,7 +29,7 @@ def run(config: Config) -> int:
 
                 dry_run(config, world_size_from_env())
             return 0
-        # Processes on other nodes may not see this disk: together they ask the main process later.
+        # Processes on other nodes may not see this disk, so all processes ask the main process later.
         if on_one_node_from_env() and RunFolder(config).report_if_finished(config):
             return 0
         require_installed_torch()

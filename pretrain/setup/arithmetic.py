@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 
 def set_arithmetic(config: Config, device: torch.device) -> None:
-    """Apply ``train.matmul_precision`` and ``train.deterministic``; call before the first product on ``device``.
+    """Apply ``train.matmul_precision`` and ``train.deterministic``. Call before the first matmul on ``device``.
 
-    On a CPU neither has an effect: sums have a fixed order, and float32 products are exact float32.
+    On a CPU, neither has an effect: sums have a fixed order, and float32 matmuls are exact float32.
     """
     if device.type != "cuda":
         return
@@ -22,14 +22,14 @@ def set_arithmetic(config: Config, device: torch.device) -> None:
     if train.dtype == "float32":
         exact = train.matmul_precision == "highest"
         logger.info(
-            "float32 products are %s (train.matmul_precision=%s%s)",
+            "float32 matmuls are %s (train.matmul_precision=%s%s)",
             *("exact" if exact else "TF32", train.matmul_precision, "; high is several times faster" if exact else ""),
         )
     if train.deterministic:
-        # cuBLAS reads this when it creates its first handle; without it torch refuses the products.
+        # cuBLAS reads this when it creates its first handle; without it torch refuses matmuls.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no fixed order of sums
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward has no fixed order of summation
         # Autotuning chooses among kernels that sum in different orders.
         torch._inductor.config.deterministic = True  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ def compile_seconds() -> float:
 
 
 def compile_blocks(config: Config, model: Llama, world: World) -> bool:
-    """``torch.compile`` every block in place. Without a working compiler, log the reason and leave the model unchanged.
+    """``torch.compile`` every block in place. Without a working compiler, log the reason and keep the model unchanged.
 
     A separate block of the same shape is compiled first, in a forward and backward of a micro-batch, with probes of
     Grass and without. The blocks of the model then reuse its code, unless they are sharded.
@@ -54,7 +54,7 @@ def compile_blocks(config: Config, model: Llama, world: World) -> bool:
 
 
 def failure(error: Exception) -> str:
-    """The reason for ``error`` in one line: torch's, and the first error in the output of the compiler that it ran."""
+    """The reason for ``error`` in one line: torch's message, and the first error in the output of the compiler."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not re.fullmatch(r"backend=.* raised:", line)]
     reason = f"{type(error).__name__}: {reasons[0] if reasons else 'no reason is given'}"
@@ -90,7 +90,7 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
 
 
 def _block_of(config: Config, device: torch.device) -> nn.Module:
-    """A block like those of the model, on ``device``, with arbitrary values."""
+    """A block like the blocks of the model, on ``device``, with arbitrary values."""
     with warnings_only():  # building the model has logged the same
         block = outline(config).layers[0]
     block.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""From a configuration to its dataset: checked, then prepared before training or in the background of it."""
+"""The dataset of a configuration: check the settings, then prepare the data before or during training."""
 
 import logging
 import time
@@ -25,19 +25,19 @@ from pretrain.setup.trained_data import data_settings, find_trained_data, state_
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-SHARED_SECONDS = 60.0  # within which a shared disk shows the other processes what the main process sees
+SHARED_SECONDS = 60.0  # maximum delay until a shared disk shows new files to all processes
 LOG_SECONDS = 10.0
 
 
 class DataWait:
     """Waits, on all processes together, for data that is still being prepared.
 
-    Each process looks at the disk, but none continues before all can: a process that waited by itself would not notice
-    a signal that another one got, nor that the preparation, a child of the main process, has failed.
+    Each process checks the disk, but none continues before all can continue. A process that waited alone would not
+    notice a signal to another process, or a failure of the preparation, which is a child of the main process.
 
     Args:
-        stop: ends a wait on all processes when it is set on one.
-        complete: whether this process sees all of the data; once all do, there is nothing to wait for.
+        stop: ends a wait on all processes if it is set on any process.
+        complete: returns whether this process sees all of the data. When all processes do, no more waiting is needed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DataWait:
         self._complete, self._over = complete, False
 
     def __call__(self, ready: Callable[[], bool]) -> bool:
-        """Wait until ``ready()`` on every process; returns False when the run is asked to stop before that.
+        """Wait until ``ready()`` on every process. Returns False if the run is asked to stop before.
 
         Raises:
             ValueError: on every process: the preparation has failed.
@@ -57,7 +57,7 @@ class DataWait:
             there, problem = self._look(ready)
             others_waited = others_waited if there and self._world.is_main else time.monotonic()
             if time.monotonic() > others_waited + SHARED_SECONDS:
-                problem = "data.root: not all processes see what is prepared there; put it on a disk that they share"
+                problem = "data.root: not all processes see the data prepared there; put it on a disk that they share"
             mine = [not there, bool(self._stop), problem is not None, not self._complete()]
             missing, asked, problems, growing = self._world.sum(torch.tensor(mine, dtype=torch.int64)).tolist()
             if problems:
@@ -67,12 +67,12 @@ class DataWait:
                 return not missing
             if (now := time.monotonic()) > logged + LOG_SECONDS:
                 logged, tokens = now, self._preparation.prepared_tokens()
-                logger.info("training has waited %.0f s for data: %s tokens are prepared", now - began, f"{tokens:,}")
+                logger.info("training has waited %.0f s for data: %s tokens prepared", now - began, f"{tokens:,}")
             time.sleep(POLL_SECONDS)
         return True
 
     def _look(self, ready: Callable[[], bool]) -> tuple[bool, str | None]:
-        """Whether this process is ready, and why it never will be."""
+        """Whether this process is ready, and the reason if it can never be ready."""
         try:
             return ready(), self._preparation.problem()
         except (ValueError, OSError) as error:
@@ -80,13 +80,13 @@ class DataWait:
 
 
 def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractContextManager[PreparedDataset]]:
-    """Check all that can be checked without compute, and prepare the data, with ``data.on_the_fly`` in the background.
+    """Check everything that needs no compute, and prepare the data, with ``data.on_the_fly`` in the background.
 
     Returns:
         A function that opens the data on a process of the run.
 
     Raises:
-        ValueError, OSError: with the key or file at fault, and the fix.
+        ValueError, OSError: with the wrong key or file, and the fix.
     """
     if config.data.on_the_fly:
         prepared = check_run(config, world_size)
@@ -99,10 +99,10 @@ def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractC
 
 @contextmanager
 def stream(config: Config, world: World) -> Iterator[StreamedDataset]:
-    """The data of ``config`` as soon as training can begin. In the context the main process prepares the rest.
+    """The data of ``config`` as soon as training can begin. In the context, the main process prepares the rest.
 
     Raises:
-        ValueError: on every process: the text has a fault, or the tokenizer is not for this run.
+        ValueError: on every process: a problem of the text, or a tokenizer that does not match the run.
     """
     found = list[StreamedDataset]()
 
@@ -118,10 +118,10 @@ def stream(config: Config, world: World) -> Iterator[StreamedDataset]:
 
 
 def ready(config: Config, world_size: int) -> PreparedDataset:
-    """Check all that can be checked without compute, and prepare the data.
+    """Check everything that needs no compute, and prepare the data.
 
     Raises:
-        ValueError, OSError: with the key or file at fault, and the fix.
+        ValueError, OSError: with the wrong key or file, and the fix.
     """
     prepared = check_run(config, world_size) or prepare(data_settings(config))
     check_tokenizer(config, prepared.tokenizer)
@@ -132,11 +132,11 @@ def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     """Compare the tokenizer of the data with the embedding of the model, and with the weights at train.init_from.
 
     Raises:
-        ValueError: they do not go together.
+        ValueError: they do not match.
     """
     require_embeddings(tokenizer, config.model.vocab_size)
     if (unused := config.model.vocab_size - tokenizer.vocab_size) > 0:
-        logger.info("%d of %d embedding rows stand for no token of the tokenizer", unused, config.model.vocab_size)
+        logger.info("%d of %d embedding rows have no token in the tokenizer", unused, config.model.vocab_size)
     if config.train.init_from and state_to_resume(config) is None:
         require_same_tokenizer(config.train.init_from, tokenizer)
 
@@ -145,10 +145,10 @@ def check_run(config: Config, world_size: int) -> PreparedDataset | None:
     """Check the settings and the run folder, before any data is prepared.
 
     Returns:
-        The data of a resumed run when its corpus is gone, see ``find_trained_data``.
+        The data of a resumed run if its corpus is missing, see ``find_trained_data``.
 
     Raises:
-        ValueError, OSError: with the key or file at fault, and the fix.
+        ValueError, OSError: with the wrong key or file, and the fix.
     """
     state = state_to_resume(config)
     trained = find_trained_data(config, state) if state else None
@@ -157,5 +157,5 @@ def check_run(config: Config, world_size: int) -> PreparedDataset | None:
     require_writable(config.run.root, config.run.name)
     starts = state is None and config.train.init_from
     if starts and config.data.tokenizer is None and find(data_settings(config)) is None:
-        require_same_tokenizer(starts, None)  # before the data are prepared with a new tokenizer
+        require_same_tokenizer(starts, None)  # before the data is prepared with a new tokenizer
     return trained

@@ -25,10 +25,10 @@ def build_model(
     weights: Iterable[tuple[str, Tensor]] | None = None,
     shard: Callable[[Llama], None] | None = None,
 ) -> Llama:
-    """The model on ``device``, with its linears converted when the run uses Grass.
+    """The model on ``device``, with converted linear layers if the run uses Grass.
 
     Args:
-        weights: names and tensors to start from; by default the model is initialised from ``train.seed``.
+        weights: initial weights as names and tensors; by default the model is initialised from ``train.seed``.
         shard: called with the model on the meta device; may replace its parameters by shards.
     """
     if device.type == "cuda" and config.train.dtype == "bfloat16":
@@ -41,13 +41,13 @@ def build_model(
 
 @cache
 def warn_of_odd_sizes(hidden_size: int, intermediate_size: int, vocab_size: int) -> None:
-    """Log once which sizes make matrix products slow."""
+    """Log once which sizes make matmuls slow."""
     for message in odd_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size, vocab_size=vocab_size):
         logger.warning(message)
 
 
 def outline(config: Config) -> Llama:
-    """The model on the meta device, in its dtypes, with its linears converted when the run uses Grass."""
+    """The model on the meta device, in its dtypes, with converted linear layers if the run uses Grass."""
     with torch.device("meta"):
         model = Llama(**model_arguments(config)).to_dtype(DTYPES[config.train.dtype])
         if isinstance(config.optim, GrassConfig):

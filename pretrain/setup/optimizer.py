@@ -13,12 +13,12 @@ from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
 
 def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
-    """The optimizer over all trainable parameters of ``model``, with everything that ``config`` attaches to it.
+    """The optimizer for all trainable parameters of ``model``, with all additions required by ``config``.
 
-    Under Grass the linear layers are converted before, and their rows chosen or loaded after.
+    With Grass, convert the linear layers before this call, and choose or load their rows after it.
 
     Raises:
-        ValueError: settings that the optimizer or Grass refuses, or a package that is not installed.
+        ValueError: the optimizer or Grass refuses the settings, or a package is not installed.
     """
     optim = config.optim
     alpha = optim.alpha if isinstance(optim, GrassConfig) else 1.0

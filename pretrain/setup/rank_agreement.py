@@ -1,4 +1,4 @@
-"""Checks that all processes of a run have the same settings, code, torch, data and first weights."""
+"""Checks that all processes of a run have the same settings, code, torch, data and initial weights."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ CODE = ("models", "optim", "data", "pretrain")
 
 
 class Disagreement(ValueError):
-    """Processes of one run differ; the message has a line for each difference, with the ranks and values."""
+    """Processes of a run differ. The message has a line for each difference, with the values and ranks."""
 
 
 def require_same_setting(config: Config, data: PreparedDataset, world: World) -> None:
-    """Compare settings, code, torch and data; call on every process before anything is built.
+    """Compare settings, code, torch and data. Call on every process before anything is built.
 
     Raises:
         Disagreement: on every process.
     """
     if world.size == 1:
         return
-    # Each machine may keep its own copy of the corpus: the fingerprint says whether the copies are equal.
+    # Each machine may have a separate copy of the corpus; equal copies have the same fingerprint.
     per_rank = marked(config, "per_rank")
     mine = {key: value for key, value in flat(OmegaConf.structured(config)).items() if key not in per_rank}
     mine |= {"code": code_hash(), "torch": torch.__version__}
@@ -51,13 +51,13 @@ def require_same_weights(tensors: Mapping[str, Tensor], world: World) -> None:
         return
     mine = {f"{name}{_place(tensor)}": _digest(local(tensor)) for name, tensor in tensors.items()}
     if found := _differences(world.gather_objects(mine)):
-        first = f"the processes of this run begin with different values of {len(found)} tensors"
+        first = f"the processes of this run have different initial values of {len(found)} tensors"
         fix = "they come from train.seed, train.init_from or a checkpoint: every process must read the same files"
         raise Disagreement("\n".join([first, *found[:4], fix]))
 
 
 def _differences(by_rank: list[dict[str, Any]]) -> list[str]:
-    """A line for each key that has several values; a process that lacks the key does not count."""
+    """A line for each key with several values; a process without the key is ignored."""
     lines = []
     for key in dict.fromkeys(key for mine in by_rank for key in mine):
         holders: dict[str, list[int]] = {}
@@ -74,7 +74,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _place(tensor: Tensor) -> str:
-    """The part of a sharded tensor that this process holds, as text; "" for all of it."""
+    """The part of a sharded tensor on this process, as text; "" for a complete tensor."""
     here = place(tensor)
     complete = all(part == slice(0, size) for part, size in zip(here, tensor.shape, strict=True))
     return "" if complete else str([(part.start, part.stop) for part in here])
@@ -86,7 +86,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def code_hash() -> str:
-    """A hash of the source files of the packages that training runs, with files that git does not track."""
+    """A hash of the source files of the packages used in training, including files that git does not track."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(file for folder in CODE for file in Path(ROOT, folder).rglob("*.py")):
         digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())

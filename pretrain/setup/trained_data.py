@@ -1,4 +1,4 @@
-"""The tokens that a resumed run was trained on, found without the files that they were made from."""
+"""Find the tokens that a resumed run was trained on, even without the corpus and the tokenizer."""
 
 import logging
 from contextlib import suppress
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def state_to_resume(config: Config) -> dict[str, Any] | None:
     """``state.json`` of the run's newest checkpoint, {} if it is damaged; None for a run that starts at step 0."""
     newest = None
-    with suppress(OSError, ValueError):  # a name that cannot be a folder is reported by the checks of settings
+    with suppress(OSError, ValueError):  # the checks of settings report an invalid folder name
         newest = RunFolder(config).latest_checkpoint
     if newest is None:
         return None
@@ -31,9 +31,9 @@ def state_to_resume(config: Config) -> dict[str, Any] | None:
 
 
 def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset | None:
-    """The tokens that the run with this ``state`` was trained on, when the files they were made from are gone.
+    """The tokens that the run with this ``state`` was trained on, if the corpus or the tokenizer is missing.
 
-    None when those files are there, so that they are compared with the checkpoint; or when ``data.root`` does not hold
+    None if nothing is missing, so that the files are compared with the checkpoint; or if ``data.root`` does not contain
     all of the tokens.
     """
     settings, trained = data_settings(config), state.get("data", {})
@@ -45,12 +45,12 @@ def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset 
     else:
         found = find_by_fingerprint(settings, fingerprint, trained.get("mixture"))
     if found:
-        logger.warning("%s; resuming with the tokens in %s, which the run was trained on", problems[0], found.folder)
+        logger.warning("%s; resuming with the tokens of this run in %s", problems[0], found.folder)
     return found
 
 
 def validation_tokens(config: Config) -> int:
-    """The most tokens that a validation reads of a streamed dataset."""
+    """The maximum number of tokens that a validation reads from a streamed dataset."""
     return config.train.eval_sequences * config.train.seq_len + 1
 
 

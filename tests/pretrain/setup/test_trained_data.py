@@ -124,7 +124,7 @@ def test_preparations_are_found_at_a_new_place_without_the_text(here, expected):
 
 
 REFUSED = {  # before the resume, settings of it, words of the error
-    "other weights": (lambda: None, ["train.init_from=runs/first-1"], "has other weights than the run started from"),
+    "other weights": (lambda: None, ["train.init_from=runs/first-1"], "differs from the weights that the run"),
     "no weights there": (lambda: None, ["train.init_from=nowhere"], "cannot be compared with start"),
     "a file more": (one_more_file, [], "another corpus or tokenizer"),
     "another corpus": (lambda: None, ["data.paths=[other]"], r"data\.paths was .*text.*, is now .*other"),
