@@ -1,4 +1,4 @@
-"""The batches of a run: made ahead by a thread, from a prepared dataset or from one that is still being prepared."""
+"""The batches of a run, made in advance by a thread. The dataset is prepared, or is still being prepared."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class BatchFeed:
 
     Args:
         data: prepared, or a ``StreamedDataset`` that grows during training.
-        stop: ends ``wait`` when it is set.
+        stop: ends ``wait`` if it is set.
     """
 
     def __init__(self, config: Config, world: World, data: PreparedDataset, stop: StopRequest):
@@ -43,7 +43,7 @@ class BatchFeed:
         self._ahead = Prefetch(self._batches.micro_batches, world.device.type == "cuda", self._batches.ready)
 
     def wait(self, step: int) -> bool:
-        """Wait until the batch of ``step`` can be read; returns False when the run is asked to stop before that.
+        """Wait until the batch of ``step`` can be read. Returns False if the run is asked to stop before.
 
         Raises:
             ValueError: on every process: the preparation of the data has failed.
@@ -57,7 +57,7 @@ class BatchFeed:
             self._ahead.add(time.perf_counter() - began)
 
     def micro_batches(self, step: int) -> MicroBatches:
-        """This process' micro-batches of ``step``: int64 (micro_batch_size, seq_len) inputs and targets each.
+        """This process' micro-batches of ``step``: inputs and targets, int64 (micro_batch_size, seq_len) each.
 
         With ``train.document_masks`` also the document starts, see ``data.loading.batches``.
         """
@@ -72,7 +72,7 @@ class BatchFeed:
         return self._batches.documents(step)
 
     def identity(self, steps: int) -> dict[str, Any]:
-        """What identifies the data of the first ``steps`` steps, for a checkpoint: JSON-able."""
+        """The identity of the data of the first ``steps`` steps, for a checkpoint; JSON-serialisable."""
         content, mixture = content_of(self.data.manifest), self.data.manifest.get("mixture")
         identity: dict[str, Any] = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
         identity |= {"content": content} if content else {}
@@ -93,13 +93,13 @@ class BatchFeed:
         if steps:
             self.wait(steps - 1)
         ours = self.identity(steps)
-        # Fingerprints also depend on the names of documents, and so on the name of the folder that they are in.
-        # The content of a streamed corpus is known only once it is read as a whole.
+        # Fingerprints also depend on the names of documents, and so on the name of their folder.
+        # The content of a streamed corpus is known only after all of it has been read.
         free = {"mixture", "fingerprint" if "content" in identity.keys() & ours.keys() else "content"}
         if any(identity.get(key) != ours.get(key) for key in {*identity, *ours} - free):
             other = [f"{key} was {old}, is now {new}" for key, (old, new) in changes.items() if key.startswith("data.")]
             raise ConfigError(
-                f"{trained} was trained on another corpus or tokenizer than {self.data.folder}; bring that one back, "
+                f"{trained} was trained on another corpus or tokenizer than {self.data.folder}; restore that corpus, "
                 + "\n".join(["or choose another run.name", *other])
             )
 

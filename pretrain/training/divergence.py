@@ -1,4 +1,4 @@
-"""Finds losses that show that a run does not learn, and names the settings that are the likely cause."""
+"""Detects from the losses that a run diverges, and names the settings that are the likely cause."""
 
 import math
 from collections import deque
@@ -8,19 +8,21 @@ from typing import Any
 
 from pretrain.config.schema import Config
 
-LOGGED = 20  # losses of logged steps that have to rise
-GUESSING = 10  # losses of logged steps that have to be worse than those of guessing
-ABOVE = 0.05  # nats by which a loss has to be above another
-RISE = 0.2  # nats by which a rising loss has risen over the LOGGED losses
-ERRORS = 8.0  # the slope of a rising loss is above this number of its standard errors
+LOGGED = 20  # number of logged losses that must rise
+GUESSING = 10  # number of logged losses that must be worse than guessing
+ABOVE = 0.05  # nats by which a loss must exceed another loss
+RISE = 0.2  # nats by which the loss must rise over the LOGGED losses
+ERRORS = 8.0  # number of standard errors that the slope of a rising loss must exceed
 
 
 class Divergence:
-    """Judges the logged losses of a run, without waiting for the device; ``found`` is its first warning, or None.
+    """Judges the logged losses of a run, without waiting for the device. ``found`` is the first warning of the run.
+
+    ``found`` is None if there was no warning.
 
     Args:
-        logged: the lines of ``metrics.jsonl`` before a resumed run's first step: it is judged as if it was never
-            stopped, and not warned of again.
+        logged: lines of ``metrics.jsonl`` from before the resume. They are judged too, so a resumed run gives the same
+            verdict as an uninterrupted one; a warning already given is not repeated.
     """
 
     def __init__(self, config: Config, logged: Iterable[dict[str, Any]] = ()):
@@ -68,9 +70,9 @@ class Divergence:
 
 
 def rises(losses: list[float]) -> bool:
-    """Whether a line through ``losses`` rises by more than RISE, and more than their scatter explains.
+    """Whether a line through ``losses`` rises by more than RISE, and by more than their scatter explains.
 
-    The line is that of least squares. Its slope has the standard error sqrt(Σ residual² / (n − 2) / Σ (x − x̄)²).
+    It is the least-squares line. Its slope has the standard error sqrt(Σ residual² / (n − 2) / Σ (x − x̄)²).
     """
     n, mean, middle = len(losses), fmean(losses), (len(losses) - 1) / 2
     spread = sum((i - middle) ** 2 for i in range(n))

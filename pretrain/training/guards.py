@@ -1,6 +1,6 @@
 """Judge steps: losses and gradients that are not finite, and loss spikes.
 
-Batches that no update was made from, or that ended the run, are listed in ``bad_batches.jsonl`` with their documents.
+Batches without an update, and batches that ended the run, are listed in ``bad_batches.jsonl`` with their documents.
 """
 
 import logging
@@ -20,20 +20,20 @@ from pretrain.training.train_step import StepNumbers, StepResult
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED_IN_A_ROW = 10  # more than this is not due to single batches but to the weights
-NAMED = 5  # documents in a message; the file lists all
+MOST_SKIPPED_IN_A_ROW = 10  # if more steps fail, the cause is the weights and not single batches
+NAMED = 5  # documents in a message; the file lists all documents
 
 Verdict = Enum("Verdict", ["CONTINUE", "SKIP", "FAIL", "ROLL_BACK"])
 
 
 class Guards:
-    """Judges every step of a run, and keeps all counters of steps that went wrong.
+    """Judges every step of a run, and keeps all counters of failed steps.
 
-    ``skipped`` is the number of steps without an update, ``spikes`` holds the latest losses, ``reason`` explains the
+    ``skipped`` is the number of steps without an update, ``spikes`` has the latest losses, ``reason`` explains the
     verdict FAIL.
 
     Args:
-        rollbacks: steps whose batches are left out, see ``CheckpointManager``.
+        rollbacks: steps whose batches are skipped, see ``CheckpointManager``.
     """
 
     def __init__(self, train: TrainConfig, world: World, feed: BatchFeed, folder: RunFolder, rollbacks: Sequence[int]):
@@ -41,18 +41,18 @@ class Guards:
         self.skipped, self.reason = 0, ""
         self.spikes = LossSpikes(train.spike_factor)
         self._skipped_at = self._skipped_in_a_row = 0
-        # The first step that was not finite, 0 for none: on the device, so that no step waits to know.
+        # The first step that was not finite, 0 for none. It is on the device, so that no step waits for it.
         self._first_failed = torch.zeros((), dtype=torch.int64, device=world.device)
         self._file = folder.bad_batches_file
         self._lines = JsonLinesFile(self._file) if world.is_main else None
 
     @property
     def skips(self) -> int | None:
-        """``skipped`` to be logged; None when the settings of the run allow no skips."""
+        """``skipped`` for the log; None if the settings of the run do not allow skips."""
         return self.skipped if self.train.non_finite == "skip" or self.rollbacks else None
 
     def leaves_out(self, step: int) -> bool:
-        """Whether the batch of ``step`` (from 1) is left out after a rollback."""
+        """Whether the batch of ``step`` (from 1) is skipped after a rollback."""
         return step in self.rollbacks
 
     def resume(self, skipped: int, losses: Iterable[float]) -> None:
@@ -62,15 +62,15 @@ class Guards:
             self.spikes.add(loss)
 
     def judge(self, step: int, result: StepResult, reduce: bool) -> Verdict:
-        """Judge the result of ``step`` (from 1); call on every process, after every step.
+        """Judge the result of ``step`` (from 1). Call on every process, after every step.
 
         Args:
-            reduce: compute the loss and the gradient norm now, which waits for the device. Otherwise values that are
-                not finite are noticed in a later call. With ``train.spike_factor`` every call computes them.
+            reduce: compute the loss and the gradient norm now, which waits for the device. Otherwise non-finite values
+                are noticed in a later call. With ``train.spike_factor``, every call computes them.
 
         Returns:
-            CONTINUE; SKIP after a step without an update; FAIL when the run has to end, see ``reason``; ROLL_BACK when
-            it has to return to the newest checkpoint and leave out the batch of ``step``.
+            CONTINUE; SKIP after a step without an update; FAIL if the run must end, see ``reason``; ROLL_BACK if the
+            run must return to the newest checkpoint and skip the batch of ``step``.
         """
         if result.skipped:
             return self._skip(step)
@@ -84,7 +84,7 @@ class Guards:
         return self._look_for_spike(step, numbers.loss) if self.train.spike_factor else Verdict.CONTINUE
 
     def _skip(self, step: int) -> Verdict:
-        what = "passed over: the loss jumped here" if self.leaves_out(step) else "skipped: loss or gradient not finite"
+        what = "skipped: loss spike" if self.leaves_out(step) else "skipped: loss or gradient not finite"
         self.skipped += 1
         self._skipped_in_a_row = 1 if step != self._skipped_at + 1 else self._skipped_in_a_row + 1
         self._skipped_at = step
@@ -134,7 +134,7 @@ class Guards:
         """Add a line to ``bad_batches.jsonl``; returns the names of the documents in the batch of ``step``."""
         documents = self.feed.documents(step - 1)
         if self._lines:
-            # JSON has no word for numbers that are not finite.
+            # JSON cannot represent non-finite numbers.
             values = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
             self._lines.write({"step": step, "what": what, **values, "documents": documents})
         return documents

@@ -20,14 +20,14 @@ def choose_initial_rows(
 ) -> None:
     """Probe all layers in one forward and backward over ``micro_batches``, and let ``grass`` choose rows.
 
-    A selection that needs no scores chooses without that pass.
+    A selection without scores does not need this pass.
 
-    Compiled blocks run eagerly, because compiling for a single pass takes longer. All blocks are under activation
-    checkpointing: so the pass needs no more memory than a training step, although layers that select columns keep
+    Compiled blocks run eagerly, because compiling for a single pass takes longer. All blocks use activation
+    checkpointing, so the pass needs no more memory than a training step, although layers that select columns keep
     complete inputs while they are probed.
 
     Args:
-        targets: number of targets of the batch on all processes; None when every token counts as a target.
+        targets: number of targets of the batch on all processes; None if every token is a target.
     """
     if not grass.scored:
         grass.start(lambda: None)
@@ -43,7 +43,7 @@ def choose_initial_rows(
 
 
 class _Progress:
-    """A forward hook that logs every LOG_SECONDS how many of ``total`` micro-batches it has seen."""
+    """A forward hook that logs the number of micro-batches done, out of ``total``, every LOG_SECONDS."""
 
     def __init__(self, total: int):
         self.total, self.seen, self.logged = total, 0, time.monotonic()

@@ -1,14 +1,14 @@
-"""Recognise a loss that jumps."""
+"""Recognise loss spikes."""
 
 from collections import deque
 from statistics import median
 
-WINDOW = 32  # number of earlier losses that a loss is compared with
-NEEDED = 8  # with fewer earlier losses nothing is a spike
+WINDOW = 32  # number of earlier losses with which a loss is compared
+NEEDED = 8  # minimum number of earlier losses; with fewer, nothing is a spike
 
 
 class LossSpikes:
-    """The latest losses of a run, in nats per target. Checkpoints hold them: a resumed run finds the same spikes.
+    """The latest losses of a run, in nats per target. Checkpoints contain them, so a resumed run finds the same spikes.
 
     Args:
         factor: a loss above ``factor`` times the median of the latest ``WINDOW`` losses is a spike.
@@ -23,5 +23,5 @@ class LossSpikes:
         return len(self.losses) >= NEEDED and loss > self.factor * median(self.losses)
 
     def add(self, loss: float) -> None:
-        """Add a loss, a spike too: a loss that stays high soon stops being one."""
+        """Add a loss, also after a spike, so that a permanently higher loss is soon not a spike any more."""
         self.losses.append(loss)

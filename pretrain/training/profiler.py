@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from pretrain.config.schema import SETTLING
 
 logger = logging.getLogger(__name__)
-EVENTS = 100_000  # most events of the allocator that are kept
+EVENTS = 100_000  # maximum number of allocator events to keep
 
 
 class StepProfile:

@@ -1,4 +1,4 @@
-"""Learning rates of a run by its settings, and how they change when a run resumes with other settings."""
+"""Learning rates of a run, and their changes when the run resumes with other settings."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,34 +6,34 @@ from typing import Any
 from optim.schedule import rate_factor
 from pretrain.config.schema import Config
 
-# Names of the peak rates, and the parameters that have them.
+# Names of the peak rates, and their parameters.
 RATES = {"optim.linear_lr": "the linear layers", "optim.lr": "the other parameters"}
 JUMP = 1.05  # above this multiple of the planned rate, a rate is a jump
 
 
 def schedule_factor(config: Config, step: int) -> float:
-    """The factor of the schedule on all peak rates for ``step`` (from 0)."""
+    """The schedule's factor for all peak rates at ``step`` (from 0)."""
     return _factor(rate_settings(config), step)
 
 
 def rate_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the learning rates, JSON-able; part of a checkpoint."""
+    """The settings that determine the learning rates, JSON-serialisable; part of a checkpoint."""
     optim = asdict(config.optim)
     names = ("schedule", "warmup_steps", "final_lr", "decay_share", "lr", "linear_lr", "alpha")
     return {"steps": config.train.steps, **{name: optim[name] for name in names if name in optim}}
 
 
 def describe_change(before: dict[str, Any] | None, config: Config, step: int) -> list[str]:
-    """Lines for the log if a resumed run has other learning rates than its checkpoint planned; [] if it has the same.
+    """Log lines if the learning rates of a resumed run differ from those planned in its checkpoint; [] if equal.
 
     Args:
-        before: ``rate_settings`` in the checkpoint that the run resumes from; None if an older checkpoint lacks them.
+        before: ``rate_settings`` in the checkpoint of the resume; None if an older checkpoint lacks them.
         step: the first step to be trained, from 0.
     """
     now, steps = rate_settings(config), config.train.steps
     before = before or now
     if step >= steps:
-        return [f"the run is at step {step}, and train.steps={steps}: no step is left to train"] if step > steps else []
+        return [f"the run is at step {step}, but train.steps={steps}: no step is left to train"] if step > steps else []
     lines, shown = [], sorted({step, (step + steps) // 2, steps - 1})
     for name, parameters in RATES.items():
         if all(_rate(before, name, n) == _rate(now, name, n) for n in _sampled(step, steps)):

@@ -20,7 +20,7 @@ from pretrain.training.trainer import Outcome, Trainer
 
 
 def train(config: Config) -> int:
-    """Train as ``config`` says, on this process and those that torchrun started with it; returns the exit code."""
+    """Train with ``config`` on this process and the other processes of torchrun; returns the exit code."""
     stop = StopRequest()
     with clear_errors():
         require_usable_gpus()
@@ -30,13 +30,13 @@ def train(config: Config) -> int:
         set_arithmetic(config, world.device)
         with name_lost_ranks(world, timeout, stop.__bool__), open_data(world) as data:
             finished = train_to_end(config, world, data, stop)
-    # The trainer must be gone here: DDP would hold the interpreter's lock while it releases gloo's process group.
+    # The trainer must be deleted before: DDP would hold the interpreter's lock while it releases gloo's process group.
     disconnect()
     return 0 if finished else EXIT_CODE
 
 
 def train_to_end(config: Config, world: World, data: PreparedDataset, stop: StopRequest) -> bool:
-    """Train, starting again from a checkpoint after each rollback; returns False when a signal stopped the run."""
+    """Train, and restart from a checkpoint after each rollback. Returns False if a signal stopped the run."""
     folder = RunFolder(config)
     require_same_setting(config, data, world)
     if world.broadcast_object(folder.is_finished(config.train.steps)):
@@ -54,4 +54,4 @@ def _train_once(config: Config, world: World, data: PreparedDataset, folder: Run
     try:
         return trainer.fit()
     finally:
-        trainer.log.stop_bar()  # after an error too, or the terminal is left without a cursor
+        trainer.log.stop_bar()  # also after an error, because otherwise the terminal has no cursor

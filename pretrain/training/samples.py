@@ -1,4 +1,4 @@
-"""Samples: the continuations of ``data.prompts`` that a run's model writes at its end, in ``samples.md``."""
+"""Samples: continuations of ``data.prompts`` by the model at the end of a run, in ``samples.md``."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pretrain.runs.folder import RunFolder
 
 
 def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
-    """Each prompt and its continuation, the same on every process; leaves the model in eval mode."""
+    """Each prompt and its continuation, the same on every process. Leaves the model in eval mode."""
     if config.train.sample_tokens == 0:
         return []
     model.eval()

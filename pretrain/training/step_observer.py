@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 
 class StepObserver:
-    """Override the methods of the events you need; each is called on every process.
+    """Override the methods of the events you need. They are called on every process.
 
-    In one step: ``before_forward`` to ``before_backward`` once for each micro-batch, ``after_backward`` once the
-    gradients of all micro-batches are complete, then the optimizer and the refresh. The optimizer may step several
-    times in an update: once for each block with rows in low precision, and, with ``train.step_in_backward``, inside the
-    last backward for each parameter.
+    In one step: ``before_forward`` to ``before_backward`` once for each micro-batch; ``after_backward`` when the
+    gradients of all micro-batches are complete; then the optimizer and the refresh. In one update, the optimizer may
+    step several times: once for each block with rows in low precision, and with ``train.step_in_backward`` once for
+    each parameter, inside the last backward.
     """
 
     def before_forward(self) -> None:
@@ -22,16 +22,16 @@ class StepObserver:
         """Before the backward of a micro-batch."""
 
     def after_backward(self) -> None:
-        """Once after all micro-batches: gradients are complete and averaged over the processes."""
+        """After all micro-batches, when gradients are complete and averaged over the processes."""
 
     def before_optimizer(self) -> None:
-        """Before a step of the optimizer, once Grass has prepared it."""
+        """Before a step of the optimizer, after Grass has prepared it."""
 
     def after_optimizer(self) -> None:
-        """After a step of the optimizer, once Grass has folded it into the weights."""
+        """After a step of the optimizer, after Grass has folded it into the weights."""
 
     def before_refresh(self) -> None:
-        """After an update is made, before Grass gathers scores and chooses rows; also when none are due."""
+        """After an update, before Grass gathers scores and chooses rows; also if no layer is due."""
 
     def after_refresh(self) -> None:
         """After Grass has chosen rows and started the probes of the next step."""

@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds and tokens of training steps, without the evaluations and saves between them.
+    """Seconds and tokens of training steps, without the validations and saves between them.
 
     ``total_seconds`` is the time of all training steps of the run.
 
@@ -42,7 +42,7 @@ class Stopwatch:
         self._since = self._clock()
 
     def stop(self, tokens: int) -> None:
-        """End the step that ``start`` began; it trained on ``tokens``."""
+        """End the step that ``start`` began and that trained on ``tokens`` tokens."""
         assert self._since is not None
         seconds = self._clock() - self._since
         self._seconds, self.total_seconds = self._seconds + seconds, self.total_seconds + seconds
@@ -56,7 +56,7 @@ class Stopwatch:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory use so far in bytes: of CUDA's allocator, or on a CPU the resident memory of the process."""
+    """The peak memory so far in bytes: of CUDA's allocator, or on a CPU the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

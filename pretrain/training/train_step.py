@@ -14,7 +14,7 @@ from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
 from pretrain.training.step_observer import StepObserver, notify
 
-# Inputs and targets, int64 (micro_batch_size, seq_len) each; with train.document_masks also where documents begin.
+# Inputs and targets, int64 (micro_batch_size, seq_len) each; with train.document_masks also the document starts.
 MicroBatch = tuple[Tensor, ...]
 
 
@@ -22,7 +22,7 @@ MicroBatch = tuple[Tensor, ...]
 class StepNumbers:
     """Mean loss in nats per target and global gradient norm before clipping; the same on every process.
 
-    ``finite`` is false when these or the numbers of an earlier update are not finite on some process.
+    ``finite`` is false if these numbers, or those of an earlier update, are not finite on any process.
     """
 
     loss: float
@@ -75,8 +75,8 @@ class TrainStep:
     Args:
         model: the model whose parameters are trained.
         engine: runs forwards and backwards of ``model`` on one process or several.
-        optim: of ``pretrain.setup.optimizer.build_optimizer``.
-        skip: make no update when the loss or gradient is not finite. To know, every step waits for the device.
+        optim: as returned by ``pretrain.setup.optimizer.build_optimizer``.
+        skip: make no update if the loss or gradient is not finite. This check makes every step wait for the device.
         observers: are notified when the parts of a step begin and end.
     """
 
@@ -100,7 +100,7 @@ class TrainStep:
         """Make one update.
 
         Args:
-            targets: number of the step's targets on all processes; by default every token is one.
+            targets: number of the step's targets on all processes; by default every token is a target.
         """
         targets = targets or self.config.train.tokens_per_step
         nats = self.accumulate(micro_batches, targets, step=True)
@@ -124,8 +124,8 @@ class TrainStep:
         """Run forward and backward of every micro-batch. Gradients are those of the mean loss over all targets.
 
         Args:
-            targets: number of the step's targets on all processes; by default every token counts as a target.
-            step: let the last backward make the optimizer's steps, when ``train.step_in_backward`` is set.
+            targets: number of the step's targets on all processes; by default every token is a target.
+            step: let the last backward make the optimizer's steps, if ``train.step_in_backward`` is set.
 
         Returns:
             Loss summed over this process' targets, in nats, as a float64 scalar tensor on the device.
@@ -148,7 +148,7 @@ class TrainStep:
         return nats
 
     def _observe_optimizer(self) -> None:
-        observers = self.observers  # the hooks must not hold this object, which holds the optimizer
+        observers = self.observers  # the hooks must not reference this object, which references the optimizer
         self.optim.optimizer.register_step_pre_hook(lambda *_: notify(observers, "before_optimizer"))
         self.optim.optimizer.register_step_post_hook(lambda *_: notify(observers, "after_optimizer"))
         if grass := self.optim.grass:

@@ -67,7 +67,7 @@ class Trainer:
             self.load_state_dict(state)
             changes += describe_change(state.get("rates"), config, self.step)
         require_same_weights(tensors_of(self.model, self.optim), world)
-        self._open_folder(changes)  # only now: a run that is refused above leaves its folder unchanged
+        self._open_folder(changes)  # only now, so that a run that is refused above does not change its folder
         log_opening(config, world, self.model, self.optim, data)
         if train.compile:
             compile_blocks(config, self.model, world)
@@ -80,7 +80,7 @@ class Trainer:
         """Train to the last step.
 
         Returns:
-            FINISHED; STOPPED after a signal; ROLLED_BACK when a new Trainer has to continue from the newest checkpoint.
+            FINISHED; STOPPED after a signal; ROLLED_BACK if a new Trainer must continue from the newest checkpoint.
 
         Raises:
             FloatingPointError, OSError, ValueError: a loss is not finite, or the disk or the data failed.
@@ -143,7 +143,7 @@ class Trainer:
         return self.finish()
 
     def train_step(self, step: int) -> StepResult:
-        """Make the update of ``step`` (from 0), or leave out its batch after a rollback."""
+        """Make the update of ``step`` (from 0), or skip its batch after a rollback."""
         self.stop_request.step = step + 1
         self.optim.set_rates(schedule_factor(self.config, step))
         if self.norms:
@@ -162,7 +162,7 @@ class Trainer:
         return score.metrics
 
     def stop(self) -> Outcome:
-        """Save and close a run that is not finished. Raises NotSaved when the disk refuses."""
+        """Save and close a run that is not finished. Raises NotSaved if the disk refuses."""
         self._save()
         self.checkpoints.finish()
         logger.info("stopped by a signal at step %d; the same command resumes the run from here", self.step)
@@ -170,7 +170,7 @@ class Trainer:
         return Outcome.STOPPED
 
     def finish(self) -> Outcome:
-        """Save, validate, write samples and the summary. Raises NotSaved when the disk refuses."""
+        """Save, validate, write samples and the summary. Raises NotSaved if the disk refuses."""
         self.stop_request.step = None
         self._save()
         score = self.validate()
@@ -181,7 +181,7 @@ class Trainer:
         return Outcome.FINISHED
 
     def state_dict(self) -> dict[str, Any]:
-        """The JSON-able state of the run beside its tensors: see ``TrainingState``."""
+        """The JSON-serialisable state of the run, except its tensors: see ``TrainingState``."""
         return TrainingState(
             step=self.step, tokens=self.log.tokens(self.step), seconds=self.watch.wall_seconds,
             training_seconds=self.watch.total_seconds, world_size=self.world.size,
@@ -190,7 +190,7 @@ class Trainer:
         ).to_json()  # fmt: skip
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
-        """Continue from ``state_dict()`` and the tensors of a checkpoint. Raises ValueError for other data."""
+        """Continue from ``state_dict()`` and the tensors of a checkpoint. Raises ValueError if the data differ."""
         state, changes = TrainingState.from_json(content), self.folder.changes(self.config)
         if "train.init_from" in changes:
             require_same_start(self.config.train.init_from, state.init_from)
@@ -217,7 +217,7 @@ class Trainer:
     def _wait_for_batch(self) -> bool:
         try:
             return self.feed.wait(self.step)
-        except ValueError:  # the preparation failed; what is trained so far is kept
+        except ValueError:  # the preparation failed; the training so far is kept
             self._save()
             raise
 

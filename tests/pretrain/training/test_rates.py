@@ -35,7 +35,7 @@ CHANGES = {
     "another end": ([], ["optim.final_lr=0"], 19, ["far, 0 at step 20 (planned: 0.0002)", "far, 0 at step 20"]),
     "a shorter run": ([], ["train.steps=12"], 10, ["0.0002 at step 12 (planned:", "0.002 at step 12"]),
     "a warm-up that is longer": ([], ["optim.warmup_steps=8"], 2, ["0.00075 at step 3 (planned: 0.0015)", "0.0075"]),
-    "shorter than it is": ([], ["train.steps=12"], 15, ["at step 15, and train.steps=12: no step is left"]),
+    "shorter than it is": ([], ["train.steps=12"], 15, ["at step 15, but train.steps=12: no step is left"]),
     "a longer constant run": (["optim.schedule=constant"], ["optim.schedule=constant", "train.steps=40"], 20, []),
     "nothing": ([], [], 10, []),
     "no rate": ([], ["train.log_every=3", "optim.clip=0.5"], 10, []),
