@@ -21,7 +21,7 @@ from rich.progress import (
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
-SMOOTHING = 0.8  # weight of the earlier losses in the moving average beside the bar
+SMOOTHING = 0.8  # weight of the earlier losses in the moving average next to the bar
 
 
 class RunBar:
@@ -54,7 +54,7 @@ class RunBar:
 
 
 def run_bar(steps: int, first_step: int) -> RunBar | None:
-    """A started ``RunBar``; None when standard error is no terminal."""
+    """A started ``RunBar``; None if standard error is not a terminal."""
     return RunBar(steps, first_step) if console.is_terminal else None
 
 
@@ -86,7 +86,7 @@ def command_line(module: str, *arguments: str) -> str:
 
 @contextmanager
 def warnings_only() -> Iterator[None]:
-    """A context in which nothing below a warning is logged: for models that are built beside that of the run."""
+    """A context in which only warnings and errors are logged: for models built in addition to the run's model."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.INFO))
     try:
@@ -96,7 +96,7 @@ def warnings_only() -> Iterator[None]:
 
 
 class _AboveTheBar(logging.Handler):
-    """Prints lines above the progress bar. The terminal wraps long ones, so that commands in them can be copied."""
+    """Prints lines above the progress bar. The terminal wraps long lines, so that commands in them can be copied."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -82,7 +82,7 @@ def _simulate(config: Config, layout: BlockLayout, model: Llama, world: World, e
 
 
 def micro_batch_size(config: Config) -> int:
-    """The number of sequences that a process takes at once."""
+    """The number of sequences in a micro-batch."""
     train = config.train
     return train.micro_batch_size or train.tokens_per_step // (train.seq_len * config.estimate.devices)
 
@@ -99,7 +99,7 @@ class _AnswerOne(TorchDispatchMode):
 
 @contextmanager
 def _compiled_torchao(optim: OptimConfig) -> Iterator[None]:
-    """Allocate what torchao's optimizers allocate: they compile their step, which then takes two float32 temporaries.
+    """Allocate like torchao's optimizers, whose compiled step needs two float32 temporaries.
 
     Measured with torch 2.13 and torchao 0.18 on a CPU: 8.03 bytes per element (docs/memory.md); 57 without compilation.
     """
@@ -174,7 +174,7 @@ class _Phases(StepObserver):
         self.mark("step")
 
     def before_optimizer(self) -> None:
-        """Steps inside a backward belong to its phases; a step on one block has a phase of its own."""
+        """Steps inside a backward belong to its phases; a step on one block is a separate phase."""
         if self.in_backward:
             return
         if (grass := self.optim.grass) and grass.is_partial_step:
@@ -188,10 +188,10 @@ class _Phases(StepObserver):
 
 
 class _Steps:
-    """Make the steps of a run that differ in the memory they hold.
+    """Makes the steps of a run that need different amounts of memory.
 
     Attributes:
-        sent: bytes given to collectives in the latest step.
+        sent: bytes in collectives in the latest step.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class _Steps:
     def refresh(self) -> None:
         """Make the steps that gather scores, of which the last refreshes; with GaLore and APOLLO, a projection step.
 
-        The first choice of rows holds less, since there is no optimizer state yet, and is left out.
+        The initial choice of rows needs less memory, because there is no optimizer state yet, and is left out.
         """
         if grass := self.optim.grass:
             for probed in self.layout.probed_blocks():

@@ -47,7 +47,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
     Args:
         world_size: number of processes.
         needs_data: whether the files of ``data.paths`` must exist.
-        resumes: whether the run has a checkpoint, so that ``train.init_from`` is not needed any more.
+        resumes: whether the run has a checkpoint, so that ``train.init_from`` is no longer needed.
 
     Raises:
         ConfigError: lists every problem with its key and the fix.
@@ -80,7 +80,7 @@ def _within(low: float, high: float, node: Any, *names: str) -> list[str]:
 def _warmup_problems(warmup: float, steps: int) -> list[str]:
     share = "or give a share of the run between 0 and 1"
     if not math.isfinite(warmup) or (warmup > 1 and warmup != int(warmup)):
-        return [f"optim.warmup_steps={warmup:g} is no number of steps; round it, {share}"]
+        return [f"optim.warmup_steps={warmup:g} is not a number of steps; round it, {share}"]
     if 0 < steps <= warmup_updates(warmup, steps):
         return [f"optim.warmup_steps={warmup:.15g} leaves nothing of train.steps={steps}; lower it, {share}"]
     return []
@@ -111,7 +111,7 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f" = {sequences} × {train.seq_len} × {world_size}; change one of them"
         )
     if train.keep_every and not train.keep_last:
-        problems.append("train.keep_every adds to train.keep_last, which keeps all; set train.keep_last=2, say")
+        problems.append("train.keep_every has no effect if train.keep_last=0 keeps all; set train.keep_last=2, say")
     if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
         problems.append(f"train.spike_factor={train.spike_factor} must be greater than 1, or 0 for no spikes")
     if not 0 < train.timeout_minutes < math.inf:
@@ -127,17 +127,17 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
         problems.append(str(error))
     if train.document_masks and config.data.source == "instructions":
         problems.append(
-            "train.document_masks=true: a row of data=instructions is one document already; set it to false"
+            "train.document_masks=true: each row of data=instructions is already one document; set it to false"
         )
     if config.data.on_the_fly and config.data.source in ("mixture", "instructions"):
         problems.append(
-            f"data.on_the_fly=true: data.source={config.data.source} has an order that needs all of its text; prepare "
-            "it first, with data.on_the_fly=false"
+            f"data.on_the_fly=true: the order of data.source={config.data.source} needs all of its text; prepare it "
+            "first, with data.on_the_fly=false"
         )
     if train.seq_len > model.max_position_embeddings:
         problems.append(
             f"train.seq_len={train.seq_len} is longer than model.max_position_embeddings="
-            f"{model.max_position_embeddings}; shorten it or choose a model with more positions"
+            f"{model.max_position_embeddings}; lower it or choose a model with more positions"
         )
     return problems
 
@@ -187,7 +187,7 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
     if optim.master_weights and optim.state_dtype == "bfloat16":
         problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")
     if not optim.patterns:
-        problems.append("optim.patterns=[] names no layer to train with Grass; name some, or set optim=adamw")
+        problems.append("optim.patterns=[] selects no layer for Grass; name some layers, or set optim=adamw")
     return problems
 
 
@@ -201,7 +201,7 @@ def _baseline_problems(optim: OptimConfig) -> list[str]:
         return [f"optim.inner={optim.inner} does not project; use {', '.join(PROJECTED)}, or optim=adamw"]
     problems = []
     if optim.embedding_inner is not None:
-        problems.append(f"optim.embedding_inner: {optim.inner} steps on embeddings by itself; set it to null")
+        problems.append(f"optim.embedding_inner: not supported with {optim.inner}; set it to null")
     if not 0 < optim.scale < math.inf:
         problems.append(f"optim.scale={optim.scale} must be greater than 0 and finite")
     if optim.inner == "apollo":
@@ -224,17 +224,17 @@ def _step_in_backward_problems(optim: OptimConfig, train: TrainConfig, world_siz
     key, problems = "train.step_in_backward=true", []
     if optim.clip:
         problems.append(
-            f"{key}: the global norm is not known before the first steps are made; set optim.clip=0, and if need be "
-            "optim.norm_growth=1.01, which limits each linear layer by itself"
+            f"{key}: the global norm is unknown when the first steps are made; set optim.clip=0, and if necessary "
+            "optim.norm_growth=1.01, which limits each linear layer separately"
         )
     if train.non_finite == "skip":
-        problems.append(f"{key}: steps are made before all gradients are seen; set train.non_finite=stop")
+        problems.append(f"{key}: steps are made before all gradients are known; set train.non_finite=stop")
     if train.log_layers_every:
         problems.append(f"{key}: gradients are freed before their norms are measured; set train.log_layers_every=0")
     if world_size > 1:
-        problems.append(f"{key}: gradients of {world_size} processes meet only after the backward; set it to false")
+        problems.append(f"{key}: gradients of {world_size} processes are summed after the backward; set it to false")
     if optim.master_weights:
-        problems.append(f"{key}: masters step all at once; set optim.master_weights=false")
+        problems.append(f"{key}: master weights are updated all at once; set optim.master_weights=false")
     if isinstance(optim, BaselineConfig):
         problems.append(f"{key}: {optim.inner} counts its steps over all parameters; set it to false")
     return problems
@@ -271,11 +271,11 @@ def _model_problems(config: Config, world_size: int, resumes: bool) -> list[str]
 
 
 def _vocabulary_problems(config: Config) -> list[str]:
-    """A model may have more embedding rows than there are tokens: as padding, or as it comes with train.init_from."""
+    """Compare tokens and embedding rows. More rows are allowed as padding, or in a model from train.init_from."""
     tokens, rows = config.data.vocab_size, config.model.vocab_size
     if tokens <= rows and (rows <= tokens + MOST_PADDING or config.train.init_from):
         return []
     return [
-        f"data.vocab_size={tokens} is not model.vocab_size={rows}: a model has an embedding row for each token, and up "
-        f"to {MOST_PADDING} more as padding; set both to the same"
+        f"data.vocab_size={tokens} does not match model.vocab_size={rows}: a model has an embedding row per token, and "
+        f"up to {MOST_PADDING} more as padding; set both to the same value"
     ]

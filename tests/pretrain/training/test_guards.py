@@ -136,7 +136,7 @@ def test_a_skipped_update_changes_nothing_and_is_counted_also_over_a_resume(over
     folder, resumed = train(overrides("train.non_finite=skip"))
     assert losses(folder) == losses(whole)
     assert_equal(resumed, expected)
-    with pytest.raises(ConfigError, match="steps are made before all gradients are seen"):
+    with pytest.raises(ConfigError, match="steps are made before all gradients are known"):
         check(load(overrides("train.non_finite=skip", "train.step_in_backward=true", "optim.clip=0")))
 
 
