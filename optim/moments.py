@@ -12,8 +12,13 @@ Adam counts steps per matrix, so that rows of different ages share one bias corr
 an estimate needs no correction. A first moment that starts at zero is not corrected for the age of its row: a new row's
 first steps are small and grow to full size over about 1 / (1 - β₁) updates, which warms up each new row.
 
-Only known averages of gradients or of their squares, element by element, can be carried. All other state (factored or
-quantised moments, Rprop's step sizes) is reset, with a warning.
+NorMuon keeps the mean square of each row (output neuron) of its orthogonalised step, (rows, 1). Where rows are selected
+it moves with them, and a new row starts at the mean over the rows selected before, whatever the setting: it is no
+moment of a gradient, so that neither a score nor ρ applies to it, and zero would make the row's first steps too large.
+Where columns are selected the rows stay, and so does the state.
+
+Only such mean squares and known averages of gradients or of their squares, element by element, can be carried. All
+other state (factored or quantised moments, Rprop's step sizes) is reset, with a warning.
 """
 
 import logging
@@ -35,6 +40,8 @@ NEW_SECOND_MOMENTS = ("mean", "score", "zero")
 # Names in torch.optim of averages (Adamax: a maximum) of gradients, and averages (Adagrad: the sum) of their squares.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "exp_inf")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+# Names of mean squares of the step's rows, (rows, 1).
+MEAN_SQUARES_OF_ROWS = ("row_mean_square",)
 
 
 class StateAtRefresh:
@@ -114,9 +121,11 @@ class StateAtRefresh:
 
 
 def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
-    """Whether every tensor of ``state`` except counts is a known moment of the rows, element by element."""
+    """Whether every tensor of ``state`` except counts is a known moment of rows of ``shape``, or of each output."""
+    shapes = dict.fromkeys((*FIRST_MOMENTS, *SECOND_MOMENTS), shape)
+    shapes |= dict.fromkeys(MEAN_SQUARES_OF_ROWS, torch.Size((shape[0], 1)))
     return all(
-        name in (*FIRST_MOMENTS, *SECOND_MOMENTS) and not is_traceable_wrapper_subclass(t) and t.shape == shape
+        t.shape == shapes.get(name) and not is_traceable_wrapper_subclass(t)
         for name, t in state.items()
         if torch.is_tensor(t) and t.ndim > 0
     )
@@ -126,8 +135,8 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor | None) -> None:
     """Turn the states of the old rows into those of the new rows, in place.
 
-    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square. The mean over
-    the old rows is that of the moments of G.
+    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, mean squares
+    of the step by nothing. The mean over the old rows is that of the moments of G.
 
     Args:
         states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and
@@ -141,22 +150,21 @@ def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: s
     for name, moment in states[0].items():
         if not torch.is_tensor(moment) or moment.ndim == 0:
             continue
-        second = name in SECOND_MOMENTS
+        of_step, second = name in MEAN_SQUARES_OF_ROWS, name in SECOND_MOMENTS
+        if of_step and change.dim == 1:
+            continue
+        power = 0 if of_step else 2 if second else 1  # of ρ
         moments = [state[name] for state in states]
         of_gradient = torch.stack(moments)
         if change.old_scale is not None:
-            of_gradient = of_gradient / _factor(change.old_scale, second).unsqueeze(along)
+            of_gradient = of_gradient / (change.old_scale**power).unsqueeze(along)
         kept = of_gradient.take_along_dim(position, 1 + change.dim)
         fresh = torch.zeros_like(kept)
         if second and new_second_moment == "score" and score is not None:
             fresh = score.unsqueeze(along).expand_as(kept)
-        elif second and new_second_moment != "zero":
+        elif of_step or (second and new_second_moment != "zero"):
             fresh = of_gradient.mean(1 + change.dim, keepdim=True).expand_as(kept)
         found = torch.where(stays, kept, fresh)
         if change.new_scale is not None:
-            found = found * _factor(change.new_scale, second).unsqueeze(along)
+            found = found * (change.new_scale**power).unsqueeze(along)
         torch._foreach_copy_(moments, list(found.unbind()))
-
-
-def _factor(scale: Tensor, second: bool) -> Tensor:
-    return scale**2 if second else scale

@@ -22,8 +22,11 @@ SECOND = [[1.0, 4.0], [9.0, 16.0]]
 NEW_SECOND = {"mean": [5.0, 10.0], "score": [8.0, 8.0], "zero": [0.0, 0.0]}
 
 
-def refreshed(side, optimizer_class, state=None, **kwargs):
-    """The layer and its optimizer after a refresh from rows (0, 1) to (1, 3), with ``state`` before it."""
+def refreshed(side, optimizer_class, state=None, fixed=None, **kwargs):
+    """The layer and its optimizer after a refresh from rows (0, 1) to (1, 3), with ``state`` before it.
+
+    ``fixed`` is state that is laid out alike for both sides.
+    """
 
     def lay(matrix):  # a row selection's example, turned for columns
         return torch.tensor(matrix) if side == "rows" else torch.tensor(matrix).T.contiguous()
@@ -33,6 +36,7 @@ def refreshed(side, optimizer_class, state=None, **kwargs):
     grass = Grass(nn.ModuleDict({"layer": layer}), optimizer, **PAPER | {"refresh_every": 3} | kwargs)
     if state:
         optimizer.state[layer.rows] = {k: torch.tensor(7.0) if v is None else lay(v) for k, v in state.items()}
+        optimizer.state[layer.rows] |= {k: torch.tensor(v) for k, v in (fixed or {}).items()}
     grass.probes.gathered = {"layer": torch.tensor(SQUARED_NORMS)}
     grass._refresh(["layer"])
     assert layer.index.tolist() == [1, 3]
@@ -56,6 +60,52 @@ def test_carry_keeps_the_moments_of_rows_that_stay_and_starts_new_rows_as_named(
     second = lay([[9.0, 16.0], NEW_SECOND[new_second_moment]])
     assert torch.equal(state["exp_avg_sq"], second)
     assert torch.equal(state["max_exp_avg_sq"], second)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("new_second_moment", NEW_SECOND)
+def test_normuon_s_mean_squares_move_with_rows_and_new_rows_start_at_their_mean(side, new_second_moment):
+    """Of the columns' example, the outputs are 0 and 1 before and after: the state has a number for each."""
+    layer, optimizer, lay = refreshed(
+        side,
+        optimizer_class("optim.normuon.NorMuon"),
+        {"momentum_buffer": FIRST},
+        {"row_mean_square": [[2.0], [8.0]]},
+        state_at_refresh="carry",
+        new_second_moment=new_second_moment,
+    )
+    state = optimizer.state[layer.rows]
+    assert torch.equal(state["momentum_buffer"], lay([[3.0, 4.0], [0.0, 0.0]]))
+    expected = {"rows": [[8.0], [5.0]], "columns": [[2.0], [8.0]]}
+    assert torch.equal(state["row_mean_square"], torch.tensor(expected[side]))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rho_and_scores_are_not_for_normuon_s_mean_squares(dim):
+    state = {"row_mean_square": torch.tensor([[2.0], [8.0], [5.0]])}
+    change = Change(
+        torch.tensor([[0, 1, 2]]), torch.tensor([[1, 3, 3]]), torch.tensor([[1.0, 2, 2]]),
+        torch.tensor([[4.0, 4, 4]]), dim,
+    )  # fmt: skip
+    carry([state], change, "score", score=torch.tensor([[0.0, 3.0, 3.0]]))
+    assert torch.equal(state["row_mean_square"], torch.tensor([[[8.0], [5.0], [5.0]], [[2.0], [8.0], [5.0]]][dim]))
+
+
+def test_normuon_s_state_does_not_make_layers_be_probed():
+    layer = GrassLinear(nn.Parameter(torch.randn(8, 6)), rank=2)
+    optimizer = optimizer_class("optim.normuon.NorMuon")([layer.rows])
+    grass = Grass(
+        nn.ModuleDict({"layer": layer}),
+        optimizer,
+        **PAPER
+        | {"state_at_refresh": "carry", "new_second_moment": "score", "selection": "uniform", "refresh_every": 5},
+    )
+    for _ in range(30):
+        layer.rows.grad = torch.randn_like(layer.rows)
+        optimizer.step()
+        assert layer.probe is None
+    assert optimizer.state[layer.rows].keys() == {"momentum_buffer", "row_mean_square"}
+    assert not grass._state.uses_scores([layer.rows])
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])

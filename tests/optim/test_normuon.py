@@ -6,9 +6,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from models import stacking
+from models.grass_linear import GrassLinear
 from optim import normuon
+from optim.grass import Grass
 from optim.muon import orthogonalize
 from optim.normuon import NorMuon
+from tests.helpers import PAPER
+from tests.optim import test_inner
+from tests.optim.test_inner import backward, grass_of, model_of
 from tests.processes import in_processes
 
 SHAPES = [(6, 16), (6, 16), (16, 6), (8, 8), (7, 5)]
@@ -132,6 +137,49 @@ def test_matrices_are_stepped_on_alike_in_batches_of_any_size(monkeypatch):
     at_once, _ = stepped()
     monkeypatch.setattr(stacking, "ON_CPU", 1)
     torch.testing.assert_close(stepped()[0], at_once)
+
+
+@pytest.mark.parametrize("new_second_moment", ["score", "zero"])
+def test_with_every_row_selected_and_refreshed_it_is_dense_normuon(new_second_moment):
+    """One layer selects its rows, the other its columns; the state is carried three times."""
+    model, layers, optimizer = grass_of(
+        "normuon", 6, refresh_every=3, state_at_refresh="carry", new_second_moment=new_second_moment
+    )
+    assert {layer.dim for layer in layers.values()} == {0, 1}
+    dense = model_of()
+    reference = NorMuon(dense.parameters(), lr=test_inner.LR, weight_decay=test_inner.DECAY, momentum=0.8)
+    for step in range(10):
+        for trained, one in ((model, optimizer), (dense, reference)):
+            backward(trained, step)
+            one.step()
+            one.zero_grad()
+    for layer, weight in zip(layers.values(), dense.parameters(), strict=True):
+        torch.testing.assert_close(layer.weight.detach(), weight.detach(), rtol=1e-9, atol=1e-9)
+        ours, theirs = optimizer.state[layer.rows], reference.state[weight]
+        torch.testing.assert_close(ours["row_mean_square"], theirs["row_mean_square"], rtol=1e-9, atol=0)
+
+
+def test_a_new_row_s_step_is_as_long_as_the_others():
+    """After a refresh, of gradients of equal size for every row, the new row's step grows with its momentum only."""
+    layer = GrassLinear(torch.nn.Parameter(torch.randn(6, 40)), rank=3)
+    optimizer = NorMuon([layer.rows], lr=LR, momentum=0.0, weight_decay=0.0)
+    grass = Grass(
+        torch.nn.ModuleDict({"layer": layer}),
+        optimizer,
+        **PAPER | {"refresh_every": 4, "state_at_refresh": "carry", "new_second_moment": "zero"},
+    )
+    grass.choose = lambda names, norms: [(torch.tensor([0, 1, 2 + grass.steps // 4]), None)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(9):
+        before = layer.rows.detach().clone()
+        index = layer.index.tolist()
+        layer.rows.grad = torch.randn(3, 40, generator=generator)
+        grass.probes.gathered = {"layer": torch.ones(6)}
+        optimizer.step()
+        if layer.index.tolist() == index:
+            lengths = (layer.rows.detach() - before).norm(dim=1)
+            assert lengths.max() < 2 * lengths.min(), step  # of a start at zero: 4.5 times
+    assert layer.index.tolist() == [0, 1, 4]
 
 
 def _sharded(rank):

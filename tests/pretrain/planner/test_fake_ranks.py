@@ -53,6 +53,14 @@ def test_fsdp_is_counted_as_by_hand():
     assert 0 < plan.components["gathered_weights"] <= 4 * (gathered - 2 * TABLE)
 
 
+@pytest.mark.parametrize(("side", "numbers"), [("rows", 7 * 4), ("columns", (4 * 32 + 2 * 48 + 32) // 2)])
+def test_normuon_adds_a_number_for_each_of_a_process_s_rows_to_the_state_of_muon(side, numbers):
+    """Of 4 selected rows every process has a part; of selected columns it has half of the outputs."""
+    usual = [*EIGHT, "estimate.devices=2", "train.parallel=fsdp", f"optim.side={side}", "optim.attention_weight=1"]
+    muon, normuon = (estimate(load([*usual, f"optim.inner={name}"]))[0] for name in ("muon", "normuon"))
+    assert normuon.components["optimizer_state"] - muon.components["optimizer_state"] == 2 * 4 * numbers
+
+
 class Counted:
     """Stands in for the collectives that Python code calls, and adds up the bytes of their whole tensors."""
 
