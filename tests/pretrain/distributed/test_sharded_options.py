@@ -10,7 +10,7 @@ from pretrain.inference.hf_export import export
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
-from tests.parallel_runs import FSDP, TINY, assert_same_run, run, spawn, train, values
+from tests.parallel_runs import FSDP, TINY, assert_same_run, open_checkpoint, run, spawn, train, values
 
 EXACT = {
     "checkpointing-full": ["train.checkpointing=full"],
@@ -26,7 +26,9 @@ EXACT = {
     "shared-index": ["optim.side=columns", "optim.share_index=true"],
     "a-head-of-rows": ["optim.patterns=['*.self_attn.*_proj','*.mlp.*_proj','lm_head']"],
     "muon": ["optim.inner=muon"],
+    "normuon": ["optim.inner=normuon", "optim.side={*:rows,down_proj:columns,o_proj:columns}"],
     "full-rank": ["optim=adamw"],
+    "full-rank-normuon": ["optim=normuon", "optim.inner=normuon"],
 }
 BF16 = {
     "bf16": ["train.dtype=bfloat16", "optim.state_dtype=bfloat16", "train.reduce_dtype=float32"],
@@ -46,20 +48,25 @@ def common(root, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folders(common, tmp_path_factory):
-    """The folders of the runs of two processes, by name, and of the same runs of one."""
+def runs(common):
+    """The settings of the runs of two processes, by name."""
     start = str(RunFolder(load([*common, "run.name=start"])).path)
     cases = {name: [o.replace("INIT", start) for o in more] for name, more in EXACT.items()}
     cases |= BF16 | {"compiled": ["train.compile=true", "train.steps=4"]}
     of_grass = ("optim.rank", "optim.refresh_every")
     general = [o for o in common if not o.startswith(of_grass)]
-    runs = {
-        name: [*(general if "optim=adamw" in more else common), *FSDP, *more, f"run.name={name}"]
+    return {
+        name: [*(general if any(o.startswith("optim=") for o in more) else common), *FSDP, *more, f"run.name={name}"]
         for name, more in cases.items()
     }
+
+
+@pytest.fixture(scope="module")
+def folders(runs, tmp_path_factory):
+    """The folders of the runs of two processes, by name, and of the same runs of one."""
     spawn(2, tmp_path_factory.mktemp("two"), [(run, overrides) for overrides in runs.values()])
     alone = {name: train([*overrides[:-1], f"run.name=alone-{name}"]) for name, overrides in runs.items()}
-    return {name: (RunFolder(load(runs[name])), alone[name]) for name in cases}
+    return {name: (RunFolder(load(overrides)), alone[name]) for name, overrides in runs.items()}
 
 
 @pytest.mark.slow
@@ -67,6 +74,18 @@ def folders(common, tmp_path_factory):
 def test_a_sharded_run_is_that_of_one_process(folders, name):
     ours, theirs = folders[name]
     assert_same_run(ours, 2, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["normuon", "full-rank-normuon"])
+def test_a_sharded_checkpoint_with_state_per_row_is_loaded_by_any_number_of_processes(runs, folders, tmp_path, name):
+    ours, _ = folders[name]
+    path, held = ours.latest_checkpoint, torch.load(ours.path / "held-0.pt")
+    assert any(key.endswith("row_mean_square") for key in held)
+    alone = open_checkpoint(path, [o for o in runs[name] if o not in FSDP])
+    found = [alone, *spawn(2, tmp_path, [(open_checkpoint, path, runs[name])])[0]]
+    for tensors in found:
+        torch.testing.assert_close(tensors, held, rtol=0, atol=0, equal_nan=True)  # NaN: shares without scores
 
 
 @pytest.mark.slow
