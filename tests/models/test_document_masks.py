@@ -118,5 +118,5 @@ def test_checkpointing_and_compiling_change_nothing(tokens, model, mode):
 
 
 def test_masks_for_rows_of_one_document_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"train\.document_masks=true: a row of data=instructions is one document"):
+    with pytest.raises(ConfigError, match=r"train\.document_masks=true: each row of data=instructions is already"):
         check(load(["data=instructions", "train.document_masks=true", f"data.paths=[{tmp_path}]"]))

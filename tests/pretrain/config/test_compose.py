@@ -104,7 +104,7 @@ def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
         ("train.matmul_precision=best", r"train\.matmul_precision=best is unknown; choose from highest, high, medium"),
         ("train.profile=698", r"train\.profile=698 begins after 3 steps, and train\.steps=700 leaves fewer"),
         ("train.loss_chunk_tokens=0", r"train\.loss_chunk_tokens=0 must be at least 1"),
-        ("data.vocab_size=500", r"data\.vocab_size=500 is not model\.vocab_size=4096"),
+        ("data.vocab_size=500", r"data\.vocab_size=500 does not match model\.vocab_size=4096"),
         ("data.validation_share=2", r"data\.validation_share"),
         ("data.prompts=[caf\udce9]", r"data\.prompts: 'caf\\udce9' is not UTF-8"),
     ],
@@ -189,7 +189,7 @@ def test_a_vocabulary_mismatch_and_a_truncated_shard_are_refused(tmp_path, root)
     tokenizer = f"data.tokenizer={prepared.folder / 'tokenizer.model'}"
     with pytest.raises(ValueError, match="has 400 tokens; set it to 400"):
         ready(text(tmp_path, *own, tokenizer), 1)
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=400 is not model\.vocab_size=4096"):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size=400 does not match model\.vocab_size=4096"):
         ready(text(tmp_path, *own, tokenizer, "data.vocab_size=400"), 1)
     shard = next(prepared.folder.glob("train*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2])

@@ -232,7 +232,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(overrides, small_disk, capl
 def test_a_disk_that_stays_full_ends_the_run_and_leaves_the_last_checkpoint(overrides, small_disk):
     place, fill, make_room = small_disk
     where = overrides(f"run.root={place}")
-    with pytest.raises(NotSaved, match=r"step-00000012 was not saved .* bytes and 0 are free, \d+ are missing"):
+    with pytest.raises(NotSaved, match=r"step-00000012 was not saved .* bytes needed, 0 free, \d+ missing"):
         train(where, trainer=failing_at(6, fill))
     assert newest_good(place / "run" / "checkpoints") == (place / "run" / "checkpoints" / "step-00000004", [])
     make_room()
