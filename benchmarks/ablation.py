@@ -265,8 +265,8 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
         lines += table(topics, against)
     (DOCS / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
     plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / f"{page}.png")
-    if (listing := study.get("losses")) and (topics := stages.get(listing["stage"])):
-        plot_losses([t for trials in topics.values() for t in trials], listing, DOCS / "losses.png")
+    if (listing := study.get("losses")) and (shown := stages.get(listing["stage"])):
+        plot_losses([t for trials in shown.values() for t in trials], listing, DOCS / "losses.png")
 
 
 def main(page: str = "ablation", about: str | None = __doc__) -> None:
