@@ -30,9 +30,9 @@ METHODS = {
     "8-bit AdamW": ["optim=adamw8bit"],
     "GaLore, r = 256": ["optim=galore", "optim.rank=256"],
     # With rows and moments in bfloat16, which is the least that Grass can do with.
-    "Grass, r = 1024": ["optim.rank=1024", "optim.state_dtype=bfloat16"],
-    "Grass, r = 256": ["optim.rank=256", "optim.state_dtype=bfloat16"],
-    "Grass, r = 64": ["optim.rank=64", "optim.state_dtype=bfloat16"],
+    "Grass, r = 1024": ["optim.rank=1024", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
+    "Grass, r = 256": ["optim.rank=256", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
+    "Grass, r = 64": ["optim.rank=64", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
 }
 COMPARED = {  # in the overview, at one rank
     "AdamW": "AdamW, all weights", "GaLore, r = 256": "GaLore, rank 256", "Grass, r = 256": "Grass, rank 256",

@@ -20,7 +20,10 @@ from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.train_step import TrainStep
 
-SHAPE = ["model=llama_60m", "optim.rank=128", "train.seq_len=256", "train.tokens_per_step=1024"]
+SHAPE = [
+    "model=llama_60m", "optim.rank=128", "optim.selection=top_r", "optim.refresh_every=10", "train.seq_len=256",
+    "train.tokens_per_step=1024",
+]  # fmt: skip
 # Every other step gathers the scores of all layers and refreshes them, at their dearest; the others do nothing of it.
 TOGETHER = ["optim.refresh_every=2", "optim.probe_steps=1", "optim.stagger=false"]
 

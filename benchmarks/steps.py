@@ -47,6 +47,9 @@ def add_lora(model: nn.Module, rank: int) -> None:
         p.requires_grad_(True)
 
 
+EVEN = ("optim.attention_weight=1", "optim.side=auto")  # a rank is the same share of a layer as that of GaLore and LoRA
+
+
 def configuration(method: str, rank: int, overrides: Sequence[str], period: int | None = PERIOD) -> tuple[Config, int]:
     """The settings of ``method``, and its refresh interval by default; while it is timed that is ``period``, if given.
 
@@ -56,7 +59,7 @@ def configuration(method: str, rank: int, overrides: Sequence[str], period: int 
     base = [*METHODS[method], *COMMON, *overrides]
     optim = load(base).optim
     if isinstance(optim, GrassConfig):
-        return load([*base, f"optim.rank={rank}"]), 1
+        return load([*base, *EVEN, f"optim.rank={rank}"]), 1
     if isinstance(optim, BaselineConfig):
         return load([*base, f"optim.rank={rank}", f"optim.update_gap={period or optim.update_gap}"]), optim.update_gap
     return load(base), 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NEVER, BEFORE, NOW = 0, 1, 2
+UNKNOWN = -1.0  # not NaN: states that are compared bit by bit should be equal to themselves
 
 
 class SelectionHistory:
@@ -17,7 +18,7 @@ class SelectionHistory:
 
     rows    by layer (m,) uint8: NEVER selected, selected BEFORE, or selected NOW
     latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selected
-            rows, √(Σ selected g² / Σ g²) with the scores g, NaN if the scores were unusable; the number of new rows
+            rows, √(Σ selected g² / Σ g²) with the scores g, UNKNOWN without usable scores; the number of new rows
 
     Args:
         selectable: the number of rows m of each layer.
@@ -25,7 +26,7 @@ class SelectionHistory:
 
     def __init__(self, selectable: Mapping[str, int]):
         self.rows = {name: torch.full((m,), NEVER, dtype=torch.uint8) for name, m in selectable.items()}
-        self.latest = {name: torch.full((3,), torch.nan, dtype=torch.float64) for name in selectable}
+        self.latest = {name: torch.full((3,), UNKNOWN, dtype=torch.float64) for name in selectable}
 
     def note(self, name: str, step: int, index: Tensor, scores: Tensor) -> None:
         """Record a refresh of layer ``name`` after update ``step``.
@@ -40,7 +41,7 @@ class SelectionHistory:
         rows[chosen] = NOW
         with np.errstate(invalid="ignore"):  # scores may be unusable
             captured = np.sqrt(squares[chosen].sum() / squares.sum())
-        self.latest[name].numpy()[:] = step, captured, changed
+        self.latest[name].numpy()[:] = step, captured if captured >= 0 else UNKNOWN, changed
 
     def means(self) -> dict[str, float]:
         """Means over the layers for the metrics grass/<name>. Unknown values are left out.
@@ -52,8 +53,9 @@ class SelectionHistory:
         latest = torch.stack(list(self.latest.values()))
         now = torch.stack([(rows == NOW).sum() for rows in self.rows.values()])
         ever = torch.stack([(rows != NEVER).double().mean() for rows in self.rows.values()])
-        means = {"captured": latest[:, 1].nanmean(), "changed": (latest[:, 2] / now).mean(), "coverage": ever.mean()}
-        return {f"grass/{name}": mean.item() for name, mean in means.items() if not mean.isnan()}
+        captured, changed = (values[values >= 0] for values in (latest[:, 1], latest[:, 2] / now))
+        means = {"captured": captured, "changed": changed, "coverage": ever}
+        return {f"grass/{name}": values.mean().item() for name, values in means.items() if len(values)}
 
     def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
         """The latest refresh of each layer that refreshed after update ``since``.
@@ -71,7 +73,7 @@ class SelectionHistory:
             step, captured, changed = self.latest[name].tolist()
             if step > since or since == 0 == step:
                 found[name] = {
-                    "captured": round(captured, 4) if captured == captured else None,
+                    "captured": round(captured, 4) if captured >= 0 else None,
                     "changed": int(changed),
                     "selected": int((rows == NOW).sum()),
                     "ever_selected": int((rows != NEVER).sum()),

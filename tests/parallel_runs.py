@@ -32,9 +32,9 @@ TINY = [
     "data.validation_share=0.2", "optim.weight_decay=0.1",
 ]  # fmt: skip
 GRASS = {
-    "top_r": [],
+    "top_r": ["optim.selection=top_r"],
     "multinomial_norm": ["optim.selection=multinomial_norm"],
-    "columns": ["optim.side=columns", "optim.state_at_refresh=reset"],
+    "columns": ["optim.selection=top_r", "optim.side=columns", "optim.state_at_refresh=reset"],
 }
 
 FSDP, HSDP = ["train.parallel=fsdp"], ["train.parallel=hsdp", "train.shards=2"]

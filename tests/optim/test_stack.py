@@ -9,7 +9,10 @@ from pretrain.setup.optimizer import build_optimizer
 from tests.optim.test_step_in_backward import TINY
 
 CPU = torch.device("cpu")
-GRASS = ["optim.rank=4", "optim.refresh_every=3", "optim.probe_steps=1", "optim.stagger=false"]
+GRASS = [
+    "optim.rank=4", "optim.attention_weight=1", "optim.selection=top_r", "optim.refresh_every=3", "optim.probe_steps=1",
+    "optim.stagger=false",
+]  # fmt: skip
 MASTERS = ["optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"]
 BFLOAT16_ROWS = ["train.dtype=bfloat16", "optim.state_dtype=bfloat16"]
 IDS = torch.randint(40, (4, 8), generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,10 @@ TINY = [
     "model.vocab_size=40", "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=2",
     "model.num_attention_heads=2", "train.tokens_per_step=32", "train.seq_len=8", "optim.clip=0",
 ]  # fmt: skip
-GRASS = ["optim.rank=4", "optim.refresh_every=2", "optim.side=columns", "optim.share_index=true"]
+GRASS = [
+    "optim.rank=4", "optim.attention_weight=1", "optim.selection=top_r", "optim.refresh_every=2",
+    "optim.side=columns", "optim.share_index=true",
+]  # fmt: skip
 IN_BACKWARD = "train.step_in_backward=true"
 
 

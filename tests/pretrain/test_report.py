@@ -29,8 +29,8 @@ TINY = [
     "train.eval_every=4", "train.compile=false", "train.sample_tokens=4", "logger.wandb.mode=disabled",
 ]  # fmt: skip
 RUNS = {
-    "grass_seed-0": ["optim.rank=8", "optim.refresh_every=2"],
-    "grass_seed-1": ["optim.rank=8", "optim.refresh_every=2", "train.seed=1"],
+    "grass_seed-0": ["optim.rank=8", "optim.selection=top_r", "optim.refresh_every=2"],
+    "grass_seed-1": ["optim.rank=8", "optim.selection=top_r", "optim.refresh_every=2", "train.seed=1"],
     "<adamw>": ["optim=adamw"],
 }
 PICTURES = [

@@ -108,5 +108,7 @@ def test_no_step_and_no_refresh_makes_a_tensor_of_a_full_gradient_s_shape(overri
 
 
 def test_the_exact_score_does_make_one(overrides):  # noqa: F811
-    shapes, full = shapes_of_a_run(overrides(*SHORT, "optim.score=exact", grass=["optim.rank=8"]))
+    shapes, full = shapes_of_a_run(
+        overrides(*SHORT, "optim.score=exact", "optim.selection=top_r", grass=["optim.rank=8"])
+    )
     assert shapes & full

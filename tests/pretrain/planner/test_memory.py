@@ -19,7 +19,13 @@ TINY = [
     "model.vocab_size=64", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
     "train.seq_len=16", "train.tokens_per_step=64", "train.micro_batch_size=2",
 ]  # fmt: skip
-GRASS = ["optim.rank=4", "optim.sketch_width=4"]
+GRASS = [
+    "optim.rank=4",
+    "optim.attention_weight=1",
+    "optim.selection=top_r",
+    "optim.refresh_every=10",
+    "optim.sketch_width=4",
+]
 
 
 def tiny(*overrides):

@@ -16,7 +16,8 @@ TINY = [
     "model=llama_nano", "model.hidden_size=64", "model.intermediate_size=160", "model.num_attention_heads=2",
     "model.vocab_size=32", "data.vocab_size=32", "train.seq_len=8", "train.tokens_per_step=8",
 ]  # fmt: skip
-TOGETHER = ["optim.stagger=false", "optim.refresh_every=4", "optim.probe_steps=1"]  # steps 3, 7, … refresh all blocks
+# Steps 3, 7, … refresh all blocks, by scores.
+TOGETHER = ["optim.selection=top_r", "optim.stagger=false", "optim.refresh_every=4", "optim.probe_steps=1"]
 NO_KERNELS = ("_unsafe_view.default", "promote_types.default")
 
 REGULAR = "optim.refresh_every=8"  # the steps that are looked at start no probes

@@ -20,7 +20,13 @@ TINY = [
     "model.num_hidden_layers=1", "model.num_attention_heads=2", "train.seq_len=8", "train.tokens_per_step=32",
     "optim.warmup_steps=0", "train.compile=false",
 ]  # fmt: skip
-GRASS = ["optim.rank=4", "optim.inner=adamw", "optim.refresh_every=2"]
+GRASS = [
+    "optim.rank=4",
+    "optim.attention_weight=1",
+    "optim.selection=top_r",
+    "optim.inner=adamw",
+    "optim.refresh_every=2",
+]
 EVENTS = [name for name in vars(StepObserver) if name.startswith(("before_", "after_"))]
 
 

@@ -31,7 +31,7 @@ TINY = [
     "train.seq_len=32", "train.eval_sequences=4", "train.log_every=1", "train.checkpoint_every=0", "train.eval_every=0",
     "train.compile=false", "train.sample_tokens=4", "logger.wandb.mode=disabled",
 ]  # fmt: skip
-GRASS = ["optim.rank=8", "optim.refresh_every=7"]
+GRASS = ["optim.rank=8", "optim.attention_weight=1", "optim.selection=top_r", "optim.refresh_every=7"]
 BF16_ROWS = ["train.dtype=bfloat16", "optim.state_dtype=bfloat16"]
 LOGGED = [
     "step", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/step_s", "perf/data_s",
