@@ -308,7 +308,7 @@ def test_all_impossible_sizes_are_named_at_once():
 def test_a_sequence_longer_than_the_positions_is_refused():
     model = small()
     assert model(tokens(1, 128)).shape == (1, 128, 97)
-    with pytest.raises(ValueError, match=r"129 tokens .* model.max_position_embeddings=128; shorten"):
+    with pytest.raises(ValueError, match=r"129 tokens .* model.max_position_embeddings=128; lower"):
         model(tokens(1, 129))
 
 
