@@ -85,7 +85,7 @@ def test_a_sharded_checkpoint_with_state_per_row_is_loaded_by_any_number_of_proc
     alone = open_checkpoint(path, [o for o in runs[name] if o not in FSDP])
     found = [alone, *spawn(2, tmp_path, [(open_checkpoint, path, runs[name])])[0]]
     for tensors in found:
-        torch.testing.assert_close(tensors, held, rtol=0, atol=0, equal_nan=True)  # NaN: shares without scores
+        torch.testing.assert_close(tensors, held, rtol=0, atol=0)
 
 
 @pytest.mark.slow

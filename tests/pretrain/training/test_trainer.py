@@ -218,7 +218,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(overrides, grass):
     assert losses(folder) == losses(whole_folder)
     assert selections(folder) == selections(whole_folder)
     expected, resumed = state(whole), state(second)
-    torch.testing.assert_close(resumed, expected, rtol=0, atol=0, equal_nan=True)  # NaN: shares without scores
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
 def launch(root, processes, overrides):
@@ -255,7 +255,7 @@ def test_two_processes_resume_to_the_bit_and_one_goes_on_from_them(overrides, ro
     halves = launch(root, 2, [*common, "run.name=halves", "train.steps=12"])
     assert_same_losses(halves, whole)
     expected, resumed = (tensors_in(f.latest_checkpoint) for f in (whole, halves))
-    torch.testing.assert_close(resumed, expected, rtol=0, atol=0, equal_nan=True)  # NaN: shares without scores
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
     alone, _ = train([*common, "run.name=alone", "train.steps=16"])
     halves, _ = train([*common, "run.name=halves", "train.steps=16"])
     assert_same_losses(halves, alone, tolerance=1e-10)
