@@ -170,5 +170,5 @@ def test_the_columns_are_chosen_by_the_joint_norms_of_the_gradients(score):
 
 
 def test_where_nothing_can_share_it_is_refused():
-    with pytest.raises(ValueError, match=r"optim\.share_index=true: no module's q_proj, k_proj.* set optim\.side=columns"):
+    with pytest.raises(ValueError, match=r"share_index=true: no module's q_proj, k_proj.* set optim\.side=columns"):
         llama(True, side="rows")
