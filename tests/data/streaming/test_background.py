@@ -266,7 +266,7 @@ def test_what_has_another_order_is_refused_with_all_else(source, settings):
     with pytest.raises(ConfigError) as refused:
         check(load(wrong))
     lines = str(refused.value)
-    assert f"data.on_the_fly=true: data.source={source}" in lines and "data.shuffle_block=0" in lines
+    assert f"data.on_the_fly=true: the order of data.source={source}" in lines and "data.shuffle_block=0" in lines
     assert "train.seq_len=2048" in lines
 
 

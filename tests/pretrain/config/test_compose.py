@@ -143,7 +143,7 @@ def test_a_key_added_with_a_plus_must_be_known_too():
 def test_an_experiment_that_is_not_there_and_a_plus_that_is_too_much_are_named():
     with pytest.raises(ConfigError, match=r"experiment can be .*c4_130m, .*; did you mean c4_60m\?"):
         load(["experiment=c4_61m"])
-    with pytest.raises(ConfigError, match=r"\+experiment=c4_60m: .* leave the \+ out"):
+    with pytest.raises(ConfigError, match=r"\+experiment=c4_60m: .* remove the \+"):
         load(["+experiment=c4_60m"])
 
 
