@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 import wandb
+
 from pretrain.config.compose import load
 from pretrain.runs.wandb_log import WandbLogger
 from tests.pretrain.runs.test_wandb_log import complete, history, items
