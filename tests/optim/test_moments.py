@@ -199,8 +199,8 @@ def test_state_that_cannot_be_carried_is_reset_with_one_warning(name, caplog):
             grass.probes.gathered = {"layer": torch.rand(64)}
             optimizer.step()
             assert (layer.rows in optimizer.state) == (step % 2 == 1)
-    said = [record.message for record in caplog.records if "cannot be carried" in record.message]
+    said = [record.message for record in caplog.records if "carry has no effect" in record.message]
     assert said == [
-        f"the state of {NOT_CARRIED[name]} is not all moments of single rows and cannot be carried: every refresh "
-        "resets it"
+        f"optim.state_at_refresh=carry has no effect: the state of {NOT_CARRIED[name]} is not only moments of single "
+        "elements or rows, so every refresh resets it"
     ]
