@@ -114,8 +114,8 @@ class StateAtRefresh:
     def _warn_once(self, state: dict[str, Any]) -> None:
         if not self._warned:
             logger.warning(
-                "optim.state_at_refresh=carry has no effect: the state of %s (%s) is not only moments of single elements "
-                "or rows, so every refresh resets it",
+                "optim.state_at_refresh=carry has no effect: the state of %s (%s) is not only moments of single "
+                "elements or rows, so every refresh resets it",
                 *(type(self.optimizer).__name__, ", ".join(state)),
             )
         self._warned = True
