@@ -29,12 +29,12 @@ TINY = [
     "train.tokens_per_step=256", "train.seq_len=32", "train.eval_sequences=7", "train.log_every=1",
     "train.checkpoint_every=0", "train.eval_every=0", "train.compile=false", "train.sample_tokens=4",
     "logger.wandb.mode=disabled", "train.dtype=float64", "optim.rank=8", f"optim.refresh_every={REFRESH}",
-    "data.validation_share=0.2", "optim.weight_decay=0.1",
+    "optim.selection=top_r", "data.validation_share=0.2", "optim.weight_decay=0.1",
 ]  # fmt: skip
 GRASS = {
-    "top_r": ["optim.selection=top_r"],
+    "top_r": [],
     "multinomial_norm": ["optim.selection=multinomial_norm"],
-    "columns": ["optim.selection=top_r", "optim.side=columns", "optim.state_at_refresh=reset"],
+    "columns": ["optim.side=columns", "optim.state_at_refresh=reset"],
 }
 
 FSDP, HSDP = ["train.parallel=fsdp"], ["train.parallel=hsdp", "train.shards=2"]

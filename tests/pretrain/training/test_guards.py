@@ -30,10 +30,7 @@ from pretrain.training.trainer import Trainer
 from tests.parallel_runs import TINY, spawn, whole_tensors
 
 ALONE = World(0, 1, torch.device("cpu"))
-RUN = [
-    *TINY, "train.steps=12", "train.checkpoint_every=4", "train.dtype=float32", "train.sample_tokens=0",
-    "optim.selection=top_r",
-]  # fmt: skip
+RUN = [*TINY, "train.steps=12", "train.checkpoint_every=4", "train.dtype=float32", "train.sample_tokens=0"]
 
 
 @pytest.fixture(scope="module")
