@@ -139,3 +139,11 @@ def test_the_imports_of_the_picture_are_those_that_grimp_finds(root):
         imported = graph.find_modules_directly_imported_by(module)
         expected[room_of(file)] |= {room_of(files[name]) for name in imported if name in files} - {room_of(file)}
     assert script["imports_between_rooms"]() == expected
+
+
+def test_no_command_of_readme_and_docs_ends_in_a_comment(root):
+    """An interactive zsh passes what follows a # to the command, unless it is told otherwise."""
+    for page in [root / "README.md", *root.glob("docs/*.md")]:
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
+        commented = [line for block in blocks for line in block.splitlines() if re.search(r"(^|\s)#", line)]
+        assert commented == [], page.name
