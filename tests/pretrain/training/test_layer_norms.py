@@ -109,7 +109,7 @@ def test_the_norms_are_the_same_on_one_process_and_on_two(root, tmp_path):
     ready(load([*common, "run.name=none"]), 1)
     cases = {"ddp": [], "fsdp": FSDP, "fsdp-columns": [*FSDP, *GRASS["columns"]], "fsdp-adamw": [*FSDP, "optim=adamw"]}
     runs = {name: [*common, f"run.name={name}", *more] for name, more in cases.items()}
-    of_grass = ("optim.rank", "optim.refresh")
+    of_grass = ("optim.rank", "optim.refresh", "optim.selection")
     runs["fsdp-adamw"] = [override for override in runs["fsdp-adamw"] if not override.startswith(of_grass)]
     spawn(2, tmp_path, [(run, overrides) for overrides in runs.values()])
     for name, overrides in runs.items():
