@@ -56,12 +56,13 @@ class WandbLogger:
 
     def __init__(self, config: Config, folder: Path, sizes: Mapping[str, Any] | None = None, log_start: int = 0):
         self._config, self._folder, self._sizes, self._log_start = config, folder, sizes or {}, log_start
-        losses = (line.get("val/loss") for line in read_json_lines(folder / "metrics.jsonl"))
-        self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
+        self._lowest = math.inf  # validation loss
         self._run: Any = None
         self._modes = list[str]()  # still to be tried
         self._advice = ""
         if config.logger.wandb.mode != "disabled":
+            losses = (line.get("val/loss") for line in read_json_lines(folder / "metrics.jsonl"))
+            self._lowest = min((loss for loss in losses if loss is not None), default=math.inf)
             if not self._try("start", lambda: self._modes.extend(_modes(config.logger.wandb.mode))):
                 self._modes = ["offline"]
             self._start_next()
