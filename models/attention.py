@@ -151,7 +151,7 @@ def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> d
 
 @contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """A context without cuDNN, which compiles a plan for every pair of lengths: with a key-value cache, every token."""
+    """A context without cuDNN. It compiles a plan for each pair of lengths, which change with every cached token."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

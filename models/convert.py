@@ -45,9 +45,9 @@ def convert_linears(
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
         share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
         int8: keep the weights in 8 bits, see models.int8_weight.
-        attention_weight: the share of its rows that a layer of attention trains, relative to other layers, where one
-            ``rank`` is given for all; they train as many elements in all as with that rank everywhere. See
-            models.rank_split.
+        attention_weight: a factor: attention layers train this many times the share of rows that other layers train,
+            at most all rows. The total number of trained elements stays about the same, see models.rank_split. Not used
+            if ``rank`` is a mapping.
 
     Returns:
         The new layers by module name, in model order.

@@ -45,11 +45,10 @@ def sum_parts(values: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
 
 
 def zeros_divided_like(tensor: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros of ``size`` on the device of ``tensor``, sharded as it is where both have the same size in a dimension.
+    """Zeros of ``size`` on the device of ``tensor``, sharded like ``tensor`` in every dimension of equal size.
 
     Args:
-        size: with as many dimensions as ``tensor``. Processes that share a dimension of another size all hold the
-            complete dimension.
+        size: has as many entries as ``tensor`` has dimensions. A dimension in which the sizes differ is not sharded.
     """
     if isinstance(tensor, DTensor):
         placements = [

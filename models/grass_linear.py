@@ -89,8 +89,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class SharedSlice:
     """One slice ``x[..., index]`` for the linear layers with the same input ``x`` and the same selected columns.
 
-    Of its ``members``, the first one called makes the slice and the last one releases it: then only their autograd
-    graphs hold it.
+    There are ``members`` such layers. The first one called makes the slice. The last one called drops this reference
+    to it, so that only the autograd graphs of the layers keep it.
     """
 
     def __init__(self, members: int):

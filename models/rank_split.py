@@ -1,4 +1,4 @@
-"""How the trained rows are split between the layers, when those of attention train a larger share than the others."""
+"""Divide the trained rows among the layers, so that attention layers train a larger share than other layers."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,10 @@ TENSOR_CORE = 8  # numbers of rows are multiples of it, so that the matmuls of a
 def weighted_shares(
     shares: Mapping[str, float], sizes: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """Shares in proportion to ``weights``, at most 1, that train as many elements in all as ``shares``.
+    """Shares in proportion to ``weights``, at most 1, with the same total of trained elements as ``shares``.
 
-    What a layer cannot take, because all of it is trained already, goes to the others in proportion to their weights.
+    A layer whose share would exceed 1 is trained completely. The other layers divide the rest in proportion to their
+    weights.
 
     Args:
         shares: by layer, 0 < share ≤ 1.
@@ -34,13 +35,13 @@ def weighted_shares(
 def split_ranks(
     ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]], weights: Mapping[str, float]
 ) -> dict[str, int]:
-    """Ranks whose shares of the rows are in proportion to ``weights``, and that train about as much as ``ranks``.
+    """Ranks whose shares of the rows are in proportion to ``weights``, with about the same total as ``ranks``.
 
-    From 8 rows on they are multiples of 8.
+    The total is the number of trained elements. Ranks of 8 or more are multiples of 8, or all rows of a layer.
 
     Args:
         ranks: by layer.
-        sizes: by layer the number of its rows, and of the elements of a row.
+        sizes: by layer the number of its rows, and the number of elements of a row.
         weights: by layer, above 0.
     """
     shares = {name: rank / sizes[name][0] for name, rank in ranks.items()}

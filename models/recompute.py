@@ -35,7 +35,10 @@ def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def save_as_recipe(tensor: Tensor) -> AbstractContextManager:
-    """A context in which operations save, instead of a `tensor` from `recomputable`, a reference to its computation."""
+    """A context in which operations that save `tensor` save a reference to its computation instead.
+
+    Without effect if `tensor` is not a result of `recomputable`.
+    """
     if torch.compiler.is_compiling() or not isinstance(tensor.grad_fn, _Recomputable._backward_cls):
         return nullcontext()
     node, storage, size = tensor.grad_fn, tensor.untyped_storage()._cdata, tensor.numel()

@@ -49,7 +49,10 @@ class Change(NamedTuple):
 
 
 def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
-    """The numbers of ``layers``, in groups of one shape, dtype and placement, of at most ``stack_size`` layers."""
+    """Yield groups of layers of one shape, dtype and placement, at most ``stack_size`` layers each.
+
+    A group is a list of indices into ``layers``.
+    """
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
         rows, weight = layer.rows, layer.weight
@@ -64,9 +67,10 @@ def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
 
 
 def positions(layer: "GrassLinear", index: Tensor) -> Tensor:
-    """The positions in the flattened weight of ``layer`` of the elements of rows ``index`` (…, rank), int64.
+    """For each element of the rows ``index`` (…, rank): its position in the flattened weight of ``layer``, int64.
 
-    The shape is (…, rank, in) for rows, (…, out, rank) for columns; for a sharded layer that of the local part.
+    The shape is (…, rank, in) for rows, (…, out, rank) for columns. For a sharded layer, the result has only the
+    elements of the local part.
     """
     part = place(layer.rows)[1 - layer.dim]
     other = torch.arange(part.start, part.stop, device=index.device)
@@ -164,7 +168,7 @@ def select_rows(
         keys: for each layer the key of the random numbers of this rounding.
 
     Yields:
-        The numbers of some layers of one shape, and their change.
+        A group of layers of one shape, as indices into ``layers``, and their change.
     """
     for numbers in group_alike(layers):
         members = [layers[n] for n in numbers]

@@ -2,8 +2,8 @@
 
 The inner optimizer steps on each layer's small ``rows`` parameter like on any other; Grass adds hooks, no subclass.
 After a step a hook folds the rows into the weights. Every ``refresh_every`` steps (K) it also chooses the rows of the
-next window, which are in place before the forward that uses them. A selection that needs scores has them from probes in
-the backwards of the steps just before it.
+next window, which are in place before the forward that uses them. If the selection needs scores, probes collect them in
+the backwards of the last steps before it.
 
 bfloat16 rows are stepped on in float32 and rounded stochastically. float32 rows of a bfloat16 weight are its master
 copies while they are selected, and are rounded stochastically when they leave the selection.
@@ -60,11 +60,11 @@ class Grass:
         new_second_moment: start of the second moments of new rows when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
         block_by_block: step on low-precision rows one block of the model at a time, so that the float32 stand-ins of
-            one block exist at a time. The optimizer's step on a parameter must not depend on other parameters.
+            only one block exist at a time. The optimizer's step on a parameter must not depend on other parameters.
         seed: the run's seed.
 
     Attributes:
-        choose: chooses the rows at a refresh; may be replaced by any ``Choose``. All processes have to choose alike.
+        choose: chooses the rows at a refresh, the same on all processes; may be replaced by any such ``Choose``.
         scored: whether the selection needs scores. If not, layers are probed only if second moments start from scores.
         steps: updates made.
 
@@ -174,7 +174,7 @@ class Grass:
         self.resume(state_dict["steps"])
 
     def skip_update(self) -> None:
-        """Count an update that is not made: its gradient feeds no score, and refreshes keep their turns."""
+        """Count an update that is not made. Its gradient is in no score, and no refresh is delayed."""
         self.probes.drop()
         self._end_update()
 

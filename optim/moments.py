@@ -136,8 +136,8 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor | None) -> None:
     """Turn the states of the old rows into those of the new rows, in place.
 
-    A moment of ρG becomes one of ρ'G: first moments are multiplied by ρ'/ρ, second moments by its square, mean squares
-    of the step by nothing. The mean over the old rows is that of the moments of G.
+    A moment of ρG becomes a moment of ρ'G: first moments are multiplied by ρ'/ρ, and second moments by (ρ'/ρ)². Mean
+    squares of the step do not depend on ρ. The mean over the old rows is the mean of their moments of G.
 
     Args:
         states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and

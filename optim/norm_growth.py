@@ -1,7 +1,7 @@
 """A limit on how fast the norm of a gradient may grow, for use in place of clipping.
 
-Fira's norm-growth limiter (arXiv 2410.01623, section 4.2): a gradient whose norm exceeds γ times its norm in the step
-before is scaled down to that. It keeps one scalar per matrix.
+Fira's norm-growth limiter (arXiv 2410.01623, section 4.2): if the norm of a gradient exceeds γ times its norm in the
+previous step, the gradient is scaled down to γ times that norm. The limiter stores one scalar per matrix.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ class NormGrowthLimiter:
     """Limits the norm of each parameter's gradient to ``limit`` times its norm after the previous call.
 
     Args:
-        parameters: at least one; each gradient is limited by itself.
+        parameters: at least one; the gradient of each is limited independently of the others.
         limit: γ > 1; 1.01 in Fira and APOLLO.
     """
 
@@ -37,7 +37,7 @@ class NormGrowthLimiter:
         self.norms.copy_(torch.where(limited > 0, limited, torch.inf))  # nothing can grow from zero
 
     def one_for_each(self) -> dict[nn.Parameter, "NormGrowthLimiter"]:
-        """A limiter for each parameter by itself; they keep their norms in this one's ``norms``."""
+        """By parameter, a limiter of this parameter only. Its ``norms`` are a view of the ``norms`` of this limiter."""
         singles = {p: NormGrowthLimiter([p], self.limit) for p in self.parameters}
         for i, single in enumerate(singles.values()):
             single.norms = self.norms[i : i + 1]

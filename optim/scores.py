@@ -14,15 +14,15 @@ SCORES = ("exact", "sketch")
 
 
 class ScoreProbes:
-    """The probes of GrassLinear layers, and their sums over the updates and processes of a window.
+    """The probes of GrassLinear layers, and the sums of their results over updates and processes.
 
-    ``gathered`` holds by layer the squared row norms (m,) or the sketch (m, k) of the gradients probed since the
-    layer's last refresh, float32. It is the same on every process, and part of a checkpoint.
+    ``gathered`` has for each layer, by name, the squared row norms (m,) or the sketch (m, k) of the gradients probed
+    since the layer's last refresh, float32. It is the same on every process, and part of a checkpoint.
 
     Args:
-        layers: by name; the names are part of the keys of the sketches.
-        seed: of the run.
-        sketch_width: k, columns of a sketch; None for exact squared norms.
+        layers: the layers by name. The random matrix of a layer's sketch depends on the name.
+        seed: the seed of the run.
+        sketch_width: k, the number of columns of a sketch; None for exact squared norms.
 
     Raises:
         ValueError: a width below 1.
@@ -38,7 +38,8 @@ class ScoreProbes:
         """Probe the layers named by ``windows`` from the next forward on.
 
         Args:
-            windows: the number of each layer's window: all sketches of a window use one random matrix, and add up.
+            windows: the number of each layer's current window (``RefreshSchedule.window``). All sketches of a layer in
+                one window use the same random matrix, so they can be summed.
         """
         if not windows:
             return
@@ -51,8 +52,8 @@ class ScoreProbes:
     def gather(self) -> None:
         """End all probes and add their results, averaged over processes, to ``gathered``.
 
-        Processes exchange them in every update, not once per window: so all processes hold the same at any update, and
-        a resumed run adds in the same order.
+        Processes exchange the results in every update, not once per window. So ``gathered`` is always the same on all
+        processes, and a resumed run adds in the same order.
         """
         probed = {name: layer.stop_probe() for name, layer in self.layers.items() if layer.probe is not None}
         if not probed:
@@ -71,7 +72,10 @@ class ScoreProbes:
                 layer.stop_probe()
 
     def take_norms(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Remove the layers ``names`` from ``gathered``; estimates of the row norms (m,) of those that were there."""
+        """Remove the layers ``names`` from ``gathered``; returns estimates of their row norms (m,), by name.
+
+        A layer that is not in ``gathered`` is left out.
+        """
         found = {name: self.gathered.pop(name) for name in names if name in self.gathered}
         if not found:
             return {}
@@ -94,7 +98,7 @@ def require_agreement(indices: list[Tensor], device: torch.device) -> None:
 
     Args:
         indices: the rows of each layer, int64 on the CPU.
-        device: for the hash where processes can only communicate between devices.
+        device: the device of the hash, if the processes have no communication between CPUs.
 
     Raises:
         RuntimeError: the processes chose different rows.

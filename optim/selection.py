@@ -3,7 +3,8 @@
 A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the rows of the largest scores. The others sample
 row i with probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With
 replacement the rows carry ρ = 1/√(r q_i), so that E[PPᵀG] = G. ``frozen`` is a ``top_r`` that is made once.
-``cyclic``, which the paper lacks, gives all rows a turn before any has another. It and ``uniform`` need no scores.
+``cyclic`` is not in the paper: it selects every row once before it begins a new round over all rows. ``cyclic`` and
+``uniform`` need no scores.
 """
 
 import logging
@@ -36,7 +37,7 @@ class Selected(NamedTuple):
     Attributes:
         chosen: row numbers (r,) int64, ascending; they may repeat
         scale: ρ (r,) float32; None where it is 1
-        usable: False if the scores were of no use and the rows were drawn uniformly
+        usable: False if the scores contained no information, so that the rows were drawn uniformly
     """
 
     chosen: Tensor
@@ -47,15 +48,15 @@ class Selected(NamedTuple):
 def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> Selected:
     """Choose ``rank`` of m rows by their ``scores`` (m,), on the CPU and in float64.
 
-    The choice depends only on the arguments: equal scores and seeds give equal rows on every process and device. Scores
-    that are not all finite, or all zero, are of no use: rows are then drawn uniformly without replacement. A selection
-    that needs no scores takes from them the number of rows only.
+    The choice depends only on the arguments: equal scores and seeds give equal rows on every process and device. If a
+    score is not finite, or all are zero, the scores contain no information: rows are then drawn uniformly without
+    replacement. A selection that needs no scores uses only the length of ``scores``.
 
     Args:
         name: a name of SELECTIONS.
         scores: at least 0, on any device.
-        seed: of the random numbers, 0 ≤ seed < 2**63; for "cyclic" the same in all windows of a layer.
-        window: the number of the layer's window, which "cyclic" goes by.
+        seed: seed of the random numbers, 0 ≤ seed < 2**63; for "cyclic" the same in all windows of a layer.
+        window: the number of the layer's window, which determines the rows of "cyclic"; other selections ignore it.
 
     Raises:
         ValueError: an unknown name.
@@ -79,9 +80,10 @@ def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> 
 
 
 def _turn(rows: int, rank: int, seed: int, window: int) -> Tensor:
-    """Part ``window`` of an endless deal of ``rows`` in parts of ``rank``, ascending (rank,).
+    """The rows of window ``window``, ascending (rank,), if the windows take all ``rows`` in turn, ``rank`` at a time.
 
-    Every round deals all rows in a new random order; its last part is filled up with the first rows of that order.
+    Every round takes all rows in a new random order. If its last window has too few rows left, the first rows of the
+    round fill it up.
     """
     turn, place = divmod(window, -(-rows // rank))
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(key(seed, "turn", turn)))
@@ -119,8 +121,8 @@ def select_layers(
 ) -> dict[str, Selected]:
     """The rows of ``layers`` after update ``step``, by the ``scores`` (m,) of each, float64 on the CPU.
 
-    ``windows`` are the numbers of the layers' windows. Layers that share an index are chosen for once, by the norms of
-    their gradients put together. Layers whose scores are of no use are logged.
+    ``windows`` are the numbers of the layers' windows. Layers that share an index get one choice, by the row norms of
+    their concatenated gradients. Layers whose scores contain no information are logged.
     """
     sharing: dict[Any, list[str]] = {}
     for n in layers:

@@ -84,7 +84,10 @@ class OptimizerStack:
             self.grass.skip_update()
 
     def grad_norm(self) -> Tensor:
-        """With step-in-backward: the norm of all gradients of the latest update before the limiter, on the device."""
+        """The global gradient norm in the latest update, before ``limiter`` has scaled any gradient, on the device.
+
+        Only for an optimizer that steps in the backward.
+        """
         assert self._in_backward is not None
         return self._in_backward.grad_norm()
 
