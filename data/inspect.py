@@ -68,7 +68,7 @@ def _open(folder: Path, split: str, numbers: list[int] | None) -> tuple[Prepared
     if not (folder / MANIFEST).exists():
         below = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))
         hint = f"name one of {shorten(below)}" if below else "name the folder of a prepared dataset"
-        raise ValueError(f"{folder}: is not a prepared dataset, because it has no {MANIFEST}; {hint}")
+        raise ValueError(f"{folder} is not a prepared dataset, because it has no {MANIFEST}; {hint}")
     prepared = load(folder)
     count = getattr(prepared, split).document_count
     if wrong := [number for number in numbers or [] if not 0 <= number < count]:
@@ -90,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Exits with 1 for a damaged dataset, and with 2 and a message for wrong arguments."""
     args = parser().parse_args(arguments)
     try:
+        if args.chars < 0:
+            raise ValueError(f"--chars: {args.chars} must be at least 0")
         prepared, numbers = _open(args.folder, args.split, args.document)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

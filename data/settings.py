@@ -58,6 +58,6 @@ class DataSettings:
     seed: int = 0
     """Seed for the choice of held-out documents and of the text that trains a tokenizer."""
     shard_tokens: int = 2**28
-    """Number of tokens after which a shard ends, at the end of the document."""
+    """A shard ends with the document that reaches this number of tokens."""
     workers: int | None = None
     """Worker processes that tokenise; if not set, one per core."""

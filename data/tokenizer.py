@@ -53,7 +53,7 @@ class Tokenizer:
         self.special: dict[str, str] = {key: name for key, name in (("bos", bos), ("eos", eos)) if name}
         found = self._model.eos_id if eos is None else self._named(eos, "data.eos")
         if found < 0:
-            raise ValueError(f"{path}: the tokenizer has no eos token; set data.eos to the one that ends a text")
+            raise ValueError(f"{path}: the tokenizer has no eos token; set data.eos to the token that ends a text")
         self.eos_id: int = found
         begin = self._model.bos_id if bos is None else self._named(bos, "data.bos")
         self.bos_id: int = begin if begin >= 0 else self.eos_id

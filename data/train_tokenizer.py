@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m data.train_tokenizer", description=__doc__.partition("\n")[0])
     p.add_argument("--paths", nargs="+", required=True, help="files, folders and globs")
     p.add_argument(
-        "--source", default="text", choices=("text", "records", "c4"), help="what the files hold (default: text)"
+        "--source", default="text", choices=("text", "records", "c4"), help="content of the files (default: text)"
     )
     p.add_argument(
         "--patterns", nargs="+", default=["*.txt", "*.md", "*.py"],
@@ -127,6 +127,8 @@ def main() -> None:
     try:
         if args.coverage is not None and not 0 < args.coverage <= 1:
             raise ValueError(f"--coverage: {args.coverage} must be above 0 and at most 1")
+        if args.sample_bytes < 1:
+            raise ValueError(f"--sample-bytes: {args.sample_bytes} must be at least 1")
         if not args.out.absolute().parent.is_dir():
             raise ValueError(f"--out: there is no folder {args.out.absolute().parent}; make it first")
         files, found = examine(settings)

@@ -12,9 +12,9 @@ import numpy as np
 from data.shards.reader import Tokens
 
 ROUND = 1000
-"""The number of samples in a round of a mixture, in which each corpus has exactly its share."""
+"""The number of samples in a round of a mixture. All rounds have the same number of samples of a corpus."""
 TAIL = 2**16
-"""The number of tokens that `BlockOrder.digest` hashes. It detects an earlier change only if it shifts these tokens."""
+"""The number of tokens that `BlockOrder.digest` hashes. A change before them is detected only if it shifts them."""
 ENDLESS = 2**62
 """Stands for the number of windows while it is unknown."""
 
@@ -70,9 +70,9 @@ class BlockOrder:
         return windows
 
     def digest(self, samples: int) -> str:
-        """A hash of the last TAIL tokens up to the end of the block of sample `samples` - 1, and of their documents.
+        """A hash of the last TAIL tokens in the blocks of the first `samples` samples, and of their documents' names.
 
-        Detects a change of the text that was read, except for a change of equal length before these tokens.
+        A change of the text before these tokens is detected, unless the number of tokens stays the same.
         """
         end = self._end(samples, self.windows) if samples else 0
         start = max(0, end - TAIL)
@@ -87,8 +87,8 @@ class BlockOrder:
 class MixtureOrder:
     """Several corpora, with shares given by their weights.
 
-    Samples come in rounds of ROUND. Each round contains exactly the share of each corpus, in shuffled order. The
-    windows of each corpus come in shuffled epochs, independent of the other corpora.
+    Samples come in rounds of ROUND. Each round has the same number of samples of a corpus (`samples_per_round`), in
+    shuffled order. The windows of each corpus come in shuffled epochs, independent of the other corpora.
 
     Args:
         windows: (corpora,) The number of windows of each corpus.

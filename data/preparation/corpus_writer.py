@@ -75,7 +75,7 @@ class CorpusWriter:
         file, length = self._folder / HELD_OUT, DIGEST_BYTES * self.state.held_out
         digests = file.read_bytes()[:length] if length and file.exists() else b""
         if len(digests) < length:
-            raise ValueError(f"{file}: is shorter than it was")
+            raise ValueError(f"{file} is shorter than it was")
         self._held_out = {digests[i : i + DIGEST_BYTES] for i in range(0, length, DIGEST_BYTES)}
         file.write_bytes(digests)
 

@@ -14,7 +14,7 @@ MAX_OPEN = 128  # maximum number of open files, over all arrays
 
 
 class ArrayFile:
-    """`count` numbers of `dtype` (None: all) from byte `offset` of a file on. Has `len`; slices are (n,) arrays.
+    """Numbers of `dtype` in a file from byte `offset` on: `count`, or all for None. Has `len`; slices are (n,) arrays.
 
     Threads and forked processes may share an ArrayFile.
 
@@ -59,7 +59,7 @@ class ArrayFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not got:
                 raise ValueError(
-                    f"{self.path}: is shorter than it was; restore it from a copy or prepare it again, then restart"
+                    f"{self.path} is shorter than it was; restore it from a copy or prepare it again, then restart"
                 )
             rest, place = rest[got:], place + got
         return out

@@ -3,11 +3,11 @@
 A split is one or more shards in order, and each document lies within one shard. A shard has three files:
 
 - `.bin`: the tokens, little-endian, without a header. A document is bos, its tokens, eos.
-- `.index.npy`: for each document the number of its first token, the offset of its name, and the number of bytes of its
-  text (dtype INDEX).
+- `.index.npy`: for each document the position of its first token in `.bin` (in tokens), the position of its name in
+  `.names` (in bytes), and the length of its text in bytes (dtype INDEX).
 - `.names`: the documents' names, concatenated.
 
-If documents begin with a prompt, a fourth file, `.given.npy`, has the number of tokens of each prompt. The manifest of
+If documents begin with a prompt, a fourth file, `.given.npy`, has the length of each prompt in tokens. The manifest of
 the dataset lists the shards, with the lengths and checksums of their files.
 """
 
@@ -125,7 +125,7 @@ class Tokens:
         return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The numbers of the first tokens of documents in [start, stop), int64 (n,), in order."""
+        """The position of the first token of each document that begins in [start, stop), int64 (n,), in order."""
         starts = [np.empty(0, np.int64)]
         for number, first, last in self._pieces(start, min(stop, len(self))):
             begins = self._shards[number].begins(first, last)
@@ -162,7 +162,7 @@ class Shard:
             self.index = np.fromfile(folder / f"{name}.index", INDEX, done["documents"])
             for path, count, size in ((tokens, done["tokens"], dtype.itemsize), (names, done["names"], 1)):
                 if path.stat().st_size < count * size or len(self.index) < done["documents"]:
-                    raise ValueError(f"{path}: is shorter than it was")
+                    raise ValueError(f"{path} is shorter than it was")
         given = folder / f"{name}.given.npy"
         self.given = np.load(given) if given.exists() else None
         if self.index.dtype != INDEX or len(self.index) == 0:

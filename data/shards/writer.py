@@ -36,7 +36,7 @@ class ShardWriter:
                 if self._done is None:
                     return files.enter_context(open(path, "wb"))
                 if not path.exists() or path.stat().st_size < length:
-                    raise ValueError(f"{path}: is shorter than it was")
+                    raise ValueError(f"{path} is shorter than it was")
                 os.truncate(path, length)
                 return files.enter_context(open(path, "ab"))
 

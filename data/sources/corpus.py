@@ -165,7 +165,13 @@ def _text_bytes(file: SourceFile) -> int:
 
 
 def extended(chain: str, name: str, content: bytes) -> str:
-    """The hash of a sequence of documents: `chain` is the hash of all but the last, which has this name and digest."""
+    """The hash of a sequence of documents.
+
+    Args:
+        chain: The hash of all documents but the last.
+        name: The name of the last document.
+        content: The digest of the last document's content.
+    """
     return hashlib.sha256(chain.encode() + hashlib.sha256(name.encode()).digest() + content).hexdigest()
 
 

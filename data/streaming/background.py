@@ -155,7 +155,7 @@ def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tok
 
 @dataclass(frozen=True)
 class _Finished:
-    """The part of the plan of a complete preparation that `StreamedTokens` needs."""
+    """Stands for the plan of a complete preparation, with only the members that `StreamedTokens` uses."""
 
     folder: Path
     work_folder: Path = Path()

@@ -80,7 +80,7 @@ def test_special_tokens_are_read_beside_the_file_or_refused_by_name(file):
         Tokenizer(file, bos="<s>", eos=SPECIAL[1])
     own = DataSettings(source="text", paths=[str(REPO / "models")], tokenizer=str(file), vocab_size=600)
     assert problems(own) == [
-        f"data.tokenizer: {file}: the tokenizer has no eos token; set data.eos to the one that ends a text"
+        f"data.tokenizer: {file}: the tokenizer has no eos token; set data.eos to the token that ends a text"
     ]
     beside = {"bos_token": {"content": SPECIAL[0]}, "eos_token": SPECIAL[1], "pad_token": None}
     file.with_name("tokenizer_config.json").write_text(json.dumps(beside))
@@ -136,6 +136,8 @@ def test_the_command_trains_one_and_says_what_is_wrong(tmp_path, texts):
     assert run.returncode == 0 and Tokenizer(tmp_path / "c.model").sha256 != same.sha256
     run = command(*flags, str(tmp_path / "d.model"), "--coverage", "7")
     assert run.returncode == 2 and run.stderr.startswith("--coverage: 7.0 must be")
+    run = command(*flags, str(tmp_path / "d.model"), "--sample-bytes", "0")
+    assert run.returncode == 2 and run.stderr == "--sample-bytes: 0 must be at least 1\n"
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
 
 

@@ -324,7 +324,7 @@ def test_a_shard_that_cannot_be_read_ends_the_run_with_its_name_and_loses_nothin
         )
         with pytest.raises((OSError, ValueError)) as error:
             train(where, trainer=failing_at(9, fail))
-    said = f"{shard}: is shorter than it was" if fault == "cut short" else f"Input/output error: '{shard}'"
+    said = f"{shard} is shorter than it was" if fault == "cut short" else f"Input/output error: '{shard}'"
     assert said in str(error.value)
     assert newest_good(RunFolder(load(where)).checkpoints)[0].name == "step-00000008"
     shard.write_bytes(content)
