@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "--shard-gb",
         type=number(float, 0, above=True),
         default=5.0,
-        help="most GB in a file of weights (default: %(default)g)",
+        help="maximum size of a file of weights in GB (default: %(default)g)",
     )
     return p
 

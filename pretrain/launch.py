@@ -8,7 +8,7 @@ The most common flags:
   --nproc-per-node N   processes on this node (default: 1)
   --nnodes N           nodes, or a range such as 2:4 (default: 1)
   --node-rank I, --master-addr HOST, --master-port PORT   the number of this node, and the address of node 0
-  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id ID   instead of these, torchrun's rendezvous
+  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id ID   a rendezvous, instead of number and address of a node
   --max-restarts N     how often the workers are started again after a failure (default: 0)
 torchrun --help lists all of them.
 """
@@ -39,7 +39,7 @@ def exit_code(codes: list[int]) -> int:
 
 
 def explain(error: Exception) -> str:
-    """The error between the launchers in one line, because torch's messages end in pages of C++ frames."""
+    """An error in the communication of the launchers, in one line: torch's messages end in pages of C++ frames."""
     from torch.distributed import DistError
     from torch.distributed.elastic.rendezvous import RendezvousError
 

@@ -74,9 +74,9 @@ def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1,
 def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:
     """The folder name of a job from its ``key=value`` overrides, the same in any order: ``lr-0.001_rank-64``.
 
-    ``fixed`` are the overrides that all jobs share. A few of them are appended to the name. Many of them are replaced
-    by a hash, and so are characters that a file system may refuse. Overrides of ``run.``, ``logger.`` and ``data.root``
-    are omitted, because they do not change results.
+    ``fixed`` are the overrides that all jobs share. They follow the swept overrides in the name. If either part is too
+    long, or has characters that a file system may refuse, it is shortened and gets a hash. Overrides of ``run.``,
+    ``logger.`` and ``data.root`` are omitted, because they do not change results.
     """
     keys = [key for key, _ in _settings([*swept, *fixed])]
     texts = []

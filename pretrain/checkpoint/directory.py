@@ -1,12 +1,13 @@
-"""The checkpoints of a run on disk: their files, which are intact, which is the newest, and which are deleted.
+"""The checkpoints of a run on disk: write their last files, verify them, find the newest, and remove folders.
 
     checkpoints/step-00000200/   *.safetensors   tensors, written by pretrain.checkpoint.saver
                                  state.json      format, step, tokens, data, counters (pretrain.training.state)
                                  manifest.json   size and SHA-256 of each of these files
                 latest           a link to the newest checkpoint, for people and other programs
 
-This program does not resume from ``latest``: a checkpoint is intact if the files in its manifest are intact. Other
-files in these folders are ignored. A link to a missing checkpoint shows that checkpoints were removed by hand.
+A run does not use ``latest`` to resume: it looks for the newest intact checkpoint. A checkpoint is intact if every
+file in its manifest has the size and checksum given there; other files are ignored. If ``latest`` names a missing
+checkpoint, checkpoints were removed by hand.
 """
 
 import json

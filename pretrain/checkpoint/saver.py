@@ -1,7 +1,7 @@
 """Save checkpoints in the background: training waits only for a copy in host memory, and a thread writes the copy.
 
 One save runs at a time. A checkpoint is written to ``step-….tmp``. It is renamed after all processes have written and
-every file has its checksum; then ``latest`` is updated. If the disk refuses a save, the error is logged and the
+every file has its checksum; then ``latest`` is updated. If a checkpoint cannot be written, the error is logged and the
 half-written files are removed. Older checkpoints stay, and the next scheduled save tries again.
 """
 
@@ -38,7 +38,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is")
 
 
 class NotSaved(OSError):
-    """The disk refused a checkpoint; the checkpoints before it are unchanged."""
+    """A checkpoint could not be written to the disk; the checkpoints before it are unchanged."""
 
 
 class Saver:

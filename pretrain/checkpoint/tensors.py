@@ -58,12 +58,18 @@ def load(path: Path, model: nn.Module, optim: OptimizerStack) -> None:
 
 
 def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Read the model's weights ``names`` from the checkpoint at ``path``, one block of the model at a time.
+    """Read weights of the model from the checkpoint at ``path``, one block of the model at a time.
 
     Weights stored in 8 bits are dequantised to ``dtype``; other weights keep their stored dtype.
 
+    Args:
+        names: the names of the weights to read.
+
+    Yields:
+        (name, weight) for each of them, as complete tensors.
+
     Raises:
-        ValueError: a damaged checkpoint, or a checkpoint without a weight of ``names``.
+        ValueError: the checkpoint is damaged, or lacks one of the weights.
     """
     verify(path)
     reader, stored = _open(path)

@@ -91,7 +91,8 @@ def _driver() -> tuple[int, str]:
         return 0, ""
     if "version mismatch" in printed:  # the driver was updated, and the machine was not restarted
         raise ValueError(
-            f"nvidia-smi says: {printed.strip()}; restart the machine, or set CUDA_VISIBLE_DEVICES= (empty)"
+            f"nvidia-smi says: {printed.strip()}; restart the machine; to train on the CPU instead, set "
+            "CUDA_VISIBLE_DEVICES= (empty)"
         )
     drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # one line per GPU; without a GPU a message
     return len(drivers), drivers[0] if drivers else ""

@@ -51,13 +51,13 @@ For python -m pretrain.estimate only:
   estimate.devices=8             number of devices, of which one is simulated
   estimate.format=json           print one JSON object instead of a table
 
-A list is written key=[a,b]. Quote brackets for the shell: 'data.paths=[notes,book.txt]'.
+A list is written 'key=[a,b]', with quotes because shells change brackets: 'data.paths=[notes,book.txt]'.
 --cfg job prints every setting with its value. The files in conf/ and README.md explain the settings.
 """
 
 
 def config_from(arguments: list[str]) -> Config:
-    """The configuration from the overrides in ``arguments``. Flags are answered instead, and the process ends.
+    """The configuration from the overrides in ``arguments``. With a flag such as --help, print its answer and exit.
 
     Raises:
         ConfigError: lists all problems, one line each.
@@ -152,4 +152,4 @@ def _used_most() -> Iterator[str]:
     for example, about in USED_MOST.items():
         default = OmegaConf.select(defaults, example.partition("=")[0])
         shown = "" if default is None or isinstance(default, ListConfig) else f" (default: {default})"
-        yield f"  {example:<31}{about}{shown.replace('False', 'false')}"
+        yield f"  {shlex.quote(example):<31}{about}{shown.replace('False', 'false')}"

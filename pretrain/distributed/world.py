@@ -1,4 +1,4 @@
-"""The processes of a run: the rank of this process, and the collectives outside the engines."""
+"""The processes of a run: the rank and device of this process, connecting them, and simple collectives."""
 
 import os
 from collections.abc import Callable

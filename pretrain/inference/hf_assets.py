@@ -1,4 +1,4 @@
-"""Other files of a Hugging Face model than its weights: generation settings, chat template, special tokens.
+"""The files of a Hugging Face model besides its weights: generation settings, chat template, special tokens.
 
 A run that starts from such a model copies these files to its folder, and an export copies them on.
 """
@@ -56,10 +56,10 @@ def other_settings(folder: Path, ours: Container[str]) -> dict[str, Any]:
 def end_ids(folder: Path) -> list[int]:
     """The tokens at which transformers' ``generate`` stops for the model in ``folder``; [] if no file names any.
 
-    They are ``eos_token_id``, a number or a list, in generation_config.json, or if this file is missing in config.json.
+    They are ``eos_token_id`` in generation_config.json. Without this file, they are ``eos_token_id`` in config.json.
 
     Raises:
-        ValueError: a file cannot be read, or its ``eos_token_id`` is neither.
+        ValueError: a file cannot be read, or ``eos_token_id`` is neither a number nor a list of numbers.
     """
     file = next((folder / name for name in (GENERATION, CONFIG) if (folder / name).exists()), None)
     if file is None:

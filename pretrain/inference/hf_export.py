@@ -69,10 +69,12 @@ def _weights(found: PretrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
             continue
         cast = tensor.to(dtype)
         if not torch.equal(cast.to(tensor.dtype), tensor):
-            rounded.append(name)
+            rounded.append((name, tensor.dtype))
         tensors[hf_name(name)] = cast
     if rounded:
-        logger.info("rounded to %s: %d weights, such as %s (--dtype keeps them)", dtype, len(rounded), rounded[0])
+        name, stored = rounded[0]
+        kept = str(stored).removeprefix("torch.")
+        logger.info("rounded %d weights to %s, such as %s; --dtype=%s is exact", len(rounded), dtype, name, kept)
     return tensors
 
 

@@ -86,8 +86,8 @@ def _head_problems(config: dict[str, Any]) -> list[str]:
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[str]]:
     """``rope_theta`` and ``rope_scaling`` for ``Llama``, and a line for each setting that is not implemented.
 
-    transformers 5 writes both into ``rope_parameters``. Earlier versions wrote ``rope_theta`` and ``rope_scaling``; the
-    oldest called the type in ``rope_scaling`` ``type``.
+    transformers 5 writes both into ``rope_parameters``. Earlier versions wrote ``rope_theta`` and ``rope_scaling``. The
+    key of the type in ``rope_scaling`` was first ``type`` and later ``rope_type``.
     """
     parameters = config.get("rope_parameters") or {}
     theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0

@@ -169,7 +169,7 @@ def _blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[di
 
 
 def _smaller_micro_batch(config: Config, most: int) -> int:
-    """The largest micro-batch size up to ``most`` that fits if the same step is accumulated from it; 0 if none."""
+    """The largest micro-batch size up to ``most`` that divides the batch of a step and fits the device; 0 if none."""
     share = config.train.tokens_per_step // (config.train.seq_len * config.estimate.devices)
     for size in range(min(most, micro_batch_size(config) - 1), 0, -1):
         smaller = replace(config, train=replace(config.train, micro_batch_size=size))

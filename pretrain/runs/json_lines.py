@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 class JsonLinesFile:
     """Appends JSON lines to the file ``path``.
 
-    If the disk refuses a line, a warning is logged once. The line is kept in memory and written as soon as possible.
+    If a line cannot be written, a warning is logged once. The line is kept in memory and written as soon as possible.
     """
 
     def __init__(self, path: Path):

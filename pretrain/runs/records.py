@@ -105,7 +105,9 @@ class RunRecords:
 
 
 def find_runs(paths: list[Path]) -> list[RunRecords]:
-    """The runs at ``paths``: folders of runs, or folders that contain runs. Their names are as short as possible.
+    """The runs at ``paths``: folders of runs, or folders that contain runs.
+
+    Each run is named by the last parts of its path: one part if this tells all runs apart, otherwise more.
 
     Raises:
         ValueError: a path contains no run that has logged anything.

@@ -19,7 +19,7 @@ class TensorboardLogger:
 
     Args:
         folder: for the event files, a new one for each process of the run.
-        first_step: number of steps made before. What an earlier process wrote about later steps is not shown.
+        first_step: number of steps made before. TensorBoard hides values of later steps from earlier processes.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -31,7 +31,7 @@ class TensorboardLogger:
         self._try(lambda: self._write(line))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Close the event file."""
         self._try(lambda: self._writer and self._writer.close())
         self._writer = None
 

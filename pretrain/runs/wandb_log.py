@@ -200,7 +200,10 @@ def wandb_problems(wandb: WandbConfig) -> list[str]:
 
 
 def _init(config: Config, folder: Path, mode: Any, sizes: Mapping[str, Any]) -> Any:
-    """The W&B run, started in ``mode``; W&B's environment variables override what the configuration leaves open."""
+    """The W&B run, started in ``mode``.
+
+    W&B's environment variables give the settings that are null in the configuration, and replace our defaults.
+    """
     import wandb
 
     ours, id_file = config.logger.wandb, folder / ID_FILE
@@ -232,7 +235,7 @@ def _unless_set(values: list[tuple[str, str, Any]]) -> dict[str, Any]:
 
 
 def _sync_command(run: Any) -> str:
-    """The shell command that uploads ``run`` with the runs of the same id and mode before it: each start made one."""
+    """The shell command that uploads ``run``, and the W&B runs of earlier starts with the same id and mode."""
     script, folder = Path(sys.executable).with_name("wandb"), Path(run.settings.sync_dir)
     program = shlex.join([os.path.relpath(script)] if script.exists() else [sys.executable, "-m", "wandb"])
     option, kind = ("", "offline-run") if run.offline else ("--include-online ", "run")

@@ -33,8 +33,8 @@ def state_to_resume(config: Config) -> dict[str, Any] | None:
 def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset | None:
     """The tokens that the run with this ``state`` was trained on, if the corpus or the tokenizer is missing.
 
-    None if nothing is missing, so that the files are compared with the checkpoint; or if ``data.root`` does not contain
-    all of the tokens.
+    None if ``data.root`` does not contain all of the tokens, or if no file of corpus and tokenizer is missing. In the
+    latter case, the files are compared with the checkpoint when they are opened.
     """
     settings, trained = data_settings(config), state.get("data", {})
     fingerprint = trained.get("fingerprint")

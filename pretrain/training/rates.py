@@ -27,7 +27,7 @@ def describe_change(before: dict[str, Any] | None, config: Config, step: int) ->
     """Log lines if the learning rates of a resumed run differ from those planned in its checkpoint; [] if equal.
 
     Args:
-        before: ``rate_settings`` in the checkpoint of the resume; None if an older checkpoint lacks them.
+        before: ``rate_settings`` in the checkpoint that the run resumes from; None if an older checkpoint lacks them.
         step: the first step to be trained, from 0.
     """
     now, steps = rate_settings(config), config.train.steps

@@ -53,7 +53,7 @@ class StepLog:
         self.watch = watch
         self._flops_per_token = flops_per_token(model, train.seq_len)
         self._peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
-        self._compile_seconds = 0.0  # as logged last
+        self._compile_seconds = compile_seconds()  # as logged last; compile_blocks has logged those before now
         self._divergence = Divergence(config, read_json_lines(folder.metrics_file)) if world.is_main else None
         sizes = {**parameter_counts(model), "estimated_bytes": held_bytes(model, optim)}
         self._metrics = MetricLog(folder, config, first_step, sizes) if world.is_main else None

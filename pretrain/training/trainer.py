@@ -162,7 +162,7 @@ class Trainer:
         return score.metrics
 
     def stop(self) -> Outcome:
-        """Save and close a run that is not finished. Raises NotSaved if the disk refuses."""
+        """Save and close a run that is not finished. Raises NotSaved if the checkpoint cannot be written."""
         self._save()
         self.checkpoints.finish()
         logger.info("stopped by a signal at step %d; the same command resumes the run from here", self.step)
@@ -170,7 +170,7 @@ class Trainer:
         return Outcome.STOPPED
 
     def finish(self) -> Outcome:
-        """Save, validate, write samples and the summary. Raises NotSaved if the disk refuses."""
+        """Save, validate, write samples and the summary. Raises NotSaved if the checkpoint cannot be written."""
         self.stop_request.step = None
         self._save()
         score = self.validate()
