@@ -8,6 +8,7 @@ from statistics import median, quantiles
 import torch
 from torch import nn
 
+from benchmarks import refuse_to_run
 from pretrain.config.compose import load
 from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 from pretrain.distributed.engines import build_engine
@@ -210,3 +211,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+if __name__ == "__main__":
+    refuse_to_run("steps", "step_time")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import refuse_to_run
 from models.counter_rng import key
 from optim.muon import Muon, MuonAndAdamW, orthogonalize
 
@@ -114,3 +115,7 @@ class BlocksInTurn(MuonAndAdamW):
     """BlockMuon for the linears, AdamW for the others."""
 
     muon = BlockMuon
+
+
+if __name__ == "__main__":
+    refuse_to_run("walk", "quality")

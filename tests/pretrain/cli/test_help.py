@@ -2,11 +2,15 @@
 
 import argparse
 import importlib
+import logging
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,6 +20,8 @@ from data.prepare import meanings
 from data.settings import DataSettings
 from pretrain.config.compose import CONF, flat, load
 from pretrain.config.schema import ConfigError
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
 def told(*command):
@@ -39,8 +45,10 @@ def test_what_takes_overrides_tells_groups_and_overrides_that_exist(command, wor
     for group in ("data", "experiment", "logger", "model", "optim"):
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         assert f"{group} {', '.join(options)}" in groups
-    overrides = re.findall(r"^  ([\w.]+=\S+)", text.split("Settings used most")[1], re.M)
-    assert len(overrides) >= 10
+    lines = text.split("Settings used most")[1].split("\n\n")[0].splitlines()
+    overrides = [shlex.split(line)[0] for line in lines if re.match(r"  '?[\w.]+=", line)]
+    assert len(overrides) >= 10 and "data.paths=[notes]" in overrides
+    assert not re.search(r"(?<![\w.'])[\w.]+=[\[{]", text)  # without quotes, zsh and bash would change it
     load(overrides)
     defaults, shown = flat(OmegaConf.structured(load([]))), re.findall(r"^  ([\w.]+)=.*\(default: (.+)\)$", text, re.M)
     assert {"run.name", "train.steps", "optim.rank", "optim.lr"} <= {key for key, _ in shown}
@@ -118,7 +126,16 @@ def test_who_gives_a_device_is_told_how_devices_are_chosen(key):
         load([f"{key}=cuda"])
 
 
-@pytest.mark.parametrize("module", ["saving", "real_steps"])
-def test_benchmarks_answer_help(module, root):
-    text = told(sys.executable, "-m", f"benchmarks.{module}", "--help")
-    assert f"benchmarks.{module}" in text
+@pytest.mark.parametrize("module", sorted(path.stem for path in BENCHMARKS.glob("[a-z]*.py")))
+def test_benchmarks_answer_help_and_their_libraries_name_a_command(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # restored: benchmarks.saving disables log lines
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{module}", run_name="__main__", alter_sys=True)
+    printed = capsys.readouterr()
+    if end.value.code:
+        message = rf"benchmarks\.{module} is a library and no command; python -m benchmarks\.(\w+) uses it\n"
+        command = BENCHMARKS / f"{re.fullmatch(message, printed.err)[1]}.py"
+        assert end.value.code == 2 and "main(" in command.read_text().split("if __name__")[1]
+    else:
+        assert f"benchmarks.{module}" in printed.out
