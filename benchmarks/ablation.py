@@ -10,6 +10,7 @@ A record is of the defaults of its commit. Who changes a default takes its lines
 import argparse
 import json
 import math
+import shlex
 import statistics
 import textwrap
 import time
@@ -147,14 +148,20 @@ def trial_of(setting: str, records: list[Record]) -> Trial:
     return Trial(setting, by_seed, [run["tokens_per_s"] for run in runs], {str(run["commit"]) for run in runs})
 
 
+def in_a_shell(overrides: Iterable[str]) -> str:
+    """``overrides`` as they are typed in a shell: quoted where they have brackets, braces or stars."""
+    return " ".join(map(shlex.quote, overrides))
+
+
 def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
     """Markdown: a line for each trial, and how far it is from the one ``against``, ± standard errors over seeds."""
     lines = []
+    relative = f"relative to `{in_a_shell(against.setting.split())}`" if against else ""
     for topic, trials in topics.items():
         lines += [
             f"### {topic}",
             "",
-            f"| setting | seeds | loss | {f'relative to `{against.setting}`' if against else ''} | tokens/s |",
+            f"| setting | seeds | loss | {relative} | tokens/s |",
             "|---|---|---|---|---|",
         ]
         for t in sorted(trials, key=lambda t: t.loss):
@@ -163,7 +170,8 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
                 "" if math.isnan(difference) else f"{difference:+.4f}{plus_minus(error) if t is not against else ''}"
             )
             speed = f"{statistics.median(t.speeds):,.0f}"
-            lines.append(f"| `{t.setting}` | {len(t.seeds)} | {t.loss:.4f}{plus_minus(t.error)} | {beside} | {speed} |")
+            setting, loss = in_a_shell(t.setting.split()), f"{t.loss:.4f}{plus_minus(t.error)}"
+            lines.append(f"| `{setting}` | {len(t.seeds)} | {loss} | {beside} | {speed} |")
         lines.append("")
     return lines
 
@@ -246,13 +254,13 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
         "The picture has a colour for each table below. Settings without `optim=` are those of `optim=grass`.",
         "",
         f"`python -m benchmarks.{page}` wrote this page from its runs, which are recorded in `docs/{page}.jsonl`: "
-        f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{' '.join(study['common'])}`.",
+        f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{in_a_shell(study['common'])}`.",
         "",
     ]
     for name, topics in stages.items():
         trials = [t for trials in topics.values() for t in trials]
         against = next((t for t in trials if t.setting == study["stages"][name]["against"]), None)
-        common = " ".join(study["stages"][name].get("common", []))
+        common = in_a_shell(study["stages"][name].get("common", []))
         commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
         lines += [
             f"## Stage: {name}",

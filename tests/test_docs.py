@@ -147,3 +147,15 @@ def test_no_command_of_readme_and_docs_ends_in_a_comment(root):
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
         commented = [line for block in blocks for line in block.splitlines() if re.search(r"(^|\s)#", line)]
         assert commented == [], page.name
+
+
+def test_overrides_with_brackets_braces_or_stars_are_quoted(root):
+    """Shells change them otherwise: zsh and bash look for files, and bash expands braces."""
+    texts = {page: re.sub(r"```python\n.*?```", "", text, flags=re.S) for page, text in pages(root).items()}
+    for pattern in ("conf/**/*.yaml", "examples/*.py", "scripts/*.*", "launch.sh"):
+        for file in root.glob(pattern):
+            texts[file] = "\n".join(re.findall(r"^#.*", file.read_text(), re.M))  # of YAML, the header
+    group = r"(?<![\w.'\"/])(?:run|train|optim|data|model|logger|hydra|estimate)\.[\w.]+"
+    bare = {page.name: re.findall(rf"{group}=[^\s`'|]*[\[{{(*][^\s`]*", text) for page, text in texts.items()}
+    assert {name: found for name, found in bare.items() if found} == {}
+    assert sum(len(re.findall(r"'[\w.]+=[^\s']*[\[{]", text)) for text in texts.values()) > 20

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_the_seeds_of_a_setting_are_one_line_with_their_mean_and_its_standard_er
         "| `optim=grass` | 3 | 2.0000 ± 0.5774 | +0.0000 | 200 |",
         "| `optim=adamw` | 1 | 2.5000 | +1.5000 | 250 |",
     ]
+
+
+def test_a_table_shows_overrides_as_a_shell_takes_them():
+    setting = "optim=grass optim.rank={*:64,up_proj:16}"
+    trial = ablation.Trial(setting, {"0": 2.0}, [100])
+    lines = ablation.table({"Ranks": [trial]}, trial)
+    typed = "`optim=grass 'optim.rank={*:64,up_proj:16}'`"
+    assert lines[2] == f"| setting | seeds | loss | relative to {typed} | tokens/s |"
+    assert lines[4].startswith(f"| {typed} | 1 | 2.0000 |")
+    assert shlex.split(typed.strip("`")) == setting.split()
 
 
 def test_settings_are_compared_seed_by_seed():
