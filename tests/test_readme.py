@@ -22,7 +22,7 @@ from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
-from pretrain.sweep import combinations, parse
+from pretrain.sweep import combinations, job_name, parse
 from pretrain.training.trainer import Outcome, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +182,15 @@ def test_the_commands_pass_the_check_as_they_stand(command):
     overrides = [word for word in shlex.split(command) if "=" in word and not word.startswith("--")]
     for job in combinations(parse(overrides)):
         check(load(job))
+
+
+def test_the_jobs_of_a_sweep_have_the_names_that_are_told():
+    (command,) = {c for page in (README, RUNS) for c in commands(page) if c.startswith("./launch.sh -m ")}
+    settings = parse(shlex.split(command)[2:])
+    (fixed,) = combinations([o for o in settings if not o.is_sweep_override()])
+    names = [job_name([o for o in job if o not in fixed], fixed) for job in combinations(settings)]
+    for page in (README, RUNS):
+        assert re.findall(r"`runs/sweep/(.+?)/` and so on", page) == names[:1]
 
 
 def test_the_overrides_people_use_pass_the_check():

@@ -72,7 +72,8 @@ def test_windows_can_be_shorter_and_documents_are_framed_as_in_a_preparation(fol
     ("arguments", "message"),
     [
         (["nowhere", "--text", "x"], "nowhere contains no model; name a run's folder"),
-        (["MODEL", "--text", "nowhere.txt"], "there is no file or folder nowhere.txt"),
+        (["MODEL", "--text", "nowhere.txt"], "--text: there is no file or folder nowhere.txt"),
+        (["MODEL", "--text", __file__, "--seq-len", "9999"], "--seq-len=9999 is more than the "),
         (["MODEL", "--data", "nowhere"], "--data: there is no folder nowhere"),
     ],
 )
