@@ -285,14 +285,19 @@ def main(page: str = "ablation", about: str | None = __doc__) -> None:
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(study['stages'])}; all by default")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--root", type=Path, default=Path("runs") / page)
-    parser.add_argument("--written", action="store_true", help="run nothing, write the page of what is on record")
+    parser.add_argument(
+        "--written", type=Path, nargs="?", const=file, metavar="JSONL",
+        help=f"run nothing, write the page from these records (docs/{file.name} if none is named)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(study["stages"]):
         parser.error(f"{', '.join(unknown)}: no stage of benchmarks/{page}.yaml")
+    if arguments.written and not arguments.written.exists():
+        parser.error(f"argument --written: there is no file {arguments.written}")
     for name, stage in study["stages"].items() if not arguments.written else ():
         if name in (arguments.stages or study["stages"]):
             run_missing(name, stage, study["common"], arguments.root, arguments.jobs, file)
-    if records := recorded(file):
+    if records := recorded(arguments.written or file):
         write(study, records, page)
 
 

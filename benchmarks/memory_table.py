@@ -1,7 +1,7 @@
 """What full-rank AdamW, 8-bit AdamW, GaLore and Grass hold at several sizes, by the planner: a table and a picture.
 
 python -m benchmarks.memory_table                # what docs/memory.jsonl lacks is estimated and added to it first
-python -m benchmarks.memory_table --only 13b     # sizes
+python -m benchmarks.memory_table --sizes 7b,13b
 
 Bfloat16, one sequence of 256 tokens, no memory option on. Of the shortcut's three walks the third, which checks it, is
 left out: tests/test_estimate.py holds the shortcut against full walks.
@@ -122,11 +122,15 @@ def stacked(panels: dict[str, dict[str, Row]], height: float = 0.25) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SIZES, default=SIZES, help="sizes to estimate if they are missing")
+    every = ",".join(SIZES)
+    parser.add_argument("--sizes", default=every, help=f"sizes to estimate if they are missing (default {every})")
     arguments = parser.parse_args()
+    sizes = arguments.sizes.split(",")
+    if unknown := sorted({*sizes} - {*SIZES}):
+        parser.error(f"argument --sizes: {', '.join(unknown)}: choose from {every}")
     path = FOLDER / "memory.jsonl"
     rows = known(path)
-    for key in [(size, method) for size in arguments.only for method in METHODS]:
+    for key in [(size, method) for size in sizes for method in METHODS]:
         if key not in rows:
             rows[key] = estimated(*key)
             with path.open("a") as file:

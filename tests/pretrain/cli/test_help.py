@@ -1,6 +1,7 @@
 """``--help`` of every command says what it does; of those that take overrides also the groups and the usual ones."""
 
 import argparse
+import ast
 import importlib
 import logging
 import os
@@ -139,3 +140,18 @@ def test_benchmarks_answer_help_and_their_libraries_name_a_command(module, monke
         assert end.value.code == 2 and "main(" in command.read_text().split("if __name__")[1]
     else:
         assert f"benchmarks.{module}" in printed.out
+
+
+def test_a_flag_takes_the_same_kind_of_value_in_every_command():
+    kinds: dict[str, dict[tuple, list[str]]] = {}
+    for folder in ("pretrain", "data", "benchmarks", "examples"):
+        for path in sorted((CONF.parent / folder).rglob("*.py")):
+            for call in ast.walk(ast.parse(path.read_text())):
+                if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".add_argument"):
+                    flag = ast.unparse(call.args[0]).strip("'")
+                    words = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                    # A file may be left out where the command has one of its own.
+                    kind = (words.get("action"), words.get("nargs", "").replace("'?'", ""))
+                    kinds.setdefault(flag, {}).setdefault(kind, []).append(path.name)
+    assert len(kinds["--out"][None, ""]) > 3  # the calls are found
+    assert not {flag: kind for flag, kind in kinds.items() if flag.startswith("-") and len(kind) > 1}
