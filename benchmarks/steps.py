@@ -24,6 +24,7 @@ COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
 # With one inner optimizer, so that the methods differ in nothing else; grass+muon is Grass with its default one.
 METHODS = {
     "adamw": ["optim=adamw"],
+    "muon": ["optim=muon"],
     "adamw8bit": ["optim=adamw8bit"],
     "galore": ["optim=galore"],
     "apollo": ["optim=apollo"],
@@ -60,7 +61,7 @@ def configuration(method: str, rank: int, overrides: Sequence[str], period: int 
     base = [*METHODS[method], *COMMON, *overrides]
     optim = load(base).optim
     if isinstance(optim, GrassConfig):
-        return load([*base, *EVEN, f"optim.rank={rank}"]), 1
+        return load([*METHODS[method], *EVEN, f"optim.rank={rank}", *COMMON, *overrides]), 1
     if isinstance(optim, BaselineConfig):
         return load([*base, f"optim.rank={rank}", f"optim.update_gap={period or optim.update_gap}"]), optim.update_gap
     return load(base), 1
