@@ -1,9 +1,9 @@
-"""Two corpora for ``benchmarks.quality``, of released packages: ``python -m benchmarks.corpora [--into runs/corpora]``.
+"""Download the corpora of ``benchmarks.quality``: ``python -m benchmarks.corpora [--into runs/corpora]``.
 
-    docs    the reference manuals of six Python packages, as they were written (reStructuredText and alike)
-    c       C and C++ sources that come with four others, without what a tool has generated
+    docs    the documentation of six Python packages, as source text (reStructuredText, Markdown, plain text)
+    c       the C and C++ sources of four other Python packages, without generated files
 
-pip fetches the source archives, in the versions below, so that the text is the same wherever it is made.
+pip downloads source archives of fixed versions, so that the text is the same on every machine.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-CORPORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # requirements, suffixes of the files
+CORPORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # package versions, file suffixes
     "docs": (
         ("Django==5.1.4", "SQLAlchemy==2.0.36", "salt==3006.9", "Sphinx==8.1.3", "celery==5.4.0", "sympy==1.13.3"),
         (".rst", ".txt", ".md"),
@@ -24,11 +24,11 @@ CORPORA: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # requirements,
     ),
 }
 GENERATED = (".upb.", ".upbdefs.", ".upb_minitable.", "uvloop/loop.c", "grpc/_cython/cygrpc", "_table")
-LARGEST = 400_000  # bytes of a file: beyond it are tables
+LARGEST = 400_000  # bytes; larger files are mostly tables and are left out
 
 
 def fetch(requirement: str, into: Path) -> Path:
-    """The source archive of a package, from the index that pip is set to use."""
+    """Return the source archive of a package in ``into``. pip downloads it if it is missing."""
     name = requirement.partition("==")[0].lower()
     found = [file for file in into.glob("*.tar.gz") if file.name.lower().startswith(f"{name}-")]
     if not found:
@@ -39,7 +39,7 @@ def fetch(requirement: str, into: Path) -> Path:
 
 
 def texts(archive: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """The files of an archive that are of the corpus, in order of their names."""
+    """Yield the name and content of each file in ``archive`` that belongs to the corpus, sorted by name."""
     with tarfile.open(archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             wanted = member.isfile() and PurePosixPath(member.name).suffix in suffixes and member.size <= LARGEST
@@ -51,7 +51,7 @@ def texts(archive: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--into", type=Path, default=Path("runs/corpora"))
+    parser.add_argument("--into", type=Path, default=Path("runs/corpora"), help="output folder (default: %(default)s)")
     arguments = parser.parse_args()
     archives = arguments.into / "archives"
     archives.mkdir(parents=True, exist_ok=True)

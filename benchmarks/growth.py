@@ -1,12 +1,12 @@
-"""How time and memory of a step grow with the rank, the width, the layers and the sequence: slopes on log-log axes.
+"""How the time and memory of a step grow with rank, width, layers and sequence length: slopes on log-log axes.
 
 python -m benchmarks.growth [--json] [--plot growth.png]
-python -m benchmarks.growth --written docs/growth.json --plot docs/growth.png      # what an earlier run printed
+python -m benchmarks.growth --written docs/growth.json --plot docs/growth.png      # from the output of an earlier run
 
-A small LLaMA with next to no vocabulary; one number of it at a time takes each of its VALUES. Seconds are the process'
-own on one thread, medians; bytes are counted: of the optimizer's state, and the planner's peak of a step. A slope of 1
-means that twice the number takes twice as much. Fold and refresh must not grow faster than r·n: 1 with the rank, 1 with
-the width.
+The model is a small LLaMA with a vocabulary of 256. One size at a time takes each of its VALUES; the other sizes stay
+as in BASE. Seconds are medians of CPU time on one thread. Bytes are counted, not measured: the optimizer state, and the
+planner's peak of a step. A slope of 1 means that time or memory doubles when the size doubles. The fold and the refresh
+must not grow faster than r·n, so their slopes with the rank and with the width are at most 1.
 """
 
 import argparse
@@ -37,22 +37,27 @@ MEASURED = (*SECONDS, "state_bytes", "peak_bytes")
 
 
 def overrides_of(rank: int, width: int, layers: int, sequence: int) -> list[str]:
+    """Return the overrides for a model of this shape whose blocks all refresh in every second step."""
     return [
         "model=llama_nano", f"model.hidden_size={width}", f"model.intermediate_size={width // 256 * 688}",
         f"model.num_hidden_layers={layers}", f"model.num_attention_heads={width // 64}", "model.vocab_size=256",
         "data.vocab_size=256", f"train.seq_len={sequence}", f"train.tokens_per_step={2 * sequence}",
-        # All blocks refresh together, every other step.
+        # All blocks refresh together, in every second step.
         "optim.stagger=false", "optim.refresh_every=2", "optim.probe_steps=1", f"optim.rank={rank}",
     ]  # fmt: skip
 
 
 def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
-    """Seconds of a regular step, of its optimizer's step with and by itself of the fold, and of a refresh; bytes."""
+    """Return ``shape`` with the seconds of a step and its parts, and the bytes of optimizer state and peak.
+
+    ``step_s`` and ``optimizer_s`` are those of a regular step. The optimizer step includes the fold, which is also
+    timed separately.
+    """
     config, _ = configuration("grass", shape["rank"], overrides_of(**shape))
     steps = Steps(config, World(rank=0, size=1, device=torch.device("cpu")), clock=time.process_time)
     made = iter(steps)
     timed = [next(made) for _ in range(2 * pairs + 2)][2:]
-    # Every second step ends with a refresh. Of the two it is the one that takes longer after the fold.
+    # Every second step ends with a refresh. Refreshing steps are those that spend more time after the fold.
     regular, refreshing = sorted((timed[::2], timed[1::2]), key=lambda some: sum(step.choosing_s for step in some))
     grass = steps.optim.grass
     assert grass is not None
@@ -68,7 +73,7 @@ def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
 
 
 def measure_all(pairs: int) -> dict[str, Any]:
-    """A row for each value of each number, and the slopes."""
+    """Return a row for each value of each size, and the slopes by size."""
     torch.set_num_threads(1)
     rows, slopes = [], {}
     for name, values in VALUES.items():
@@ -79,7 +84,7 @@ def measure_all(pairs: int) -> dict[str, Any]:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Seconds against each number, on log-log axes; a dotted line grows in proportion to it."""
+    """Draw the seconds against each size on log-log axes. A dotted line shows growth in proportion to the size."""
     with new_figure(height=4.4) as figure:
         axes = figure.subplots(2, 2, sharey=True)
         for axis, name in zip(axes.flat, VALUES, strict=True):
@@ -100,13 +105,14 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def spent(work: Callable[[], Any]) -> float:
+    """Return the CPU seconds that ``work`` takes."""
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of the line of least squares through log y against log x."""
+    """Return the slope of the least-squares line through log y against log x."""
     xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     above = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
@@ -115,10 +121,10 @@ def slope(xs: list[float], ys: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="of steps with and without a refresh (default 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--written", type=Path, metavar="JSON", help="show this output of --json, measure nothing")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw the seconds")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of steps with and without a refresh (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--written", type=Path, metavar="JSON", help="show this output of --json instead of measuring")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the seconds")
     arguments = parser.parse_args()
     found = json.loads(arguments.written.read_text()) if arguments.written else measure_all(arguments.pairs)
     if arguments.plot:

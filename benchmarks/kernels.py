@@ -1,4 +1,4 @@
-"""Which kernels the time of a step goes to, by kind: what torch's profiler saw, on the GPU where there is one.
+"""Time of a training step by kind of kernel, from torch's profiler. Runs on the GPU if there is one.
 
 python -m benchmarks.kernels --methods adamw,grass [--size 350m] [overrides, such as model.num_hidden_layers=2]
 """
@@ -16,15 +16,15 @@ from benchmarks.step_time import WARM_UP, shape_of
 from benchmarks.steps import METHODS, Steps, configuration
 from pretrain.distributed.world import World
 
-# The first kind with a name that a kernel's begins with; the rest is "other".
+# Prefixes of kernel names. The first kind with a matching prefix counts; kernels without a match are "other".
 KINDS = {
-    "products": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"),
+    "matmuls": ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"),
     "attention": ("aten::_scaled_dot_product",),
     "gather and fold": ("aten::index", "aten::embedding"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::lerp"),
     "norm of the gradient": ("aten::linalg_vector_norm",),
     "loss": ("aten::_log_softmax", "aten::nll_loss"),
-    "element by element": (
+    "elementwise operations": (
         "aten::mul", "aten::add", "aten::div", "aten::neg", "aten::silu", "aten::cat", "aten::copy_", "aten::fill_",
         "aten::zero_", "aten::pow", "aten::sum", "aten::mean", "aten::rsqrt",
     ),
@@ -32,11 +32,12 @@ KINDS = {
 
 
 def kind_of(kernel: str) -> str:
+    """Return the kind of a kernel, by its name."""
     return next((kind for kind, names in KINDS.items() if kernel.startswith(names)), "other")
 
 
 def measure(method: str, rank: int, overrides: list[str], steps: int) -> Counter[str]:
-    """Seconds of a mean step by kind of kernel."""
+    """Return the mean seconds per step, by kind of kernel, of ``steps`` steps after the warm-up."""
     config, _ = configuration(method, rank, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = iter(Steps(config, World(rank=0, size=1, device=device)))
@@ -54,19 +55,19 @@ def measure(method: str, rank: int, overrides: list[str], steps: int) -> Counter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the training command")
-    parser.add_argument("--size", default="350m", help="a model of conf/model, or 1b_block (default 350m)")
-    parser.add_argument("--methods", default="adamw,grass", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--rank", type=int, default=128, help="(default 128)")
-    parser.add_argument("--steps", type=int, default=10, help="that are looked at (default 10)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training command")
+    parser.add_argument("--size", default="350m", help="model size, or one block such as 1b_block (default 350m)")
+    parser.add_argument("--methods", default="adamw,grass", help=f"from {', '.join(METHODS)} (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of all methods that have one (default 128)")
+    parser.add_argument("--steps", type=int, default=10, help="steps to profile (default 10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args()
     overrides = [*shape_of(arguments.size, batch=4, seq_len=256), *arguments.overrides]
     found = {m: measure(m, arguments.rank, overrides, arguments.steps) for m in arguments.methods.split(",")}
     if arguments.json:
         print(json.dumps(found))
         return
-    table = Table("kernels, ms of a step", *found)
+    table = Table("kernels, ms per step", *found)
     for kind in [*KINDS, "other"]:
         table.add_row(kind, *(f"{s[kind] * 1e3:,.1f} ({s[kind] / s.total():.1%})" for s in found.values()))
     Console(width=120).print(table)

@@ -1,9 +1,10 @@
-"""What a step's products are, and how much faster Grass can be at best: counted from the shapes, nothing is run.
+"""FLOPs of a training step by part, and the largest speed-up that Grass can reach, computed from the shapes.
 
 python -m benchmarks.limit [--sizes 60m,130m,350m,1b,7b] [--rank 128] [--seq-len 256] [--plot limit.png]
 
-Every linear takes three products of its size: of the forward, of the gradient of its input, of that of its weight.
-Under Grass the third is r / min(m, n) of it. Embeddings are looked up and cost none.
+Each linear layer needs three matmuls of its size: the forward, the gradient of its input, and the gradient of its
+weight. With Grass, the third matmul has r / min(m, n) of its size, for rank r and an m × n weight. Embeddings are
+lookups and need no FLOPs. No step is run.
 """
 
 import argparse
@@ -23,7 +24,7 @@ PARTS = ("forward", "input gradient", "weight gradient", "head", "attention")
 
 
 def parts_of(method: str, size: str, rank: int, seq_len: int) -> dict[str, float]:
-    """FLOPs a token of the linears' three products, of the head's, and of attention's."""
+    """Return the FLOPs per token of the linears' three matmuls, of the head's matmuls together, and of attention."""
     config, _ = configuration(method, rank, [f"model=llama_{size}"])
     model = outline(config)
     head = model.lm_head
@@ -36,7 +37,7 @@ def parts_of(method: str, size: str, rank: int, seq_len: int) -> dict[str, float
 
 
 def plot(found: dict[tuple[str, str], dict[str, float]], file: Path) -> None:
-    """The parts of every size and method, each as a share of the full-rank step's FLOPs."""
+    """Draw the parts of each size and method, as shares of the FLOPs of a full-rank step."""
     labels, left = ["  ".join(names) for names in found], [0.0] * len(found)
     dense = [sum(found[size, "adamw"].values()) for size, _ in found]
     with new_figure(height=1.3 + 0.22 * len(found), grid="x") as figure:
@@ -53,14 +54,14 @@ def plot(found: dict[tuple[str, str], dict[str, float]], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="60m,130m,350m,1b,7b", help="models of conf/model")
-    parser.add_argument("--rank", type=int, default=128, help="of Grass (default 128)")
-    parser.add_argument("--seq-len", type=int, default=256, help="(default 256)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw them")
+    parser.add_argument("--sizes", default="60m,130m,350m,1b,7b", help="model sizes (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of Grass (default 128)")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (default 256)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the parts")
     arguments = parser.parse_args()
     every = product(arguments.sizes.split(","), ("adamw", "grass", "grass+head"))
     found = {(size, m): parts_of(m, size, arguments.rank, arguments.seq_len) for size, m in every}
-    table = Table("size", "method", *PARTS, "GFLOP a token", "limit")
+    table = Table("size", "method", *PARTS, "GFLOP/token", "speed-up at best")
     for (size, method), parts in found.items():
         total, dense = sum(parts.values()), sum(found[size, "adamw"].values())
         shares = (f"{part / total:.1%}" for part in parts.values())

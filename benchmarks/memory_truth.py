@@ -1,7 +1,7 @@
-"""The planner's peaks against those of real steps on the CPU: ``python -m benchmarks.memory_truth [--json] [case …]``.
+"""Compare the planner's peaks with real steps on the CPU: ``python -m benchmarks.memory_truth [--json] [case …]``.
 
-Every case is measured twice, in processes of its own: by the allocator's events and as resident memory, see
-benchmarks.real_steps. The planner sees neither.
+Each case is measured twice, in separate processes: by allocator events and as resident memory, see
+benchmarks.real_steps. The planner uses neither measurement.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SIZES = {
 }
 METHODS = {
     "adamw": ["optim=adamw"],
-    "grass": ["optim=grass", "optim.refresh_every=3"],  # in the third of the steps that are made
+    "grass": ["optim=grass", "optim.refresh_every=3"],  # the third step ends with the refresh
     "galore": ["optim=galore", "optim.update_gap=2"],
 }
 BF16 = [*SIZES["nano"], "train.dtype=bfloat16"]
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 def compare(case: str) -> list[dict[str, Any]]:
-    """For a regular step of a case and one with a refresh: peak bytes planned, allocated and resident."""
+    """Return the planned, allocated and resident peak bytes of a case, for a regular and for a refresh step."""
     found, _ = estimate(load(CASES[case]))
     planned = {"regular": found.peak_bytes, "refresh": found.refresh_peak_bytes}
     allocated, resident = (measure(way, CASES[case]) for way in ("events", "resident"))
@@ -55,7 +55,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(map(repr, CASES))}; all by default")
+    parser.add_argument("cases", nargs="*", help=f"cases, from {', '.join(map(repr, CASES))} (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     if unknown := set(arguments.cases) - set(CASES):

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces, joined by links of a chosen bandwidth. Linux, as root."""
+"""Several hosts on one machine: network namespaces joined by links of limited bandwidth. Needs Linux and root."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from pathlib import Path
 from benchmarks import refuse_to_run
 
 INTERFACE = "eth0"
-HEADERS = 14 + 20 + 32  # bytes of Ethernet, IP and TCP with time stamps in every packet
+HEADERS = 14 + 20 + 32  # bytes per packet: Ethernet, IP, and TCP with time stamps
 
 
 @dataclass
 class Host:
-    """Where one process runs: what to put before its command, and its address."""
+    """The place of one process: the prefix of its command, its IP address, and its network interface."""
 
     prefix: list[str]
     address: str
@@ -25,10 +25,10 @@ class Host:
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """``count`` hosts on one switch, which ``limit`` their own links; gone when the block is left.
+    """Make ``count`` hosts on one switch; remove them when the block ends. Each host can ``limit`` its own link.
 
     Raises:
-        PermissionError: without the right or the tools (iproute2) to make them.
+        PermissionError: the user is not root, ``ip`` or ``tc`` (iproute2) is missing, or one of their commands fails.
     """
     if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
         raise PermissionError("network namespaces need root, and `ip` and `tc` of iproute2")
@@ -52,16 +52,17 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 
 def loopback(count: int) -> list[Host]:
+    """Return ``count`` hosts that share the loopback interface."""
     return [Host([], "127.0.0.1", "lo") for _ in range(count)]
 
 
 def limit(interface: str, mbit: float) -> None:
-    """From now on this process' host sends at most ``mbit`` Mbit/s."""
+    """Limit the sending rate of this process's host to ``mbit`` Mbit/s."""
     _run(f"tc qdisc replace dev {interface} root tbf rate {mbit}mbit burst 1mb latency 200ms")
 
 
 def sent_bytes(interface: str) -> int:
-    """What ``interface`` of this process' namespace has sent, headers of packets taken off."""
+    """Return the bytes that ``interface`` has sent in this process's namespace, without packet headers."""
     line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith(f"{interface}:"))
     fields = line.partition(":")[2].split()
     size, packets = int(fields[8]), int(fields[9])

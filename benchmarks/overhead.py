@@ -1,10 +1,10 @@
-"""What the trainer adds to a bare loop: data, metrics, W&B offline, checkpoints every 100 steps.
+"""Speed of the trainer relative to a bare loop. The trainer adds data, metrics, offline W&B and checkpoints.
 
 python -m benchmarks.overhead                                     # the default run's model and optimizer, 200 steps
 python -m benchmarks.overhead model=llama_60m data.vocab_size=32000 train.steps=100   # any overrides
 
-The two take turns, a step each, in one process, so that a noisy machine is noisy for both. The trainer's time is that
-of its whole ``fit`` up to the last step, with what the bare loop took taken off.
+The bare loop and the trainer take turns of one step in one process, so that noise on the machine affects both. The
+trainer's time is the time of ``fit``, until the last checkpoint is written, minus the time of the bare loop.
 """
 
 import argparse
@@ -36,9 +36,9 @@ AS_TIMED = [
 
 
 def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
-    """What anybody would write: the same model and optimizer, tokens that are there already.
+    """Train the same model with the same optimizer in a minimal loop, on tokens that are already on the device.
 
-    Builds until the first yield, and makes a step until each of the others.
+    The first ``next`` builds everything. Each further ``next`` makes one step.
     """
     train = config.train
     model = build_model(config, device)
@@ -66,16 +66,16 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
 
 
 class Timed(Trainer):
-    """A trainer that lets a bare loop make a step before each of its own, and stops the clock after its last one."""
+    """A trainer that makes a step of the bare loop before each step of its own, and times both."""
 
     def __init__(self, config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest):
         super().__init__(config, world, data, folder, stop)
         self.bare, self.bare_s, self.all_s = bare_loop(config, world.device), 0.0, 0.0
-        next(self.bare)  # the building of either is not timed
+        next(self.bare)  # builds the bare loop's model, untimed like the trainer's
 
     def fit(self) -> Outcome:
         began = time.perf_counter()
-        self._bare_step()  # with its start, as the trainer's is part of its fit
+        self._bare_step()  # includes grass.start, as fit does for the trainer
         finished = super().fit()
         self.all_s = self.last - began
         return finished
@@ -97,6 +97,7 @@ class Timed(Trainer):
 
 
 def measure(overrides: list[str]) -> dict[str, Any]:
+    """Return the tokens per second of the bare loop and of the trainer, and their ratio."""
     with tempfile.TemporaryDirectory() as root:
         config = load([*AS_TIMED, *overrides, f"run.root={root}"])
         folder = RunFolder(config)
@@ -113,7 +114,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the training command")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training command")
     print(json.dumps(measure(parser.parse_args().overrides)))
 
 

@@ -1,7 +1,7 @@
-"""Peak resident memory of the same run under several methods: ``python -m benchmarks.peak_memory [--json]``.
+"""Peak resident memory of the same run with several methods: ``python -m benchmarks.peak_memory [--json]``.
 
-Each method makes three real steps on the CPU in a process of its own, micro-batch 1 × 256, fp32; a refresh of the rows
-(of GaLore's projection) is among them. How it is measured is told in benchmarks.real_steps.
+Each method makes three real steps on the CPU in a separate process: micro-batch 1 × 256, fp32. The steps include a
+refresh of the rows, or of GaLore's projection. benchmarks.real_steps describes the measurement.
 """
 
 import argparse
@@ -22,7 +22,7 @@ OPTIONS = [
 METHODS = {
     "adamw": ["optim=adamw"],
     "adamw8bit": ["optim=adamw8bit"],
-    "galore": ["optim=galore"],  # projects in its first step
+    "galore": ["optim=galore"],  # computes its projections in the first step
     "grass": ["optim=grass"],
     "grass+options": ["optim=grass", *OPTIONS],
 }
@@ -30,7 +30,7 @@ COMPARED = ["adamw", "galore", "grass", "grass+options"]
 
 
 def peak(method: str, size: str, rank: int) -> dict[str, Any]:
-    """The method's row: its overrides, and bytes resident at its peak and before anything of its model was there."""
+    """Return a method's row: its overrides, its peak of resident bytes, and the baseline before its model was built."""
     overrides = [f"model=llama_{size}", "train.tokens_per_step=256", *METHODS[method]]
     if method in ("galore", "grass", "grass+options"):
         overrides.append(f"optim.rank={rank}")
@@ -46,7 +46,7 @@ def peak(method: str, size: str, rank: int) -> dict[str, Any]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     above = {row["method"]: row["peak_bytes"] - row["baseline_bytes"] for row in rows}
     references = [method for method in ("adamw", "galore") if method in above]
-    table = Table("method", "MiB above the baseline", *(f"of {method}'s" for method in references))
+    table = Table("method", "MiB above the baseline", *(f"relative to {method}" for method in references))
     for method, size in above.items():
         table.add_row(method, f"{size / 2**20:,.0f}", *(f"{size / above[other]:.3f}" for other in references))
     Console(highlight=False, width=120).print(table)
@@ -54,9 +54,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="350m", help="of the model: nano, 60m, … (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=128, help="of Grass and of GaLore (default: %(default)s)")
-    parser.add_argument("--methods", default=",".join(COMPARED), help=f"of {', '.join(METHODS)} (default: %(default)s)")
+    parser.add_argument("--size", default="350m", help="model size: nano, 60m, … (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of Grass and GaLore (default: %(default)s)")
+    known = ", ".join(METHODS)
+    parser.add_argument("--methods", default=",".join(COMPARED), help=f"from {known} (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     methods = arguments.methods.split(",")

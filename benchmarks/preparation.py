@@ -1,7 +1,7 @@
-"""How fast a corpus is prepared, against sentencepiece alone on the same cores, and in how much memory.
+"""Speed and peak memory of preparing a corpus, compared with sentencepiece alone on the same cores.
 
-Files in C4's own format are made of the standard library's source. sentencepiece alone encodes the same texts, held in
-memory, on as many threads as there are cores.
+The corpus is the source of the standard library, in files of C4's format. sentencepiece alone encodes the same texts
+from memory, with one thread per core.
 
     python -m benchmarks.preparation --megabytes 20 200
 """
@@ -25,11 +25,11 @@ from data.sources.records import read_documents
 from data.train_tokenizer import train_tokenizer
 
 VOCAB_SIZE = 4096
-CHARS = 2200  # of a document, about as in C4
+CHARS = 2200  # per document, about as in C4
 
 
 def texts(megabytes: int) -> list[str]:
-    """Documents of real text, so many megabytes of it in all."""
+    """Return documents of real text, ``megabytes`` MB in total. Copies of a text begin with different numbers."""
     whole = "".join(document.text for document in read_documents(stdlib_files(30_000_000), {}))
     copies = -(-megabytes * 10**6 // len(whole))
     parts = [whole[start : start + CHARS] for start in range(0, len(whole), CHARS)]
@@ -37,7 +37,7 @@ def texts(megabytes: int) -> list[str]:
 
 
 def write_c4(folder: Path, documents: list[str]) -> None:
-    """One large training file, and a small one for validation."""
+    """Write ``documents`` as a training file, and the first 50 documents also as a validation file."""
     folder.mkdir()
     for name, part in (("c4-train.00000-of-00001", documents), ("c4-validation.00000-of-00001", documents[:50])):
         with gzip.open(folder / f"{name}.json.gz", "wt", compresslevel=1) as file:
@@ -45,7 +45,7 @@ def write_c4(folder: Path, documents: list[str]) -> None:
 
 
 def settings_of(folder: Path, model: Path, documents: list[str]) -> DataSettings:
-    """Of their preparation, as files in ``folder`` that are written now."""
+    """Write ``documents`` to files in ``folder``, and return the settings that prepare them."""
     write_c4(folder, documents)
     return DataSettings(
         name="c4", source="c4", paths=[str(folder)], patterns=["*.json.gz"], tokenizer=str(model),
@@ -54,7 +54,7 @@ def settings_of(folder: Path, model: Path, documents: list[str]) -> DataSettings
 
 
 def alone(model: Path, documents: list[str]) -> float:
-    """Seconds that sentencepiece takes for the documents on all cores."""
+    """Return the seconds that sentencepiece takes to encode the documents on all cores."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     start = time.perf_counter()
     for first in range(0, len(documents), 2000):
@@ -63,7 +63,7 @@ def alone(model: Path, documents: list[str]) -> float:
 
 
 def prepared(settings: DataSettings) -> tuple[float, int, int]:
-    """(seconds, bytes of the process at the most, of the largest worker) of preparing, in a process of its own."""
+    """Prepare a corpus in a new process. Return seconds, peak bytes, and the peak bytes of the largest worker."""
     script = (
         "import json, sys, time, resource\n"
         "from data.prepare import prepare, DataSettings\n"
@@ -81,8 +81,8 @@ def prepared(settings: DataSettings) -> tuple[float, int, int]:
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.preparation", description=__doc__.partition("\n")[0])
-    p.add_argument("--megabytes", type=int, nargs="+", default=[20, 200], help="of text (default: 20 200)")
-    p.add_argument("--rounds", type=int, default=2, help="of both in turn, of which the fastest count (default: 2)")
+    p.add_argument("--megabytes", type=int, nargs="+", default=[20, 200], help="sizes of the text (default: 20 200)")
+    p.add_argument("--rounds", type=int, default=2, help="repetitions; the fastest counts (default: 2)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,9 +1,9 @@
-"""How well Grass learns beside dense training: ``python -m benchmarks.quality [--jobs 2] [stage …]``.
+"""Losses of Grass compared with dense training: ``python -m benchmarks.quality [--jobs 2] [stage …]``.
 
-Runs what quality.yaml lists, as ``benchmarks.ablation`` does for its own study: records in ``docs/quality.jsonl``, the
-page ``docs/quality.md`` and its picture made of them. What is on record is not run again, an unfinished run is resumed.
-The texts come from ``python -m benchmarks.corpora``, which has to be run first. The defaults of Grass were chosen on
-the manuals, and nothing was chosen on the C sources.
+Runs the sweeps that quality.yaml lists, with the code of ``benchmarks.ablation``. Results are added to
+``docs/quality.jsonl``, and the page ``docs/quality.md`` and its plot are made from them. Runs on record are not
+repeated, and unfinished runs are resumed. Run ``python -m benchmarks.corpora`` first: it downloads the texts. The
+defaults of Grass were chosen on the manuals. No setting was chosen on the C sources.
 """
 
 from benchmarks.ablation import main

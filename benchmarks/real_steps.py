@@ -1,11 +1,11 @@
-"""What the first steps of a real run hold on the CPU, measured in a process of its own, in two ways.
+"""Peak memory of the first steps of a real run on the CPU, measured in a separate process in one of two ways.
 
-events    the bytes that torch's CPU allocator has given out (torch.profiler with profile_memory)
-resident  what the kernel says is resident (VmHWM, proc(5)) above a baseline: that of the process once a tiny run of the
-          same code has loaded what it needs. malloc is told to give memory back at once (``GIVE_BACK``), so that what
-          is resident is what is held.
+events    bytes allocated by torch's CPU allocator (torch.profiler with profile_memory)
+resident  resident memory as the kernel reports it (VmHWM, proc(5)), minus a baseline: the resident memory after a tiny
+          run of the same code has loaded everything. malloc returns freed memory at once (``GIVE_BACK``), so that
+          resident memory is memory in use.
 
-Steps are of a kind: "regular", or "refresh" for the one that ends with a refresh of the rows.
+The kind of a step is "refresh" if it ends with a refresh of the rows, else "regular".
 """
 
 import argparse
@@ -38,7 +38,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"
 
 
 def measure(way: str, overrides: list[str]) -> dict[str, int]:
-    """Peak bytes by kind of step, measured in the given way in a new process; beside "resident" its "baseline"."""
+    """Return the peak bytes by kind of step, measured in a new process. "resident" also returns its "baseline"."""
     command = [sys.executable, "-m", "benchmarks.real_steps", way, *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | (GIVE_BACK if way == "resident" else {})
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -48,7 +48,7 @@ def measure(way: str, overrides: list[str]) -> dict[str, int]:
 
 
 def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -> None:
-    """Make a step of each of KINDS within ``around`` its kind; where there are rows, with ``optim.refresh_every=3``."""
+    """Make a step for each of KINDS inside ``around(kind)``. Grass runs with ``optim.refresh_every=3``."""
     grass = [] if any(o.startswith("optim=") and o != "optim=grass" for o in overrides) else ["optim.refresh_every=3"]
     config = load([*overrides, *grass])
     world = World(0, 1, torch.device("cpu"))
@@ -70,6 +70,7 @@ def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -
 
 
 def by_events(overrides: list[str]) -> dict[str, int]:
+    """Return the peak of allocated bytes by kind of step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run(overrides, record_function)
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -85,6 +86,7 @@ def by_events(overrides: list[str]) -> dict[str, int]:
 
 
 def by_kernel(overrides: list[str]) -> dict[str, int]:
+    """Return the peak of resident bytes above the baseline by kind of step, and the baseline."""
     run([*overrides, *TINY, *(["optim.rank=4"] if "optim=adamw" not in overrides else [])], record_function)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -92,7 +94,7 @@ def by_kernel(overrides: list[str]) -> dict[str, int]:
 
     @contextmanager
     def around(kind: str):
-        Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the memory that is resident now
         yield
         found[kind] = max(found[kind], resident("VmHWM") - baseline)
 
@@ -101,7 +103,7 @@ def by_kernel(overrides: list[str]) -> dict[str, int]:
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Return VmRSS or VmHWM of this process in bytes; ``key`` says which."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
@@ -110,8 +112,12 @@ def resident(key: str) -> int:
 
 if __name__ == "__main__":
     ways = {"events": by_events, "resident": by_kernel}
-    p = argparse.ArgumentParser(prog="python -m benchmarks.real_steps", description=__doc__)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.real_steps",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("way", choices=ways)
-    p.add_argument("arguments", nargs="*", help="what the way takes, in its order: see its function")
+    p.add_argument("arguments", nargs="*", help="overrides of the training command")
     args = p.parse_args()
     print(json.dumps(ways[args.way](args.arguments)))

@@ -1,8 +1,8 @@
-"""How much longer a step with a refresh takes than a regular one: steps in turn, medians.
+"""Time of a step with a refresh, relative to a regular step: medians of steps that alternate.
 
 python -m benchmarks.refresh_time                       # llama_60m, rank 128, sketch; all layers refresh at once
 python -m benchmarks.refresh_time optim.score=exact     # any overrides of the training command
-python -m benchmarks.refresh_time --as-set --pairs 20   # as the settings have it, beside a run that never refreshes
+python -m benchmarks.refresh_time --as-set --pairs 20   # refreshes as configured, relative to a run without refreshes
 """
 
 import argparse
@@ -24,22 +24,26 @@ SHAPE = [
     "model=llama_60m", "optim.rank=128", "optim.selection=top_r", "optim.refresh_every=10", "train.seq_len=256",
     "train.tokens_per_step=1024",
 ]  # fmt: skip
-# Every other step gathers the scores of all layers and refreshes them, at their dearest; the others do nothing of it.
+# The most expensive case: every second step scores and refreshes all layers. The steps between do neither.
 TOGETHER = ["optim.refresh_every=2", "optim.probe_steps=1", "optim.stagger=false"]
 
 
 def measure(overrides: list[str], pairs: int) -> dict[str, float]:
-    """Median seconds of a regular and a refresh step, which take turns, and the median of the ratios of neighbours."""
+    """Return the median seconds of regular and of refresh steps, which alternate, and the median of their ratios.
+
+    A ratio is that of a refresh step to the regular step before it.
+    """
     timed = timed_step([*overrides, *TOGETHER])
-    regular, refresh = zip(*[(timed(), timed()) for _ in range(pairs + 2)][2:], strict=True)  # two to warm up
+    regular, refresh = zip(*[(timed(), timed()) for _ in range(pairs + 2)][2:], strict=True)  # 2 warm-up pairs
     ratios = [slow / plain for plain, slow in zip(regular, refresh, strict=True)]
     return {"regular_s": median(regular), "refresh_s": median(refresh), "ratio": median(ratios)}
 
 
 def measure_as_set(overrides: list[str], pairs: int) -> dict[str, float]:
-    """Median seconds of a step of two runs that take turns, and the ratio of their sums: as set, and with frozen rows.
+    """Return the median step seconds of two runs, with frozen rows and as configured, and the ratio of their sums.
 
-    Where blocks take turns every step may gather scores of some, and none is regular; whole windows say what it costs.
+    The runs take turns of one step. With staggered refreshes, every step may score some blocks, so there are no regular
+    steps. The cost of refreshes is then the ratio over complete refresh intervals.
     """
     frozen, as_set = (timed_step([*overrides, *more]) for more in (["optim.selection=frozen"], []))
     plain, whole = zip(*[(frozen(), as_set()) for _ in range(pairs + 2)][2:], strict=True)
@@ -47,9 +51,10 @@ def measure_as_set(overrides: list[str], pairs: int) -> dict[str, float]:
 
 
 def timed_step(overrides: list[str]) -> Callable[[], float]:
-    """What makes the next step of a run of its own, at SHAPE, and returns its seconds.
+    """Build a run at SHAPE, and return a function that makes its next step and returns the seconds.
 
-    They are the process' own on all of its threads, where the device is a CPU: what else is at work counts less.
+    On a CPU, these are seconds of CPU time of all threads of the process. Other programs affect them less than wall
+    time.
     """
     config = load([*SHAPE, *overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,9 +87,9 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the training command, such as optim.sketch_width=32")
-    parser.add_argument("--pairs", type=int, default=15, help="regular and refresh steps that are timed")
-    parser.add_argument("--as-set", action="store_true", help="leave what is refreshed when to the settings")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training command, such as optim.sketch_width=32")
+    parser.add_argument("--pairs", type=int, default=15, help="pairs of a regular and a refresh step (default 15)")
+    parser.add_argument("--as-set", action="store_true", help="refresh as configured, and compare with frozen rows")
     arguments = parser.parse_args()
     print(json.dumps((measure_as_set if arguments.as_set else measure)(arguments.overrides, arguments.pairs)))
 
