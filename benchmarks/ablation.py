@@ -186,8 +186,8 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
     Args:
         stages: for the title of each stage, its trials by topic.
     """
-    heights = [1 + sum(map(len, topics.values())) for topics in stages.values()]
-    with new_figure(height=0.6 * len(stages) + 0.26 * sum(heights), grid="x") as figure:
+    heights = [0.26 + sum(map(len, topics.values())) * row_height(topics) for topics in stages.values()]  # inches
+    with new_figure(height=0.6 * len(stages) + sum(heights), grid="x") as figure:
         axes = figure.subplots(len(stages), 1, height_ratios=heights, squeeze=False)
         for axis, (title, topics) in zip(axes[:, 0], stages.items(), strict=True):
             plot_stage(axis, topics)
@@ -198,6 +198,17 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
         if lines:
             figure.legend(lines.values(), lines, loc="outside upper center", ncols=2)
         save(figure, file)
+
+
+def tick_label(trial: Trial) -> str:
+    """The setting of ``trial``, shortened and wrapped."""
+    setting = trial.setting.removeprefix("optim=grass ").replace("optim.", "").replace(",", ", ")
+    return "\n".join(textwrap.wrap(setting, LABEL_WIDTH)).replace(", ", ",")
+
+
+def row_height(topics: dict[str, list[Trial]]) -> float:
+    """Inches for a row of a stage's panel, enough for its longest label."""
+    return max(0.26, *(0.05 + 0.12 * (1 + tick_label(t).count("\n")) for trials in topics.values() for t in trials))
 
 
 def plot_losses(trials: list[Trial], listing: dict[str, Any], file: Path) -> None:
@@ -227,8 +238,7 @@ def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
     for colour, trials in enumerate(topics.values()):
         for t in sorted(trials, key=lambda t: t.loss):
             axis.errorbar(t.loss, len(labels), xerr=0 if math.isnan(t.error) else t.error, fmt="o", c=f"C{colour}")
-            label = t.setting.removeprefix("optim=grass ").replace("optim.", "").replace(",", ", ")
-            labels.append("\n".join(textwrap.wrap(label, LABEL_WIDTH)).replace(", ", ","))
+            labels.append(tick_label(t))
     for method, style in (("optim=adamw", "--"), ("optim=galore", ":")):
         losses = [t.loss for trials in topics.values() for t in trials if t.setting.split()[0] == method]
         if losses:
