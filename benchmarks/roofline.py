@@ -1,11 +1,13 @@
-"""What a step should take on machines that nobody here has: a model from counted FLOPs and bytes, not a measurement.
+"""Predict step times on other machines from FLOPs and bytes. This is a model, not a measurement.
 
 python -m benchmarks.roofline [--sizes 1b,7b,13b] [--methods adamw,galore,grass] [--tokens 4096] [--json]
-python -m benchmarks.roofline --fit docs/scaling.jsonl     # the same model against what benchmarks.scaling measured
+python -m benchmarks.roofline --fit docs/scaling.jsonl     # compare the model with results of benchmarks.scaling
 
-One process alone takes  F + B + O:  forward and backward by their FLOPs at EFFICIENCY of the peak, the optimizer by the
-bytes that it moves through the memory. Under DDP the gradients travel while the backward goes on, all but those of the
-embedding, which come last:  F + max(B, C - C_last) + C_last + O,  with C = 2 (N - 1) / N · bytes / link (a ring).
+With one process, a step takes F + B + O. F and B are the times of forward and backward: their FLOPs at EFFICIENCY of
+the peak. O is the time of the optimizer step: the bytes that it reads and writes, at the memory bandwidth, and GaLore's
+projections. With N processes (DDP), gradients are sent during the backward, except the gradient of the embedding, which
+is complete last. A step then takes F + max(B, C - C_last) + C_last + O. C = 2 (N - 1) / N · bytes / link is the time of
+a ring all-reduce of all gradients, and C_last that of the embedding's gradient.
 """
 
 import argparse
@@ -24,15 +26,16 @@ from pretrain.config.schema import BaselineConfig
 from pretrain.runs.figures import new_figure, save
 from pretrain.setup.model import outline
 
-EFFICIENCY = 0.5  # of the peak, in matrix products: what well-tuned LLaMA training reaches on these GPUs
-ADAM_PASSES = 7  # reads of the gradient, weight and two moments, writes of all but the gradient
+EFFICIENCY = 0.5  # share of peak FLOP/s that well-tuned LLaMA training reaches in matmuls on these GPUs
+ADAM_PASSES = 7  # reads of gradient, weight and two moments; writes of weight and two moments
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``processes`` GPUs of ``flops`` (bf16, dense) and ``memory`` bytes/s each, that send ``link`` bytes/s each.
+    """``processes`` GPUs, each with ``flops`` FLOP/s (bf16, dense), ``memory`` bytes/s and ``link`` bytes/s.
 
-    Peaks are the makers' data sheets'; links are what all-reduces are known to reach, not the wire's figure.
+    FLOP/s and memory bandwidths are from data sheets. ``link`` is the rate that all-reduces reach in practice, not the
+    rated bandwidth.
     """
 
     name: str
@@ -53,10 +56,15 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of one process costs: FLOPs of forward and backward a token, and bytes.
+    """FLOPs and bytes of a step of one process.
 
-    gradients  that are all-reduced;  last  of them those of the embedding, which no backward is left to hide;
-    optimizer  through the memory, of the optimizer's step, with GaLore's two projections as FLOPs in ``fixed``.
+    Args:
+        forward: FLOPs of the forward per token.
+        backward: FLOPs of the backward per token.
+        gradients: bytes that are all-reduced.
+        last: bytes of the embedding's gradient, which is complete last, so that no backward hides its all-reduce.
+        optimizer: bytes that the optimizer step reads and writes.
+        fixed: FLOPs of GaLore's two projections.
     """
 
     forward: float
@@ -68,6 +76,7 @@ class Work:
 
 
 def work_of(method: str, size: str, rank: int, seq_len: int, dtype: str = "bfloat16") -> Work:
+    """Count the FLOPs and bytes of a step of ``method``."""
     overrides = [f"model=llama_{size}", f"train.dtype={dtype}", f"train.seq_len={seq_len}"]
     config, _ = configuration(method, rank, overrides)
     dense, _ = configuration("adamw", rank, overrides)
@@ -86,12 +95,20 @@ def work_of(method: str, size: str, rank: int, seq_len: int, dtype: str = "bfloa
 
 
 def step_seconds(forward_s: float, backward_s: float, rest_s: float, all_s: float, last_s: float) -> float:
-    """The model of the module's docstring: seconds of the parts, of sending everything, of sending what comes last."""
+    """Return the seconds of a step by the formula of the module's docstring.
+
+    Args:
+        forward_s: F.
+        backward_s: B.
+        rest_s: O.
+        all_s: C.
+        last_s: C_last.
+    """
     return forward_s + max(backward_s, all_s - last_s) + last_s + rest_s
 
 
 def predict(work: Work, machine: Machine, tokens: int) -> float:
-    """Seconds of a step in which every process has ``tokens`` tokens."""
+    """Return the seconds of a step with ``tokens`` tokens per process."""
     speed, ring = machine.flops * EFFICIENCY, 2 * (machine.processes - 1) / machine.processes / machine.link
     return step_seconds(
         work.forward * tokens / speed, work.backward * tokens / speed,
@@ -100,6 +117,7 @@ def predict(work: Work, machine: Machine, tokens: int) -> float:
 
 
 def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_len: int) -> list[dict[str, Any]]:
+    """Return a row for each size, machine and method."""
     rows = []
     for size in sizes:
         works = {method: work_of(method, size, rank, seq_len) for method in methods}
@@ -115,21 +133,22 @@ def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_le
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a regular step of a method by Mbit/s: measured ones, and the model's.
+    """Measured and predicted seconds of a regular step of a method, by Mbit/s.
 
-    What a process computes is taken from the measured step of the fastest link, as what is left of it when the sending
-    of what comes last is taken off; the others are then predictions.
+    The compute time is the measured step at the fastest link, minus the time to send the embedding's gradient. The
+    steps at slower links are predicted from it.
     """
 
     measured: dict[float, float]
     work: Work
-    ring: float  # seconds that sending and summing a byte takes at 1 Mbit/s
+    ring: float  # seconds to all-reduce a byte at 1 Mbit/s
 
     @property
     def fastest(self) -> float:
         return max(self.measured)
 
     def model(self, mbit: float) -> float:
+        """Return the predicted seconds at ``mbit`` Mbit/s."""
         computed = self.measured[self.fastest] - self.ring * self.work.last / self.fastest
         forward = self.work.forward / (self.work.forward + self.work.backward) * computed
         sent, last = (self.ring * size / mbit for size in (self.work.gradients, self.work.last))
@@ -137,7 +156,7 @@ class Curve:
 
 
 def curves(measured: list[dict[str, Any]]) -> dict[str, Curve]:
-    """By method, from outputs of benchmarks.scaling."""
+    """Return the Curve of each method, from outputs of benchmarks.scaling."""
     found: dict[str, Curve] = {}
     for run in measured:
         ring = 2 * (run["ranks"] - 1) / run["ranks"] * 8e-6
@@ -150,7 +169,7 @@ def curves(measured: list[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Predicted seconds of a regular step beside the measured ones, of outputs of benchmarks.scaling."""
+    """Return the predicted and the measured seconds of a regular step for outputs of benchmarks.scaling."""
     return [
         {"method": method, "mbit": mbit, "regular_s": seconds, "model_s": curve.model(mbit),
          "model/measured": curve.model(mbit) / seconds}
@@ -161,9 +180,9 @@ def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(measured: list[dict[str, Any]], file: Path) -> None:
-    """Tokens/s of regular steps against the bandwidth: measured points, and the model's lines, up to the fastest link.
+    """Draw tokens/s of regular steps against the bandwidth: points are measured, lines are the model.
 
-    Beyond it the model would take for computing what may still be waiting for the link.
+    The lines end at the fastest link. Beyond it, the model's compute time may include waiting for that link.
     """
     with new_figure(height=3.4) as figure:
         axis = figure.add_subplot()
@@ -181,6 +200,7 @@ def plot(measured: list[dict[str, Any]], file: Path) -> None:
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
+    """Print the rows as a table."""
     table = Table(title=title)
     for heading in rows[0]:
         table.add_column(heading.replace("_", " "))
@@ -191,27 +211,27 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="1b,7b,13b", help="models of conf/model")
-    parser.add_argument("--methods", default="adamw,galore,grass,grass+head", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--rank", type=int, default=512, help="of GaLore and Grass (default 512)")
-    parser.add_argument("--tokens", type=int, default=4096, help="of every process in a step (default 4096)")
-    parser.add_argument("--seq-len", type=int, default=256, help="(default 256, as in the papers)")
-    parser.add_argument("--fit", type=Path, metavar="FILE", help="outputs of benchmarks.scaling --json, a line each")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw what --fit compares")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--sizes", default="1b,7b,13b", help="model sizes (default %(default)s)")
+    parser.add_argument("--methods", default="adamw,galore,grass,grass+head", help=f"from {', '.join(METHODS)}")
+    parser.add_argument("--rank", type=int, default=512, help="rank of GaLore and Grass (default 512)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per process and step (default 4096)")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (default 256, as in the papers)")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="compare with outputs of benchmarks.scaling --json")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the comparison of --fit")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args()
     if arguments.plot and not arguments.fit:
-        parser.error("--plot draws what --fit compares; add --fit FILE")
+        parser.error("--plot draws the comparison of --fit; add --fit FILE")
     if arguments.fit:
         measured = [json.loads(line) for line in arguments.fit.read_text().splitlines()]
         rows = fitted(measured)
         if arguments.plot:
             plot(measured, arguments.plot)
-        title = "The model against measured steps"
+        title = "Predicted and measured steps"
     else:
         sizes, methods = arguments.sizes.split(","), arguments.methods.split(",")
         rows = rows_of(sizes, methods, arguments.tokens, arguments.rank, arguments.seq_len)
-        title = f"A model, not a measurement: {arguments.tokens} tokens a process, rank {arguments.rank}"
+        title = f"A model, not a measurement: {arguments.tokens} tokens per process, rank {arguments.rank}"
     if arguments.json:
         print(json.dumps({"rows": rows}))
     else:

@@ -1,7 +1,8 @@
-"""How long a step waits for a save, in the background and without: ``python -m benchmarks.saving [hydra overrides]``.
+"""How long a step waits for a save, in the background or not: ``python -m benchmarks.saving [overrides]``.
 
-Builds the model and the optimizer of a run, makes one update, and saves several times below a temporary folder. Prints,
-as JSON, the bytes of a checkpoint and by way the median seconds that the caller waited and that the whole save took.
+Builds the model and the optimizer of a run, makes one update, and saves several times to a temporary folder. Prints
+JSON: the bytes of a checkpoint, and for each way of saving the median seconds that the caller waits and that the
+complete save takes.
 """
 
 import json
@@ -28,7 +29,7 @@ SAVES = 7
 
 
 def measure(config: Config) -> dict[str, float]:
-    """Of a run with ``config`` on this process' CPU."""
+    """Return the bytes of a checkpoint of ``config`` and the median seconds of its saves, on the CPU."""
     world = World(0, 1, torch.device("cpu"))
     model = build_model(config, world.device)
     optim = build_optimizer(config, model)
@@ -40,7 +41,7 @@ def measure(config: Config) -> dict[str, float]:
     told: dict[str, float] = {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())}
     for way in ("background", "waiting"):
         waited, took = [], []
-        with tempfile.TemporaryDirectory(dir=".") as folder:  # of the disk here, which /tmp may not be
+        with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of this folder; /tmp may be another disk
             saver = Saver(Path(folder), world, background=way == "background", keep_last=1)
             for step in range(SAVES):
                 saver.save(step, tensors, {"step": step})

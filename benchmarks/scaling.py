@@ -1,13 +1,13 @@
-"""Tokens per second of several processes joined by links of a chosen bandwidth, and what each sends in a step.
+"""Tokens per second and bytes sent per step of several processes that are joined by links of limited bandwidth.
 
 python -m benchmarks.scaling --size 350m --rank 128 --ranks 2 --mbit 1000 --methods adamw,galore,grass [--json]
 
-Every process is a host of its own (a network namespace whose interface is slowed down), with one sequence of its own a
-step, DDP over gloo, float32. As root, on Linux with iproute2; elsewhere it says so and uses the loopback interface,
-at its full speed. A method is built once and makes its steps at one bandwidth after the other.
+Each process runs on a simulated host, a network namespace with a slowed interface. It trains one sequence per step,
+with DDP over gloo in float32. This needs root on Linux with iproute2. Otherwise the command prints the reason and
+uses the loopback interface at full speed. Each method is built once and then measured at one bandwidth after another.
 
-A refresh of GaLore is timed in the first step, and counted once in its default interval; the blocks under Grass take
-turns, so that every step holds its share.
+A refresh of GaLore is timed in the first step and counted once per default interval. Grass refreshes its blocks in
+turn, so every step includes a part of a refresh.
 """
 
 import argparse
@@ -34,6 +34,7 @@ LOOPBACK = "lo"
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides for the model and the batch."""
     tokens = SEQ_LEN * arguments.ranks
     return [
         f"model=llama_{arguments.size}", f"train.seq_len={SEQ_LEN}", f"train.tokens_per_step={tokens}",
@@ -42,7 +43,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def payload_bytes(steps: Steps) -> float:
-    """Bytes that a process gives to all-reduces in the mean step of a window, by the shapes."""
+    """Return the bytes per step that a process all-reduces, averaged over a refresh interval, from the shapes."""
     gradients = sum(p.numel() * p.element_size() for p in steps.model.parameters() if p.requires_grad)
     grass = steps.optim.grass
     if not grass:
@@ -52,23 +53,26 @@ def payload_bytes(steps: Steps) -> float:
 
 
 def step_times(first: Step, regular: list[Step], refresh_every: int) -> dict[str, float]:
-    """Medians of the ``regular`` steps, and the mean step of a long run, which refreshes as the ``first`` one did."""
+    """Return the median seconds of the ``regular`` steps, the seconds of a refresh, and the mean step of a long run.
+
+    The time of a refresh is the extra optimizer time of the ``first`` step.
+    """
     regular_s, optimizer_s = median(step.total_s for step in regular), median(step.optimizer_s for step in regular)
     refresh_s = max(first.optimizer_s - optimizer_s, 0.0) if refresh_every > 1 else 0.0
     return {"step_s": regular_s + refresh_s / refresh_every, "regular_s": regular_s, "refresh_s": refresh_s}
 
 
 def work(arguments: argparse.Namespace, method: str) -> None:
-    """One process of one method: prints a row of each bandwidth as JSON."""
+    """Run one process of ``method``. The main process prints a row of JSON for each bandwidth."""
     torch.set_num_threads(arguments.threads)
     config, refresh_every = configuration(method, arguments.rank, overrides(arguments), period=None)
     world = connect(timedelta(minutes=20))
     interface = os.environ["GLOO_SOCKET_IFNAME"]
     steps = Steps(config, world)
-    ring = 2 * (world.size - 1) / world.size  # of what is summed, a process sends this multiple
+    ring = 2 * (world.size - 1) / world.size  # bytes sent per byte that is all-reduced
     payload = ring * payload_bytes(steps)
     made = iter(steps)
-    first, _ = next(made), next(made)  # kernels settle
+    first, _ = next(made), next(made)  # the second step warms up
     for mbit in arguments.mbit:
         world.barrier()
         if interface != LOOPBACK:
@@ -90,7 +94,7 @@ def work(arguments: argparse.Namespace, method: str) -> None:
 
 
 def measure(arguments: argparse.Namespace, method: str, places: list[Host]) -> list[dict[str, Any]]:
-    """The rows of ``method``, one of each bandwidth, from a process on each of ``places``."""
+    """Run ``method`` with a process on each of ``places``. Return a row for each bandwidth."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -125,14 +129,14 @@ def table(rows: list[dict[str, Any]], link: str) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="350m", help="a model of conf/model, such as 130m (default 350m)")
-    parser.add_argument("--rank", type=int, default=128, help="of GaLore and Grass (default 128)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--mbit", default="1000", help="Mbit/s that each sends at most, or several (default 1000)")
-    parser.add_argument("--methods", default="adamw,galore,grass,grass+head", help=f"of {', '.join(METHODS)}")
-    parser.add_argument("--steps", type=int, default=8, help="that are timed at each bandwidth (default 8)")
-    parser.add_argument("--threads", type=int, default=1, help="of each process (default 1)")
-    parser.add_argument("--json", action="store_true", help="a JSON object a bandwidth instead of tables")
+    parser.add_argument("--size", default="350m", help="model size, such as 130m (default 350m)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of GaLore and Grass (default 128)")
+    parser.add_argument("--ranks", type=int, default=2, help="number of processes (default 2)")
+    parser.add_argument("--mbit", default="1000", help="bandwidths in Mbit/s, comma-separated (default 1000)")
+    parser.add_argument("--methods", default="adamw,galore,grass,grass+head", help=f"from {', '.join(METHODS)}")
+    parser.add_argument("--steps", type=int, default=8, help="steps timed per bandwidth (default 8)")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per bandwidth instead of tables")
     parser.add_argument("--worker", metavar="METHOD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.mbit = [float(mbit) for mbit in arguments.mbit.split(",")]
@@ -140,7 +144,7 @@ def main() -> None:
         return work(arguments, arguments.worker)
     methods = arguments.methods.split(",")
     if unknown := set(methods) - set(METHODS):
-        parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")
+        parser.error(f"--methods: no method {', '.join(sorted(unknown))}; choose from {', '.join(METHODS)}")
     console = Console(stderr=True)
     by_method, links = [], [f"{mbit:g} Mbit/s" for mbit in arguments.mbit]
     for method in methods:
@@ -149,7 +153,7 @@ def main() -> None:
                 with hosts(arguments.ranks) as places:
                     by_method.append(measure(arguments, method, places))
             except PermissionError as error:
-                console.print(f"on the loopback interface, whatever --mbit says: {error}")
+                console.print(f"measuring on the loopback interface, and --mbit has no effect: {error}")
                 by_method.append(measure(arguments, method, loopback(arguments.ranks)))
                 links = ["loopback"] * len(links)
     for mbit, link, *rows in zip(arguments.mbit, links, *by_method, strict=True):

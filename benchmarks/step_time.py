@@ -1,18 +1,18 @@
-"""Tokens per second of the methods side by side, and how close each comes to what its arithmetic allows.
+"""Tokens per second of several methods, and how close each method comes to its theoretical limit.
 
 python -m benchmarks.step_time --sizes 350m --methods adamw,galore,grass --rank 128 [--json]
 
-Every method lives in a process of its own; the processes make their steps in turn, so that a noisy machine is noisy for
-all of them. Medians; refreshes are counted at each method's default interval. The limit of a method is AdamW's tokens/s
-times the ratio of their counted FLOPs: what it would reach if it did its smaller sum as fast as the dense model does
-its own, optimizer and all. Without adamw among the methods there is no limit (null).
+Each method runs in a separate process. The processes take turns of one step, so that noise on the machine affects all
+methods. Times are medians, and refreshes count once per default interval of their method. The limit of a method is
+AdamW's tokens/s times AdamW's FLOPs per token, divided by the FLOPs per token of the method. A method reaches its limit
+if it has AdamW's FLOP/s over the complete step, optimizer included. Without adamw among the methods the limit is null.
 
-    python -m benchmarks.step_time --written docs/step_time.jsonl --plot step_time.png    # what earlier runs printed
+    python -m benchmarks.step_time --written docs/step_time.jsonl --plot step_time.png    # from outputs of earlier runs
 
-A method may have settings of its own, divided by semicolons:
+A method may have its own settings, separated by semicolons:
     python -m benchmarks.step_time --methods "grass,grass:train.compile=true,grass:train.loss_chunk_tokens=256"
 
-On a GPU, to be sent back:
+On a GPU, with JSON as output:
     python -m benchmarks.step_time --sizes 350m,1b_block,7b_block --batch 16 --json train.dtype=bfloat16 > gpu.json
 """
 
@@ -48,11 +48,11 @@ PARTS = {
     "refresh_s": "refresh, its share of a step",
 }  # fmt: skip
 WARM_UP = 2  # steps that are not counted
-ONE_BLOCK = "_block"  # 1b_block: one block of the 1b model, between an embedding and a head too small to count
+ONE_BLOCK = "_block"  # 1b_block: one block of the 1b model, with a very small embedding and head
 
 
 def serve(connection: Connection, method: str, rank: int, overrides: list[str], period: int, threads: int) -> None:
-    """One method's process: a step for each message, and at the end what it came to."""
+    """Run one method in its process: make a step for each message "step", and finally send the method's row."""
     torch.set_num_threads(threads)
     name, _, own = method.partition(":")
     config, refresh_every = configuration(name, rank, [*overrides, *filter(None, own.split(";"))], period)
@@ -65,7 +65,7 @@ def serve(connection: Connection, method: str, rank: int, overrides: list[str], 
         connection.send(timed[-1].total_s)
     counted = timed[WARM_UP:]
     if refresh_every > 1 and not any(step.refreshed for step in counted):
-        counted.append(timed[0])  # the one refresh of a run that is shorter than the period
+        counted.append(timed[0])  # in a run shorter than the period, only the first step refreshes
     timing = summarise(counted, refresh_every)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     connection.send({
@@ -81,7 +81,7 @@ def serve(connection: Connection, method: str, rank: int, overrides: list[str], 
 def measure(
     methods: list[str], rank: int, overrides: list[str], rounds: int, period: int, threads: int
 ) -> list[dict[str, Any]]:
-    """A row for each of ``methods``, whose steps took turns: so many rounds of ``period`` steps each."""
+    """Time all methods in turn, ``rounds`` × ``period`` steps each, and return a row for each method."""
     if not torch.cuda.is_available():
         keep_freed_memory()  # as ./launch.sh does
     context = multiprocessing.get_context("spawn")
@@ -94,7 +94,7 @@ def measure(
         processes[-1].start()
         theirs.close()
         ends.append(ours)
-        ours.recv()  # one after the other: building is not to disturb either
+        ours.recv()  # builds one method at a time
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for _ in progress.track(range(WARM_UP + rounds * period), description=" ".join(overrides[:1])):
             for method, end, process in zip(methods, ends, processes, strict=True):
@@ -104,8 +104,8 @@ def measure(
                 except (EOFError, OSError):
                     process.join()
                     raise SystemExit(
-                        f"{method}: its process ended with code {process.exitcode} (-9: killed, likely for want of "
-                        "memory, which all methods need at once; measure fewer --methods together)"
+                        f"{method}: its process ended with code {process.exitcode} (-9: killed, probably for lack of "
+                        "memory, since all methods are in memory at once; measure fewer --methods together)"
                     ) from None
     rows = []
     for end, process in zip(ends, processes, strict=True):
@@ -116,7 +116,7 @@ def measure(
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With every row's speed beside the first one's and beside the limit that AdamW's sets."""
+    """Add to each row its speed relative to the first row and to its limit."""
     dense = next((row for row in rows if row["method"] == "adamw"), None)
     for row in rows:
         row["of_the_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
@@ -129,7 +129,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def shape_of(size: str, batch: int, seq_len: int) -> list[str]:
-    """The overrides that make a model of ``size`` and its batch."""
+    """Return the overrides for a model of ``size`` and its batch."""
     block = size.endswith(ONE_BLOCK)
     alone = ["model.num_hidden_layers=1", "model.vocab_size=256", "data.vocab_size=256"] if block else []
     return [
@@ -139,6 +139,7 @@ def shape_of(size: str, batch: int, seq_len: int) -> list[str]:
 
 
 def table(size: str, rows: list[dict[str, Any]]) -> Table:
+    """Return the rows of a size as a table."""
     shown = Table(title=size)
     for name in COLUMNS:
         shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
@@ -148,7 +149,7 @@ def table(size: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Where a step's time goes: a panel for each run of a size, and in it a stack for each method."""
+    """Draw the parts of a step: a panel for each run of a size, with a stacked bar for each method."""
     runs = list(by_run(rows))
     lines = [max(len(re.split("[:;]", row["method"])) for row in of_one) for _, of_one in runs]
     heights = [1 + len(of_one) * (0.5 + 0.5 * most) for most, (_, of_one) in zip(lines, runs, strict=True)]
@@ -172,25 +173,26 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def written(file: Path) -> list[dict[str, Any]]:
-    """The rows of outputs of --json, one a line, each with the ``run`` that it is from."""
+    """Return the rows of a file with one output of --json per line. Each row gets the title of its run as ``run``."""
     outputs = [json.loads(line) for line in file.read_text().splitlines()]
     return [{"run": title_of(output, number), **row} for number, output in enumerate(outputs) for row in output["rows"]]
 
 
 def title_of(output: dict[str, Any], number: int) -> str:
-    how = "" if output["machine"].get("gpu") or output["machine"].get("malloc") else ", malloc as it is"
+    """Return the title of a run."""
+    how = "" if output["machine"].get("gpu") or output["machine"].get("malloc") else ", default malloc"
     return f"run {number + 1}, rank {output['rank']}{how}"
 
 
 def by_run(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A title and the rows of every size of every run."""
+    """Yield a title and the rows for each size of each run."""
     for size, run in dict.fromkeys((row["size"], row.get("run")) for row in rows):
         title = f"{size} ({run})" if run else size
         yield title, [row for row in rows if (row["size"], row.get("run")) == (size, run)]
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Describe the machine: GPU, platform, threads, version of torch, settings of malloc."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     malloc = {name: os.environ[name] for name in KEEP if name in os.environ}
     return {
@@ -200,20 +202,20 @@ def machine(threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of the training command, such as train.compile=true")
-    parser.add_argument("--sizes", default="60m", help="models of conf/model, or 1b_block (default 60m)")
+    parser.add_argument("overrides", nargs="*", help="overrides of the training command, such as train.compile=true")
+    parser.add_argument("--sizes", default="60m", help="model sizes, or one block: 1b_block (default 60m)")
     parser.add_argument(
-        "--methods", default="adamw,galore,apollo,grass,grass+muon,grass+head", help=f"of {', '.join(METHODS)}"
+        "--methods", default="adamw,galore,apollo,grass,grass+muon,grass+head", help=f"from {', '.join(METHODS)}"
     )
-    parser.add_argument("--rank", type=int, default=128, help="of all but AdamW (default 128)")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step (default 4)")
-    parser.add_argument("--seq-len", type=int, default=256, help="(default 256)")
-    parser.add_argument("--rounds", type=int, default=3, help="of a period's steps of every method (default 3)")
-    parser.add_argument("--period", type=int, default=PERIOD, help=f"steps to a refresh of GaLore (default {PERIOD})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a process on a CPU")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="where to draw the parts of a step")
-    parser.add_argument("--written", type=Path, metavar="JSONL", help="show these outputs of --json, measure nothing")
+    parser.add_argument("--rank", type=int, default=128, help="rank of all methods that have one (default 128)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step (default 4)")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence (default 256)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of --period steps per method (default 3)")
+    parser.add_argument("--period", type=int, default=PERIOD, help=f"steps per refresh of GaLore (default {PERIOD})")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads per process")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the parts of a step")
+    parser.add_argument("--written", type=Path, metavar="JSONL", help="show saved outputs of --json, measure nothing")
     arguments = parser.parse_args()
     rows = written(arguments.written) if arguments.written else measured(arguments, parser)
     if arguments.written:
@@ -224,7 +226,7 @@ def main() -> None:
 
 
 def measured(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
-    """The rows of every size, printed as they come, or all at the end as JSON."""
+    """Measure all sizes. Print the table of each size at once, or all rows as JSON at the end."""
     methods = arguments.methods.split(",")
     if unknown := {method.partition(":")[0] for method in methods} - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} is none of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Training steps without a trainer, to be timed: a method at a size on random tokens."""
+"""Training steps of a method on random tokens, without the trainer, for timing."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,9 @@ from pretrain.setup.optimizer import build_optimizer
 from pretrain.training.step_observer import StepObserver
 from pretrain.training.train_step import TrainStep
 
-PERIOD = 4  # while GaLore or APOLLO is timed, one step in so many is a refresh
+PERIOD = 4  # steps between two refreshes of GaLore or APOLLO while they are timed
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
-# With one inner optimizer, so that the methods differ in nothing else; grass+muon is Grass with its default one.
+# Grass uses AdamW here, like the methods it is compared with. grass+muon is Grass with its default inner optimizer.
 METHODS = {
     "adamw": ["optim=adamw"],
     "muon": ["optim=muon"],
@@ -33,12 +33,12 @@ METHODS = {
         "optim=grass", "optim.inner=adamw", "optim.patterns=['*.self_attn.*_proj','*.mlp.*_proj','lm_head']",
     ],
     "grass+muon": ["optim=grass", "optim.inner=muon"],
-    "lora": ["optim=adamw"],  # with what add_lora makes of the model
+    "lora": ["optim=adamw"],  # add_lora changes the model
 }  # fmt: skip
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Low-rank adapters (the peft package's) on every linear but the head; all that Grass trains in full still is."""
+    """Add peft's low-rank adapters to the attention and MLP linears. Other parameters stay trainable, as with Grass."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -49,14 +49,15 @@ def add_lora(model: nn.Module, rank: int) -> None:
         p.requires_grad_(True)
 
 
-EVEN = ("optim.attention_weight=1", "optim.side=auto")  # a rank is the same share of a layer as that of GaLore and LoRA
+EVEN = ("optim.attention_weight=1", "optim.side=auto")  # a rank means the same as with GaLore and LoRA
 
 
 def configuration(method: str, rank: int, overrides: Sequence[str], period: int | None = PERIOD) -> tuple[Config, int]:
-    """The settings of ``method``, and its refresh interval by default; while it is timed that is ``period``, if given.
+    """Return the settings of ``method``, and its default refresh interval in steps.
 
-    The interval is 1 where all steps are of one kind: those of a method that never refreshes, and of Grass as it is by
-    default, in which some blocks refresh in each step.
+    The settings of GaLore and APOLLO refresh every ``period`` steps if it is given, else at their default interval. The
+    interval is 1 if all steps are alike: methods without refreshes, and Grass, which by default refreshes some blocks
+    in each step.
     """
     base = [*METHODS[method], *COMMON, *overrides]
     optim = load(base).optim
@@ -69,9 +70,10 @@ def configuration(method: str, rank: int, overrides: Sequence[str], period: int 
 
 @dataclass
 class Step:
-    """Seconds of one step and of its parts; the optimizer's hold the fold and a refresh of a projection, if due.
+    """Seconds of one step and of its parts.
 
-    choosing_s is what Grass's refresh takes after the fold; what its probes take is part of forward and backward.
+    ``optimizer_s`` includes the fold, and the refresh of a projection if it is due. ``choosing_s`` is the part of
+    Grass's refresh after the fold. Probes of Grass count as forward and backward.
     """
 
     total_s: float
@@ -82,15 +84,15 @@ class Step:
 
     @property
     def backward_s(self) -> float:
-        """With the clipping of its gradients."""
+        """Seconds of the backward, including gradient clipping."""
         return self.total_s - self.forward_s - self.optimizer_s - self.choosing_s
 
 
 class PartTimer(StepObserver):
-    """Seconds that the parts of a step take, summed since ``reset``.
+    """Sums the seconds of each part of a step since ``reset``.
 
     Args:
-        now: the time in seconds, read after the device has finished.
+        now: returns the time in seconds after the device has finished.
     """
 
     def __init__(self, now: Callable[[], float]):
@@ -120,9 +122,9 @@ class PartTimer(StepObserver):
 
 
 class Steps:
-    """A model and all it takes to train it; iterating makes steps.
+    """A model, its optimizer and a batch of random tokens. Each iteration makes one training step.
 
-    With ``lora_rank`` the model's linears are frozen and get adapters of that rank.
+    With ``lora_rank``, the attention and MLP linears are frozen and get adapters of that rank.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class Steps:
         ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1), generator=generator)
         pieces = ids.split(train.micro_batch_size or sequences)
         self.batch = [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
-        if self.optim.grass:  # any rows will do, without the backwards that a run chooses its first ones by
+        if self.optim.grass:  # evenly spread rows, without a run's backward passes that choose rows
             for layer in self.optim.grass.layers.values():
                 layer.select(torch.arange(layer.rank, device=layer.index.device) * layer.selectable // layer.rank)
             self.optim.grass.resume(0)
@@ -166,6 +168,7 @@ class Steps:
             step += 1
 
     def now(self) -> float:
+        """Return the time in seconds, after the device has finished."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return self.clock()
@@ -180,23 +183,23 @@ class Timing:
     backward_s: float
     optimizer_s: float
     with_refresh_s: float
-    refresh_every: int  # steps, by the method's default
-    choosing_s: float = 0.0  # of Grass
+    refresh_every: int  # steps, the method's default
+    choosing_s: float = 0.0  # of Grass only
     quartiles: tuple[float, float] = (0.0, 0.0)  # of regular steps
 
     @property
     def refresh_s(self) -> float:
-        """What one refresh adds; of Grass, some blocks of which refresh in each step, what choosing takes in a step."""
+        """Seconds that a refresh adds. For Grass, which refreshes some blocks in each step: the seconds per step."""
         return self.with_refresh_s - self.regular_s if self.refresh_every > 1 else self.choosing_s
 
     @property
     def step_s(self) -> float:
-        """The mean step of a long run."""
+        """Mean seconds per step of a long run."""
         return self.regular_s + (self.with_refresh_s - self.regular_s) / self.refresh_every
 
 
 def summarise(steps: Sequence[Step], refresh_every: int) -> Timing:
-    """Medians; where ``refresh_every`` is 1 there is one kind of step."""
+    """Return the medians of regular steps and of steps with a refresh. All steps are both if ``refresh_every`` is 1."""
     regular = [step for step in steps if refresh_every == 1 or not step.refreshed]
     refreshing = [step for step in steps if refresh_every == 1 or step.refreshed]
     return Timing(

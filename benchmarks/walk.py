@@ -1,9 +1,9 @@
-"""Steps between dense Muon and Grass, as optimizers: ``optim=muon optim.inner=benchmarks.walk.QuarterOfRows``.
+"""Optimizers between dense Muon and Grass: ``optim=muon optim.inner=benchmarks.walk.QuarterOfRows``.
 
-They need the whole gradient, which Grass does without, so they save nothing. They show how much of the distance comes
-from sparse updates as such, and how much from not knowing the gradient of the other rows. LinearsInTurn and
-BlocksInTurn train whole matrices instead of rows, with the memory of Grass (as BAdam and LISA do, arXiv 2404.02827 and
-2403.17919).
+They compute the full gradient, unlike Grass, so they save no memory. They show how much of the difference in loss comes
+from sparse updates, and how much from not knowing the gradient of the unselected rows. LinearsInTurn and BlocksInTurn
+train complete matrices in turn instead of rows, and keep as much optimizer state as Grass (as BAdam and LISA do, arXiv
+2404.02827 and 2403.17919).
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from optim.muon import Muon, MuonAndAdamW, orthogonalize
 
 
 class SparseMuon(Muon):
-    """Momentum as dense Muon's, from the whole gradient; in each step only a random ``share`` of the rows is updated.
+    """Muon with momentum from the full gradient that updates only a random ``share`` of the rows in each step.
 
-    The rows, or columns where these are fewer, are orthogonalised by themselves, as the rows of Grass are (much as in
-    Dion2, arXiv 2512.16928). Weight decay acts on all.
+    The selected rows are orthogonalised without the other rows, as in Grass (similar to Dion2, arXiv 2512.16928).
+    Columns are selected if a matrix has fewer columns than rows. Weight decay acts on all elements.
     """
 
     share = 1.0
@@ -47,33 +47,34 @@ class SparseMuon(Muon):
 
 
 class QuarterMuon(SparseMuon):
-    """A quarter of the rows in each step."""
+    """SparseMuon with a quarter of the rows in each step."""
 
     share = 1 / 4
 
 
 class HalfMuon(SparseMuon):
-    """Half of the rows in each step."""
+    """SparseMuon with half of the rows in each step."""
 
     share = 1 / 2
 
 
 class QuarterOfRows(MuonAndAdamW):
-    """QuarterMuon for the linears, AdamW for the others."""
+    """QuarterMuon for the attention and MLP linears, AdamW for the other parameters."""
 
     muon = QuarterMuon
 
 
 class HalfOfRows(MuonAndAdamW):
-    """HalfMuon for the linears, AdamW for the others."""
+    """HalfMuon for the attention and MLP linears, AdamW for the other parameters."""
 
     muon = HalfMuon
 
 
 class TurnMuon(Muon):
-    """Dense Muon on a quarter of the matrices at a time, which changes every ``window`` steps and forgets its momentum.
+    """Dense Muon that trains one of ``parts`` groups of matrices at a time, for ``window`` steps each.
 
-    The matrices are dealt in a new random order every four windows, so that each has a turn before any has another.
+    Momentum is dropped when a group's turn ends. After all groups have had their turn, the matrices are distributed to
+    the groups in a new random order. So each matrix is trained once per ``parts`` windows.
     """
 
     parts, window = 4, 50
@@ -93,26 +94,26 @@ class TurnMuon(Muon):
             super()._step_stacked(active, group)
 
     def _part_of(self, place: int, count: int, turn: int) -> int:
-        """The part, from 0 on, of the matrix ``place`` of ``count`` in the round ``turn``."""
+        """Return the group (from 0) of matrix number ``place`` of ``count`` in the round ``turn``."""
         order = torch.randperm(count, generator=torch.Generator().manual_seed(key(0, "turn", turn)))
         return int(order.tolist().index(place)) * self.parts // count
 
 
 class BlockMuon(TurnMuon):
-    """The same with whole blocks: the matrices in model order, in four parts of neighbours."""
+    """TurnMuon whose groups are neighbouring blocks: the matrices in model order, divided into ``parts`` groups."""
 
     def _part_of(self, place: int, count: int, turn: int) -> int:
         return (place * self.parts // count - turn) % self.parts
 
 
 class LinearsInTurn(MuonAndAdamW):
-    """TurnMuon for the linears, AdamW for the others."""
+    """TurnMuon for the attention and MLP linears, AdamW for the other parameters."""
 
     muon = TurnMuon
 
 
 class BlocksInTurn(MuonAndAdamW):
-    """BlockMuon for the linears, AdamW for the others."""
+    """BlockMuon for the attention and MLP linears, AdamW for the other parameters."""
 
     muon = BlockMuon
 
