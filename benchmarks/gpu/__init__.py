@@ -1,1 +1,1 @@
-"""Measurements that need a GPU: ``python -m benchmarks.gpu``, described in docs/gpu.md."""
+"""The GPU benchmark, ``python -m benchmarks.gpu``. docs/gpu.md describes it."""

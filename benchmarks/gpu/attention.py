@@ -1,6 +1,6 @@
-"""Which attention kernel torch chooses, and what each costs, with packed documents kept apart and without.
+"""The attention kernel that torch chooses, and the time of each kernel, with and without document masks.
 
-Times are of a forward and a backward in bf16. What is not torch's own is measured where it is installed.
+Times are those of a forward and a backward in bf16. Kernels of other packages are measured if the package is installed.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.bench import NEEDS_GPU, Bench, lacks
 
-# (sequences, tokens, heads, head_dim): 350m as it is timed, the papers' short sequences, 7b.
+# (sequences, tokens, heads, head_dim): 350m as in step_times, the papers' short sequences, 7b.
 SHAPES = [(16, 1024, 16, 64), (64, 256, 16, 64), (8, 2048, 32, 128)]
 DRY_SHAPES = [(2, 32, 2, 64)]
-DOCUMENTS = 5  # in a row of a batch
-NOT_OFFERED = "No available kernel"  # torch's error where the one backend that is allowed cannot take the tensors
-# By what the model's file calls them; None: as torch chooses.
+DOCUMENTS = 5  # per row of a batch
+NOT_OFFERED = "No available kernel"  # torch's error if the only allowed backend does not support the tensors
+# By the name in the results; None: torch chooses.
 BACKENDS = {
     "SDPA as torch chooses": None, "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA, flash": SDPBackend.FLASH_ATTENTION,
     "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -30,7 +30,7 @@ FLASH_ATTN = {
     "flash-attn 2": "flash_attn.flash_attn_interface", "flash-attn 3": "flash_attn_interface",
     "flash-attn 4": "flash_attn.cute",
 }  # fmt: skip
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # each (b, t, heads, head_dim)
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # all tensors are (b, t, heads, head_dim)
 
 
 def run(bench: Bench, case: str) -> None:
@@ -40,7 +40,7 @@ def run(bench: Bench, case: str) -> None:
         q, k, v = (
             torch.randn(shape, device=bench.device, generator=generator).bfloat16().requires_grad_() for _ in range(3)
         )
-        flops = 3.5 * 4 * b * heads * t * t * dim / 2  # the causal half; a backward is 2.5 forwards, flash's way
+        flops = 3.5 * 4 * b * heads * t * t * dim / 2  # causal half; a backward counts as 2.5 forwards
         bench.add(shape=shape, kernel="torch's choice", chosen=_choice(q, k, v))
         for name, documents, kernel in _kernels(bench, shape):
             with bench.row(shape=shape, kernel=name, documents=documents) as row:
@@ -52,13 +52,13 @@ def run(bench: Bench, case: str) -> None:
                 except RuntimeError as error:
                     if NOT_OFFERED not in str(error):
                         raise
-                    row["skipped"] = "torch has no such kernel for this"  # its flash kernel takes no mask, say
+                    row["skipped"] = "not supported by this kernel"  # for example, a mask by torch's flash kernel
                     continue
-                row["tflop_per_s"] = flops / row["ms"] / 1e9  # of the whole causal triangle, also for documents
+                row["tflop_per_s"] = flops / row["ms"] / 1e9  # full causal triangle, also with document masks
 
 
 def _choice(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The backend that SDPA takes for a causal mask, by torch's own word."""
+    """Return the name of the backend that SDPA chooses for a causal mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name
 
@@ -70,7 +70,7 @@ def _forward_and_backward(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> No
 
 
 def _kernels(bench: Bench, shape: tuple[int, int, int, int]) -> Iterator[tuple[str, bool, Kernel | str]]:
-    """(name, whether documents are kept apart, the kernel or why there is none)."""
+    """Yield a kernel's name, whether it masks documents, and the kernel, or the reason why it cannot be measured."""
     b, t, _, _ = shape
     document = (torch.arange(t) // max(1, t // DOCUMENTS)).expand(b, t)
     mask = (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1).to(bench.device)
@@ -98,7 +98,7 @@ def _varlen(ends: Tensor, longest: int) -> Kernel | str:
     if missing := lacks("torch.nn.attention.varlen", "torch's varlen_attn"):
         return missing
     varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
-    old = "is_causal" in signature(varlen_attn).parameters  # torch 2.10; later a causal mask is a window
+    old = "is_causal" in signature(varlen_attn).parameters  # torch 2.10; later versions use a window
     causal = {"is_causal": True} if old else {"window_size": (-1, 0)}
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,5 +122,5 @@ def _flash_documents(module: str, ends: Tensor, longest: int, q: Tensor, k: Tens
 
 
 def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Without the log-sum-exp that some versions return beside it."""
+    """Return the output without the log-sum-exp that some versions return as well."""
     return result[0] if isinstance(result, tuple) else result

@@ -1,4 +1,4 @@
-"""What every section gets: the device, a way to report, and clocks."""
+"""The tools that every section gets: the device, reporting of rows, and timing."""
 
 import gc
 import logging
@@ -23,13 +23,14 @@ NEEDS_GPU = "needs a GPU"
 
 @dataclass
 class Bench:
-    """One section's view of the machine.
+    """The tools of one section.
 
-    device  a CUDA device; in a dry run without one, the CPU
-    dry     tiny sizes, whose numbers mean nothing
-    folder  for files beside the results
-    end     when the section is to be over, by time.monotonic()
-    report  takes a row of results
+    Args:
+        device: a CUDA device; in a dry run without a GPU, the CPU.
+        dry: whether sizes are tiny, so that numbers mean nothing.
+        folder: folder of the results, for further files.
+        end: end of the section's time, by time.monotonic().
+        report: stores a row of results.
     """
 
     device: torch.device
@@ -40,11 +41,15 @@ class Bench:
 
     @classmethod
     def make(cls, dry: bool, folder: Path, seconds: float, report: Callable[[Row], None]) -> "Bench":
+        """Make the tools of a section that has ``seconds`` seconds."""
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         return cls(device, dry, folder, time.monotonic() + seconds, report)
 
     def about(self) -> Row:
-        """What the numbers are of. A stand-in for a GPU may have a real one's name, but it does not compute."""
+        """Return the device, whether it computes, and torch's version.
+
+        A stand-in for a GPU may have a real GPU's name, but it does not compute.
+        """
         device = torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU"
         computes = (torch.arange(1000, device=self.device) ** 2).sum().item() == 332_833_500
         return {"device": device, "computes": computes, "torch": torch.__version__}
@@ -54,15 +59,19 @@ class Bench:
         return self.device.type == "cuda"
 
     def left(self) -> float:
-        """Seconds until the section is to be over."""
+        """Return the seconds that are left to the section."""
         return self.end - time.monotonic()
 
     def add(self, **row: Any) -> None:
+        """Report a row."""
         self.report(row)
 
     @contextmanager
     def row(self, **known: Any) -> Iterator[Row]:
-        """A row to fill, which begins with ``known``; an error in the body becomes its ``fails``."""
+        """Yield a row that begins with ``known``, and report it at the end of the block.
+
+        An error in the block is stored in the row as ``fails``.
+        """
         row = dict(known)
         try:
             yield row
@@ -72,7 +81,7 @@ class Bench:
         self.free()
 
     def free(self) -> None:
-        """Let go of the memory that nothing holds any more."""
+        """Free unused memory, and reset the device's peak."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -83,7 +92,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def times(self, work: Callable[[], object], repeats: int) -> list[float]:
-        """Milliseconds on the device of each ``work()``, called without a wait between them."""
+        """Return the milliseconds of each ``work()`` on the device. The host does not wait between the calls."""
         marks = [Mark(self.on_gpu)]
         for _ in range(repeats):
             work()
@@ -92,13 +101,13 @@ class Bench:
         return [since.ms_to(mark) for since, mark in pairwise(marks)]
 
     def ms(self, work: Callable[[], object]) -> float:
-        """The median of them, after a warm-up."""
+        """Return the median milliseconds of ``work()`` on the device, after a warm-up."""
         self.times(work, 2 if self.dry else 5)
         return median(self.times(work, 2 if self.dry else 20))
 
 
 class Mark:
-    """A moment in the device's work, noted without waiting for it: an event of CUDA, or the time on a CPU."""
+    """A time stamp on the device that is taken without waiting: a CUDA event, or the time on a CPU."""
 
     def __init__(self, on_gpu: bool):
         self.at: Any = time.perf_counter()
@@ -107,27 +116,30 @@ class Mark:
             self.at.record()
 
     def ms_to(self, later: "Mark") -> float:
-        """Milliseconds from here to ``later``, which the device must have passed."""
+        """Return the milliseconds from this mark to ``later``. The device must have passed both."""
         return (later.at - self.at) * 1e3 if isinstance(self.at, float) else self.at.elapsed_time(later.at)
 
 
 def in_short(error: BaseException) -> str:
-    """An error's type and the line of its message that says most: compilers put theirs last, before some advice."""
+    """Return an error's type and the most informative line of its message.
+
+    Compilers print that line near the end, before some advice.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     telling = next((line for line in reversed(lines[1:]) if "Error" in line), lines[0])
     return f"{type(error).__name__}: {telling[:250]}"
 
 
 def lacks(module: str, package: str) -> str | None:
-    """Why ``module`` of the optional ``package`` cannot be used here; None where it can."""
+    """Return why ``module`` of the optional ``package`` cannot be imported, or None if it can."""
     try:
         import_module(module)
-    except Exception as error:  # a package that is there may fail in what it imports, in any way
+    except Exception as error:  # an import of an installed package may fail with any error
         return f"{package} ({in_short(error)})"
     return None
 
 
 def quiet() -> None:
-    """Leave the section's rows and real warnings on the terminal, and nothing else."""
+    """Print only the section's rows and logged warnings on the terminal."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.simplefilter("ignore")

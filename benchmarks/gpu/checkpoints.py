@@ -1,4 +1,4 @@
-"""How long saves block the training: three in a row, by the saver of the trainer, and what each writes."""
+"""How long three consecutive saves by the trainer's saver block the training, and how many bytes each writes."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ def run(bench: Bench, case: str) -> None:
     run = TrainingRun(config, bench.device)
     run.take_some_rows()
     batch = random_batch(config, bench.on_gpu)
-    folder = Path(tempfile.mkdtemp(dir=bench.folder))  # the disk of the results, which /tmp may not be
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))  # on the disk of the results; /tmp may be another disk
     try:
         saver = Saver(folder, run.world)
         for number in range(1, SAVES + 1):

@@ -1,4 +1,4 @@
-"""Whether the GPU learns what the CPU learns: the same 20 steps on text, beside those of the CPU in float32."""
+"""Whether 20 training steps on text have the same losses and chosen rows on the GPU as on the CPU in float32."""
 
 import torch
 
@@ -27,10 +27,10 @@ def run(bench: Bench, case: str) -> None:
 
 
 def compared(here: Learned, cpu: Learned) -> dict[str, object]:
-    """The first and last loss, the worst distance from the CPU's, and how alike the chosen rows are at the end.
+    """Return the first and last loss, the largest difference from the CPU's losses, and how well the chosen rows agree.
 
-    ``same_rows`` is the number of layers with exactly the CPU's rows, ``common_rows`` the share of all rows that the
-    CPU chose too: scores that are nearly equal let a rounding decide.
+    ``same_rows`` is the number of layers that chose exactly the CPU's rows at the end. ``common_rows`` is the share of
+    all chosen rows that the CPU chose too. Rows may differ because rounding decides between nearly equal scores.
     """
     same = sum(torch.equal(here.rows[name], index) for name, index in cpu.rows.items())
     common = [torch.isin(here.rows[name], index) for name, index in cpu.rows.items()]

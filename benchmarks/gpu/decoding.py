@@ -1,4 +1,7 @@
-"""Whether a generated token costs more when its length is new, as where a kernel is planned for every length."""
+"""Time per generated token at sequence lengths that occur for the first time, and at the same lengths again.
+
+The first time is slower if a kernel is planned for each length.
+"""
 
 import time
 from statistics import median
@@ -17,7 +20,7 @@ ROUNDS = ("lengths never seen", "the same lengths again")
 def run(bench: Bench, case: str) -> None:
     shape = TINY if bench.dry else [*BYTES, "model=llama_350m", "model.num_hidden_layers=4"]
     model = TrainingRun(settings([*shape, "optim=adamw", "train.dtype=bfloat16"]), bench.device).model
-    _generate(bench, model, prompt=PROMPT // 2)  # lengths of its own: what is loaded once is not to be counted below
+    _generate(bench, model, prompt=PROMPT // 2)  # other lengths: loads everything that is loaded once
     for lengths in ROUNDS:
         with bench.row(lengths=lengths, tokens=TOKENS) as row:
             row["ms_per_token"] = _generate(bench, model, PROMPT)
@@ -25,7 +28,7 @@ def run(bench: Bench, case: str) -> None:
 
 @torch.no_grad()
 def _generate(bench: Bench, model: Llama, prompt: int) -> float:
-    """Median milliseconds of a token behind a prompt of so many, each waited for as sampling does."""
+    """Return the median milliseconds per token after ``prompt`` tokens, waiting for each token as sampling does."""
     caches = [KVCache(model.max_position_embeddings) for _ in model.layers]
     model(torch.zeros(1, prompt, dtype=torch.int64, device=bench.device), caches=caches)
     token, times = torch.zeros(1, 1, dtype=torch.int64, device=bench.device), []

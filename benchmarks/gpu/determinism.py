@@ -1,4 +1,4 @@
-"""Whether two runs are equal to the bit: as they are, and when deterministic algorithms are asked for."""
+"""Whether two runs are bit-identical, with default settings and with deterministic algorithms."""
 
 import os
 from dataclasses import fields
@@ -9,14 +9,14 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.learning import METHODS, learn
 from pretrain.config.schema import TrainConfig
 
-KEY = "deterministic"  # of train; where there is no such key, torch is told itself
+KEY = "deterministic"  # key of train; without this key, only torch's own switch is set
 
 
 def run(bench: Bench, case: str) -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first matmul
     has_key = KEY in {field.name for field in fields(TrainConfig)}
     asked = f"train.{KEY}=true" if has_key else "torch.use_deterministic_algorithms"
-    for how in ("as it is", asked):
+    for how in ("default settings", asked):
         if how == asked:
             torch.use_deterministic_algorithms(True)
         for method in ("grass+muon", "adamw"):
@@ -32,5 +32,5 @@ def run(bench: Bench, case: str) -> None:
 
 
 def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Whether two tensors are the same to the bit; of numbers that are none as well."""
+    """Return whether two tensors are bit-identical, NaNs included."""
     return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))

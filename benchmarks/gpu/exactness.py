@@ -1,4 +1,4 @@
-"""What is promised to be the same on every device: counted random draws, stochastic rounding, powers of two."""
+"""Values that must be the same on every device: counter-based random bits, stochastic rounding, powers of two."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def run(bench: Bench, case: str) -> None:
 
 
 def _signs(bench: Bench, dtype: torch.dtype) -> None:
-    """The random signs of a sketch, as they are and compiled, at the shape of 350m's down projection."""
+    """Compare the random signs of a sketch, eager and compiled, at the shape of 350m's down projection."""
     shape = (48, 4) if bench.dry else (2736, 16)
     what = f"random signs, {str(dtype).removeprefix('torch.')}"
 
@@ -52,7 +52,7 @@ def _signs(bench: Bench, dtype: torch.dtype) -> None:
 
 
 def compare(bench: Bench, what: str, expected: Tensor, compute: Callable[[], Tensor]) -> None:
-    """Report in how many elements ``compute()`` differs from the CPU's ``expected``."""
+    """Report the number of elements in which ``compute()`` differs from ``expected``, which the CPU computed."""
     with bench.row(what=what, elements=expected.numel()) as row:
         different = int((compute().cpu() != expected).sum())
         row |= {"equal": different == 0, "different": different}

@@ -1,8 +1,8 @@
-"""What is expected of a row of results, for the column beside it, and where each figure is from.
+"""The column "expected" of the results, and the source of each figure.
 
-Aims are the project's own, set before anything ran on a GPU. The roofline is ``benchmarks.roofline``: it counts
-products and the optimizer's bytes alone, so a real step gains less by Grass. Ceilings are shares of NVIDIA's data
-sheet.
+Targets are this project's own, set before anything ran on a GPU. The roofline is that of ``benchmarks.roofline``. It
+counts only matmuls and the optimizer's bytes, so Grass gains less in a real step. Limits of the machine are shares of
+NVIDIA's data sheet.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from functools import cache
 from benchmarks.gpu.results import Row
 from benchmarks.roofline import MACHINES, predict, work_of
 
-# Tokens per second of Grass with its default settings, in AdamW's: bf16, compiled, 16k tokens a step.
+# Targets: tokens/s of Grass with default settings, relative to AdamW's; bf16, compiled, 16k tokens per step.
 AIMS = {"350m": 1.10, "1b": 1.20, "7b": 1.30}
-ROOFLINES = {"350m": (128, 1024), "1b": (256, 1024), "7b": (512, 2048)}  # rank and sequence of the step times
+ROOFLINES = {"350m": (128, 1024), "1b": (256, 1024), "7b": (512, 2048)}  # rank and sequence length in step_times
 TOKENS = 16384
-MOST_LAUNCHES = 2_000  # of a step of Grass at 350m
+MOST_LAUNCHES = 2_000  # per step of Grass at 350m
 
 
 @cache
 def roofline(size: str) -> float:
-    """Tokens per second of Grass, with AdamW on the rows, in AdamW's, on an H100 by ``benchmarks.roofline``."""
+    """Return the predicted tokens/s of Grass with AdamW on the rows, relative to AdamW's, on an H100."""
     rank, seq_len = ROOFLINES[size]
     (h100,) = (machine for machine in MACHINES if machine.name == "H100")
     adamw, grass = (predict(work_of(method, size, rank, seq_len), h100, TOKENS) for method in ("adamw", "grass"))
@@ -28,7 +28,7 @@ def roofline(size: str) -> float:
 
 
 def expected(module: str, row: Row) -> str:
-    """A short text; empty where nothing is expected, and where nothing was measured."""
+    """Return the expected values of a row as a short text, or "" if nothing is expected or nothing was measured."""
     if module not in EXPECTED or {"fails", "lacks", "skipped"} & row.keys():
         return ""
     return EXPECTED[module](row)
@@ -55,7 +55,7 @@ def _correctness(row: Row) -> str:
 
 
 def _waits(row: Row) -> str:
-    return "none" if row["case"] in ("adamw", "muon") else "at most 1 in a step, where rows are refreshed"
+    return "none" if row["case"] in ("adamw", "muon") else "at most 1 in a step that refreshes rows"
 
 
 def _memory(row: Row) -> str:
@@ -71,12 +71,12 @@ def _step_time(row: Row) -> str:
 
 
 def _checkpoint(row: Row) -> str:
-    return "blocked: a fifth of the first, whose memory is kept" if row["save"] > 1 else ""
+    return "blocked: at most a fifth of the first save, whose memory is reused" if row["save"] > 1 else ""
 
 
 def _product(row: Row) -> str:
     if row["tokens"] == TOKENS:
-        return "narrow at least 300" + (", forward at most 1.3 × that of 5504" if row["size"] == "1b" else "")
+        return "narrow at least 300 TFLOP/s" + (", forward at most 1.3 × that of 5504" if row["size"] == "1b" else "")
     return ""
 
 
@@ -86,7 +86,7 @@ def _kernels(row: Row) -> str:
 
 
 def _determinism(row: Row) -> str:
-    return "no promise" if row["how"] == "as it is" else "both equal"
+    return "no guarantee" if row["how"] == "default settings" else "both equal"
 
 
 EXPECTED: dict[str, Callable[[Row], str]] = {

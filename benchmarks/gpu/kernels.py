@@ -1,4 +1,4 @@
-"""Which kernels a step's time goes to, how many it launches, and how long the device idles, by torch's profiler."""
+"""Time by kernel, number of launches and idle time of the device in a step, from torch's profiler."""
 
 import time
 from collections import Counter
@@ -23,7 +23,7 @@ def run(bench: Bench, case: str) -> None:
 
 
 def measure(bench: Bench, method: str) -> dict[str, object]:
-    """Of a mean step at 350m; leaves the profiler's trace of it in ``trace-<method>.json.gz``."""
+    """Return the averages per step at 350m. The profiler's trace is saved as ``trace-<method>.json.gz``."""
     config = configuration(CASES["350m"], method, bench.dry)
     run = TrainingRun(config, bench.device, compile=bench.on_gpu)
     run.take_some_rows()
@@ -43,14 +43,14 @@ def measure(bench: Bench, method: str) -> dict[str, object]:
     found: dict[str, object] = {"compiled": run.compiled, "step_ms": step_ms, "trace": trace.name}
     if not bench.on_gpu:
         return found | {"skipped": NEEDS_GPU}
-    # Operations on the host are listed with the time of their kernels as well: those would count twice.
+    # Host operations are left out: they are listed with the time of their kernels, which would count twice.
     times, launches = Counter[str](), 0
     for event in seen.key_averages():
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             times[event.key[:90]] += event.self_device_time_total / 1e3 / STEPS
             launches += event.count
     if not times:
-        return found | {"lacks": "CUPTI: the profiler saw nothing of the device"}
+        return found | {"lacks": "CUPTI: the profiler recorded no kernels"}
     device_ms = sum(times.values())
     return found | {
         "device_ms": device_ms, "idle": max(0.0, 1 - device_ms / step_ms), "launches": launches / STEPS,

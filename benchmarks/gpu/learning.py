@@ -1,4 +1,4 @@
-"""A small model learning from text for some steps, on any device: what correctness and determinism compare."""
+"""Train a small model on text for some steps, on any device: for the sections correctness and determinism."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.gpu.training import BYTES, TINY, TrainingRun, settings, text_batches
 
-# Constant rates, so that all of the few steps count.
+# Constant learning rates, so that each of the few steps matters.
 RATES = ["optim.lr=4e-3", "optim.linear_lr=5e-4"]
 METHODS = {
     "grass+muon": ["optim=grass"],
@@ -20,7 +20,7 @@ STEPS = 20
 
 @dataclass
 class Learned:
-    """Losses of the steps in nats per token; the rows of each layer of Grass, and all parameters, at the end."""
+    """Losses of the steps in nats per token. After the last step: the rows of each Grass layer, and all parameters."""
 
     losses: list[float]
     rows: dict[str, Tensor]
@@ -29,6 +29,7 @@ class Learned:
 
 
 def learn(overrides: Sequence[str], device: torch.device, dry: bool, compile: bool = False) -> Learned:
+    """Train STEPS steps on text (3 in a dry run) and return the result."""
     shape = [*TINY, "train.tokens_per_step=128", "optim.rank=16"] if dry else [*BYTES, "train.tokens_per_step=4096"]
     if "optim=adamw" in overrides:
         shape = [override for override in shape if not override.startswith("optim.rank")]

@@ -1,4 +1,4 @@
-"""What the machine is, which optional packages it has, and what it can do by itself: ceilings of the other sections."""
+"""The machine, its optional packages, and its limits: the speed of copies and of a large matmul."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.bench import GIB, NEEDS_GPU, Bench, lacks
 
-# What is imported, and the package it comes from.
+# Modules to import, and the name of their package.
 OPTIONAL = {
     "galore_torch": "galore-torch", "torchao": "torchao", "flash_attn.flash_attn_interface": "flash-attn (2)",
     "flash_attn_interface": "flash-attn (3)", "flash_attn.cute": "flash-attn (4)",
@@ -32,11 +32,12 @@ def run(bench: Bench, case: str) -> None:
 
 
 def gpu_gib(bench: Bench) -> float | None:
+    """Return the memory of the GPU in GiB, or None without a GPU."""
     return torch.cuda.get_device_properties(bench.device).total_memory / GIB if bench.on_gpu else None
 
 
 def driver() -> str | None:
-    """Of NVIDIA, as the kernel tells it."""
+    """Return the version of NVIDIA's driver as the kernel reports it, or None."""
     try:
         with open("/sys/module/nvidia/version") as file:
             return file.read().strip()
@@ -66,5 +67,5 @@ def _ceilings(bench: Bench) -> None:
             row["skipped"] = NEEDS_GPU
     n = 128 if bench.dry else 8192
     x, y = (torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2))
-    with bench.row(what=f"bf16 product of {n} × {n} matrices") as row:
+    with bench.row(what=f"bf16 matmul of {n} × {n} matrices") as row:
         row["tflop_per_s"] = 2 * n**3 / bench.ms(lambda: x @ y) / 1e9

@@ -1,7 +1,7 @@
-"""Whether an experiment of conf/ trains in the memory it is for, and takes what the planner says.
+"""Whether an experiment of conf/ trains in the memory of its card, with the peak that the planner predicts.
 
-The planner walks the same steps in the same run. The allocator may take what the card in question has, so that a run
-that needs more fails here as it would there.
+The planner simulates the same steps in the same run. torch's allocator is limited to the memory of the experiment's
+card, so a run that needs more fails here as it would on that card.
 """
 
 import time
@@ -20,17 +20,17 @@ STEPS = 6
 def run(bench: Bench, case: str) -> None:
     experiment, _, how = case.partition(" ")
     compile = how == "compiled"
-    # Two micro-batches of a step have the peak of many.
+    # Two micro-batches per step have the same peak as many.
     overrides = [f"experiment={experiment}", "train.tokens_per_step=4096"]
     if bench.dry:
         overrides = [f"experiment={experiment}", *TINY, "train.tokens_per_step=64", "optim.rank=16"]
     config = settings(overrides)
-    card = config.estimate.device_memory_gib or 0.0  # each of these experiments names its card's
+    card = config.estimate.device_memory_gib or 0.0  # each of these experiments sets the memory of its card
     with bench.row(case=case, card_gib=card) as row:
         if compile and not bench.on_gpu:
             row["skipped"] = NEEDS_GPU
             return
-        # Without a limit the planner does not look for the largest micro-batch as well.
+        # Without a memory limit, the planner does not search for the largest micro-batch.
         found, _ = estimate(settings([*overrides, "estimate.device_memory_gib=null"]))
         row["planned_gib"] = max(found.peak_bytes, found.refresh_peak_bytes) / GIB
         _limit(bench, card - config.estimate.context_gib)
@@ -38,14 +38,14 @@ def run(bench: Bench, case: str) -> None:
 
 
 def _limit(bench: Bench, gib: float) -> None:
-    """Let torch's allocator take no more than ``gib``, or what there is."""
+    """Limit torch's allocator to ``gib`` GiB, or to the device's memory if that is less."""
     if bench.on_gpu:
         total = torch.cuda.get_device_properties(bench.device).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total))
 
 
 def _train(bench: Bench, config: Config, compile: bool, row: Row) -> None:
-    """Choose the initial rows and make some steps as a run does, and note what that held."""
+    """Choose the initial rows and make some steps as a run does. Add their times and peaks to ``row``."""
     run = TrainingRun(config, bench.device, compile=compile)
     batch = random_batch(config, pinned=bench.on_gpu)
     row["compiled"] = run.compiled
@@ -65,7 +65,7 @@ def _train(bench: Bench, config: Config, compile: bool, row: Row) -> None:
 
 
 def _peaks(bench: Bench) -> dict[str, float]:
-    """The most held since the last call, and what is taken of the device now, with contexts of all its processes."""
+    """Return the peaks since the last call, and the memory that all processes use on the device now, with contexts."""
     if not bench.on_gpu:
         return {}
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""docs/gpu.md from results: tables between two marks of the page, and pictures beside it. Measures nothing."""
+"""Write docs/gpu.md from a result file: tables between two marks of the page, and plots. Measures nothing."""
 
 import shutil
 from collections.abc import Sequence
@@ -16,31 +16,31 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NO_WORTH = "**{why}: the numbers below mean nothing.** They show that the benchmark runs, and how this page looks."
 OUTCOMES = ("fails", "lacks", "skipped")
 
-# For each module the columns of its table: heading, key of a row and how its value is written.
+# Columns of each module's table: heading, key of the row, format of the value.
 COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     "machine": [
         ("", "what", ""), ("TB/s", "tb_per_s", ".2f"), ("GB/s", "gb_per_s", ".1f"), ("TFLOP/s", "tflop_per_s", ".0f"),
     ],
     "exactness": [("", "what", ""), ("elements", "elements", ",d"), ("different", "different", ",d")],
     "attention": [
-        ("b, t, heads, head_dim", "shape", ""), ("kernel", "kernel", ""), ("documents apart", "documents", ""),
+        ("b, t, heads, head_dim", "shape", ""), ("kernel", "kernel", ""), ("document masks", "documents", ""),
         ("chosen", "chosen", ""), ("ms", "ms", ".3f"), ("TFLOP/s", "tflop_per_s", ".0f"),
     ],
     "decoding": [("", "lengths", ""), ("tokens", "tokens", "d"), ("ms per token", "ms_per_token", ".2f")],
     "correctness": [
         ("method", "method", ""), ("", "way", ""), ("first loss", "first", ".4f"), ("last", "last", ".4f"),
-        ("last on the CPU", "cpu_last", ".4f"), ("worst distance", "worst", ".1e"),
+        ("last on the CPU", "cpu_last", ".4f"), ("largest difference", "worst", ".1e"),
         ("layers with the same rows", "same_rows", "d"), ("of", "layers", "d"),
         ("rows in common", "common_rows", ".1%"),
     ],
     "waits": [
         ("", "case", ""), ("steps", "steps", "d"), ("waits", "waits", "d"), ("most in a step", "most_in_a_step", "d"),
-        ("steps without", "steps_without", "d"), ("where", "places", ""),
+        ("steps without a wait", "steps_without", "d"), ("where", "places", ""),
     ],
     "memory": [
         ("", "case", ""), ("planned GiB", "planned_gib", ".2f"), ("peak", "peak_gib", ".2f"),
-        ("reserved", "reserved_gib", ".2f"), ("of the device", "taken_gib", ".2f"),
-        ("peak choosing rows", "peak_gib_choosing", ".2f"), ("choosing s", "initial_rows_s", ".1f"),
+        ("reserved", "reserved_gib", ".2f"), ("used on the device", "taken_gib", ".2f"),
+        ("peak of choosing rows", "peak_gib_choosing", ".2f"), ("choosing s", "initial_rows_s", ".1f"),
         ("step s", "step_s", ".2f"),
     ],
     "step_times": [
@@ -57,14 +57,14 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
     "products": [
         ("", "size", ""), ("tokens", "tokens", ",d"), ("out", "out", "d"), ("in", "into", "d"),
         ("forward ms", "forward_ms", ".3f"), ("input gradient", "input_gradient_ms", ".3f"),
-        ("whole weight gradient", "whole_ms", ".3f"), ("1/4 of it", "narrow_4_ms", ".3f"),
+        ("full weight gradient", "whole_ms", ".3f"), ("1/4 of the rows", "narrow_4_ms", ".3f"),
         ("1/8", "narrow_8_ms", ".3f"),
-        ("gather of 1/8", "gather_8_ms", ".3f"), ("TFLOP/s whole", "whole_tflop_per_s", ".0f"),
+        ("gather of 1/8", "gather_8_ms", ".3f"), ("TFLOP/s, full", "whole_tflop_per_s", ".0f"),
         ("1/4", "narrow_4_tflop_per_s", ".0f"), ("1/8", "narrow_8_tflop_per_s", ".0f"),
     ],
     "kernels": [
-        ("method", "method", ""), ("ms a step", "step_ms", ".1f"), ("of kernels", "device_ms", ".1f"),
-        ("idle", "idle", ".1%"), ("launches", "launches", ",.0f"), ("most of it", "kernels_ms", ""),
+        ("method", "method", ""), ("ms a step", "step_ms", ".1f"), ("ms in kernels", "device_ms", ".1f"),
+        ("idle", "idle", ".1%"), ("launches", "launches", ",.0f"), ("ms of the longest kernels", "kernels_ms", ""),
     ],
     "determinism": [
         ("", "how", ""), ("method", "method", ""), ("dtype", "dtype", ""), ("compiled", "compiled", ""),
@@ -74,14 +74,14 @@ COLUMNS: dict[str, list[tuple[str, str, str]]] = {
 
 
 def write_page(results: Path, folder: Path) -> Path:
-    """Write the page and its pictures, with a copy of the ``results``, into ``folder``. Returns the page's path.
+    """Write the page, its plots and a copy of the ``results`` into ``folder``. Return the page's path.
 
     Raises:
-        ValueError: not a result file; or results that mean nothing, for the project's own documentation.
+        ValueError: ``results`` is no result file, or ``folder`` is docs/ and the numbers mean nothing.
     """
-    records = {name: record for name, record in load(results).items() if name in SECTIONS}  # others are of old versions
+    records = {name: record for name, record in load(results).items() if name in SECTIONS}  # not of old versions
     if folder.resolve() == DOCS and any(map(no_worth, records.values())):
-        raise ValueError(f"{results} holds numbers that mean nothing, of a dry run say; name another folder by --out")
+        raise ValueError(f"{results} holds numbers that mean nothing (a dry run?); choose another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     if results.resolve() != (folder / FILE).resolve():
         shutil.copy(results, folder / FILE)
@@ -93,14 +93,14 @@ def write_page(results: Path, folder: Path) -> Path:
 
 
 def no_worth(record: Record) -> str:
-    """Why the numbers of a section mean nothing; empty where they do."""
+    """Return why the numbers of a section mean nothing, or "" if they are valid."""
     if record["dry"]:
         return "A dry run"
     return "" if record.get("computes") else "A device that does not compute"
 
 
 def body(records: dict[str, Record], pictures: Sequence[Path]) -> str:
-    """What stands between the marks: pictures, then each section with its table."""
+    """Return the text between the marks: the plots, then each section with its table."""
     parts = [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures]
     parts += [section_text(name, records[name]) for name in SECTIONS if name in records]
     if why := next(filter(None, map(no_worth, records.values())), ""):
@@ -109,6 +109,7 @@ def body(records: dict[str, Record], pictures: Sequence[Path]) -> str:
 
 
 def section_text(name: str, record: Record) -> str:
+    """Return the heading, the origin and the table of a section."""
     section = SECTIONS[name]
     commit = (record["commit"] or "unknown")[:7] + ("-dirty" if (record["commit"] or "").endswith("-dirty") else "")
     made = (
@@ -136,12 +137,15 @@ def _about_machine(rows: list[Row]) -> list[str]:
         ", ".join(
             f"{key} {_written(value, '')}" for key, value in machine.items() if key != "what" and value is not None
         ),
-        f"Optional packages: {', '.join(there) or 'none'}. Lacking: {', '.join(missing) or 'none'}.",
+        f"Optional packages: {', '.join(there) or 'none'}. Missing: {', '.join(missing) or 'none'}.",
     ]
 
 
 def table(module: str, rows: Sequence[Row]) -> str:
-    """Markdown. A column that no row fills is left out; what kept a row from being measured is its "remark"."""
+    """Return a Markdown table of the rows.
+
+    A column without values is left out. The column "remark" says why a row was not measured.
+    """
     columns = [column for column in COLUMNS[module] if any(row.get(column[1]) is not None for row in rows)]
     lines = [[_written(row.get(key), how) for _, key, how in columns] for row in rows]
     heads = [heading for heading, _, _ in columns]
@@ -161,7 +165,7 @@ def _written(value: Any, how: str) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, dict):  # places of waits, kernels
+    if isinstance(value, dict):  # waits by place, or milliseconds by kernel
         return "<br>".join(f"{count} × {what}" if isinstance(count, int) else f"{count} {what}"
                            for what, count in list(value.items())[:5])  # fmt: skip
     if isinstance(value, list):

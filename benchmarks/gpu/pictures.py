@@ -1,4 +1,4 @@
-"""The pictures of docs/gpu.md: tokens per second beside AdamW's, and memory beside the plan."""
+"""The plots of docs/gpu.md: tokens per second relative to AdamW, and memory compared with the plan."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pretrain.runs.figures import COLOURS, GREY, new_figure, save
 
 
 def draw(records: dict[str, Record], folder: Path) -> list[Path]:
-    """Draw what ``records`` hold enough of; returns the files."""
+    """Draw each plot for which ``records`` has data. Return the files."""
     rows = {
         module: [row for name, record in records.items() if SECTIONS[name].module == module for row in record["rows"]]
         for module in ("step_times", "memory")
@@ -26,7 +26,7 @@ def draw(records: dict[str, Record], folder: Path) -> list[Path]:
 
 
 def step_times(rows: list[Row]) -> Figure | None:
-    """A panel for each case: tokens per second as a multiple of AdamW's, and the aim for Grass as a line."""
+    """Draw tokens per second relative to AdamW, with a panel for each case and a line for the target of Grass."""
     if not rows:
         return None
     cases = list(dict.fromkeys(row["case"] for row in rows))
@@ -38,25 +38,25 @@ def step_times(rows: list[Row]) -> Figure | None:
             axes.bar_label(bars, [f"{row['of_adamw']:.2f}" for row in of_case], padding=3, fontsize=8)
             axes.axvline(1.0, color=GREY, linewidth=0.8)
             axes.axvline(AIMS[case.partition("_")[0]], color=COLOURS[2], linewidth=1.2, linestyle="--")
-            axes.set_title(f"{case}: speed relative to AdamW (dashed: the aim for Grass)")
+            axes.set_title(f"{case}: speed relative to AdamW (dashed: the target for Grass)")
             axes.invert_yaxis()
         return figure
 
 
 def memory(rows: list[Row]) -> Figure | None:
-    """Planned and measured peaks of each experiment, and what its card has."""
+    """Draw planned and measured peaks of each experiment, with a line for the memory of its card."""
     if not rows:
         return None
     labels = [row["case"].replace(" ", "\n") for row in rows]
     with new_figure(height=3.6, grid="y") as figure:
         axes = figure.add_subplot()
-        bars = {"planned_gib": "planned", "peak_gib": "allocated", "taken_gib": "taken of the device"}
+        bars = {"planned_gib": "planned", "peak_gib": "allocated", "taken_gib": "used on the device"}
         for shift, (key, label) in zip((-0.27, 0.0, 0.27), bars.items(), strict=True):
             axes.bar([n + shift for n in range(len(rows))], [row[key] for row in rows], width=0.25, label=label)
         for place, row in enumerate(rows):
             axes.hlines(row["card_gib"], place - 0.42, place + 0.42, color="#000000", linewidth=1.2)
         axes.set_xticks(range(len(rows)), labels, rotation=90 if len(rows) > 4 else 0)
-        axes.set_title("Planned and measured memory (line: the card)")
+        axes.set_title("Planned and measured memory (line: memory of the card)")
         axes.set_ylabel("GiB")
         figure.legend(loc="outside lower center", ncols=3)
         return figure

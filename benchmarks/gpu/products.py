@@ -1,6 +1,6 @@
-"""The narrow products that Grass makes in place of a weight gradient, beside the whole one and beside their gather.
+"""Time of the narrow weight-gradient matmuls of Grass, compared with the full matmul and with the gather before them.
 
-Also what 5461 features (the usual 1b) cost beside 5504, which is a multiple of 128.
+Also compares 5461 features (the usual 1b) with 5504, a multiple of 128.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ from benchmarks.gpu.bench import Bench
 
 SIZES = {"350m": (1024, 2736), "1b": (2048, 5461), "1b, 5504": (2048, 5504), "7b": (4096, 11008)}
 TOKENS = (4096, 16384)
-SHARES = (8, 4)  # of the smaller side: one row in so many
+SHARES = (8, 4)  # 1/8 and 1/4 of the smaller side are selected
 
 
 def run(bench: Bench, case: str) -> None:
@@ -26,14 +26,17 @@ def run(bench: Bench, case: str) -> None:
 
 
 def measure(bench: Bench, tokens: int, m: int, n: int) -> dict[str, float]:
-    """Milliseconds of the products of a linear of ``n`` to ``m`` features, and TFLOP/s of those of the gradient."""
+    """Return the times of the matmuls of a linear layer from ``n`` to ``m`` features.
+
+    They are milliseconds, and TFLOP/s of the weight gradients.
+    """
     dy, x, w = (torch.randn(shape, device=bench.device).bfloat16() for shape in ((tokens, m), (tokens, n), (m, n)))
     whole = bench.ms(lambda: dy.T @ x)
     found = {
         "forward_ms": bench.ms(lambda: x @ w.T), "input_gradient_ms": bench.ms(lambda: dy @ w), "whole_ms": whole,
         "whole_tflop_per_s": 2 * tokens * m * n / whole / 1e9,
     }  # fmt: skip
-    # As in models.grass_linear: rows where there are no more of them than columns, else columns.
+    # As in models.grass_linear: rows if m <= n, else columns.
     selected, other = (dy, x) if m <= n else (x, dy)
     for share in SHARES:
         rank = min(m, n) // share

@@ -1,10 +1,10 @@
-"""The result file of the benchmark, ``gpu.json``: on the disk after every row, so that a crash loses none.
+"""The result file of the benchmark, ``gpu.json``. It is written after every row, so that a crash loses no row.
 
     {"sections": {name: record}}, and a record is
     {"began", "commit", "dry", "device", "computes", "torch", "seconds", "ended", "rows": [{…}, …]}
 
-``computes`` is false of a stand-in for a GPU, whose kernels do nothing; ``ended`` is "done", "running", or why the
-section stopped; rows are what the section reported.
+``computes`` is false for a stand-in for a GPU whose kernels do nothing. ``ended`` is "done", "running", or the reason
+why the section stopped. ``rows`` are the rows that the section reported.
 """
 
 import json
@@ -22,10 +22,10 @@ Record = dict[str, Any]
 
 
 def load(path: Path) -> dict[str, Record]:
-    """The records of a result file by section.
+    """Return the records of a result file by section.
 
     Raises:
-        ValueError: the file is not one of results.
+        ValueError: the file is missing or is no result file.
     """
     try:
         sections = json.loads(path.read_text())["sections"]
@@ -35,9 +35,10 @@ def load(path: Path) -> dict[str, Record]:
 
 
 class Results:
-    """Keeps ``gpu.json`` in ``folder``. A section that runs again takes the place of its earlier record.
+    """Writes ``gpu.json`` in ``folder``.
 
-    That happens at its first row: a section that fails before it leaves what was measured earlier.
+    A section that runs again replaces its earlier record when it reports its first row. If it fails before that, the
+    earlier record stays.
     """
 
     def __init__(self, folder: Path, dry: bool):
@@ -47,6 +48,7 @@ class Results:
         self.current: Record = {}
 
     def begin(self, name: str) -> None:
+        """Begin the record of the section ``name``."""
         self.name = name
         self.current = {
             "began": datetime.now().isoformat(timespec="seconds"), "commit": self.commit, "dry": self.dry,
@@ -54,11 +56,12 @@ class Results:
         }  # fmt: skip
 
     def add(self, row: Row) -> None:
+        """Add a row to the current section and write the file."""
         self.current["rows"].append(row)
         self._write()
 
     def end(self, seconds: float, ended: str) -> None:
-        """Close the section: ``ended`` is DONE or what stopped it."""
+        """Close the section. ``ended`` is DONE or the reason why it stopped."""
         self.current |= {"seconds": round(seconds, 1), "ended": ended}
         if self.current["rows"] or self.name not in self.sections:
             self._write()

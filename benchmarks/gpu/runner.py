@@ -1,7 +1,7 @@
-"""Runs sections one after the other, each in a process of its own.
+"""Run sections one after the other, each in a separate process.
 
-An error on a GPU can leave its process without a usable device, and a hang would take all the time there is: so a
-section that crashes or does not end costs its own results alone.
+After an error on a GPU, a process may be unable to use the device, and a section that hangs would use up all the time.
+In separate processes, a section that crashes or hangs loses only its own results.
 """
 
 import multiprocessing
@@ -14,12 +14,12 @@ from pathlib import Path
 from benchmarks.gpu.results import DONE, Results, Row
 from benchmarks.gpu.sections import Section
 
-PATIENCE, LEAST_LIMIT = 5, 600.0  # a section is ended after so many times the seconds it should take, or these
-ABOUT, ROW, ENDED = "about", "row", "ended"  # kinds of what a section's process sends
+PATIENCE, LEAST_LIMIT = 5, 600.0  # stop a section after 5 times its expected seconds, at least 600
+ABOUT, ROW, ENDED = "about", "row", "ended"  # kinds of messages from a section's process
 
 
 def run_all(sections: Sequence[Section], results: Results, budget: float) -> bool:
-    """Run ``sections`` within ``budget`` seconds. Returns whether nothing failed; skipping is no failure."""
+    """Run ``sections`` within ``budget`` seconds. Return whether none failed; skipped sections do not count."""
     end, good = time.monotonic() + budget, True
     for section in sections:
         left = end - time.monotonic()
@@ -34,10 +34,10 @@ def run_all(sections: Sequence[Section], results: Results, budget: float) -> boo
 
 
 def run_one(section: Section, results: Results, limit: float) -> bool:
-    """Run a section for at most ``limit`` seconds. Returns whether neither it nor one of its rows failed."""
+    """Run a section for at most ``limit`` seconds. Return whether the section and all of its rows succeeded."""
     began = time.monotonic()
     results.begin(section.name)
-    context = multiprocessing.get_context("spawn")  # the driver of a GPU does not survive a fork
+    context = multiprocessing.get_context("spawn")  # CUDA does not work in a forked process
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(theirs, section, results.dry, results.path.parent, limit))
     process.start()
@@ -57,7 +57,7 @@ def run_one(section: Section, results: Results, limit: float) -> bool:
 
 
 def _receive(connection: Connection, results: Results, end: float) -> str | None:
-    """Take the section's rows as they come; returns how it ended, None when its process died without a word."""
+    """Store the section's rows as they arrive. Return how it ended, or None if its process died without a message."""
     while True:
         if not connection.poll(max(0.0, end - time.monotonic())):
             return "stopped, for it took too long"
@@ -80,7 +80,7 @@ def _in_a_line(row: Row) -> str:
 
 
 def work(connection: Connection, section: Section, dry: bool, folder: Path, seconds: float) -> None:
-    """The process of a section: sends what it runs on, its rows and, last, how it ended."""
+    """Run a section in its process: send the device, the rows and, last, how the section ended."""
     from benchmarks.gpu.bench import Bench, in_short, quiet
 
     quiet()

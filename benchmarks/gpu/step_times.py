@@ -1,9 +1,8 @@
-"""Tokens per second of the methods at one size: bf16, compiled, in turn in one process, so that all meet the same GPU.
+"""Tokens per second of the methods at one size: bf16, compiled, all in one process, so that they use the same GPU.
 
-A method makes TURN steps, then the next one does, for ROUNDS rounds; who begins changes from round to round. A turn is
-as long as the default interval between two refreshes, so the refreshes of blocks that take turns are counted as they
-come. Refreshes that come rarely (GaLore's projections, the paper's rows) are timed by themselves, and spread over their
-interval.
+The methods take turns of TURN steps, in ROUNDS rounds. Each round begins with a different method. Refreshes that come
+at least once per turn are part of the turns. Rarer refreshes, such as GaLore's projections and the paper's refresh, are
+timed separately and spread over their interval.
 """
 
 import time
@@ -21,8 +20,8 @@ from models.flops import flops_per_token
 from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
 TURN, ROUNDS, WARM_UP = 10, 3, 4
-TO_BUILD = 45  # seconds that a method may take until it can be timed
-COMMON = ["train.dtype=bfloat16", "optim.lr=1e-5", "optim.linear_lr=1e-5"]  # rates that keep random tokens finite
+TO_BUILD = 45  # seconds that building and warming up a method may take
+COMMON = ["train.dtype=bfloat16", "optim.lr=1e-5", "optim.linear_lr=1e-5"]  # losses on random tokens stay finite
 PAPER = [
     "optim=grass", "optim.inner=adamw", "optim.alpha=0.25", "optim.score=exact", "optim.state_at_refresh=reset",
     "optim.stagger=false", "optim.refresh_every=200",
@@ -44,9 +43,9 @@ BATCH = ["train.seq_len=1024", "train.tokens_per_step=16384"]
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, the rank of what has one, and who is compared: AdamW, whom the others are measured by, comes first.
+    """A model and batch, the rank of methods that have one, and the methods to compare.
 
-    ``size`` is the model whose roofline stands beside it.
+    The first method is AdamW, the reference. ``size`` names the model of the roofline for this case.
     """
 
     size: str
@@ -55,7 +54,7 @@ class Case:
     methods: list[str]
 
 
-# Of 1b the states of all methods and the activations do not fit 80 GB together.
+# At 1b, the states of all methods and the activations do not fit in 80 GB together, hence two cases.
 CASES = {
     "350m": Case("350m", ["model=llama_350m", *BATCH], 128, list(METHODS)),
     "1b": Case("1b", ["model=llama_1b", "model.intermediate_size=5461", *BATCH], 256, ["adamw", *GRASSES]),
@@ -74,6 +73,7 @@ CASES = {
 
 
 def configuration(case: Case, method: str, dry: bool) -> Config:
+    """Return the settings of ``method`` in this case."""
     ranked = method == "galore" or method in GRASSES
     rank = [f"optim.rank={16 if dry else case.rank}"] if ranked else []
     tiny = [*TINY, "train.tokens_per_step=64"] if dry else []
@@ -82,7 +82,10 @@ def configuration(case: Case, method: str, dry: bool) -> Config:
 
 @dataclass
 class Contender:
-    """A method at work, with milliseconds of its steps by turn, and of the host's part of some steps."""
+    """A method that is being measured.
+
+    ``turns`` has the milliseconds of its steps, and ``host_ms`` the host time of some further steps.
+    """
 
     run: TrainingRun
     row: Row
@@ -95,7 +98,7 @@ class Contender:
 
 
 def run(bench: Bench, case: str) -> None:
-    torch._dynamo.config.recompile_limit = 64  # of one block's code, which the methods share
+    torch._dynamo.config.recompile_limit = 64  # versions of a block's code, which all methods share
     contenders: dict[str, Contender] = {}
     for method in CASES[case].methods:
         row = {"case": case, "method": method}
@@ -121,14 +124,14 @@ def run(bench: Bench, case: str) -> None:
 
 
 def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
-    """The method, warmed up, with its compiled blocks, its peak memory and the time of a rare refresh."""
+    """Build and warm up the method. Record its peak memory and the time of a rare refresh."""
     bench.free()
     held, began = _allocated(bench), time.perf_counter()
     config = configuration(case, method, bench.dry)
     contender = Contender(TrainingRun(config, bench.device, compile=bench.on_gpu), dict(row))
     run, batch = contender.run, random_batch(config, bench.on_gpu)
     run.take_some_rows()
-    run.train_step.accumulate(batch)  # compiles, so that the first step below does not
+    run.train_step.accumulate(batch)  # compiles now, not in the first step below
     run.model.zero_grad(set_to_none=True)
     step = partial(run.step, batch)
     (first,) = bench.times(step, 1)
@@ -144,14 +147,14 @@ def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
 
 
 def rare_refresh(bench: Bench, run: TrainingRun, step: Callable[[], object], first: float, regular: float) -> Row:
-    """How often a refresh comes that the turns do not see, and the milliseconds it adds; else nothing."""
+    """Return the interval of a refresh that is rarer than a turn and the milliseconds it adds, or an empty row."""
     optim = run.config.optim
-    if isinstance(optim, BaselineConfig):  # it projects in its first step
+    if isinstance(optim, BaselineConfig):  # computes its projections in the first step
         return {"refresh_every": optim.update_gap, "refresh_ms": max(0.0, first - regular)}
     if isinstance(optim, GrassConfig) and optim.refresh_every > TURN:
         assert run.optim.grass
         probed = optim.probe_steps
-        for _ in range(2):  # the first compiles the probed blocks
+        for _ in range(2):  # the first pass compiles the probed blocks
             run.optim.grass.resume(optim.refresh_every - probed)
             ended = sum(bench.times(step, probed))
         return {"refresh_every": optim.refresh_every, "refresh_ms": max(0.0, ended - probed * regular)}
@@ -159,13 +162,13 @@ def rare_refresh(bench: Bench, run: TrainingRun, step: Callable[[], object], fir
 
 
 def take_turns(bench: Bench, contenders: list[Contender]) -> None:
-    """Time the steps of all in turn; ends after a whole round when little time is left."""
+    """Time the steps of all methods in turn. Stop after a complete round if too little time is left for the next."""
     for round_ in range(1 if bench.dry else ROUNDS):
         began = time.monotonic()
         start = round_ % max(1, len(contenders))
         for contender in contenders[start:] + contenders[:start]:
             step = partial(contender.run.step, random_batch(contender.run.config, bench.on_gpu))
-            step()  # the caches are another's: not counted
+            step()  # not counted: caches hold another method's data
             contender.turns.append(bench.times(step, 2 if bench.dry else TURN))
             contender.host_ms += [issued(bench, step) for _ in range(1 if bench.dry else 3)]
         if bench.left() < 1.2 * (time.monotonic() - began):
@@ -173,7 +176,7 @@ def take_turns(bench: Bench, contenders: list[Contender]) -> None:
 
 
 def issued(bench: Bench, step: Callable[[], object]) -> float:
-    """Milliseconds until the host has given an idle device a whole step; a wait within the step is in it."""
+    """Return the milliseconds until the host has submitted a step to an idle device, including any waits."""
     bench.synchronize()
     began = time.perf_counter()
     step()
@@ -181,9 +184,9 @@ def issued(bench: Bench, step: Callable[[], object]) -> float:
 
 
 def summarise(contender: Contender) -> Row:
-    """Of the median turn: the mean step with the share of a rare refresh, and tokens per second by that.
+    """Return the mean step of the median turn, with the share of a rare refresh, and the resulting tokens per second.
 
-    Quartiles are of all single steps.
+    Quartiles are those of all single steps.
     """
     row, train = contender.row, contender.run.config.train
     share = row["refresh_ms"] / row["refresh_every"] if "refresh_ms" in row else 0.0
@@ -202,5 +205,5 @@ def _allocated(bench: Bench) -> int:
 
 
 def _peak_over(bench: Bench, held: int) -> float | None:
-    """The peak since the last ``free``, without what the methods built before hold."""
+    """Return the peak since the last ``free`` in GiB, without the memory of methods that were built before."""
     return (torch.cuda.max_memory_allocated() - held) / GIB if bench.on_gpu else None

@@ -1,4 +1,4 @@
-"""A model and its optimizer to be stepped without a trainer, and batches for them."""
+"""Models with their optimizers and batches, for training steps without the trainer."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,29 +25,30 @@ TINY = [
 
 
 def settings(overrides: Sequence[str]) -> Config:
+    """Return the settings of these overrides, without W&B."""
     return load([*overrides, "logger.wandb.mode=disabled"])
 
 
 def random_weights(config: Config, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Weights of the right shapes, drawn on ``device``: for time and memory, where minutes of the CPU would be lost."""
+    """Yield random weights, drawn on ``device``, for measurements of time and memory. The CPU would take minutes."""
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in outline(config).named_parameters():
         if name.endswith("norm.weight"):
             yield name, torch.ones(weight.shape, device=device)
-        elif name.endswith("weight"):  # the rows of Grass layers are made from these
+        elif name.endswith("weight"):  # other parameters, the rows of Grass layers, are made from weights
             dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
             draw = torch.randn(weight.shape, device=device, dtype=dtype, generator=generator)
             yield name, draw.mul_(config.model.initializer_range)
 
 
 class TrainingRun:
-    """The updates of a run with ``config`` on ``device``, at the peak rates, without schedule or data of its own.
+    """The training steps of a run with ``config`` on ``device``, at peak learning rates and on given batches.
 
-    ``compiled`` is whether its blocks are, which a machine without a working compiler prevents.
+    ``compiled`` says whether the blocks are compiled, which needs a working compiler.
 
     Args:
-        compile: compile the blocks, whatever ``train.compile`` says.
-        drawn_on_cpu: start from the weights that a run starts from, the same on every device.
+        compile: whether to compile the blocks; ``train.compile`` is ignored.
+        drawn_on_cpu: whether to draw the initial weights as a run does, so that they are the same on every device.
     """
 
     def __init__(self, config: Config, device: torch.device, *, compile: bool = False, drawn_on_cpu: bool = False):
@@ -65,23 +66,23 @@ class TrainingRun:
             choose_initial_rows(self.optim.grass, self.train_step, batch, None)
 
     def take_some_rows(self) -> None:
-        """Begin with evenly spread rows, where it does not matter which."""
+        """Select evenly spread rows, for measurements that do not depend on the selection."""
         if grass := self.optim.grass:
             for layer in grass.layers.values():
                 layer.select(torch.arange(layer.rank, device=layer.index.device) * layer.selectable // layer.rank)
             grass.resume(0)
 
     def step(self, batch: Sequence[MicroBatch]) -> Tensor:
-        """One update; returns the loss in nats, summed over the batch's tokens, on the device."""
+        """Make one update. Return the loss in nats, summed over the batch's tokens, as a tensor on the device."""
         return self.train_step(batch).nats
 
     def rows(self) -> dict[str, Tensor]:
-        """Which rows each layer of Grass trains now, on the CPU."""
+        """Return the selected rows of each Grass layer, on the CPU."""
         return {n: layer.index.cpu() for n, layer in self.optim.grass.layers.items()} if self.optim.grass else {}
 
 
 def random_batch(config: Config, pinned: bool) -> list[MicroBatch]:
-    """A step's micro-batches of random tokens, the same at every call."""
+    """Return a step's micro-batches of random tokens, the same in every call."""
     train, generator = config.train, torch.Generator().manual_seed(0)
     sequences = train.tokens_per_step // train.seq_len
     ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1), generator=generator)
@@ -89,7 +90,7 @@ def random_batch(config: Config, pinned: bool) -> list[MicroBatch]:
 
 
 def text_batches(config: Config, steps: int, pinned: bool) -> list[list[MicroBatch]]:
-    """Micro-batches of ``steps`` steps on this project's documentation, a byte a token."""
+    """Return the micro-batches of ``steps`` steps on the text of this project's documentation, one token per byte."""
     train = config.train
     text = bytearray(b"\n".join(path.read_bytes() for path in sorted(DOCS.glob("*.md"))))
     tokens = torch.frombuffer(text, dtype=torch.uint8).long()
@@ -103,7 +104,7 @@ def text_batches(config: Config, steps: int, pinned: bool) -> list[list[MicroBat
 
 
 def _micro_batches(config: Config, ids: Tensor, pinned: bool) -> list[MicroBatch]:
-    """Inputs and targets of ``ids`` (sequences, seq_len + 1), as many sequences at once as the run takes."""
+    """Split ``ids`` (sequences, seq_len + 1) into the run's micro-batches of inputs and targets."""
     parts = ids.split(config.train.micro_batch_size or len(ids))
     pairs = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
     return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in pairs] if pinned else list(pairs)

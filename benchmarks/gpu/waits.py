@@ -1,7 +1,6 @@
-"""Where the host waits for the device in a step, as torch's set_sync_debug_mode tells it.
+"""Where the host waits for the device in a step, as torch's set_sync_debug_mode reports it.
 
-A step should wait at most once, and only when it ends with a refresh of rows. Blocks that take turns refresh in most
-steps.
+A step should wait at most once, and only if it ends with a refresh of rows. With staggered refreshes, most steps do.
 """
 
 import traceback
@@ -18,9 +17,9 @@ from benchmarks.gpu.training import BYTES, TINY, TrainingRun, random_batch, sett
 
 ROOT = str(Path(__file__).resolve().parents[2])
 WARM_UP, WATCHED = 12, 10
-WARNING = "called a synchronizing CUDA operation"  # the first use of the mode warns of itself as well
+WARNING = "called a synchronizing CUDA operation"  # the mode prints another warning at its first use
 SMALL = ["model=llama_nano", *BYTES, "train.tokens_per_step=4096", "train.dtype=bfloat16"]
-# Refreshed often, so that every block has its turn while it is watched.
+# Frequent refreshes, so that every block refreshes in the watched steps.
 FEW_LAYERS = ["model.num_hidden_layers=4", "train.tokens_per_step=4096", "optim.refresh_every=10"]
 CASES = {
     "adamw": [*SMALL, "optim=adamw"],
@@ -66,7 +65,7 @@ def _watch(bench: Bench, run: TrainingRun) -> dict[str, object]:
 
 @contextmanager
 def watched() -> Iterator[Counter[str]]:
-    """Counts the waits within, by the line of this project that waits."""
+    """Count the waits in the block, by the line of this project that waits."""
     places = Counter[str]()
 
     def note(message, category, filename, lineno, file=None, line=None) -> None:
@@ -84,7 +83,7 @@ def watched() -> Iterator[Counter[str]]:
 
 
 def _place() -> str:
-    """The innermost line of this project on the stack outside of the benchmarks, and what it calls."""
+    """Return the innermost line of this project on the stack, without the benchmarks, and the line where it waits."""
     frames = [f for f in traceback.extract_stack() if f.filename != __file__ and not f.filename.endswith("warnings.py")]
     own = [f for f in frames if f.filename.startswith(ROOT) and "/site-packages/" not in f.filename]
     ours = [f for f in own if "/benchmarks/" not in f.filename]
