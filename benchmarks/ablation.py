@@ -1,10 +1,11 @@
-"""The study behind the defaults of ``optim=grass``: ``python -m benchmarks.ablation [--jobs 2] [stage …]``.
+"""Study of the defaults of ``optim=grass``: ``python -m benchmarks.ablation [--jobs 2] [stage …]``.
 
-Runs the sweeps that ablation.yaml lists, through Hydra multirun, below ``runs/ablation``. Each result is added to
-``docs/ablation.jsonl``, and what that file has is not run again, on any machine; an unfinished run is resumed. From the
-file it writes ``docs/ablation.md`` and ``docs/ablation.png``; with ``--written`` that alone.
+Runs the sweeps that ablation.yaml lists, through Hydra multirun, in ``runs/ablation``. Each result is added to
+``docs/ablation.jsonl``. Runs in that file are not repeated, on any machine, and unfinished runs are resumed.
+``docs/ablation.md`` and ``docs/ablation.png`` are written from the file; ``--written`` does only that.
 
-A record is of the defaults of its commit. Who changes a default takes its lines out of the file, or out of the listing.
+A record holds for the defaults of its commit. After a change of a default, remove its records from the file, or its
+sweeps from ablation.yaml.
 """
 
 import argparse
@@ -30,22 +31,22 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 RECORDS = DOCS / "ablation.jsonl"
 SEED = "train.seed="
-LABEL_WIDTH = 34  # characters of a line
+LABEL_WIDTH = 34  # characters per line
 
-# A line of the file is one run: stage, setting, seed, loss, tokens_per_s, commit, machine, date. Or it is a trial of
-# which only the sums are left: seeds instead of seed, error, commits, and minus: {setting: [difference, its error]}.
+# A line of the file is a run: stage, setting, seed, loss, tokens_per_s, commit, machine, date. Or it is a trial whose
+# single runs are lost: seeds instead of seed, error, commits, and minus: {setting: [difference, its error]}.
 Record = dict[str, Any]
 
 
 @dataclass
 class Trial:
-    """One setting of a stage, and what its seeds came to: final validation losses in nats a token, and tokens/s."""
+    """A setting of a stage with the results of its seeds: final validation losses in nats per token, and tokens/s."""
 
     setting: str
     by_seed: dict[str, float] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     commits: set[str] = field(default_factory=set)
-    summed: Record | None = None  # all there is, where no single run is on record
+    summed: Record | None = None  # if the records of the single runs are lost
 
     @property
     def seeds(self) -> list[str]:
@@ -60,9 +61,10 @@ class Trial:
         return self.summed["error"] if self.summed else standard_error(list(self.by_seed.values()))
 
     def minus(self, other: "Trial") -> tuple[float, float]:
-        """The mean difference of the losses and its standard error, seed by seed; NaN where that is not known.
+        """Return the mean difference of the losses and its standard error, paired by seed, or NaN if they are unknown.
 
-        A seed's weights and order of the data move every method alike, and by more than methods differ.
+        A seed sets the initial weights and the order of the data. Losses of two seeds differ by more than those of two
+        methods.
         """
         if other is self:
             return 0.0, 0.0
@@ -74,23 +76,27 @@ class Trial:
 
 
 def standard_error(values: list[float]) -> float:
-    """Of the mean of ``values``; NaN for fewer than two."""
+    """Return the standard error of the mean of ``values``, or NaN for fewer than two."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def split(overrides: Iterable[str], fixed: Sequence[str]) -> tuple[str, str]:
-    """A job's setting, which is its overrides without the seed and those that all share, and its seed."""
+    """Return the setting and the seed of a job.
+
+    The setting is the job's overrides without the seed and without ``fixed``, which all jobs share.
+    """
     told = [o for o in overrides if o not in fixed]
     seeds = [o.removeprefix(SEED) for o in told if o.startswith(SEED)]
     return " ".join(o for o in told if not o.startswith(SEED)), seeds[0] if seeds else "0"
 
 
 def recorded(file: Path) -> list[Record]:
+    """Return the records of a file, or none if it is missing."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def record_of(stage: str, result: JobResult, fixed: Sequence[str]) -> Record | None:
-    """What is kept of a finished job; a job that failed is named by the sweep and left out here."""
+    """Return the record of a finished job, or None for a failed job, which the sweep reports."""
     if (summary := result.summary) is None:
         return None
     setting, seed = split(result.overrides, fixed)
@@ -102,7 +108,7 @@ def record_of(stage: str, result: JobResult, fixed: Sequence[str]) -> Record | N
 def run_missing(
     name: str, stage: dict[str, Any], common: list[str], root: Path, jobs: int, records: Path | None = None
 ) -> None:
-    """Run what a stage lists and the file ``records`` lacks, and add it there after every sweep."""
+    """Run the sweeps of a stage that are not in ``records``, and add their results to it after each sweep."""
     records = records or RECORDS
     fixed = [*common, *stage.get("common", [])]
     for line in (line for lines in stage["sweeps"].values() for line in lines):
@@ -115,7 +121,7 @@ def run_missing(
         missing = [o for o in combinations(parse([*fixed, *line.split()])) if split(o, fixed) not in known]
         if not missing:
             continue
-        # The least sweep that has them all.
+        # The smallest sweep that contains all missing jobs.
         alternatives = [list(dict.fromkeys(column)) for column in zip(*missing, strict=True)]
         sweep = [",".join([first, *(o.partition("=")[2] for o in more)]) for first, *more in alternatives]
         with records.open("a") as file:
@@ -126,7 +132,7 @@ def run_missing(
 
 
 def trials_of(name: str, stage: dict[str, Any], common: list[str], records: list[Record]) -> dict[str, list[Trial]]:
-    """By topic what is on record of what the stage lists."""
+    """Return the recorded trials of the stage's sweeps, by topic."""
     fixed = [*common, *stage.get("common", [])]
     topics: dict[str, list[Trial]] = {}
     for topic, lines in stage["sweeps"].items():
@@ -139,7 +145,10 @@ def trials_of(name: str, stage: dict[str, Any], common: list[str], records: list
 
 
 def trial_of(setting: str, records: list[Record]) -> Trial:
-    """Single runs count where there is one for every seed that was summed, else the sums do."""
+    """Return the trial of ``setting``.
+
+    It uses the records of single runs if there is one for each seed of the summed record, else the summed record.
+    """
     runs = [record for record in records if "seed" in record]
     summed = next((record for record in records if "seeds" in record), None)
     if summed and not {*summed["seeds"]} <= {run["seed"] for run in runs}:
@@ -149,12 +158,12 @@ def trial_of(setting: str, records: list[Record]) -> Trial:
 
 
 def in_a_shell(overrides: Iterable[str]) -> str:
-    """``overrides`` as they are typed in a shell: quoted where they have brackets, braces or stars."""
+    """Return ``overrides`` as typed in a shell, quoted if they have brackets, braces or stars."""
     return " ".join(map(shlex.quote, overrides))
 
 
 def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
-    """Markdown: a line for each trial, and how far it is from the one ``against``, ± standard errors over seeds."""
+    """Return Markdown lines: a row for each trial, with its difference from ``against`` and the error over seeds."""
     lines = []
     relative = f"relative to `{in_a_shell(against.setting.split())}`" if against else ""
     for topic, trials in topics.items():
@@ -177,14 +186,17 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
 
 
 def plus_minus(error: float) -> str:
+    """Return the standard error as text."""
     return "" if math.isnan(error) else f" ± {error:.4f}"
 
 
 def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
-    """A dot for each trial, a panel for each stage, topics apart by colour; the best dense and GaLore runs as lines.
+    """Draw a panel for each stage and a dot for each trial, with a colour for each topic.
+
+    Vertical lines mark the best AdamW and GaLore runs.
 
     Args:
-        stages: for the title of each stage, its trials by topic.
+        stages: by the title of each stage, its trials by topic.
     """
     heights = [0.26 + sum(map(len, topics.values())) * row_height(topics) for topics in stages.values()]  # inches
     with new_figure(height=0.6 * len(stages) + sum(heights), grid="x") as figure:
@@ -212,10 +224,10 @@ def row_height(topics: dict[str, list[Trial]]) -> float:
 
 
 def plot_losses(trials: list[Trial], listing: dict[str, Any], file: Path) -> None:
-    """The final losses of some settings, with standard errors over their seeds where there are several.
+    """Draw the final losses of some settings, with standard errors over seeds if there are several.
 
     Args:
-        listing: "title", and "names": for each setting its name in the picture.
+        listing: "title", and "names": the name of each setting in the plot.
     """
     names = listing["names"]
     found = sorted((t for t in trials if t.setting in names), key=lambda t: t.loss)
@@ -233,7 +245,7 @@ def plot_losses(trials: list[Trial], listing: dict[str, Any], file: Path) -> Non
 
 
 def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
-    """The panel of one stage."""
+    """Draw the panel of one stage."""
     labels: list[str] = []
     for colour, trials in enumerate(topics.values()):
         for t in sorted(trials, key=lambda t: t.loss):
@@ -248,7 +260,7 @@ def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
 
 
 def write(study: dict[str, Any], records: list[Record], page: str = "ablation") -> None:
-    """``docs/<page>.md`` and ``docs/<page>.png`` of what is on record."""
+    """Write ``docs/<page>.md`` and ``docs/<page>.png`` from the records."""
     every = {name: trials_of(name, stage, study["common"], records) for name, stage in study["stages"].items()}
     stages = {name: topics for name, topics in every.items() if topics}
     dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
@@ -288,16 +300,16 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
 
 
 def main(page: str = "ablation", about: str | None = __doc__) -> None:
-    """The command of the study that ``<page>.yaml`` lists."""
+    """Run the command of the study that ``<page>.yaml`` lists."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     study = yaml.safe_load((HERE / f"{page}.yaml").read_text())
     file = DOCS / f"{page}.jsonl"
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of {', '.join(study['stages'])}; all by default")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--root", type=Path, default=Path("runs") / page)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"from {', '.join(study['stages'])} (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default %(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("runs") / page, help="folder of the runs (%(default)s)")
     parser.add_argument(
         "--written", type=Path, nargs="?", const=file, metavar="JSONL",
-        help=f"run nothing, write the page from these records (docs/{file.name} if none is named)",
+        help=f"only write the page from these records (docs/{file.name} if none is named)",
     )  # fmt: skip
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(study["stages"]):

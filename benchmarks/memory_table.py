@@ -1,10 +1,11 @@
-"""What full-rank AdamW, 8-bit AdamW, GaLore and Grass hold at several sizes, by the planner: a table and a picture.
+"""Memory of full-rank AdamW, 8-bit AdamW, GaLore and Grass at several sizes by the planner: a table and two plots.
 
-python -m benchmarks.memory_table                # what docs/memory.jsonl lacks is estimated and added to it first
+python -m benchmarks.memory_table                # first estimates rows that docs/memory.jsonl lacks, and adds them
 python -m benchmarks.memory_table --sizes 7b,13b
 
-Bfloat16, one sequence of 256 tokens, no memory option on. Of the shortcut's three walks the third, which checks it, is
-left out: tests/test_estimate.py holds the shortcut against full walks.
+Settings: bfloat16, one sequence of 256 tokens, no memory options. The planner extrapolates from simulations of few
+blocks. The simulation that would verify this is skipped: tests/pretrain/planner/test_memory.py compares the
+extrapolation with complete simulations.
 """
 
 import argparse
@@ -29,15 +30,15 @@ METHODS = {
     "AdamW": ["optim=adamw"],
     "8-bit AdamW": ["optim=adamw8bit"],
     "GaLore, r = 256": ["optim=galore", "optim.rank=256"],
-    # With rows and moments in bfloat16, which is the least that Grass can do with.
+    # Rows and moments in bfloat16: the least memory of Grass.
     "Grass, r = 1024": ["optim.rank=1024", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
     "Grass, r = 256": ["optim.rank=256", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
     "Grass, r = 64": ["optim.rank=64", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
 }
-COMPARED = {  # in the overview, at one rank
+COMPARED = {  # methods of the overview, at the same rank, with their labels
     "AdamW": "AdamW, all weights", "GaLore, r = 256": "GaLore, rank 256", "Grass, r = 256": "Grass, rank 256",
 }  # fmt: skip
-# arXiv 2406.17660: LLaMA-13B, bf16, Adam, 256 tokens, in its "GB", which 24 for 13.0e9 weights shows to be GiB.
+# arXiv 2406.17660: LLaMA-13B, bf16, Adam, 256 tokens. Its "GB" are GiB, since it gives 24 for 13.0e9 weights.
 PAPER = {"weights": 24, "gradients": 24, "optimizer_state": 49, "activations": 2}
 PAPER_TOTAL = 102  # "at least"
 
@@ -45,7 +46,7 @@ Row = dict[str, Any]
 
 
 def estimated(size: str, method: str) -> Row:
-    """What a regular step holds at its peak by component, and the peak of a refresh, in bytes."""
+    """Return the bytes at the peak of a regular step by component, and the peak of a refresh."""
     seen = simulate_all_blocks(load([f"model=llama_{size}", *METHODS[method], *SETTINGS]), verify=False)
     regular, refresh = highest(seen, "regular"), highest(seen, "refresh")
     held = {name: regular[name] for name in COMPONENTS}
@@ -53,12 +54,13 @@ def estimated(size: str, method: str) -> Row:
 
 
 def known(path: Path) -> dict[tuple[str, str], Row]:
+    """Return the rows of a file by size and method."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {(row["size"], row["method"]): row for row in rows}
 
 
 def table(rows: dict[tuple[str, str], Row]) -> str:
-    """Markdown, in GiB; the paper's figures in the last row."""
+    """Return a Markdown table in GiB. The last row has the figures of the paper."""
     held = [name for name in COMPONENTS if any(row.get(name) for row in rows.values())]
     heads = ["size", "method", *(name.replace("_", " ") for name in held), "a step", "a refresh"]
     lines = [heads, ["---"] * len(heads)]
@@ -72,7 +74,7 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
 
 
 def picture(rows: dict[tuple[str, str], Row]) -> Figure:
-    """A panel for each size and a bar for each method, with a colour for each component; the paper's for 13B."""
+    """Draw a panel per size, a bar per method and a colour per component, with the paper's Adam for 13B."""
     panels = {}
     for size in SIZES:
         bars = {method: row for (of, method), row in rows.items() if of == size}
@@ -84,7 +86,7 @@ def picture(rows: dict[tuple[str, str], Row]) -> Figure:
 
 
 def overview(rows: dict[tuple[str, str], Row]) -> Figure:
-    """The methods in COMPARED for 13B and 7B."""
+    """Draw the methods in COMPARED for 13B and 7B."""
     return stacked(
         {
             f"LLaMA {size.upper()}: GiB for a training step, by the planner": {
@@ -97,7 +99,7 @@ def overview(rows: dict[tuple[str, str], Row]) -> Figure:
 
 
 def stacked(panels: dict[str, dict[str, Row]], height: float = 0.25) -> Figure:
-    """A panel below the other for each title, with a bar of ``height`` inches for each method."""
+    """Draw a panel for each title, one below another, with a bar of ``height`` inches for each method."""
     counts = [len(bars) + 1 for bars in panels.values()]
     with new_figure(height=0.8 + height * sum(counts) + 0.25 * len(panels), grid="x") as figure:
         for axes, (title, bars) in zip(

@@ -4,9 +4,9 @@
     python examples/hf_trainer.py --out runs/hf_trainer
     python examples/hf_trainer.py --out runs/hf_trainer --resume    # from the newest checkpoint
 
-trains the model of plain_loop.py on the same text, and needs no download. `GrassCallback` is all that Grass adds: it
-chooses the initial rows, and keeps the state of Grass in each checkpoint of the Trainer. A resumed training is exact.
-At the end out/model holds a plain model for `from_pretrained`.
+Trains the model of plain_loop.py on the same text, without a download. Grass only adds `GrassCallback`: it chooses the
+initial rows, and saves the state of Grass in each checkpoint of the Trainer. A resumed training is exact. At the end,
+the folder `model` in --out holds a plain model for `from_pretrained`.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from optim.grass import Grass  # noqa: E402
 
 
 class GrassCallback(TrainerCallback):
-    """Starts or resumes `grass` with the training, and saves it in each checkpoint.
+    """Starts or resumes `grass` when the training begins, and saves it in each checkpoint.
 
     Args:
-        grass: attached to the optimizer that the Trainer is given.
-        first_backward: computes the gradient of one batch; it chooses the initial rows and makes no update.
+        grass: attached to the optimizer of the Trainer.
+        first_backward: computes the gradient of one batch, which chooses the initial rows; makes no update.
     """
 
     def __init__(self, grass: Grass, first_backward: Callable[[], object]):
@@ -39,12 +39,12 @@ class GrassCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self.grass.start(self.first_backward)
-        else:  # the Trainer has loaded model and optimizer
+        else:  # the Trainer has loaded the model and the optimizer
             saved = torch.load(self._file(args, state), map_location="cpu", weights_only=True)
             self.grass.load_state_dict(state_dict=saved)
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:  # it is the same on all processes
+        if state.is_world_process_zero:  # the state is the same on all processes
             torch.save(self.grass.state_dict(), self._file(args, state))
 
     def _file(self, args, state) -> Path:
@@ -52,7 +52,7 @@ class GrassCallback(TrainerCallback):
 
 
 def train(out: Path, steps: int, save_every: int, resume: bool) -> tuple[list[float], Grass]:
-    """Train to `steps` steps; returns the losses that the Trainer logged, one for each step, and Grass."""
+    """Train up to `steps` steps. Return the losses that the Trainer logged, one per step, and Grass."""
     text = text_bytes()
     rows = text[: len(text) // TOKENS * TOKENS].view(-1, TOKENS)
     dataset = [{"input_ids": row, "labels": row} for row in rows]
@@ -79,16 +79,17 @@ def train(out: Path, steps: int, save_every: int, resume: bool) -> tuple[list[fl
 
 
 def first_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
+    """Return the loss of the first batch."""
     ids = rows[:8].to(model.device)
     return model(input_ids=ids, labels=ids).loss
 
 
 def main(arguments: list[str] | None = None) -> tuple[list[float], Grass]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("runs/hf_trainer"), help="folder (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=100, help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("runs/hf_trainer"), help="output folder (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=100, help="training steps (default: %(default)s)")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
-    p.add_argument("--resume", action="store_true", help="from the newest checkpoint in the folder")
+    p.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --out")
     args = p.parse_args(arguments)
     return train(args.out, args.steps, args.save_every, args.resume)
 

@@ -3,9 +3,9 @@
     pip install torch transformers
     python examples/plain_loop.py --out runs/plain_loop
 
-trains a small model from random weights on the source of a Python module, byte by byte, and needs no download. The
-state is saved every 20 steps, and the same command resumes from the newest state exactly. At the end out/model holds a
-plain model for `from_pretrained`.
+Trains a small model from random weights on the source of a Python module, one token per byte, without a download. The
+state is saved every 20 steps, and the same command resumes exactly from the newest state. At the end, the folder
+`model` in --out holds a plain model for `from_pretrained`.
 """
 
 import argparse
@@ -25,26 +25,26 @@ SEQUENCES, TOKENS = 8, 64
 
 
 def new_model() -> LlamaForCausalLM:
-    """A LLaMA for bytes with random weights. With `LlamaForCausalLM.from_pretrained` in its place a model is tuned."""
+    """Return a LLaMA for bytes with random weights. To fine-tune, load `LlamaForCausalLM.from_pretrained` instead."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=TOKENS, **sizes))
 
 
 def text_bytes() -> torch.Tensor:
-    """A text of about 100 KB that every Python has: the source of argparse."""
+    """Return a text of about 100 KB that every Python installation has: the source of argparse."""
     return torch.tensor(list(Path(argparse.__file__).read_bytes()))
 
 
 def loss_of(model: LlamaForCausalLM, text: torch.Tensor, step: int) -> torch.Tensor:
-    """The loss of the batch of this step, in nats per token."""
+    """Return the loss of the batch of this step, in nats per token."""
     starts = torch.randint(len(text) - TOKENS, (SEQUENCES,), generator=torch.Generator().manual_seed(step))
     ids = torch.stack([text[start : start + TOKENS] for start in starts])
     return model(input_ids=ids, labels=ids).loss
 
 
 def train(out: Path, steps: int, save_every: int = 20) -> list[float]:
-    """Train up to `steps` steps, from the state in `out` if there is one; returns the loss of each step made."""
+    """Train up to `steps` steps, from the state in `out` if there is one. Return the loss of each step."""
     text = text_bytes()
     model = new_model()
     convert_linears(model, rank=16)  # before the optimizer is made; embeddings, norms and head stay as they are
@@ -78,7 +78,7 @@ def train(out: Path, steps: int, save_every: int = 20) -> list[float]:
 
 
 def save(out: Path, state: dict) -> None:
-    """Write the state so that a kill leaves the old one or the new one."""
+    """Write the state so that after a kill the file holds either the old or the new state."""
     out.mkdir(parents=True, exist_ok=True)
     torch.save(state, out / "state.pt.new")
     (out / "state.pt.new").replace(out / "state.pt")
@@ -86,8 +86,8 @@ def save(out: Path, state: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> list[float]:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=Path("runs/plain_loop"), help="folder (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=100, help="(default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("runs/plain_loop"), help="output folder (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=100, help="training steps (default: %(default)s)")
     args = p.parse_args(arguments)
     return train(args.out, args.steps)
 
