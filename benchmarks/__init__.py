@@ -1,4 +1,4 @@
-"""Benchmarks. Most modules are commands, ``python -m benchmarks.<name>``, that print a table or JSON."""
+"""Benchmark commands that print a table or JSON, and the libraries that they share."""
 
 import sys
 from typing import NoReturn

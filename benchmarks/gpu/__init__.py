@@ -1,1 +1,1 @@
-"""The GPU benchmark, ``python -m benchmarks.gpu``. docs/gpu.md describes it."""
+"""Measurements that need a GPU. Run ``python -m benchmarks.gpu``; docs/gpu.md describes it."""
