@@ -68,7 +68,7 @@ def load(folder: str | Path) -> PreparedDataset:
     model = next((path for path in models if sha256(path) == tokenizer_hash), None)
     if model is None:
         wrong = models[0] if models else folder / TOKENIZER_FILES[0]
-        raise ValueError(f"{wrong} is not the tokenizer these shards were made with; {fix}")
+        raise ValueError(f"{wrong}: not the tokenizer that these shards were made with; {fix}")
     try:
         train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
         tokenizer = Tokenizer(model, **special, look_beside=False)
