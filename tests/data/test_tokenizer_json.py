@@ -103,7 +103,7 @@ def test_a_preparation_keeps_it_with_its_special_tokens(file, tmp_path, texts):
     decoded = {prepared.tokenizer.decode(prepared.train.document(i)) for i in range(prepared.train.document_count)}
     assert decoded < set(texts)
     (prepared.folder / "tokenizer.json").write_bytes(file.read_bytes() + b" ")
-    with pytest.raises(ValueError, match="tokenizer.json: not the tokenizer that these shards were made with"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not the tokenizer that these shards were made with"):
         load(prepared.folder)
 
 
