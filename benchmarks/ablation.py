@@ -213,13 +213,13 @@ def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
 
 
 def tick_label(trial: Trial) -> str:
-    """The setting of ``trial``, shortened and wrapped."""
+    """Return the setting of ``trial``, shortened and wrapped."""
     setting = trial.setting.removeprefix("optim=grass ").replace("optim.", "").replace(",", ", ")
     return "\n".join(textwrap.wrap(setting, LABEL_WIDTH)).replace(", ", ",")
 
 
 def row_height(topics: dict[str, list[Trial]]) -> float:
-    """Inches for a row of a stage's panel, enough for its longest label."""
+    """Return the height in inches of a row of a stage's panel, enough for its longest label."""
     return max(0.26, *(0.05 + 0.12 * (1 + tick_label(t).count("\n")) for trials in topics.values() for t in trials))
 
 

@@ -40,7 +40,7 @@ def measure(method: str, rank: int, overrides: list[str], steps: int) -> Counter
     """Return the mean seconds per step, by kind of kernel, of ``steps`` steps after the warm-up."""
     config, _ = configuration(method, rank, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    made = iter(Steps(config, World(rank=0, size=1, device=device)))
+    made = iter(Steps(config, World(rank=0, size=1, device=device), lora_rank=rank if method == "lora" else None))
     for _ in range(WARM_UP):
         next(made)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (device.type == "cuda")]) as seen:

@@ -48,6 +48,7 @@ class RefreshSchedule:
         names = list(names)
         # By layer: the number of updates by which its windows end early.
         self.offsets = turn_offsets(names, refresh_every) if stagger else dict.fromkeys(names, 0)
+        self.staggered = stagger
 
     def window(self, name: str, steps: int) -> int:
         """The number of the current window (from 0) of layer ``name`` after ``steps`` updates."""

@@ -1,8 +1,8 @@
 """Tokens per second of the methods at one size: bf16, compiled, all in one process, so that they use the same GPU.
 
 The methods take turns of TURN steps, in ROUNDS rounds. Each round begins with a different method. Refreshes that come
-at least once per turn are part of the turns. Rarer refreshes, such as GaLore's projections and the paper's refresh, are
-timed separately and spread over their interval.
+at least once per turn, or block after block, are part of the turns. Rarer refreshes, such as GaLore's projections and
+the paper's refresh, are timed separately and spread over their interval.
 """
 
 import time
@@ -22,10 +22,6 @@ from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 TURN, ROUNDS, WARM_UP = 10, 3, 4
 TO_BUILD = 45  # seconds that building and warming up a method may take
 COMMON = ["train.dtype=bfloat16", "optim.lr=1e-5", "optim.linear_lr=1e-5"]  # losses on random tokens stay finite
-PAPER = [
-    "optim=grass", "optim.inner=adamw", "optim.alpha=0.25", "optim.score=exact", "optim.state_at_refresh=reset",
-    "optim.stagger=false", "optim.refresh_every=200",
-]  # fmt: skip
 METHODS = {
     "adamw": ["optim=adamw"],
     "muon": ["optim=muon"],
@@ -34,7 +30,7 @@ METHODS = {
     "grass": ["optim=grass"],
     "grass+adamw": ["optim=grass", "optim.inner=adamw"],
     "grass+adamw, bf16 rows": ["optim=grass", "optim.inner=adamw", "optim.state_dtype=bfloat16"],
-    "grass+adamw, the paper's refresh": PAPER,
+    "grass+adamw, the paper's refresh": ["optim=grass_paper"],
 }
 OPTIONAL = {"adamw8bit": ("torchao", "torchao"), "galore": ("galore_torch", "galore-torch")}
 GRASSES = [method for method in METHODS if method.startswith("grass")]
@@ -151,11 +147,11 @@ def rare_refresh(bench: Bench, run: TrainingRun, step: Callable[[], object], fir
     optim = run.config.optim
     if isinstance(optim, BaselineConfig):  # computes its projections in the first step
         return {"refresh_every": optim.update_gap, "refresh_ms": max(0.0, first - regular)}
-    if isinstance(optim, GrassConfig) and optim.refresh_every > TURN:
-        assert run.optim.grass
+    grass = run.optim.grass
+    if isinstance(optim, GrassConfig) and optim.refresh_every > TURN and grass and not grass.schedule.staggered:
         probed = optim.probe_steps
         for _ in range(2):  # the first pass compiles the probed blocks
-            run.optim.grass.resume(optim.refresh_every - probed)
+            grass.resume(optim.refresh_every - probed)
             ended = sum(bench.times(step, probed))
         return {"refresh_every": optim.refresh_every, "refresh_ms": max(0.0, ended - probed * regular)}
     return {}

@@ -183,7 +183,10 @@ def test_methods_differ_in_what_their_names_say():
     ]:
         config = configuration(CASES[case], method, dry=False)
         assert config.train.dtype == "bfloat16" and config.train.tokens_per_step == 16384
-        assert config.optim.name == ("grass" if method.startswith("grass") else method)
+        paper = method.endswith("the paper's refresh")
+        assert config.optim.name == ("grass_paper" if paper else "grass" if method.startswith("grass") else method)
+        if paper:  # exact scores cost something only where a selection uses them
+            assert (config.optim.selection, config.optim.score) == ("top_r", "exact")
         if method == "galore" or method.startswith("grass"):
             assert config.optim.rank == CASES[case].rank
     assert {case.methods[0] for case in CASES.values()} == {"adamw"}
