@@ -126,13 +126,13 @@ def _write_weights(layers: Sequence["GrassLinear"]) -> None:
     """weight[index] = rows, rounded to nearest."""
     for group in group_alike(layers):
         members = [layers[number] for number in group]
-        values, dtype = [local(layer.rows) for layer in members], members[0].weight.dtype
-        if values[0].dtype != dtype:
-            narrow = [torch.empty_like(value, dtype=dtype) for value in values]
+        dim, values, weights = members[0].dim, [local(m.rows) for m in members], [local(m.weight) for m in members]
+        if values[0].dtype != weights[0].dtype:
+            narrow = values[0].new_empty(len(values), *values[0].shape, dtype=weights[0].dtype).unbind()
             torch._foreach_copy_(narrow, values)
             values = narrow
-        for layer, value in zip(members, values, strict=True):
-            local(layer.weight).index_copy_(layer.dim, layer.index, value)
+        for member, weight, value in zip(members, weights, values, strict=True):
+            weight.index_copy_(dim, member.index, value)
 
 
 def _rounded(

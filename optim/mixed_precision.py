@@ -49,6 +49,8 @@ class Float32Steps:
         Called before a step. Until ``take_back``, this step is then restricted to all other parameters. The optimizer's
         step on a parameter must not depend on other parameters.
         """
+        if not self.blocks:
+            return
         remaining, by_block = with_gradient(self.optimizer), dict[str, list[nn.Parameter]]()
         for p, block in self.blocks.items():
             if p in remaining:
@@ -65,6 +67,8 @@ class Float32Steps:
     @torch.no_grad()
     def lend(self) -> None:
         """Replace the low-precision parameters that have a gradient by stand-ins."""
+        if not self.blocks:
+            return
         stepped_on = with_gradient(self.optimizer) & self.blocks.keys()
         lent = [p for group in self.optimizer.param_groups for p in group["params"] if p in stepped_on]
         if not lent:

@@ -52,7 +52,8 @@ class Muon(torch.optim.Muon):
         orthogonal = _orthogonal(list(directions), like=parameters[0])
         steps, to_unit_rms = self._scaled(orthogonal, parameters)
         parts = [local(p) for p in parameters]
-        torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(parts, 1 - group["lr"] * group["weight_decay"])
         rate = group["lr"] * 0.2 * to_unit_rms
         torch._foreach_add_(parts, list(steps.to(parts[0].dtype).unbind()), alpha=-rate)
 
