@@ -55,7 +55,7 @@ class Grass:
         sketch_width: k, columns of the sketch; the relative error of a norm is about 1/√(2k).
         probe_steps: the number of updates at the end of a window that feed the scores.
         stagger: refresh the model's blocks in turn, spread over the window, instead of all at once. "auto" does so
-            where a layer selects columns: the probe of such a layer keeps all of its input, its other steps do not.
+            where a layer that is probed selects columns: its probe keeps all of its input, its other steps do not.
         state_at_refresh: treatment of the optimizer's state of the rows, a name of optim.moments.
         new_second_moment: start of the second moments of new rows when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
@@ -95,21 +95,24 @@ class Grass:
         _require_known("stagger", stagger, STAGGER)
         self.model, self.optimizer, self.selection, self.seed = model, optimizer, selection, seed
         self.layers = _layers_of(model, optimizer)
+        self.scored = needs_scores(selection)
+        self._names = {layer.rows: name for name, layer in self.layers.items()}
+        self._state = moments.StateAtRefresh(
+            optimizer, state_at_refresh, new_second_moment, min(probe_steps, refresh_every)
+        )
+        probed = self.layers.values() if self.scored or self._state.may_use_scores(self._names) else ()
         self.schedule = RefreshSchedule(
-            self.layers, refresh_every, probe_steps, takes_turns(stagger, self.layers.values()), refresh_warmup,
+            self.layers, refresh_every, probe_steps, takes_turns(stagger, probed), refresh_warmup,
             frozen=selection == "frozen",
         )  # fmt: skip
         self.probes = ScoreProbes(self.layers, seed, sketch_width if score == "sketch" else None)
         self.history = SelectionHistory({name: layer.selectable for name, layer in self.layers.items()})
         self.choose: Choose = self._choose_by_scores
-        self.scored = needs_scores(selection)
         self.steps = 0
         self.stepping: dict[str, GrassLinear] = {}  # the layers whose rows the running step changes
         self.is_partial_step = False  # whether the running step is one of several that make an update
-        self._state = moments.StateAtRefresh(optimizer, state_at_refresh, new_second_moment, self.schedule.probe_steps)
         self._before: dict[GrassLinear, Tensor] = {}  # weighted rows before the running step
         self._refresh_hooks: tuple[list[Callable[[], object]], list[Callable[[], object]]] = ([], [])
-        self._names = {layer.rows: name for name, layer in self.layers.items()}
         self._block_by_block = block_by_block
         low = {rows: block_of(name) for rows, name in self._names.items() if rows.dtype in LOW_PRECISION}
         self._float32_steps = Float32Steps(optimizer, low, self._round_state)

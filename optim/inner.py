@@ -23,6 +23,7 @@ INNER_OPTIMIZERS = {
     "apollo": "apollo_torch.APOLLOAdamW",
     "fira": "pytorch_optimizer.Fira",
 }
+WITHOUT_SECOND_MOMENTS = ("muon", "normuon", "sgd")  # of the linears' parameters
 # The requirements file of each optional package.
 REQUIREMENTS = {
     "torchao": "requirements-extra.txt",

@@ -40,6 +40,7 @@ NEW_SECOND_MOMENTS = ("mean", "score", "zero")
 # Names in torch.optim of averages (Adamax: a maximum) of gradients, and averages (Adagrad: the sum) of their squares.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "exp_inf")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+WITHOUT_SECOND_MOMENTS = (torch.optim.Muon, torch.optim.SGD)
 # Names of mean squares of the step's rows, (rows, 1).
 MEAN_SQUARES_OF_ROWS = ("row_mean_square",)
 
@@ -66,6 +67,18 @@ class StateAtRefresh:
                 raise ValueError(f"optim.{option}={value} is unknown; choose from {', '.join(known)}")
         self.optimizer, self.policy, self.new_second_moment = optimizer, policy, new_second_moment
         self.probe_steps, self._warned = probe_steps, False
+
+    def may_use_scores(self, rows: Iterable[Tensor]) -> bool:
+        """Whether ``uses_scores`` may be true once the optimizer has state of ``rows``."""
+        if self.policy != "carry" or self.new_second_moment != "score":
+            return False
+        known = {
+            p
+            for part in getattr(self.optimizer, "parts", [self.optimizer])
+            for group in (part.param_groups if isinstance(part, WITHOUT_SECOND_MOMENTS) else ())
+            for p in group["params"]
+        }
+        return not known.issuperset(rows)
 
     def uses_scores(self, rows: Iterable[Tensor]) -> bool:
         """Whether ``update`` uses the scores of ``rows``: it does where second moments start from them."""

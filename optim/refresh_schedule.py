@@ -73,9 +73,9 @@ class RefreshSchedule:
         return min(1.0, (steps % self.refresh_every + 1) / self.warmup) if self.warmup else 1.0
 
 
-def takes_turns(stagger: bool | str, layers: Iterable[GrassLinear]) -> bool:
-    """Whether blocks refresh in turn: ``stagger``, or for "auto" whether any of ``layers`` selects columns."""
-    columns = sum(layer.dim == 1 for layer in layers)
+def takes_turns(stagger: bool | str, probed: Iterable[GrassLinear]) -> bool:
+    """Whether blocks refresh in turn: ``stagger``, or for "auto" whether any ``probed`` layer selects columns."""
+    columns = sum(layer.dim == 1 for layer in probed)
     stagger = columns > 0 if stagger == "auto" else bool(stagger)
     if columns and not stagger:
         logger.info(

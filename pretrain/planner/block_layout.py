@@ -6,6 +6,7 @@ from models import activation_checkpointing
 from models.stacking import ON_CPU
 from optim.refresh_schedule import most_at_once
 from pretrain.config.schema import Config, GrassConfig
+from pretrain.setup.optimizer import uses_scores
 
 
 class BlockLayout(NamedTuple):
@@ -50,7 +51,7 @@ class BlockLayout(NamedTuple):
 
 def layout_of(config: Config) -> BlockLayout:
     optim, blocks = config.optim, config.model.num_hidden_layers
-    if isinstance(optim, GrassConfig) and optim.stagger is not False:
+    if isinstance(optim, GrassConfig) and (uses_scores(optim) if optim.stagger == "auto" else optim.stagger):
         probed = most_at_once(blocks, optim.refresh_every, optim.probe_steps)
         if probed < blocks:
             return BlockLayout(probed - 1, blocks - probed)

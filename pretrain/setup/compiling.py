@@ -14,11 +14,12 @@ from models.grass_linear import GrassLinear
 from models.llama import Llama
 from models.precision import DTYPES
 from models.recompute import set_lean
-from optim.selection import WITH_REPLACEMENT, needs_scores
+from optim.selection import WITH_REPLACEMENT
 from pretrain.cli.console import warnings_only
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.distributed.world import World
 from pretrain.setup.model import outline
+from pretrain.setup.optimizer import uses_scores
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,7 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
     for layer in _layers_of(block):
         layer.scaled = isinstance(optim, GrassConfig) and optim.selection.endswith(WITH_REPLACEMENT)  # as Grass sets it
     block.compile()
-    probes = isinstance(optim, GrassConfig) and optim.selection != "frozen"
-    if probes and not needs_scores(optim.selection) and optim.inner in ("muon", "normuon", "sgd"):
-        probes = False  # neither the selection nor a second moment uses scores
+    probes = isinstance(optim, GrassConfig) and optim.selection != "frozen" and uses_scores(optim)
     for probing in (False, True) if probes else (False,):
         for layer in _layers_of(block) if probing else ():
             layer.start_probe(0, optim.sketch_width if optim.score == "sketch" else None)

@@ -4,10 +4,11 @@ from torch import nn
 
 from optim.baselines import projected_optimizer
 from optim.grass import Grass
-from optim.inner import INNER_OPTIMIZERS, optimizer_of_groups
+from optim.inner import INNER_OPTIMIZERS, WITHOUT_SECOND_MOMENTS, optimizer_of_groups
 from optim.mixed_precision import MasterWeights
 from optim.norm_growth import NormGrowthLimiter
 from optim.param_groups import parameter_groups
+from optim.selection import needs_scores
 from optim.stack import OptimizerStack
 from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
@@ -44,3 +45,9 @@ def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
         )  # fmt: skip
     limiter = NormGrowthLimiter(linears, optim.norm_growth) if optim.norm_growth else None
     return OptimizerStack(optimizer, grass, masters, limiter, config.train.step_in_backward)
+
+
+def uses_scores(optim: GrassConfig) -> bool:
+    """Whether steps of a run score rows, for the selection or for the second moments of new rows."""
+    by_scores = optim.state_at_refresh == "carry" and optim.new_second_moment == "score"
+    return needs_scores(optim.selection) or (by_scores and optim.inner not in WITHOUT_SECOND_MOMENTS)

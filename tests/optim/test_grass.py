@@ -264,6 +264,22 @@ def test_staggered_blocks_refresh_in_turn_with_all_their_layers():
     assert changed == {1: set(), 2: {"1"}, 3: set(), 4: {"0"}, 5: set(), 6: {"1"}, 7: set(), 8: {"0"}}
 
 
+@pytest.mark.parametrize(
+    ("selection", "inner", "in_turn"),
+    [
+        ("top_r", torch.optim.Muon, True),
+        ("cyclic", torch.optim.AdamW, True),  # scores start its second moments
+        ("cyclic", torch.optim.Muon, False),
+        ("uniform", torch.optim.SGD, False),
+    ],
+)
+def test_auto_lets_blocks_take_turns_only_where_rows_are_scored(selection, inner, in_turn):
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False))
+    convert_linears(model, 2, ["*"])
+    optimizer = inner([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    assert Grass(model, optimizer, selection=selection).schedule.staggered is in_turn
+
+
 @pytest.mark.parametrize("stagger", [False, True])
 def test_in_turn_every_row_of_every_layer_is_trained_within_one_round(stagger):
     model, layers, optimizer, grass = grass_of(4, refresh_every=3, selection="cyclic", stagger=stagger)

@@ -123,12 +123,14 @@ def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides
     ("overrides", "walked"),
     [
         # One of 12 blocks at a time: the first, then the last.
-        (("optim.stagger=auto", "optim.refresh_every=12", "optim.probe_steps=1"), [(0, 3), (0, 4), (0, 5)]),
+        (("optim.stagger=true", "optim.refresh_every=12", "optim.probe_steps=1"), [(0, 3), (0, 4), (0, 5)]),
         # Two at once, the first and the last.
-        (("optim.stagger=auto", "optim.refresh_every=8", "optim.probe_steps=1"), [(1, 2), (1, 3), (1, 4)]),
-        (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=1"), [(2, 2), (3, 2), (2, 3), (4, 4)]),
-        (("optim.stagger=auto", "optim.refresh_every=10", "optim.probe_steps=9"), [(2, 1), (3, 1), (4, 1)]),
-        (("optim.stagger=auto", "optim.refresh_every=2", "optim.probe_steps=2"), [(3, 0), (4, 0), (5, 0)]),
+        (("optim.stagger=true", "optim.refresh_every=8", "optim.probe_steps=1"), [(1, 2), (1, 3), (1, 4)]),
+        (("optim.stagger=true", "optim.refresh_every=2", "optim.probe_steps=1"), [(2, 2), (3, 2), (2, 3), (4, 4)]),
+        (("optim.stagger=true", "optim.refresh_every=10", "optim.probe_steps=9"), [(2, 1), (3, 1), (4, 1)]),
+        (("optim.stagger=true", "optim.refresh_every=2", "optim.probe_steps=2"), [(3, 0), (4, 0), (5, 0)]),
+        # No row is scored, so that all blocks refresh at once.
+        (("optim.stagger=auto", "optim.refresh_every=12"), [(3, 0), (4, 0), (5, 0)]),
         (("optim.stagger=false", "optim.refresh_every=3"), [(3, 0), (4, 0), (5, 0)]),
         (
             (
