@@ -38,7 +38,14 @@ METHODS = {
 
 
 def add_lora(model: nn.Module, rank: int) -> None:
-    """Add peft's low-rank adapters to the attention and MLP linears. Other parameters stay trainable, as with Grass."""
+    """Add peft's LoRA adapters of rank ``rank`` to the attention and MLP linears, in place.
+
+    The weights of these linears are frozen. All other parameters (embeddings, norms, head) stay trainable, as with
+    Grass.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -49,15 +56,15 @@ def add_lora(model: nn.Module, rank: int) -> None:
         p.requires_grad_(True)
 
 
-EVEN = ("optim.attention_weight=1", "optim.side=auto")  # a rank means the same as with GaLore and LoRA
+# A rank means the same as with GaLore and LoRA, and refreshes are spread over the steps, so that all steps are alike.
+EVEN = ("optim.attention_weight=1", "optim.side=auto", "optim.stagger=true")
 
 
 def configuration(method: str, rank: int, overrides: Sequence[str], period: int | None = PERIOD) -> tuple[Config, int]:
-    """Return the settings of ``method``, and its default refresh interval in steps.
+    """Return the configuration of ``method`` at ``rank``, and the interval in steps at which its refreshes count.
 
-    The settings of GaLore and APOLLO refresh every ``period`` steps if it is given, else at their default interval. The
-    interval is 1 if all steps are alike: methods without refreshes, and Grass, which by default refreshes some blocks
-    in each step.
+    GaLore and APOLLO are configured to refresh every ``period`` steps (None: at their default interval), so that a
+    short measurement contains refreshes; the interval returned is their default. It is 1 for all other methods.
     """
     base = [*METHODS[method], *COMMON, *overrides]
     optim = load(base).optim

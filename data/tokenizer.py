@@ -60,7 +60,9 @@ class Tokenizer:
         try:
             lengths = [self._model.bytes_of(token) for token in range(self.vocab_size)]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: has a piece that is not text ({error}); get a complete copy") from None
+            raise ValueError(
+                f"{path}: a token is not valid UTF-8 ({error}); the file is damaged, get a complete copy"
+            ) from None
         self.token_bytes = np.array(lengths, dtype=np.int32)
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 

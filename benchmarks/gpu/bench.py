@@ -1,4 +1,4 @@
-"""The tools that every section gets: the device, reporting of rows, and timing."""
+"""What every section of the GPU benchmark uses: its device, the reporting of results, and timing."""
 
 import gc
 import logging

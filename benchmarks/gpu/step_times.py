@@ -143,7 +143,15 @@ def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
 
 
 def rare_refresh(bench: Bench, run: TrainingRun, step: Callable[[], object], first: float, regular: float) -> Row:
-    """Return the interval of a refresh that is rarer than a turn and the milliseconds it adds, or an empty row."""
+    """Return ``refresh_every`` (steps) and ``refresh_ms`` (milliseconds that a refresh adds) of a rare refresh, or {}.
+
+    A refresh is rare if the TURN steps of a turn need not contain one: that of GaLore's projections, and of Grass if
+    its blocks do not take turns.
+
+    Args:
+        first: milliseconds of the first step, in which GaLore computes its projections.
+        regular: milliseconds of a step without a refresh.
+    """
     optim = run.config.optim
     if isinstance(optim, BaselineConfig):  # computes its projections in the first step
         return {"refresh_every": optim.update_gap, "refresh_ms": max(0.0, first - regular)}

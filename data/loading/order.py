@@ -70,9 +70,10 @@ class BlockOrder:
         return windows
 
     def digest(self, samples: int) -> str:
-        """A hash of the last TAIL tokens in the blocks of the first `samples` samples, and of their documents' names.
+        """A SHA-256 in hex that identifies the text trained on in the first `samples` samples.
 
-        A change of the text before these tokens is detected, unless the number of tokens stays the same.
+        It covers the last TAIL tokens up to the end of the block of sample `samples` - 1, and the names of their
+        documents. Earlier text is not hashed: a change there is noticed only if it moves the hashed tokens.
         """
         end = self._end(samples, self.windows) if samples else 0
         start = max(0, end - TAIL)

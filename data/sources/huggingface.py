@@ -101,7 +101,7 @@ def _unreadable(s: DataSettings, error: Exception, where: str = "") -> ValueErro
     below = error.__cause__ or error.__context__
     detail = _short(error) if below is None else f"{_short(error)} {_short(below)}"
     detail = "it has no rows" if isinstance(error, StopIteration) else detail
-    fix = "check dataset_name and dataset_split, and that all files are complete and have the same columns"
+    fix = "check data.dataset_name and data.dataset_split, and that all files are complete and have the same columns"
     return ValueError(f"data.dataset: {s.dataset} cannot be read{where} ({detail}); {fix}")
 
 

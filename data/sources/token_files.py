@@ -63,13 +63,12 @@ class TokenRecords:
             yield document[start : start + LONGEST]
 
     def _open(self, file: SourceFile) -> ArrayFile:
+        is_raw = not file.name.endswith(".npy")
         try:
-            is_raw = not file.name.endswith(".npy")
             tokens = ArrayFile(file.path, self._dtype.newbyteorder("<")) if is_raw else ArrayFile.npy(file.path)
             if len(tokens) and tokens.dtype.kind not in "iu":
                 raise ValueError(f"{tokens.dtype} is not an integer type")
         except Exception as error:  # numpy evaluates the header of an array as Python code, and raises any exception
-            raise ValueError(
-                f"data.paths: {file.path} is not an array of tokens ({reason(error)}); check data.token_dtype"
-            ) from None
+            fix = "check data.token_dtype" if is_raw else "save a one-dimensional array of integers with numpy.save"
+            raise ValueError(f"data.paths: {file.path} is not an array of tokens ({reason(error)}); {fix}") from None
         return tokens

@@ -70,7 +70,9 @@ class CheckpointManager:
         call, nothing on disk changes.
         """
         for error in self._damaged:
-            logger.warning("%s is damaged (%s); it is now %s", error.path, error.what, set_aside(error).name)
+            logger.warning(
+                "%s is damaged (%s) and is not used; renamed it to %s", error.path, error.what, set_aside(error).name
+            )
         if self.resume_from:
             # The process that saved this checkpoint may have been killed before it did this.
             tidy(self.resume_from, self.train.keep_last, self.train.keep_every)

@@ -12,9 +12,10 @@ EXIT_CODE = 85  # of a run that saved and stopped after a signal; the same comma
 
 
 class StopRequest:
-    """True after a signal to stop.
+    """Whether a signal has asked the run to stop: ``bool(request)`` is True after SIGTERM, SIGUSR1 or Ctrl-C.
 
-    ``step`` is the step that the run finishes before it stops; None if the run is already saving before its end.
+    ``step`` is the number (from 1) of the running step, which the run finishes before it saves. It is None outside the
+    steps, where the run saves next.
     """
 
     def __init__(self) -> None:

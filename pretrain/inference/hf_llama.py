@@ -54,7 +54,9 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     problems += rope_problems
     problems += [f"{key} is missing" for key in sorted(MODEL_KEYS - config.keys())]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        problems.append(f"dtype={dtype_name}: not a floating-point dtype of torch")
+        problems.append(
+            f"dtype={dtype_name}: not a floating-point dtype of torch; set it to that of the weights, e.g. bfloat16"
+        )
     if problems:
         raise ValueError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
     assert isinstance(dtype, torch.dtype)

@@ -34,8 +34,8 @@ class StepLog:
     """Logs the steps of a run; only the main process writes.
 
     Args:
-        watch: measures the steps.
-        first_step: number of steps made before.
+        watch: measures the time and tokens per second of steps.
+        first_step: number of steps already done: 0 for a new run, else the step of the checkpoint.
     """
 
     def __init__(

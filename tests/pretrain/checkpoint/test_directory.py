@@ -108,7 +108,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_says_so(copied, overrides,
     with caplog.at_level(logging.INFO):
         folder, trainer = train(overrides(*where))
     assert f"{tensors.parent} is damaged ({tensors.name} has" in caplog.text
-    assert "it is now step-00000008.damaged" in caplog.text and "resuming from step 4" in caplog.text
+    assert "renamed it to step-00000008.damaged" in caplog.text and "resuming from step 4" in caplog.text
     assert trainer.step == 8
     again, before = (load_file(next(path_of(f.checkpoints, 8).glob("*.safetensors"))) for f in (folder, finished))
     assert all(torch.equal(again[name], before[name]) for name in before)
