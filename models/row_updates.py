@@ -128,7 +128,7 @@ def _write_weights(layers: Sequence["GrassLinear"]) -> None:
         members = [layers[number] for number in group]
         dim, values, weights = members[0].dim, [local(m.rows) for m in members], [local(m.weight) for m in members]
         if values[0].dtype != weights[0].dtype:
-            narrow = values[0].new_empty(len(values), *values[0].shape, dtype=weights[0].dtype).unbind()
+            narrow = list(values[0].new_empty(len(values), *values[0].shape, dtype=weights[0].dtype).unbind())
             torch._foreach_copy_(narrow, values)
             values = narrow
         for member, weight, value in zip(members, weights, values, strict=True):

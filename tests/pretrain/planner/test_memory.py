@@ -130,7 +130,10 @@ def test_the_walked_refresh_holds_what_the_worst_step_of_a_window_does(overrides
         (("optim.stagger=true", "optim.refresh_every=10", "optim.probe_steps=9"), [(2, 1), (3, 1), (4, 1)]),
         (("optim.stagger=true", "optim.refresh_every=2", "optim.probe_steps=2"), [(3, 0), (4, 0), (5, 0)]),
         # No row is scored, so that all blocks refresh at once.
-        (("optim.stagger=auto", "optim.refresh_every=12"), [(3, 0), (4, 0), (5, 0)]),
+        (
+            ("optim.stagger=auto", "optim.refresh_every=12", "optim.selection=cyclic", "optim.inner=muon"),
+            [(3, 0), (4, 0), (5, 0)],
+        ),
         (("optim.stagger=false", "optim.refresh_every=3"), [(3, 0), (4, 0), (5, 0)]),
         (
             (
