@@ -9,6 +9,9 @@ if it has AdamW's FLOP/s over the complete step, optimizer included. Without ada
 
     python -m benchmarks.step_time --written docs/step_time.jsonl --plot step_time.png    # from outputs of earlier runs
 
+--at also shows the speed of each method relative to the first at other numbers of tokens per step, computed from the
+parts of the measured step: forward and backward grow with the tokens, optimizer and refresh do not.
+
 A method may have its own settings, separated by semicolons:
     python -m benchmarks.step_time --methods "grass,grass:train.compile=true,grass:train.loss_chunk_tokens=256"
 
@@ -23,7 +26,7 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from rich.table import Table
 
 from benchmarks.steps import METHODS, PERIOD, Steps, configuration, summarise
 from models.flops import flops_per_token
+from pretrain.cli.arguments import number
 from pretrain.cli.malloc import KEEP, keep_freed_memory
 from pretrain.distributed.world import World
 from pretrain.runs.figures import new_figure, save
@@ -128,6 +132,17 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def relative_at(row: dict[str, Any], first: dict[str, Any], tokens: int) -> float:
+    """Return the speed of ``row`` relative to that of ``first``, if every step had ``tokens`` tokens."""
+
+    def seconds(row: dict[str, Any]) -> float:
+        factor = tokens / (row["tokens_per_s"] * row["step_s"])
+        with_tokens = factor * (row["forward_s"] + row["backward_s"])
+        return float(with_tokens + row["optimizer_s"] + row["refresh_s"] / row["refresh_every"])
+
+    return seconds(first) / seconds(row)
+
+
 def shape_of(size: str, batch: int, seq_len: int) -> list[str]:
     """Return the overrides for a model of ``size`` and its batch."""
     block = size.endswith(ONE_BLOCK)
@@ -138,13 +153,16 @@ def shape_of(size: str, batch: int, seq_len: int) -> list[str]:
     ]  # fmt: skip
 
 
-def table(size: str, rows: list[dict[str, Any]]) -> Table:
-    """Return the rows of a size as a table."""
+def table(size: str, rows: list[dict[str, Any]], at: Sequence[int] = ()) -> Table:
+    """Return the rows of a size as a table, with a column of relative speeds for each number of tokens in ``at``."""
     shown = Table(title=size)
     for name in COLUMNS:
         shown.add_column(name.replace("_", " "), justify="left" if name == "method" else "right")
+    for tokens in at:
+        shown.add_column(f"at {tokens:,}", justify="right")
     for row in rows:
-        shown.add_row(*("–" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()))
+        cells = ["–" if row[name] is None else format(row[name], form) for name, form in COLUMNS.items()]
+        shown.add_row(*cells, *(f"{relative_at(row, rows[0], tokens):.2f}" for tokens in at))
     return shown
 
 
@@ -213,6 +231,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of --period steps per method (default 3)")
     parser.add_argument("--period", type=int, default=PERIOD, help=f"steps per refresh of GaLore (default {PERIOD})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads per process")
+    parser.add_argument(
+        "--at", nargs="+", type=number(int, 1), default=(), metavar="TOKENS",
+        help="also compute the speed relative to the first method at this many tokens per step",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for a plot of the parts of a step")
     parser.add_argument("--written", type=Path, metavar="JSONL", help="show saved outputs of --json, measure nothing")
@@ -220,7 +242,7 @@ def main() -> None:
     rows = written(arguments.written) if arguments.written else measured(arguments, parser)
     if arguments.written:
         for title, of_one in by_run(rows):
-            Console(width=132).print(table(title, of_one))
+            Console(width=132).print(table(title, of_one, arguments.at))
     if arguments.plot:
         plot(rows, arguments.plot)
 
@@ -237,7 +259,7 @@ def measured(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         found = measure(methods, arguments.rank, overrides, arguments.rounds, arguments.period, arguments.threads)
         rows += [{"size": size, **row} for row in found]
         if not arguments.json:
-            Console(width=132).print(table(size, found))
+            Console(width=132).print(table(size, found, arguments.at))
     if arguments.json:
         print(json.dumps({"rank": arguments.rank, "machine": machine(arguments.threads), "rows": rows}))
     return rows

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.growth import slope
 from benchmarks.overhead import measure as overhead
-from benchmarks.step_time import compared, plot, shape_of, written
+from benchmarks.step_time import compared, plot, relative_at, shape_of, written
 from benchmarks.steps import add_lora
 from models.flops import flops_per_token, peak_of
 from models.llama import Llama
@@ -20,6 +20,13 @@ def test_the_limit_of_a_method_is_what_it_would_reach_at_the_dense_model_s_flops
     assert grass["limit_ratio"] == pytest.approx(125 / (100 * 100 / 70)) and adamw["limit_ratio"] == 1
     assert (grass["of_the_first"], adamw["of_the_first"]) == (1, 0.8)
     assert compared([row("grass", 125.0, 70)])[0]["limit_ratio"] is None
+
+
+def test_at_more_tokens_a_step_the_optimizer_counts_for_less():
+    parts = {"tokens_per_s": 10.0, "step_s": 10.0, "forward_s": 1.0, "refresh_s": 4.0, "refresh_every": 4}  # 100 tokens
+    first, other = {**parts, "backward_s": 2.0, "optimizer_s": 6.0}, {**parts, "backward_s": 1.0, "optimizer_s": 1.0}
+    assert relative_at(other, first, tokens=100) == pytest.approx((3 + 6 + 1) / (2 + 1 + 1))
+    assert relative_at(other, first, tokens=1000) == pytest.approx((30 + 6 + 1) / (20 + 1 + 1))
 
 
 def test_every_recorded_measurement_is_drawn(root, tmp_path):
