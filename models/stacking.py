@@ -8,7 +8,7 @@ also holds for a model with many blocks.
 import torch
 
 ON_CPU = 4  # matrices
-ON_GPU = 2**23  # elements: 32 MiB in float32
+ON_GPU = 2**24  # elements: 64 MiB in float32
 
 
 def stack_size(count: int, elements: int, device: torch.device) -> int:

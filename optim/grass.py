@@ -221,7 +221,7 @@ class Grass:
             with self._partial_steps():
                 self._float32_steps.step_on_other_blocks()
         stepped_on = with_gradient(self.optimizer)
-        self.stepping = {name: layer for name, layer in self.layers.items() if layer.rows in stepped_on}
+        self.stepping = {name: self.layers[name] for rows, name in self._names.items() if rows in stepped_on}
         self._before = {layer: layer.rows.detach().clone() for layer in self.stepping.values() if layer.scaled}
         self._float32_steps.lend()
 
@@ -232,9 +232,12 @@ class Grass:
 
     def _fold(self, stand_ins: dict[nn.Parameter, nn.Parameter]) -> None:
         """Write the step on the rows of ``stepping`` into the weights; ``stand_ins`` hold it for low-precision rows."""
+        layers, stepped, keys = list(self.stepping.values()), list[Tensor | None](), list[int]()
+        if not stand_ins and not self._before:  # the usual case, without work for each layer
+            fold_rows(layers, [None] * len(layers), [0] * len(layers))
+            return
         groups = self.optimizer.param_groups if self._before else []
         decay = {p: decay_factor(self.optimizer, group) for group in groups for p in group["params"]}
-        layers, stepped, keys = list(self.stepping.values()), list[Tensor | None](), list[int]()
         for name, layer in self.stepping.items():
             after: Tensor | None = stand_ins.pop(layer.rows, None)
             if (before := self._before.pop(layer, None)) is not None:

@@ -42,11 +42,12 @@ class Muon(torch.optim.Muon):
 
     def _step_stacked(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Step on ``parameters``, all of one shape."""
-        for p in parameters:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
         gradients = [local(cast(Tensor, p.grad)) for p in parameters]
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        buffers = [local(state["momentum_buffer"]) for state in states]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])  # Nesterov's
         orthogonal = _orthogonal(list(directions), like=parameters[0])
