@@ -56,6 +56,7 @@ class Grass:
         probe_steps: the number of updates at the end of a window that feed the scores.
         stagger: refresh the model's blocks in turn, spread over the window, instead of all at once. "auto" does so
             where a layer that is probed selects columns: its probe keeps all of its input, its other steps do not.
+            With ``refresh_warmup`` "auto" is False.
         state_at_refresh: treatment of the optimizer's state of the rows, a name of optim.moments.
         new_second_moment: start of the second moments of new rows when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
@@ -102,7 +103,7 @@ class Grass:
         )
         probed = self.layers.values() if self.scored or self._state.may_use_scores(self._names) else ()
         self.schedule = RefreshSchedule(
-            self.layers, refresh_every, probe_steps, takes_turns(stagger, probed), refresh_warmup,
+            self.layers, refresh_every, probe_steps, takes_turns(stagger, probed, refresh_warmup), refresh_warmup,
             frozen=selection == "frozen",
         )  # fmt: skip
         self.probes = ScoreProbes(self.layers, seed, sketch_width if score == "sketch" else None)

@@ -73,13 +73,17 @@ class RefreshSchedule:
         return min(1.0, (steps % self.refresh_every + 1) / self.warmup) if self.warmup else 1.0
 
 
-def takes_turns(stagger: bool | str, probed: Iterable[GrassLinear]) -> bool:
-    """Whether blocks refresh in turn: ``stagger``, or for "auto" whether any ``probed`` layer selects columns."""
+def takes_turns(stagger: bool | str, probed: Iterable[GrassLinear], warmup: int = 0) -> bool:
+    """Whether blocks refresh in turn: ``stagger``; for "auto", if a ``probed`` layer selects columns and no ``warmup``.
+
+    Args:
+        warmup: updates over which the rate of the rows warms up after a refresh that all layers have in common.
+    """
     columns = sum(layer.dim == 1 for layer in probed)
-    stagger = columns > 0 if stagger == "auto" else bool(stagger)
+    stagger = columns > 0 and not warmup if stagger == "auto" else bool(stagger)
     if columns and not stagger:
         logger.info(
-            "in a probed step, all %d layers that select columns keep their complete inputs; with optim.stagger=auto, "
+            "in a probed step, all %d layers that select columns keep their complete inputs; with optim.stagger=true, "
             "they take turns",
             columns,
         )

@@ -51,11 +51,15 @@ class BlockLayout(NamedTuple):
 
 def layout_of(config: Config) -> BlockLayout:
     optim, blocks = config.optim, config.model.num_hidden_layers
-    if isinstance(optim, GrassConfig) and (uses_scores(optim) if optim.stagger == "auto" else optim.stagger):
+    if isinstance(optim, GrassConfig) and _takes_turns(optim):
         probed = most_at_once(blocks, optim.refresh_every, optim.probe_steps)
         if probed < blocks:
             return BlockLayout(probed - 1, blocks - probed)
     return BlockLayout(blocks - 1, 0)
+
+
+def _takes_turns(optim: GrassConfig) -> bool:
+    return uses_scores(optim) and not optim.refresh_warmup if optim.stagger == "auto" else bool(optim.stagger)
 
 
 def period_of(config: Config) -> int:

@@ -182,7 +182,7 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
         problems.append(f"optim.refresh_warmup={optim.refresh_warmup} must be between 0 and optim.refresh_every")
     if optim.stagger not in (True, False, "auto"):
         problems.append(f"optim.stagger={optim.stagger} is unknown; choose from true, false, auto")
-    if optim.stagger and optim.refresh_warmup:
+    if optim.stagger is True and optim.refresh_warmup:
         problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
     if optim.master_weights and optim.state_dtype == "bfloat16":
         problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")

@@ -1,8 +1,11 @@
 """The refresh schedule: when layers are probed and refreshed, and the warm-up after a refresh."""
 
 import pytest
+import torch
+from torch import nn
 
-from optim.refresh_schedule import RefreshSchedule, block_of, most_at_once
+from models.grass_linear import GrassLinear
+from optim.refresh_schedule import RefreshSchedule, block_of, most_at_once, takes_turns
 
 NAMES = [f"layers.{block}.{linear}" for block in range(3) for linear in ("mlp.up_proj", "mlp.down_proj")]
 
@@ -60,3 +63,10 @@ def test_the_most_blocks_probed_in_one_update_are_counted(count, refresh_every, 
 def test_impossible_schedules_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RefreshSchedule(NAMES, **options)
+
+
+def test_auto_takes_turns_where_columns_are_scored_and_no_warm_up_needs_a_common_refresh():
+    layers = [GrassLinear(nn.Parameter(torch.zeros(8, 8)), 2, side) for side in ("rows", "columns")]
+    assert takes_turns("auto", layers) and not takes_turns("auto", layers[:1]) and not takes_turns("auto", [])
+    assert not takes_turns("auto", layers, warmup=2)
+    assert takes_turns(True, []) and not takes_turns(False, layers)
