@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from matplotlib.axes import Axes
 
+from benchmarks.frontier import plot_frontier
 from pretrain.runs.figures import GREY, new_figure, save
 from pretrain.runs.sweep_results import JobResult
 from pretrain.sweep import combinations, parse, run_sweep
@@ -297,6 +298,9 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
     plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / f"{page}.png")
     if (listing := study.get("losses")) and (shown := stages.get(listing["stage"])):
         plot_losses([t for trials in shown.values() for t in trials], listing, DOCS / "losses.png")
+    if (listing := study.get("frontier")) and (shown := stages.get(listing["stage"])):
+        of_seed = {t.setting: t.by_seed["0"] for trials in shown.values() for t in trials if "0" in t.by_seed}
+        plot_frontier(of_seed, listing, DOCS / "frontier.png")
 
 
 def main(page: str = "ablation", about: str | None = __doc__) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import ablation, corpora, quality
+from benchmarks import ablation, corpora, frontier, quality
 from pretrain.config.compose import load
 from pretrain.setup.checks import check
 from pretrain.sweep import combinations, parse
@@ -34,6 +34,24 @@ def test_every_line_of_the_records_is_one_that_the_study_lists():
         for setting, seed in [ablation.split(job, [*STUDY["common"], *stage["common"]])]
     }
     assert {(r["stage"], r["setting"], r["seed"]) for r in records} <= listed
+
+
+def test_the_frontier_shows_settings_that_the_study_lists():
+    stage = STUDY["stages"][STUDY["frontier"]["stage"]]
+    fixed = [*STUDY["common"], *stage["common"]]
+    lines = [line for lines in stage["sweeps"].values() for line in lines]
+    jobs = [job for line in lines for job in combinations(parse([*fixed, *line.split()]))]
+    shown = [s for line in STUDY["frontier"]["lines"].values() for s in line.values()]
+    assert {*shown, *STUDY["frontier"]["beside"].values()} <= {ablation.split(job, fixed)[0] for job in jobs}
+
+
+def test_a_line_of_the_frontier_has_the_shares_that_have_been_run(tmp_path):
+    losses = {"quarter": 2.5, "dense": 2.2, "adamw": 2.4}
+    line = {1: "dense", 0.5: "half", 0.25: "quarter"}
+    assert frontier.points(line, losses) == ([0.25, 1], [2.5, 2.2])
+    listing = {"title": "", "lines": {"at equal tokens": line}, "beside": {"AdamW": "adamw", "GaLore": "galore"}}
+    frontier.plot_frontier(losses, listing, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 5_000
 
 
 def test_a_corpus_has_what_was_written_and_not_what_was_generated(tmp_path):
