@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 import torch
 from torch import nn
 
-from models.grass_linear import GrassLinear, SharedSlice, side_and_rank
+from models.grass_linear import SIDES, GrassLinear, SharedSlice, side_and_rank
 from models.int8_weight import full_weight
 from models.rank_split import split_ranks
 
@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = "*.self_attn.*"
 ATTENTION_AND_MLP = ("*.self_attn.*_proj", "*.mlp.*_proj")
+NEURONS = {"gate_proj": "rows", "up_proj": "rows", "down_proj": "columns"}  # the side of an MLP's neurons
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one module
 
 
@@ -41,7 +42,9 @@ def convert_linears(
     Args:
         rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
             mapping from globs of names to values, in which the last match counts.
-        side: "auto", "longer", "rows" or "columns", or a mapping as for ``rank``; "auto" if no glob matches.
+        side: "auto", "longer", "rows", "columns" or "neurons", or a mapping as for ``rank``; "auto" if no glob matches.
+            "neurons" selects neurons of an MLP: the same rows of gate and up and columns of down, the same share of
+            them as "auto" would of its rows. For other layers it is "auto".
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
         share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
         int8: keep the weights in 8 bits, see models.int8_weight.
@@ -57,7 +60,10 @@ def convert_linears(
             or ``share_index`` if no layers can share. The message lists all problems; the model stays unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen, problems = _sides_and_ranks(model, linears, rank, patterns, side, attention_weight)
+    if not isinstance(side, (str, Mapping)):
+        raise ValueError(f"optim.side={side} must be {SIDES}, or a mapping from names to these")
+    sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
+    chosen, problems = _sides_and_ranks(model, linears, rank, patterns, sides, attention_weight)
     layers = {
         name: GrassLinear(linears[name].get_parameter("weight"), rank_of_this, side_of_this, state_dtype, int8)
         for name, (side_of_this, rank_of_this) in (chosen if not problems else {}).items()
@@ -69,6 +75,7 @@ def convert_linears(
         for layer in layers.values():
             layer.weight.requires_grad_(True)
         raise ValueError("\n".join(_about(names) + message for message, names in problems.items()))
+    _tie_neurons(layers, sides)
     _replace(model, layers)
     left = ", ".join(name for name in linears if name not in layers) or "none"
     counts = f"{len(layers)} of {len(linears)}"
@@ -115,13 +122,10 @@ def _sides_and_ranks(
     linears: Mapping[str, nn.Linear],
     rank: float | Mapping[str, float],
     patterns: Sequence[str],
-    side: str | Mapping[str, str],
+    sides: Mapping[str, str],
     attention_weight: float,
 ) -> tuple[dict[str, tuple[str, int]], dict[str, list[str]]]:
     """By layer its side and rank, and the problems: message → names of the layers that have it."""
-    if not isinstance(side, (str, Mapping)):
-        raise ValueError(f"optim.side={side} must be auto, longer, rows or columns, or a mapping from names to these")
-    sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
     ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
     problems: dict[str, list[str]] = {
@@ -137,10 +141,9 @@ def _sides_and_ranks(
         try:
             _require_convertible(linear, tied=holders[id(linear.weight)] > 1)
             ranks_of_this = [r for p, r in ranks.items() if matches(name, p)]
-            side_of_this = [s for p, s in sides.items() if matches(name, p)][-1]
             if not ranks_of_this:
                 raise ValueError("optim.rank has no rank for it; add one, or a rank for all other layers as '*'")
-            chosen[name] = side_and_rank(linear.weight.shape, side_of_this, ranks_of_this[-1])
+            chosen[name] = _side_and_rank_of(name, linear, _last_match(name, sides), ranks_of_this[-1])
         except ValueError as error:
             problems.setdefault(str(error), []).append(name)
     if attention_weight <= 0:
@@ -148,6 +151,20 @@ def _sides_and_ranks(
     elif attention_weight != 1 and not isinstance(rank, Mapping):
         chosen = _with_more_attention(linears, chosen, attention_weight)
     return chosen, problems
+
+
+def _last_match(name: str, values: Mapping[str, str]) -> str:
+    return [value for pattern, value in values.items() if matches(name, pattern)][-1]
+
+
+def _side_and_rank_of(name: str, linear: nn.Linear, side: str, rank: float) -> tuple[str, int]:
+    if side != "neurons":
+        return side_and_rank(linear.weight.shape, side, rank)
+    number = side_and_rank(linear.weight.shape, "auto", rank)[1]
+    if (along := NEURONS.get(name.rpartition(".")[2])) is None:
+        return side_and_rank(linear.weight.shape, "auto", rank)
+    share = rank if type(rank) is float else number / min(linear.weight.shape)
+    return side_and_rank(linear.weight.shape, along, share)
 
 
 def _with_more_attention(
@@ -185,8 +202,17 @@ def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
     for members in groups:
         shared = SharedSlice(len(members))
         for layer in members:
-            layer.shared = shared
+            layer.shared = layer.index_group = shared
     return len(groups)
+
+
+def _tie_neurons(layers: Mapping[str, GrassLinear], sides: Mapping[str, str]) -> None:
+    """Make the layers of an MLP that select neurons always have the same index."""
+    groups: dict[tuple[str, int], object] = {}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        if child in NEURONS and _last_match(name, sides) == "neurons":
+            layer.index_group = groups.setdefault((parent, layer.rank), object())
 
 
 def _about(names: list[str]) -> str:

@@ -21,6 +21,8 @@ from models.row_updates import fold_rows, select_rows, selected
 
 logger = logging.getLogger(__name__)
 
+SIDES = "auto, longer, rows, columns or neurons"
+
 
 class _SelectedLinear(torch.autograd.Function):
     """``F.linear`` that computes the weight gradient of the selected slice and, while probing, the row scores."""
@@ -160,7 +162,8 @@ class GrassLinear(nn.Module):
         self.register_buffer("scale", torch.ones(rank, device=weight.device))
         self.rows = nn.Parameter(selected(self, self.index, state_dtype or weight.dtype))
         self.scaled = False
-        self.shared: SharedSlice | None = None  # with layers that always have the same index
+        self.index_group: object | None = None  # layers of one group always have the same index
+        self.shared: SharedSlice | None = None  # with layers of the group that have the same input
         self.probe: Tensor | None = None  # a leaf that is not in parameters(), for DDP, FSDP and the optimizer
         self.probe_key: Tensor | None = None
 
@@ -274,7 +277,7 @@ def side_and_rank(shape: torch.Size, side: str, rank: float) -> tuple[str, int]:
         ValueError: an unknown side or an impossible rank.
     """
     if side not in ("auto", "longer", "rows", "columns"):
-        raise ValueError(f"optim.side={side!r} is unknown; use auto, longer, rows or columns")
+        raise ValueError(f"optim.side={side!r} is unknown; use {SIDES}")
     if side in ("auto", "longer"):
         side = "rows" if shape[0] == shape[1] or (shape[0] > shape[1]) == (side == "longer") else "columns"
     size = shape[0 if side == "rows" else 1]

@@ -126,7 +126,7 @@ def select_layers(
     """
     sharing: dict[Any, list[str]] = {}
     for n in layers:
-        sharing.setdefault(layers[n].shared or n, []).append(n)
+        sharing.setdefault(layers[n].index_group or n, []).append(n)
     groups = list(sharing.values())
     joint = [scores[g[0]] if len(g) == 1 else torch.stack([scores[n] for n in g]).norm(dim=0) for g in groups]
     ranks = [layers[group[0]].rank for group in groups]

@@ -85,7 +85,7 @@ def test_attention_trains_a_larger_share_at_the_same_total():
         ({"rank": 0}, "optim.rank=0 must be between 1 and"),
         ({"rank": 2, "attention_weight": 0.0}, "optim.attention_weight=0.0 must be above 0"),
         ({"rank": 1.5}, "optim.rank=1.5 must be between 1 and 8, the number of rows .* or a share"),
-        ({"rank": 2, "side": "diagonal"}, "use auto, longer, rows or columns"),
+        ({"rank": 2, "side": "diagonal"}, "use auto, longer, rows, columns or neurons"),
     ],
 )
 def test_bad_conversions_are_refused_and_change_nothing(arguments, message):

@@ -68,7 +68,7 @@ def test_with_every_row_selected_training_is_dense_training(dtype, tolerance):
         torch.testing.assert_close(weights[name].detach(), expected.detach(), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("side", ["auto", "longer", "rows", "columns"])
+@pytest.mark.parametrize("side", ["auto", "longer", "rows", "columns", "neurons"])
 def test_each_step_changes_only_the_selected_rows(side):
     model, layers, optimizer, _ = grass_of(4, side=side, refresh_every=3)
     for step in range(7):

@@ -75,7 +75,7 @@ def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
         ("optim.selection=best", r"optim\.selection=best is unknown; choose from top_r"),
         ("optim.score=guess", r"optim\.score=guess is unknown; choose from exact, sketch"),
         ("optim.state_at_refresh=drop", r"optim\.state_at_refresh=drop is unknown"),
-        ("optim.side=top", r"optim\.side='top' is unknown; use auto, longer, rows or columns"),
+        ("optim.side=top", r"optim\.side='top' is unknown; use auto, longer, rows, columns or neurons"),
         ("optim.schedule=line", r"optim\.schedule=line is unknown"),
         ("optim.patterns=[mlp]", r"pattern 'mlp' matches no linear layer"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=.* must be two numbers"),
