@@ -35,7 +35,10 @@ def names_beside(path: Path, is_json: bool) -> dict[str, str]:
 
 
 def eos_beside(path: Path) -> int:
-    """The first eos id in the generation settings next to a tokenizer; -1 if there is none."""
+    """The eos id in generation_config.json, else in config.json, next to a tokenizer: the first of a list.
+
+    -1 if neither file has one or can be read.
+    """
     for file in ("generation_config.json", "config.json"):
         try:
             found = json.loads(decode(path.with_name(file).read_bytes())).get("eos_token_id")

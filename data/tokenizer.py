@@ -84,7 +84,11 @@ class Tokenizer:
         return token
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special tokens."""
+        """The tokens of a text, without special tokens.
+
+        Raises:
+            ValueError: The tokenizer fails on the text.
+        """
         return self.encode_batch([text], threads=1)[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:

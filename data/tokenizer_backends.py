@@ -15,7 +15,15 @@ SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 
 
 class SentencePiece:
-    """A model of the library sentencepiece."""
+    """A tokenizer of the library sentencepiece.
+
+    Args:
+        path: the model's file, for messages only.
+        content: the bytes of that file.
+
+    Raises:
+        ValueError: `content` is not a sentencepiece model.
+    """
 
     SPACES_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
     """normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false } of sentencepiece_model.proto.
@@ -114,7 +122,10 @@ class HuggingFace:
             self._model = self._opened(text)
             self._byte_level = "ByteLevel" in json.dumps(self._spec.get("decoder"))
         except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{path}: not a Hugging Face tokenizer ({str(error)[:200]})") from None
+            raise ValueError(
+                f"{path}: not a Hugging Face tokenizer ({str(error)[:200]}); set data.tokenizer to a tokenizer.json or "
+                "a sentencepiece model"
+            ) from None
         self._added = self._model.get_added_tokens_decoder()
         self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=-1)
         steps = json.dumps([self._spec.get("normalizer"), self._spec.get("pre_tokenizer")], ensure_ascii=False)

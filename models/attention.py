@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from models.attention_kernels import choose_flash, functions, varlen_runs
+from models.flash_kernels import choose_flash, functions, varlen_runs
 
 BACKENDS = ("auto", "sdpa", "flash")
 

@@ -51,11 +51,15 @@ PLUGINS = {
 
 
 def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1, processes: int = 1) -> list[JobResult]:
-    """Run every combination of ``overrides``, with commas between alternatives, in folders below ``root``.
+    """Train one run for each combination of the alternatives in ``overrides``; its folder is below ``root``.
 
     Args:
+        overrides: settings with commas between alternatives, such as "optim.rank=32,64".
         jobs: the number of jobs that run at a time.
         processes: the number of processes of each job.
+
+    Returns:
+        The result of each job in their order, failed jobs included.
 
     Raises:
         ConfigError: the sweep could not start; standard error gives the reason.

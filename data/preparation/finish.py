@@ -37,7 +37,7 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
     if not documents:
         raise corpus.no_documents_error(skipped)
     if skipped:
-        logger.warning("skipped %s", skipped)
+        logger.warning("skipped documents: %s", skipped)
     if writer.state.changed:
         logger.warning(
             "the tokenizer changes %d of %s: the tokens decode to another text",
@@ -89,7 +89,7 @@ def put_in_place(plan: PreparationPlan) -> Path:
     manifest = json.loads((work / MANIFEST).read_text())
     folder = plan.folder(manifest["corpus"]["sha256"])
     if folder.exists():
-        logger.info("%s already contains the same tokens", folder)
+        logger.info("%s already contains the same tokens: using it, and deleting the new copy", folder)
         mark(plan, folder)
         remove(work)
         return folder

@@ -41,7 +41,7 @@ class ArrayFile:
         """
         head = np.load(path, mmap_mode="r", allow_pickle=False)  # only its header is read
         if head.ndim != 1:
-            raise ValueError(f"{head.dtype} of shape {head.shape} has not exactly one dimension")
+            raise ValueError(f"an array of {head.dtype} with shape {head.shape} is not one-dimensional")
         return cls(path, head.dtype, head.offset, len(head))
 
     def __len__(self) -> int:

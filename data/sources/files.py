@@ -172,7 +172,10 @@ def _within(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
         else:
             left_out.append(file)
     if any(file.size for file in files) and not any(file.size for file in kept):
-        raise ValueError(f"data.max_bytes: none of {len(files)} files with text fits into {max_bytes} bytes; raise it")
+        smallest = min(file.size for file in files if file.size)
+        raise ValueError(
+            f"data.max_bytes={max_bytes} is smaller than every file with text; raise it to at least {smallest}"
+        )
     if left_out:
         size, names = sum(file.size for file in left_out) / 1e6, shorten(sorted(file.name for file in left_out))
         _log_once(

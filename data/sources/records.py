@@ -91,9 +91,14 @@ class _NoTextError(Exception):
 
 
 def text_records(number: int, file: SourceFile, part_chars: int | None) -> Iterator[Record]:
-    """A text file as one record, or if longer than `part_chars` as several, split after line ends where possible.
+    """Yield a text file as records of at most `part_chars` characters, split after line ends where possible.
 
-    If any part of the file is not text or cannot be read, the file is one record without content.
+    A file that is empty, or of which any part is not text or cannot be read, yields one record whose content is None,
+    and which names the reason.
+
+    Args:
+        number: The file's number in the corpus.
+        part_chars: None yields the complete file as one record.
 
     Raises:
         ValueError: The file changes while it is read.

@@ -136,12 +136,20 @@ class BackgroundPreparation:
 
 
 def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tokens: int) -> PreparedDataset | None:
-    """The complete preparation in `settings.root` that a run has streamed with this fingerprint, if there is one.
+    """Find the complete preparation of a run that trained while it was written (data.on_the_fly).
 
-    The corpus and the tokenizer need not exist. Finds only preparations without `validation_paths`.
+    The corpus and the tokenizer need not exist.
 
     Args:
-        validation_tokens: As in `BackgroundPreparation.dataset`.
+        fingerprint: Of the run's dataset.
+        validation_tokens: The number of validation tokens that the run uses at most.
+
+    Returns:
+        The dataset, with `fingerprint` and with its validation split cut to `validation_tokens`. None if
+        `settings.root` has no such preparation, or only one with `validation_paths`.
+
+    Raises:
+        ValueError: The preparation is damaged.
     """
     for folder, manifest in manifests(settings.root):
         found = hash_of("on the fly", manifest["identity"], [], manifest["tokenizer"]["sha256"])

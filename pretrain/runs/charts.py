@@ -29,7 +29,7 @@ class Line:
     """The line of one group: the mean ``y`` over its seeds at each ``x``, both (points,).
 
     low, high   the minimum and maximum over the seeds (points,); None for one seed
-    logged      if ``y`` is a moving average drawn over the logged values: their x and y for each seed; else empty
+    logged      where ``y`` is a moving average: x and y of the values behind it, for each seed; else empty
     """
 
     group: Group

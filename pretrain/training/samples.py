@@ -13,7 +13,10 @@ from pretrain.runs.folder import RunFolder
 
 
 def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
-    """Each prompt and its continuation, the same on every process. Leaves the model in eval mode."""
+    """Continue each of data.prompts by at most train.sample_tokens tokens: (prompt, continuation) pairs.
+
+    Every process gets the same pairs, none if train.sample_tokens is 0. Leaves the model in eval mode.
+    """
     if config.train.sample_tokens == 0:
         return []
     model.eval()

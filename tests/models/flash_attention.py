@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import attention_kernels
-from models.attention_kernels import FLASH, load_flash
+from models import flash_kernels
+from models.flash_kernels import FLASH, load_flash
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 NO_NETWORK = r"NewConnectionError|ConnectTimeout|Temporary failure in name resolution|Network is unreachable"
@@ -136,9 +136,9 @@ def modules(version):
 
 def install(monkeypatch, *versions):
     """These versions of flash-attn, and no others, are there to be imported."""
-    monkeypatch.setattr(attention_kernels, "reasons", {})
-    for version in attention_kernels.functions.copy():
-        monkeypatch.delitem(attention_kernels.functions, version)
+    monkeypatch.setattr(flash_kernels, "reasons", {})
+    for version in flash_kernels.functions.copy():
+        monkeypatch.delitem(flash_kernels.functions, version)
     for kernels in FLASH.values():
         monkeypatch.setitem(sys.modules, kernels.module, None)
     # As of a namespace, where only what lies in it is installed.
@@ -148,7 +148,7 @@ def install(monkeypatch, *versions):
             monkeypatch.setitem(sys.modules, name, module)
     for version in versions:
         assert load_flash(version) is None
-        monkeypatch.setitem(attention_kernels.functions, version, attention_kernels.functions[version])
+        monkeypatch.setitem(flash_kernels.functions, version, flash_kernels.functions[version])
 
 
 def signatures(version):

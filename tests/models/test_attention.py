@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from models import attention as attention_module
 from models.activation_checkpointing import PRODUCTS, run
 from models.attention import attention, document_layout, log_kernel
-from models.attention_kernels import FLASH, functions
+from models.flash_kernels import FLASH, functions
 from models.llama import Block, Llama
 from models.rope import rope_tables
 from tests.models.flash_attention import flash_attn_varlen_func, install, plain_attention

@@ -9,7 +9,7 @@ from data.shards.reader import Tokens, token_dtype
 from data.shards.writer import ShardWriter
 from models import llama
 from models.attention import document_layout
-from models.attention_kernels import FLASH
+from models.flash_kernels import FLASH
 from models.llama import Llama
 from pretrain.config.compose import load
 from pretrain.config.schema import ConfigError

@@ -93,7 +93,7 @@ def files(tmp_path):
         ("a.bin", np.array([5, 400, 7], "uint16"), r"holds token 400, which .*t\.model does not have"),
         ("a.npy", np.array([5, -1, 7]), r"holds token -1, which .*t\.model does not have"),
         ("a.bin", np.array([5, 7, 9], "uint8"), r"is not an array of tokens \(a\.bin: its size of 3 bytes"),
-        ("a.npy", np.array([[5, 7]]), r"is not an array of tokens .* has not exactly one dimension"),
+        ("a.npy", np.array([[5, 7]]), r"is not an array of tokens .* is not one-dimensional"),
         ("a.npy", np.array([0.5]), r"is not an array of tokens .* is not an integer type"),
         ("a.npy", np.array([{}], dtype=object), r"a\.npy is not an array of tokens"),
     ],

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.attention import varlen as torch_varlen
 
-from models import attention_kernels
+from models import flash_kernels
 from models.attention import attention, document_layout, resolve_backend
-from models.attention_kernels import FLASH, functions
+from models.flash_kernels import FLASH, functions
 from tests.models.flash_attention import STAND_INS, install, signatures
 from tests.models.test_attention import qkv
 
@@ -85,8 +85,8 @@ def test_the_calls_bind_to_flash_attns_own_signatures(version, monkeypatch, dete
 @pytest.mark.parametrize("version", FLASH)
 def test_the_required_arguments_are_in_flash_attns_own_signatures(version):
     for name, own in signatures(version).items():
-        lengths = set() if name == "flash_attn_func" else attention_kernels.LENGTHS
-        assert {"q", "k", "v"} | attention_kernels.OPTIONS | lengths <= set(own.parameters)
+        lengths = set() if name == "flash_attn_func" else flash_kernels.LENGTHS
+        assert {"q", "k", "v"} | flash_kernels.OPTIONS | lengths <= set(own.parameters)
 
 
 @pytest.mark.parametrize("groups", [False, True])
