@@ -23,6 +23,7 @@ EXACT = {
     "drawn-by-squares": ["optim.selection=multinomial_norm_sq", "optim.stagger=true", "optim.probe_steps=1"],
     "uniform": ["optim.selection=uniform", "optim.side=columns"],
     "frozen": ["optim.selection=frozen"],
+    "neurons": ["optim.selection=cyclic", "optim.side=neurons"],
     "shared-index": ["optim.side=columns", "optim.share_index=true"],
     "a-head-of-rows": ["optim.patterns=['*.self_attn.*_proj','*.mlp.*_proj','lm_head']"],
     "muon": ["optim.inner=muon"],
@@ -53,7 +54,7 @@ def runs(common):
     start = str(RunFolder(load([*common, "run.name=start"])).path)
     cases = {name: [o.replace("INIT", start) for o in more] for name, more in EXACT.items()}
     cases |= BF16 | {"compiled": ["train.compile=true", "train.steps=4"]}
-    of_grass = ("optim.rank", "optim.refresh_every")
+    of_grass = ("optim.rank", "optim.refresh_every", "optim.selection")
     general = [o for o in common if not o.startswith(of_grass)]
     return {
         name: [*(general if any(o.startswith("optim=") for o in more) else common), *FSDP, *more, f"run.name={name}"]

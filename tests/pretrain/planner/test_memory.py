@@ -61,6 +61,7 @@ def test_storages_are_counted_from_their_making_to_their_end_and_once():
         pytest.param(("optim.side=columns", "optim.share_index=true", "optim.stagger=false"), marks=pytest.mark.slow),
         pytest.param(("optim.probe_steps=1", "optim.refresh_every=9"), marks=pytest.mark.slow),
         pytest.param(("optim.refresh_every=4", "optim.side=columns"), marks=pytest.mark.slow),
+        pytest.param(("optim.refresh_every=4", "optim.side=neurons"), marks=pytest.mark.slow),
         pytest.param(("optim.probe_steps=8", "optim.refresh_every=12"), marks=pytest.mark.slow),
         ("optim=adamw", "train.dtype=bfloat16", "optim.master_weights=true"),
         pytest.param(("optim=adamw8bit",), marks=pytest.mark.slow),

@@ -183,7 +183,7 @@ class StopAfter(StopRequest):
         [*GRASS, "optim.embedding_inner=adamw8bit"],
         [*GRASS, "optim.embedding_inner=adafactor"],
         [*GRASS, "optim.int8_weights=true", *BF16_ROWS],
-        [*GRASS, "optim.selection=cyclic", "optim.stagger=true"],
+        [*GRASS, "optim.selection=cyclic", "optim.stagger=true", "optim.side=neurons"],
     ],
     ids=[
         "grass",
