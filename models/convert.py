@@ -158,13 +158,13 @@ def _last_match(name: str, values: Mapping[str, str]) -> str:
 
 
 def _side_and_rank_of(name: str, linear: nn.Linear, side: str, rank: float) -> tuple[str, int]:
-    if side != "neurons":
-        return side_and_rank(linear.weight.shape, side, rank)
-    number = side_and_rank(linear.weight.shape, "auto", rank)[1]
-    if (along := NEURONS.get(name.rpartition(".")[2])) is None:
-        return side_and_rank(linear.weight.shape, "auto", rank)
-    share = rank if type(rank) is float else number / min(linear.weight.shape)
-    return side_and_rank(linear.weight.shape, along, share)
+    """As ``side_and_rank``, and of an MLP's linear with "neurons" their side and number."""
+    shape = linear.weight.shape
+    found = side_and_rank(shape, "auto" if side == "neurons" else side, rank)
+    along = NEURONS.get(name.rpartition(".")[2])
+    if side != "neurons" or along is None:
+        return found
+    return side_and_rank(shape, along, rank if type(rank) is float else found[1] / min(shape))
 
 
 def _with_more_attention(
