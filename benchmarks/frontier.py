@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from benchmarks import refuse_to_run
 from pretrain.runs.figures import GREY, new_figure, save
 
 STYLES = ("--", ":", "-.")
@@ -45,3 +46,7 @@ def plot_frontier(losses: Mapping[str, float], listing: Mapping[str, Any], file:
         axis.set_title(listing["title"])
         figure.legend(loc="outside lower center", ncols=2)
         save(figure, file)
+
+
+if __name__ == "__main__":
+    refuse_to_run("frontier", "ablation")

@@ -42,9 +42,8 @@ def convert_linears(
     Args:
         rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
             mapping from globs of names to values, in which the last match counts.
-        side: "auto", "longer", "rows", "columns" or "neurons", or a mapping as for ``rank``; "auto" if no glob matches.
-            "neurons" selects neurons of an MLP: the same rows of gate and up and columns of down, the same share of
-            them as "auto" would of its rows. For other layers it is "auto".
+        side: "auto", "longer", "rows", "columns" or "neurons" (the same rows of gate and up and columns of down in an
+            MLP, elsewhere as "auto"), or a mapping as for ``rank``; "auto" if no glob matches.
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
         share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
         int8: keep the weights in 8 bits, see models.int8_weight.
@@ -60,9 +59,7 @@ def convert_linears(
             or ``share_index`` if no layers can share. The message lists all problems; the model stays unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if not isinstance(side, (str, Mapping)):
-        raise ValueError(f"optim.side={side} must be {SIDES}, or a mapping from names to these")
-    sides = {"*": side} if isinstance(side, str) else {"*": "auto", **side}
+    sides = _by_name(side)
     chosen, problems = _sides_and_ranks(model, linears, rank, patterns, sides, attention_weight)
     layers = {
         name: GrassLinear(linears[name].get_parameter("weight"), rank_of_this, side_of_this, state_dtype, int8)
@@ -71,10 +68,7 @@ def convert_linears(
     if share_index and not problems and not _share_slices(layers):
         groups = " or ".join(", ".join(names) for names in SAME_INPUT)
         problems[f"optim.share_index=true: no module's {groups} select columns; set optim.side=columns"] = []
-    if problems:
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        raise ValueError("\n".join(_about(names) + message for message, names in problems.items()))
+    _refuse(problems, layers)
     _tie_neurons(layers, sides)
     _replace(model, layers)
     left = ", ".join(name for name in linears if name not in layers) or "none"
@@ -153,6 +147,12 @@ def _sides_and_ranks(
     return chosen, problems
 
 
+def _by_name(side: str | Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(side, (str, Mapping)):
+        raise ValueError(f"optim.side={side} must be {SIDES}, or a mapping from names to these")
+    return {"*": side} if isinstance(side, str) else {"*": "auto", **side}
+
+
 def _last_match(name: str, values: Mapping[str, str]) -> str:
     return [value for pattern, value in values.items() if matches(name, pattern)][-1]
 
@@ -213,6 +213,15 @@ def _tie_neurons(layers: Mapping[str, GrassLinear], sides: Mapping[str, str]) ->
         parent, _, child = name.rpartition(".")
         if child in NEURONS and _last_match(name, sides) == "neurons":
             layer.index_group = groups.setdefault((parent, layer.rank), object())
+
+
+def _refuse(problems: Mapping[str, list[str]], layers: Mapping[str, GrassLinear]) -> None:
+    """Raise ValueError with the ``problems``, if there are any, and leave the weights of ``layers`` as they were."""
+    if not problems:
+        return
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    raise ValueError("\n".join(_about(names) + message for message, names in problems.items()))
 
 
 def _about(names: list[str]) -> str:

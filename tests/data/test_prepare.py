@@ -193,7 +193,7 @@ def test_all_problems_of_the_settings_are_told_at_once():
     assert problems(DataSettings()) == []
     assert problems(DataSettings(source="web"))[0].startswith("data.source: 'web'")
     (problem,) = problems(DataSettings(max_bytes=1))
-    assert problem.startswith("data.max_bytes: none of ")
+    assert problem.startswith("data.max_bytes=1 is smaller than every file with text; raise it to at least ")
 
 
 def test_a_folder_with_nothing_readable_is_refused(settings, tmp_path):
