@@ -52,14 +52,18 @@ def main() -> None:
     parser.add_argument("--windows", type=number(int, 1), default=64, help="stretches of text (default 64)")
     arguments = parser.parse_args()
     with clear_errors():
-        dataset = load_dataset(Path(arguments.data))
+        if not Path(arguments.data).is_dir():
+            raise ValueError(f"--data: there is no folder {arguments.data}; name one such as prepared/NAME-HASH")
+        dataset = load_dataset(arguments.data)
+        text = dataset.val[0 : len(dataset.val)]
         table = Table("model", "first reading", "second reading")
         for folder in track(arguments.models, console=Console(stderr=True), transient=True):
             found = find_pretrained(folder)
             model, tokenizer = found.load()
             if tokenizer.sha256 != dataset.tokenizer.sha256:
                 raise ValueError(f"--data: {arguments.data} was made with another tokenizer than {folder}'s")
-            text = dataset.val[0 : len(dataset.val)]
+            if len(text) < found.seq_len // 2:
+                raise ValueError(f"--data: {arguments.data} has too little validation text for {folder}'s window")
             first, second = losses(model, repeated(text, arguments.windows, found.seq_len // 2))
             table.add_row(str(folder), f"{first:.3f}", f"{second:.3f}")
         Console().print(table)
