@@ -102,7 +102,36 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
         numbers = [given[i] for i in group]
         members, values = [layers[n] for n in numbers], [local(v) for n in numbers if (v := stepped[n]) is not None]
         _write_rows(members, _rounded(members, values, local(members[0].rows).dtype, [keys[n] for n in numbers]))
-    _write_weights([layer for layer in layers if layer.weight_step is None])
+    write_weights(fold_groups(layers))
+
+
+class FoldGroup(NamedTuple):
+    """The selected dimension of layers of one shape, and their rows, weights and indices."""
+
+    dim: int
+    rows: list[Tensor]
+    weights: list[Tensor]
+    indices: list[Tensor]
+
+
+def fold_groups(layers: Sequence["GrassLinear"]) -> list[FoldGroup]:
+    """What ``write_weights`` needs of ``layers``, without those whose weights are kept in 8 bits."""
+    written = [layer for layer in layers if layer.weight_step is None]
+    groups = [[written[number] for number in numbers] for numbers in group_alike(written)]
+    return [FoldGroup(g[0].dim, [m.rows for m in g], [m.weight for m in g], [m.index for m in g]) for g in groups]
+
+
+@torch.no_grad()
+def write_weights(groups: Sequence[FoldGroup]) -> None:
+    """weight[index] = rows, rounded to nearest."""
+    for dim, rows, weights, indices in groups:
+        values, dtype = [local(r) for r in rows], weights[0].dtype
+        if values[0].dtype != dtype:
+            narrow = list(values[0].new_empty(len(values), *values[0].shape, dtype=dtype).unbind())
+            torch._foreach_copy_(narrow, values)
+            values = narrow
+        for weight, index, value in zip(weights, indices, values, strict=True):
+            local(weight).index_copy_(dim, index, value)
 
 
 @torch.no_grad()
@@ -120,19 +149,6 @@ def round_values(
 
 def _write_rows(layers: Sequence["GrassLinear"], values: Sequence[Tensor]) -> None:
     torch._foreach_copy_([local(layer.rows) for layer in layers], list(values))
-
-
-def _write_weights(layers: Sequence["GrassLinear"]) -> None:
-    """weight[index] = rows, rounded to nearest."""
-    for group in group_alike(layers):
-        members = [layers[number] for number in group]
-        dim, values, weights = members[0].dim, [local(m.rows) for m in members], [local(m.weight) for m in members]
-        if values[0].dtype != weights[0].dtype:
-            narrow = list(values[0].new_empty(len(values), *values[0].shape, dtype=weights[0].dtype).unbind())
-            torch._foreach_copy_(narrow, values)
-            values = narrow
-        for member, weight, value in zip(members, weights, values, strict=True):
-            weight.index_copy_(dim, member.index, value)
 
 
 def _rounded(
@@ -206,7 +222,8 @@ def _change(layers: list["GrassLinear"], change: Change, keys: Sequence[int]) ->
     kept = masters.take_along_dim(position, 1 + dim)
     _write_rows(layers, torch.where(stays, kept, loaded).unbind())
     if masters.dtype != first.weight.dtype and first.weight_step is None:
-        _write_weights(layers)  # for rows that stay: above they were rounded stochastically too, but must be nearest
+        # Rows that stay were rounded stochastically above too, but must be nearest.
+        write_weights(fold_groups(layers))
 
 
 def selected(layer: "GrassLinear", index: Tensor, dtype: torch.dtype) -> Tensor:

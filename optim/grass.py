@@ -16,6 +16,7 @@ copies while they are selected, and are rounded stochastically when they leave t
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from models.counter_rng import key
 from models.grass_linear import GrassLinear
-from models.row_updates import fold_rows, round_values, select_rows
+from models.row_updates import FoldGroup, fold_groups, fold_rows, round_values, select_rows, write_weights
 from models.transfer import upload
 from optim import moments
 from optim.composite import with_gradient
@@ -234,8 +235,8 @@ class Grass:
     def _fold(self, stand_ins: dict[nn.Parameter, nn.Parameter]) -> None:
         """Write the step on the rows of ``stepping`` into the weights; ``stand_ins`` hold it for low-precision rows."""
         layers, stepped, keys = list(self.stepping.values()), list[Tensor | None](), list[int]()
-        if not stand_ins and not self._before:  # the usual case, without work for each layer
-            fold_rows(layers, [None] * len(layers), [0] * len(layers))
+        if not stand_ins and not self._before:  # the usual case
+            write_weights(self._groups if len(layers) == len(self.layers) else fold_groups(layers))
             return
         groups = self.optimizer.param_groups if self._before else []
         decay = {p: decay_factor(self.optimizer, group) for group in groups for p in group["params"]}
@@ -246,6 +247,11 @@ class Grass:
             stepped.append(after)
             keys.append(0 if after is None else self._rounding_key(name))
         fold_rows(layers, stepped, keys)
+
+    @cached_property
+    def _groups(self) -> list[FoldGroup]:
+        """The groups of all layers, looked up once: for hundreds of layers it takes as long as the fold itself."""
+        return fold_groups(list(self.layers.values()))
 
     def _round_state(self, rows: Sequence[nn.Parameter], state: str, values: Sequence[Tensor]) -> list[Tensor]:
         names = [self._names[p] for p in rows]
