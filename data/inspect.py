@@ -82,12 +82,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="train", choices=("train", "val"), help="default: train")
     p.add_argument("--document", type=int, nargs="*", metavar="N", help="documents to show (default: the first two)")
     p.add_argument("--chars", type=int, default=500, help="maximum characters of each document (default: 500)")
-    p.add_argument("--no-checksums", action="store_true", help="do not verify checksums, which reads all shards")
+    p.add_argument("--no-checksums", action="store_true", help="check no checksums and tokens, which reads all shards")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Exits with 1 for a damaged dataset, and with 2 and a message for wrong arguments."""
+    """Print the counts and some documents of a prepared dataset, and check its files.
+
+    Exits with 1 if checksums, counts or tokens are wrong, and with 2 and a message if the dataset cannot be opened or
+    the arguments are wrong.
+    """
     args = parser().parse_args(arguments)
     try:
         if args.chars < 0:

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
@@ -33,7 +32,7 @@ from data.sources.corpus import Corpus
 from data.token_dataset import MANIFEST, PreparedDataset, content_of, describe, load
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
-from data.wording import exit_with
+from data.wording import exit_with, python_command
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ def _locked(plan: PreparationPlan) -> Iterator[None]:
 
 def command(settings: DataSettings) -> str:
     """The command that makes the same preparation by hand, quoted for a shell."""
-    words = ["python", "-m", "data.prepare"]
+    words: list[str] = []
     for entry in fields(DataSettings):
         value, flag = getattr(settings, entry.name), f"--{entry.name.replace('_', '-')}"
         if value == getattr(DataSettings(), entry.name):
@@ -218,7 +217,7 @@ def command(settings: DataSettings) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
-    return shlex.join(words)
+    return python_command("data.prepare", *words)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,14 +1,23 @@
-"""Numbers of things in messages, and settings as flags of a command."""
+"""The wording of messages: numbers of things, commands to paste, settings as flags of a command."""
 
 import argparse
+import os
 import re
+import shlex
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """`number` and `noun`, with `ending` if there is more than one or none: "1 file", "1,024 batches"."""
     return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
+def python_command(module: str, *arguments: str) -> str:
+    """The command that runs `module` with this Python, to be pasted into a shell in the current folder."""
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    return shlex.join([python, "-m", module, *arguments])
 
 
 def exit_with(message: str, arguments: argparse.Namespace) -> NoReturn:

@@ -15,9 +15,9 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def key(seed: int, *purpose: str | int) -> int:
-    """A key in [0, 2**63) for the random tensor named by ``purpose``, in a run with ``seed``."""
-    text = "\0".join(str(part) for part in (seed, *purpose))
+def key(seed: int, *name: str | int) -> int:
+    """A key in [0, 2**63) for the random tensor with the name ``name``, given in parts, in a run with ``seed``."""
+    text = "\0".join(str(part) for part in (seed, *name))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

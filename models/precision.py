@@ -1,9 +1,6 @@
-"""Working precision and stochastic rounding."""
+"""The dtypes that settings name, and the precision of norms and losses."""
 
 import torch
-from torch import Tensor
-
-from models.counter_rng import logical_shift_right, random_bits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """The dtypes by their names in settings."""
@@ -12,22 +9,3 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: the dtype of norms, rotations and the loss."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def round_stochastically(x: Tensor, dtype: torch.dtype, key: Tensor | int, position: Tensor) -> Tensor:
-    """Convert ``x`` to ``dtype``. For bfloat16, round up or down at random with mean x; otherwise round to nearest.
-
-    Adds 16 random bits below the 16 bits of a float32 that bfloat16 keeps, so that the nearer neighbour is more likely.
-    Non-finite values stay non-finite.
-
-    Args:
-        x: floating point, any shape.
-        key: the key of the random numbers, see models.counter_rng.
-        position: int64, in the shape of ``x``: each element's position in the random stream.
-    """
-    if dtype != torch.bfloat16 or x.dtype == dtype:
-        return x.to(dtype)
-    x = x.float()
-    noise = logical_shift_right(random_bits(key, position), 48).to(torch.int32)
-    rounded = ((x.view(torch.int32) + noise) & -0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(dtype)

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from models.dtensor import local, place
 from models.int8_weight import dequantise, quantise
-from models.precision import round_stochastically
 from models.stacking import stack_size
+from models.stochastic_rounding import round_stochastically
 from models.transfer import upload
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ class Grass:
         state_at_refresh: treatment of the optimizer's state of the rows, a name of optim.moments.
         new_second_moment: start of the second moments of new rows when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
-        block_by_block: step on low-precision rows one block of the model at a time, so that the float32 stand-ins of
+        block_by_block: step on low-precision rows one block of the model at a time, so that the float32 copies of
             only one block exist at a time. The optimizer's step on a parameter must not depend on other parameters.
         seed: the run's seed.
 
@@ -225,23 +225,23 @@ class Grass:
         stepped_on = with_gradient(self.optimizer)
         self.stepping = {name: self.layers[name] for rows, name in self._names.items() if rows in stepped_on}
         self._before = {layer: layer.rows.detach().clone() for layer in self.stepping.values() if layer.scaled}
-        self._float32_steps.lend()
+        self._float32_steps.widen()
 
     def _after_step(self, *_) -> None:
-        self._fold(self._float32_steps.take_back())
+        self._fold(self._float32_steps.restore())
         if not self.is_partial_step:
             self._end_update()
 
-    def _fold(self, stand_ins: dict[nn.Parameter, nn.Parameter]) -> None:
-        """Write the step on the rows of ``stepping`` into the weights; ``stand_ins`` hold it for low-precision rows."""
+    def _fold(self, copies: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Write the step on the rows of ``stepping`` into the weights; ``copies`` hold it for low-precision rows."""
         layers, stepped, keys = list(self.stepping.values()), list[Tensor | None](), list[int]()
-        if not stand_ins and not self._before:  # the usual case
+        if not copies and not self._before:  # the usual case
             write_weights(self._groups if len(layers) == len(self.layers) else fold_groups(layers))
             return
         groups = self.optimizer.param_groups if self._before else []
         decay = {p: decay_factor(self.optimizer, group) for group in groups for p in group["params"]}
         for name, layer in self.stepping.items():
-            after: Tensor | None = stand_ins.pop(layer.rows, None)
+            after: Tensor | None = copies.pop(layer.rows, None)
             if (before := self._before.pop(layer, None)) is not None:
                 after = layer.stepped_draws(before, decay[layer.rows], layer.rows if after is None else after)
             stepped.append(after)

@@ -28,9 +28,9 @@ Round = Callable[[Sequence[nn.Parameter], str, Sequence[Tensor]], Sequence[Tenso
 
 
 class Float32Steps:
-    """Replaces low-precision parameters, gradients and state of an optimizer by float32 stand-ins during a step.
+    """Replaces low-precision parameters, gradients and state of an optimizer with float32 copies during a step.
 
-    Call ``lend`` before a step and ``take_back`` after it.
+    Call ``widen`` before a step and ``restore`` after it.
 
     Args:
         optimizer: any torch.optim.Optimizer.
@@ -40,14 +40,14 @@ class Float32Steps:
 
     def __init__(self, optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, str], round_state: Round):
         self.optimizer, self.blocks, self.round_state = optimizer, blocks, round_state
-        self.stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}
         self._restriction = ExitStack()  # of the running step, to parameters not yet stepped on
 
     def step_on_other_blocks(self) -> None:
-        """Step on the parameters of all blocks except the last, one block at a time, so that few stand-ins exist.
+        """Call before a step: steps on all blocks except the last now, one at a time, so that few copies exist.
 
-        Called before a step. Until ``take_back``, this step is then restricted to all other parameters. The optimizer's
-        step on a parameter must not depend on other parameters.
+        The step itself then covers what is left: the last block, and parameters in full precision. The optimizer's step
+        on a parameter must not depend on other parameters.
         """
         if not self.blocks:
             return
@@ -65,61 +65,61 @@ class Float32Steps:
         self._restriction.enter_context(restricted_to(self.optimizer, remaining))
 
     @torch.no_grad()
-    def lend(self) -> None:
-        """Replace the low-precision parameters that have a gradient by stand-ins."""
+    def widen(self) -> None:
+        """Replace the low-precision parameters that have a gradient with float32 copies, with gradients and state."""
         if not self.blocks:
             return
         stepped_on = with_gradient(self.optimizer) & self.blocks.keys()
-        lent = [p for group in self.optimizer.param_groups for p in group["params"] if p in stepped_on]
-        if not lent:
+        low = [p for group in self.optimizer.param_groups for p in group["params"] if p in stepped_on]
+        if not low:
             return
-        self.stand_ins = {p: nn.Parameter(wide) for p, wide in zip(lent, _widened(lent), strict=True)}
-        for p, gradient in zip(lent, _widened([p.grad for p in lent if p.grad is not None]), strict=True):
-            self.stand_ins[p].grad = gradient
+        self.copies = {p: nn.Parameter(wide) for p, wide in zip(low, _float32(low), strict=True)}
+        for p, gradient in zip(low, _float32([p.grad for p in low if p.grad is not None]), strict=True):
+            self.copies[p].grad = gradient
         for group in self.optimizer.param_groups:
-            group["params"] = [self.stand_ins.get(p, p) for p in group["params"]]
-        for p, stand_in in self.stand_ins.items():
+            group["params"] = [self.copies.get(p, p) for p in group["params"]]
+        for p, copy in self.copies.items():
             if state := self.optimizer.state.pop(p, None):
-                self.optimizer.state[stand_in] = state
+                self.optimizer.state[copy] = state
         for name, holders in self._elementwise_state().items():
-            states = [self.optimizer.state[self.stand_ins[p]] for p in holders]
-            for state, wide in zip(states, _widened([state[name] for state in states]), strict=True):
+            states = [self.optimizer.state[self.copies[p]] for p in holders]
+            for state, wide in zip(states, _float32([state[name] for state in states]), strict=True):
                 state[name] = wide
 
-    def take_back(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Restore the parameters and round their state; returns the stand-ins, with the results of the step.
+    def restore(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Put the parameters back and round their state; returns their float32 copies, with the results of the step.
 
         State with other shapes than the parameter (counts, factors, quantised blocks) stays unchanged. The parameters
         still have their old values.
         """
-        stand_ins = self.stand_ins
-        if stand_ins:
-            parameters = {stand_in: p for p, stand_in in stand_ins.items()}
+        copies = self.copies
+        if copies:
+            parameters = {copy: p for p, copy in copies.items()}
             for group in self.optimizer.param_groups:
                 group["params"] = [parameters.get(p, p) for p in group["params"]]
             for name, holders in self._elementwise_state().items():
-                states = [self.optimizer.state[stand_ins[p]] for p in holders]
+                states = [self.optimizer.state[copies[p]] for p in holders]
                 kept = self.round_state(holders, name, [state[name] for state in states])
                 for state, value in zip(states, kept, strict=True):
                     state[name] = value
-            for p, stand_in in stand_ins.items():
-                if state := self.optimizer.state.pop(stand_in, None):
+            for p, copy in copies.items():
+                if state := self.optimizer.state.pop(copy, None):
                     self.optimizer.state[p] = state
-        self.stand_ins = {}
+        self.copies = {}
         self._restriction.close()
-        return stand_ins
+        return copies
 
     def _elementwise_state(self) -> dict[str, list[nn.Parameter]]:
-        """For each name of a state with one value per element, the lent parameters that have this state."""
+        """For each name of a state with one value per element, the copied parameters that have this state."""
         found: dict[str, list[nn.Parameter]] = {}
-        for p, stand_in in self.stand_ins.items():
-            for name, value in self.optimizer.state.get(stand_in, {}).items():
+        for p, copy in self.copies.items():
+            for name, value in self.optimizer.state.get(copy, {}).items():
                 if _is_elementwise(value, p):
                     found.setdefault(name, []).append(p)
         return found
 
 
-def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _float32(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Float32 copies, made in one operation."""
     wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
     if wide:

@@ -1,4 +1,4 @@
-"""The schedule of probes and refreshes of a model's layers."""
+"""When each layer's rows are chosen anew (a refresh), and when their gradients are scored for that (a probe)."""
 
 import logging
 import re
@@ -55,7 +55,7 @@ class RefreshSchedule:
         return (steps + self.offsets[name]) // self.refresh_every
 
     def steps_to_refresh(self, name: str, steps: int) -> int:
-        """Updates until the next choice of rows of ``name``, 1 … K; K directly after a refresh."""
+        """Updates until the window of ``name`` ends, 1 … K; K directly after a refresh. Also counts if ``frozen``."""
         return self.refresh_every - (steps + self.offsets[name]) % self.refresh_every
 
     def due(self, steps: int) -> list[str]:

@@ -146,7 +146,10 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, T
 def _parts(key: str, value: Any) -> dict[str, Tensor]:
     """The tensor of a state under its key; of torchao's quantised states the tensors inside, as key.codes etc."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"the optimizer keeps {key} as {type(value).__name__}; checkpoints can contain only tensors")
+        raise ValueError(
+            f"optim.inner keeps {key} as {type(value).__name__}, but checkpoints contain only tensors; choose another "
+            "optim.inner"
+        )
     if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
         return {f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
     return {key: value}

@@ -51,7 +51,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from data.token_dataset import load as load_dataset
     from pretrain.distributed.world import World
     from pretrain.inference.pretrained import find_pretrained
-    from pretrain.inference.scoring import evaluate, tokenize_files
+    from pretrain.training.validation import evaluate, tokenize_files
 
     if args.data and not Path(args.data).is_dir():
         raise ValueError(f"--data: there is no folder {args.data}; name one such as prepared/NAME-HASH")

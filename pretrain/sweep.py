@@ -28,7 +28,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from pretrain.cli.console import command_line, log_to_terminal
+from data.wording import python_command
+from pretrain.cli.console import log_to_terminal
 from pretrain.cli.errors import clear_errors
 from pretrain.cli.signals import EXIT_CODE
 from pretrain.config.command_line import MULTIRUN, answer_flags, run_hydra, split_arguments
@@ -287,7 +288,7 @@ def report(jobs: list[JobResult]) -> int:
     if losses:
         folder = Path(os.path.relpath(Path(jobs[0].folder).parent))
         folder = folder if ".." not in folder.parts else folder.resolve()
-        logger.info("to compare the jobs on a page: %s", command_line("report", str(folder)))
+        logger.info("to compare the jobs on a page: %s", python_command("pretrain.report", str(folder)))
     statuses = {job.status for job in jobs}
     return EXIT_CODE if {"stopped", "not started"} & statuses else 0 if statuses == {"finished"} else 1
 

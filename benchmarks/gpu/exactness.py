@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import NEEDS_GPU, Bench
-from models import counter_rng, precision
+from models import counter_rng
+from models.stochastic_rounding import round_stochastically
 
 KEY = 2**62 + 12345
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ def run(bench: Bench, case: str) -> None:
         return counter_rng.random_bits(KEY, position.to(device))
 
     def rounding(device: torch.device) -> Tensor:
-        return precision.round_stochastically(values.to(device), torch.bfloat16, KEY, position.to(device))
+        return round_stochastically(values.to(device), torch.bfloat16, KEY, position.to(device))
 
     def powers(device: torch.device) -> Tensor:
         return torch.ldexp(torch.ones(len(exponents), device=device), exponents.to(device))

@@ -84,7 +84,13 @@ def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Token
 
 
 def put_in_place(plan: PreparationPlan) -> Path:
-    """Delete the temporary files of the complete work folder, and rename it; returns the new folder."""
+    """Rename the folder in which a preparation was written to its final name, without temporary files.
+
+    If a folder of that name exists, it has the same tokens; then the new one is deleted.
+
+    Returns:
+        The final folder.
+    """
     work = plan.work_folder
     manifest = json.loads((work / MANIFEST).read_text())
     folder = plan.folder(manifest["corpus"]["sha256"])

@@ -72,7 +72,7 @@ class Tokens:
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 
     def can_read(self, stop: int) -> bool:
-        """Whether the tokens before `stop` can be read now, or the split is complete and has fewer tokens."""
+        """Whether tokens up to `stop` can be read without waiting: always here; not while a split is being prepared."""
         return True
 
     def __len__(self) -> int:

@@ -132,7 +132,11 @@ class SplitWriter:
         return {"shards": self.entries, "open": self._shard.state()}
 
     def close(self) -> None:
-        """Complete the open shard: flush it, write its index, and add its entry to `entries`."""
+        """Complete the open shard: flush it, write its index, and add its entry to `entries`.
+
+        Raises:
+            OSError: The disk is full or fails.
+        """
         self._shard.state()
         self._shard.__exit__(None, None, None)
         self.entries.append(self._shard.entry())

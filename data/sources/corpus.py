@@ -42,7 +42,9 @@ class Corpus:
         self.text_bytes = sum(map(_text_bytes, files))
         self.own_validation = any(file.held_out for file in files)
         if self.parse.pairs and (tables := [str(file.path) for file in files if file.name.endswith(PARQUET)]):
-            raise ValueError(f"data.paths: instructions must be JSON lines, but there is {shorten(tables)}; convert it")
+            raise ValueError(
+                f"data.paths: data=instructions reads JSON lines, not Parquet; convert {shorten(tables)} to .jsonl"
+            )
         self._key = "data.dataset" if settings.source == "datasets" else "data.paths"
         self.sha256: str | None = None
         self._threshold = settings.validation_share

@@ -130,7 +130,7 @@ class BackgroundPreparation:
             self._process.wait()
         if unfinished:
             logger.info(
-                "the preparation ended with the run; %s has %s training tokens. A run resumes it, and so does: %s",
+                "the preparation stopped with the run; %s has %s training tokens. Continue it with the run, or: %s",
                 *(self.plan.work_folder, f"{self.prepared_tokens():,}", command(self.plan.settings)),
             )
 

@@ -14,7 +14,7 @@ def tidy(newest: Path, keep_last: int, keep_every: int) -> None:
         point_at(newest)
         prune(newest.parent, keep_last, keep_every)
     except OSError as error:
-        logger.warning("%s is complete, but some older checkpoints could not be removed: %s", newest, error)
+        logger.warning("%s is complete, but `latest` or older checkpoints could not be updated: %s", newest, error)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

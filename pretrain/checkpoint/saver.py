@@ -38,7 +38,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is")
 
 
 class NotSaved(OSError):
-    """A checkpoint could not be written to the disk; the checkpoints before it are unchanged."""
+    """A checkpoint is not on disk, because the disk or file system failed; the checkpoints before it are unchanged."""
 
 
 class Saver:
@@ -153,7 +153,10 @@ class Saver:
             self._on_main(lambda: self._put_in_place(temporary, path, state, checksums))
             logger.info("saved %s", path)
         except BaseException as error:
-            self._failure = self._explained(error, path, temporary, total)
+            if isinstance(error, OSError) and path.exists():  # only the flush of the folder's name failed
+                logger.warning("%s is complete, but the disk could not be flushed: %s", path, error)
+            else:
+                self._failure = self._explained(error, path, temporary, total)
         self.seconds = time.perf_counter() - began
 
     def _on_all(self, call: Callable[[], Any]) -> list[Any]:
@@ -199,8 +202,6 @@ class Saver:
             cause = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), error)
         if not isinstance(cause, OSError):
             return error
-        if path.exists():
-            return NotSaved(f"{path} is saved, but an operation after the save failed: {cause}")
         if self.world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = str(cause)

@@ -2,9 +2,6 @@
 
 import logging
 import math
-import os
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,12 +73,6 @@ def number(value: float, most: str = "") -> str:
     if most and value > float(most):
         return f">{most}"
     return f"{value:,.{0 if value >= 1000 else 3}f}"
-
-
-def command_line(module: str, *arguments: str) -> str:
-    """The command that runs ``pretrain.<module>`` with this Python, to be pasted into a shell."""
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-    return shlex.join([python, "-m", f"pretrain.{module}", *arguments])
 
 
 @contextmanager

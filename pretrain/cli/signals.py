@@ -14,8 +14,8 @@ EXIT_CODE = 85  # of a run that saved and stopped after a signal; the same comma
 class StopRequest:
     """Whether a signal has asked the run to stop: ``bool(request)`` is True after SIGTERM, SIGUSR1 or Ctrl-C.
 
-    ``step`` is the number (from 1) of the running step, which the run finishes before it saves. It is None outside the
-    steps, where the run saves next.
+    ``step`` is the number (from 1) of the step after which the run saves and stops: the running step, or the next one
+    during a validation. It is None after the last step, where the run saves next.
     """
 
     def __init__(self) -> None:
@@ -24,6 +24,7 @@ class StopRequest:
         self._since = 0.0
 
     def listen(self) -> None:
+        """Handle these signals from now on; call in the main thread."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
 

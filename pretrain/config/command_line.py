@@ -64,7 +64,7 @@ def config_from(arguments: list[str]) -> Config:
     """
     flags, overrides = split_arguments(arguments)
     if set(MULTIRUN) & set(flags):
-        raise ConfigError("-m starts a sweep: use ./launch.sh -m, or python -m pretrain.sweep")
+        raise ConfigError("-m is for sweeps, but this command takes one configuration; for a sweep, use ./launch.sh -m")
     if flags:
         answer_flags(flags, overrides)
     return load(overrides)

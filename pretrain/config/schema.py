@@ -216,6 +216,11 @@ class Config:
     estimate: EstimateConfig = field(metadata=MAY_CHANGE)
 
 
+def micro_batch_size(train: TrainConfig, processes: int) -> int:
+    """The number of sequences that each process passes through the model at a time."""
+    return train.micro_batch_size or train.tokens_per_step // train.seq_len // processes
+
+
 def model_arguments(config: Config) -> dict[str, Any]:
     """The keyword arguments for Llama."""
     return {f.name: getattr(config.model, f.name) for f in fields(ModelConfig) if f.name != "name"}

@@ -1,1 +1,1 @@
-"""Trained models: loading, sampling, scoring."""
+"""Trained models: loading and sampling."""

@@ -18,6 +18,7 @@ from models.llama import Llama
 from models.rope import SCALINGS, scaling_problems
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NEEDED = "give a folder with a LLaMA in Hugging Face's format"
 MODEL_KEYS = set(inspect.signature(Llama).parameters) - {"attention"}
 # The defaults in transformers' LlamaConfig for keys that are missing or null in config.json.
 DEFAULTS = {
@@ -72,9 +73,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read ({error}); name the folder of a LLaMA") from None
+        raise ValueError(f"{folder / CONFIG} cannot be read ({error}); {NEEDED}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} is not a JSON object; name the folder of a LLaMA")
+        raise ValueError(f"{folder / CONFIG} is not a JSON object; {NEEDED}")
     return config
 
 

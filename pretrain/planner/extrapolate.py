@@ -33,7 +33,7 @@ def simulate_all_blocks(config: Config, verify: bool = True) -> Peaks:
     base = _without_between(simulate(config, few))
     longer = {group: _without_between(simulate(config, few.longer(**{group: period}))) for group in growing}
     if verify and _extrapolate(base, longer, dict.fromkeys(growing, 2)) != _without_between(simulate(config, check)):
-        logger.info("the blocks do not need equal memory: simulating all of them")
+        logger.info("the blocks need different amounts of memory: simulating all of them, which is slower")
         return _without_between(simulate(config, complete))
     return _extrapolate(base, longer, times)
 

@@ -1,12 +1,12 @@
-"""Estimate the memory of a run on one device, and find the largest micro-batch that fits."""
+"""Estimate the memory that a run needs on each device, and find the largest micro-batch that fits."""
 
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from pretrain.config.schema import Config, ConfigError
+from pretrain.config.schema import Config, ConfigError, micro_batch_size
 from pretrain.planner.extrapolate import simulate_all_blocks
-from pretrain.planner.simulate import COMPONENTS, MODEL, Peaks, micro_batch_size
+from pretrain.planner.simulate import COMPONENTS, MODEL, Peaks
 from pretrain.setup.checks import check
 from pretrain.setup.trained_data import state_to_resume
 
@@ -100,7 +100,7 @@ def largest_micro_batch(config: Config, peaks: Peaks) -> int:
     size. Extrapolates from two simulations: ``peaks`` for ``config``, and a second simulation with one more sequence
     per micro-batch. Then searches until size n fits and n + 1 does not.
     """
-    size, fits, too_many = micro_batch_size(config), 0, NO_LIMIT
+    size, fits, too_many = micro_batch_size(config.train, config.estimate.devices), 0, NO_LIMIT
     while True:
         one_more = simulate_all_blocks(_with_micro_batch(config, size + 1), verify=False)
         room = min(_room(config, held.total(), one_more[name].total()) for name, held in peaks.items() if name != MODEL)
@@ -126,7 +126,7 @@ def _room(config: Config, held: int, with_one_more: int) -> int:
 
 def _with_micro_batch(config: Config, size: int) -> Config:
     train, devices = config.train, config.estimate.devices
-    accumulates = train.tokens_per_step > micro_batch_size(config) * train.seq_len * devices
+    accumulates = train.tokens_per_step > micro_batch_size(train, devices) * train.seq_len * devices
     tokens = size * train.seq_len * devices * (2 if accumulates else 1)
     return replace(config, train=replace(train, micro_batch_size=size, tokens_per_step=tokens))
 
@@ -171,7 +171,7 @@ def _blame(config: Config, found: Estimate, refresh: dict[str, int]) -> tuple[di
 def _smaller_micro_batch(config: Config, most: int) -> int:
     """The largest micro-batch size up to ``most`` that divides the batch of a step and fits the device; 0 if none."""
     share = config.train.tokens_per_step // (config.train.seq_len * config.estimate.devices)
-    for size in range(min(most, micro_batch_size(config) - 1), 0, -1):
+    for size in range(min(most, micro_batch_size(config.train, config.estimate.devices) - 1), 0, -1):
         smaller = replace(config, train=replace(config.train, micro_batch_size=size))
         if share % size == 0 and _fits(config, _peak(simulate_all_blocks(smaller, verify=False))):
             return size

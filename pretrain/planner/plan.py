@@ -11,9 +11,8 @@ from data.prepare import find
 from data.wording import counted
 from models.flops import parameter_counts
 from pretrain.checkpoint.directory import Damaged, read_state
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, micro_batch_size
 from pretrain.planner.memory import GIB, Estimate, estimate, needed_bytes, require_fit
-from pretrain.planner.simulate import micro_batch_size
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.model import outline
 from pretrain.setup.trained_data import data_settings
@@ -43,7 +42,7 @@ def dry_run(config: Config, world_size: int) -> None:
 def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
     """The lines of the plan: heading → text."""
     train, devices = config.train, config.estimate.devices
-    size, counts = micro_batch_size(config), parameter_counts(outline(config))
+    size, counts = micro_batch_size(config.train, config.estimate.devices), parameter_counts(outline(config))
     trainable, tokens = counts["trainable"], train.steps * train.tokens_per_step
     micro_batches = train.tokens_per_step // (size * train.seq_len * devices)
     step, refreshed = (f"{needed_bytes(config, peak) / GIB:.2f} GiB" for peak in (found.peak_bytes, refresh_peak))

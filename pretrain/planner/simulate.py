@@ -25,7 +25,7 @@ from optim.inner import optimizer_class
 from optim.refresh_schedule import block_of
 from optim.stack import OptimizerStack
 from pretrain.cli.console import warnings_only
-from pretrain.config.schema import Config, OptimConfig
+from pretrain.config.schema import Config, OptimConfig, micro_batch_size
 from pretrain.distributed.engines import Engine
 from pretrain.distributed.world import World
 from pretrain.planner.block_layout import BlockLayout
@@ -79,12 +79,6 @@ def _simulate(config: Config, layout: BlockLayout, model: Llama, world: World, e
         regular = steps.sent
         steps.refresh()
     return storages.peaks() | {MODEL: Counter(communicated=regular, refresh_communicated=steps.sent)}
-
-
-def micro_batch_size(config: Config) -> int:
-    """The number of sequences in a micro-batch."""
-    train = config.train
-    return train.micro_batch_size or train.tokens_per_step // (train.seq_len * config.estimate.devices)
 
 
 class _AnswerOne(TorchDispatchMode):
@@ -252,7 +246,7 @@ class _Steps:
 
     def _micro_batches(self) -> list[MicroBatch]:
         """One micro-batch; two when the run accumulates gradients: more micro-batches hold no more memory."""
-        train, size = self.config.train, micro_batch_size(self.config)
+        train, size = self.config.train, micro_batch_size(self.config.train, self.config.estimate.devices)
         tokens = torch.zeros(size, train.seq_len, dtype=torch.int64)
         accumulated = train.tokens_per_step // (size * train.seq_len * self.config.estimate.devices)
         documents = [torch.arange(size + 1, dtype=torch.int32) * train.seq_len] if train.document_masks else []

@@ -66,7 +66,7 @@ class MetricLog:
             self._bar.stop()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """End the log; ``summary`` is shown on W&B, and is empty unless the run is finished."""
+        """End the log. ``summary`` has the values for the run's summary on W&B."""
         self.stop_bar()
         if self._tensorboard:
             self._tensorboard.close()

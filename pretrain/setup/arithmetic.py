@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 def set_arithmetic(config: Config, device: torch.device) -> None:
     """Apply ``train.matmul_precision`` and ``train.deterministic``. Call before the first matmul on ``device``.
 
-    On a CPU, neither has an effect: sums have a fixed order, and float32 matmuls are exact float32.
+    On a CPU, neither has an effect: sums have a fixed order, and float32 matmuls have the full precision of float32.
     """
     if device.type != "cuda":
         return
@@ -21,10 +21,9 @@ def set_arithmetic(config: Config, device: torch.device) -> None:
     torch.set_float32_matmul_precision(train.matmul_precision)
     if train.dtype == "float32":
         exact = train.matmul_precision == "highest"
-        logger.info(
-            "float32 matmuls are %s (train.matmul_precision=%s%s)",
-            *("exact" if exact else "TF32", train.matmul_precision, "; high is several times faster" if exact else ""),
-        )
+        precision = "full float32" if exact else "TF32"
+        hint = "; high is several times faster" if exact else ""
+        logger.info("float32 matmuls in %s (train.matmul_precision=%s%s)", precision, train.matmul_precision, hint)
     if train.deterministic:
         # cuBLAS reads this when it creates its first handle; without it torch refuses matmuls.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

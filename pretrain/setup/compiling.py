@@ -16,7 +16,7 @@ from models.precision import DTYPES
 from models.recompute import set_lean
 from optim.selection import WITH_REPLACEMENT
 from pretrain.cli.console import warnings_only
-from pretrain.config.schema import Config, GrassConfig
+from pretrain.config.schema import Config, GrassConfig, micro_batch_size
 from pretrain.distributed.world import World
 from pretrain.setup.model import outline
 from pretrain.setup.optimizer import uses_scores
@@ -67,7 +67,7 @@ def _try_block(config: Config, model: Llama, world: World) -> None:
     """Compile forward and backward of one block of ``config``, in each state that occurs in a run."""
     train, optim, device = config.train, config.optim, world.device
     block = _block_of(config, device)
-    sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
+    sequences = micro_batch_size(train, world.size)
     x = torch.zeros(sequences, train.seq_len, config.model.hidden_size, device=device, dtype=DTYPES[train.dtype])
     cos, sin = model.rope_tables(train.seq_len, like=x)
     backend = resolve_backend(model.attention, device, x.dtype, model.head_dim, train.document_masks)

@@ -129,7 +129,9 @@ def ready(config: Config, world_size: int) -> PreparedDataset:
 
 
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Compare the tokenizer of the data with the embedding of the model, and with the weights at train.init_from.
+    """Compare the tokenizer of the data with the size of the embedding, and with the tokenizer at train.init_from.
+
+    A run that resumes does not need the latter.
 
     Raises:
         ValueError: they do not match.

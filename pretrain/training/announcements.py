@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from data.token_dataset import PreparedDataset
+from data.wording import python_command
 from models.flops import parameter_counts
 from models.llama import Llama
 from optim.memory import held_bytes
 from optim.stack import OptimizerStack
-from pretrain.cli.console import command_line
-from pretrain.config.schema import Config, GrassConfig
+from pretrain.config.schema import Config, GrassConfig, micro_batch_size
 from pretrain.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
     total, share = train.steps * train.tokens_per_step, counts["trainable"] / counts["parameters"]
     rows = f", {_rows(optim.rank)}" if isinstance(optim, GrassConfig) else ""
     corpus = "being prepared" if config.data.on_the_fly else f"{len(data.train):,} tokens"
-    sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
+    sequences = micro_batch_size(train, world.size)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     parameters = f"{counts['parameters']:,} parameters, {counts['trainable']:,} trained ({share:.0%})"
     lines = {
@@ -63,4 +63,4 @@ def log_next_commands(config: Config, folder: Path) -> None:
     ]
     logger.info("next: the report of the run, text from its model, and its model for transformers:")
     for name, *arguments in commands:
-        logger.info("  %s", command_line(name, *arguments))
+        logger.info("  %s", python_command(f"pretrain.{name}", *arguments))

@@ -12,7 +12,7 @@ from data.loading.prefetch import MicroBatches, Prefetch
 from data.streaming.background import StreamedDataset
 from data.token_dataset import PreparedDataset, content_of
 from pretrain.cli.signals import StopRequest
-from pretrain.config.schema import Config, ConfigError
+from pretrain.config.schema import Config, ConfigError, micro_batch_size
 from pretrain.distributed.world import World
 from pretrain.setup.data import DataWait
 
@@ -30,7 +30,7 @@ class BatchFeed:
     def __init__(self, config: Config, world: World, data: PreparedDataset, stop: StopRequest):
         train = config.train
         self.data, self._train, self._world = data, train, world
-        self._sequences = train.micro_batch_size or train.tokens_per_step // train.seq_len // world.size
+        self._sequences = micro_batch_size(train, world.size)
         self._batches = TrainBatches(
             data.train, train.seq_len, train.tokens_per_step // train.seq_len, self._sequences,
             train.seed, world.rank, world.size, train.document_masks,
@@ -57,9 +57,11 @@ class BatchFeed:
             self._ahead.add(time.perf_counter() - began)
 
     def micro_batches(self, step: int) -> MicroBatches:
-        """This process' micro-batches of ``step``: inputs and targets, int64 (micro_batch_size, seq_len) each.
+        """This process' micro-batches of ``step`` (from 0): inputs and targets, int64 (sequences, seq_len) each.
 
-        With ``train.document_masks`` also the document starts, see ``data.loading.batches``.
+        They are on the CPU, in pinned memory for a GPU. A micro-batch has ``train.micro_batch_size`` sequences, or all
+        of this process' if that is null. With ``train.document_masks`` it also has the document starts, see
+        ``data.loading.batches``.
         """
         return self._ahead(step)
 

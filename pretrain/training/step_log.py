@@ -21,7 +21,7 @@ from pretrain.runs.json_lines import read_json_lines
 from pretrain.runs.metric_log import MetricLog
 from pretrain.setup.compiling import compile_seconds
 from pretrain.training.announcements import log_next_commands
-from pretrain.training.divergence import Divergence
+from pretrain.training.divergence_warning import Divergence
 from pretrain.training.samples import write_samples
 from pretrain.training.throughput import Stopwatch, peak_bytes
 from pretrain.training.train_step import StepResult

@@ -16,7 +16,6 @@ from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
 from pretrain.inference.hf_assets import ASSETS_FOLDER
 from pretrain.inference.init_from import InitialWeights, keep_assets, require_same_start
-from pretrain.inference.scoring import evaluate
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model
@@ -34,18 +33,25 @@ from pretrain.training.state import TrainingState
 from pretrain.training.step_log import StepLog
 from pretrain.training.throughput import Stopwatch
 from pretrain.training.train_step import StepResult, TrainStep
+from pretrain.training.validation import evaluate
 
 logger = logging.getLogger(__name__)
 Outcome = Enum("Outcome", ["FINISHED", "STOPPED", "ROLLED_BACK"])
 
 
 class Trainer:
-    """One process of a run: its model, optimizer, batches, and ``step``, the number of steps made.
+    """Trains a run, on one of its processes: builds model and optimizer, and resumes from the newest checkpoint.
 
-    Construction resumes from the newest checkpoint; ``fit`` trains. Call every method on all processes.
+    ``step`` is the number of steps made. Call every method on all processes.
+
+    Args:
+        data: the prepared tokens, with their tokenizer.
+        folder: the run's folder, for checkpoints, metrics and logs.
+        stop: asks the run to stop after the current step.
 
     Raises:
         ValueError: the run cannot be resumed with this configuration or data.
+        OSError: a file of the run, or the weights at ``train.init_from``, cannot be read or written.
     """
 
     def __init__(self, config: Config, world: World, data: PreparedDataset, folder: RunFolder, stop: StopRequest):
@@ -112,6 +118,7 @@ class Trainer:
                 self.step += 1
                 # 3. Judge its result, with its numbers if they are needed now.
                 asked = world.any(bool(self.stop_request))
+                self.stop_request.step = self.step + 1
                 logs, saves = self.log.due(self.step), asked or self.checkpoints.due(self.step)
                 verdict = self.guards.judge(self.step, result, reduce=logs or saves)
                 self.watch.stop(train.tokens_per_step)
@@ -144,7 +151,6 @@ class Trainer:
 
     def train_step(self, step: int) -> StepResult:
         """Make the update of ``step`` (from 0), or skip its batch after a rollback."""
-        self.stop_request.step = step + 1
         self.optim.set_rates(schedule_factor(self.config, step))
         if self.norms:
             self.norms.start(step + 1)

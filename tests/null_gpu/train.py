@@ -17,9 +17,9 @@ from unittest.mock import patch
 
 from counts import contexts, counts, since
 
-from pretrain.inference.scoring import Score
 from pretrain.training.guards import Guards, Verdict
 from pretrain.training.trainer import Trainer
+from pretrain.training.validation import Score
 
 metrics, train_step = Score.metrics.fget, Trainer.train_step
 counting = next((argument for argument in sys.argv if argument.startswith("--counts=")), None)

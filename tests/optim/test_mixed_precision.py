@@ -8,8 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.convert import convert_linears
 from models.counter_rng import key
 from models.grass_linear import GrassLinear
-from models.precision import round_stochastically
 from models.row_updates import positions
+from models.stochastic_rounding import round_stochastically
 from optim.grass import Grass
 from optim.inner import inner_optimizer
 from optim.mixed_precision import MasterWeights
@@ -196,7 +196,7 @@ def test_master_weights_refuse_bf16_rows():
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "muon", "normuon"])
-def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
+def test_block_by_block_gives_the_same_with_fewer_copies(name):
     """Includes weight decay and a repeated row; full-rank parameters are stepped on once."""
 
     def trained(block_by_block):
@@ -209,8 +209,8 @@ def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
         options = {"refresh_every": 2, "selection": "multinomial_norm_with_replacement", "state_at_refresh": "carry"}
         grass = Grass(model, optimizer, block_by_block=block_by_block, **PAPER | options)
         held = [list(group["params"]) for group in optimizer.param_groups]
-        stand_ins = []
-        optimizer.register_step_pre_hook(lambda *_: stand_ins.append(len(grass._float32_steps.stand_ins)))
+        copies = []
+        optimizer.register_step_pre_hook(lambda *_: copies.append(len(grass._float32_steps.copies)))
 
         def backward(seed):
             model(values(8, 16, seed=seed).to(BF16)).float().square().mean().backward()
@@ -223,7 +223,7 @@ def test_block_by_block_gives_the_same_with_fewer_stand_ins(name):
         assert [group["params"] for group in optimizer.param_groups] == held
         assert grass.steps == 5
         state = {f"state {p.shape} {i}": s for i, p in enumerate(model.parameters()) for s in [optimizer.state.get(p)]}
-        return model.state_dict(), state, max(stand_ins)
+        return model.state_dict(), state, max(copies)
 
     expected, expected_state, most = trained(False)
     found, state, fewer = trained(True)

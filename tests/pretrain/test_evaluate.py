@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 from pretrain import evaluate
-from pretrain.inference.scoring import tokenize_files
+from pretrain.training.validation import tokenize_files
 
 TEXT = "def main():\n    return 'é' + name  # the end\n" * 30
 

@@ -12,8 +12,8 @@ from models.flops import flops_per_token, parameter_counts
 from models.llama import Llama
 from optim.schedule import rate_factor, warmup_updates
 from pretrain.distributed.world import World
-from pretrain.inference.scoring import Score, evaluate
 from pretrain.training.throughput import Stopwatch
+from pretrain.training.validation import Score, evaluate
 
 
 class _FixedLogits(nn.Module):

@@ -402,7 +402,7 @@ def test_with_masters_the_weights_are_the_rows_rounded_at_every_step(overrides):
 def test_one_launch_is_one_run(root):
     result = run_cli(root, "-m", "train.steps=2,3")
     assert result.returncode == 2
-    assert "-m starts a sweep: use ./launch.sh -m" in result.stderr and "Traceback" not in result.stderr
+    assert "for a sweep, use ./launch.sh -m" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_and_repeats_no_line(overrides):

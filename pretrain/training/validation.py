@@ -1,4 +1,4 @@
-"""Score a model on text: loss, perplexity, bits per byte."""
+"""The validation loss of a model, its perplexity and bits per byte, summed over processes."""
 
 import logging
 import math

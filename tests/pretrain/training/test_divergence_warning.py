@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pretrain.config.compose import load
-from pretrain.training.divergence import Divergence, rises
+from pretrain.training.divergence_warning import Divergence, rises
 from tests.pretrain.training.test_guards import alerts
 from tests.pretrain.training.test_trainer import corpus, logging_of_a_run, overrides, train  # noqa: F401
 
