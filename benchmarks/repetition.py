@@ -8,7 +8,6 @@ the first. Two short runs whose final losses differ may differ only in whether t
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,8 +51,6 @@ def main() -> None:
     parser.add_argument("--windows", type=number(int, 1), default=64, help="stretches of text (default 64)")
     arguments = parser.parse_args()
     with clear_errors():
-        if not Path(arguments.data).is_dir():
-            raise ValueError(f"--data: there is no folder {arguments.data}; name one such as prepared/NAME-HASH")
         dataset = load_dataset(arguments.data)
         text = dataset.val[0 : len(dataset.val)]
         table = Table("model", "first reading", "second reading")

@@ -61,11 +61,7 @@ def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
 
 def _open(folder: Path, split: str, numbers: list[int] | None) -> tuple[PreparedDataset, list[int]]:
     """The dataset, and the numbers of the documents to show. Raises ValueError if either does not exist."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}; name the folder of a prepared dataset, such as prepared/NAME-HASH"
-        )
-    if not (folder / MANIFEST).exists():
+    if folder.is_dir() and not (folder / MANIFEST).exists():
         below = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))
         hint = f"name one of {shorten(below)}" if below else "name the folder of a prepared dataset"
         raise ValueError(f"{folder} is not a prepared dataset, because it has no {MANIFEST}; {hint}")

@@ -40,9 +40,12 @@ def load(folder: str | Path) -> PreparedDataset:
     """Open the prepared dataset in `folder`. Reads only files listed in the manifest.
 
     Raises:
-        ValueError: A file is missing or its length differs from the manifest's, or the tokenizer has changed.
+        ValueError: The folder or a file is missing, a file's length differs from the manifest's, or the tokenizer has
+            changed.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; name a prepared dataset, such as prepared/NAME-HASH")
     fix = f"delete the folder {folder} to prepare it again"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pretrain.cli import console
@@ -53,13 +52,11 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.inference.pretrained import find_pretrained
     from pretrain.training.validation import evaluate, tokenize_files
 
-    if args.data and not Path(args.data).is_dir():
-        raise ValueError(f"--data: there is no folder {args.data}; name one such as prepared/NAME-HASH")
+    dataset = load_dataset(args.data) if args.data else None
     found = find_pretrained(args.model)
     model, tokenizer = found.load()
     tokens: Any
-    if args.data:
-        dataset = load_dataset(args.data)
+    if dataset:
         if dataset.tokenizer.sha256 != tokenizer.sha256:
             raise ValueError(f"--data: {args.data} was made with another tokenizer than {args.model}'s; use --text")
         tokens = getattr(dataset, args.split)

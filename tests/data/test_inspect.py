@@ -76,7 +76,7 @@ def test_a_document_that_is_not_there_and_a_folder_that_is_no_dataset_are_named(
     err = refused(capsys, str(prepared.folder), "--document", "1000")
     assert re.match(r"--document: train has documents 0 to \d+, not 1000", err)
     assert refused(capsys, str(prepared.folder), "--chars", "-5") == "--chars: -5 must be at least 0\n"
-    assert refused(capsys, "nowhere").startswith("there is no folder nowhere; name the folder of a prepared dataset")
+    assert refused(capsys, "nowhere").startswith("there is no folder nowhere; name a prepared dataset")
     assert f"name one of {prepared.folder}\n" in refused(capsys, str(tmp_path))
     (tmp_path / "other").mkdir()
     assert "other is not a prepared dataset, because it has no manifest.json" in refused(

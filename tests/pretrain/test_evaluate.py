@@ -74,7 +74,7 @@ def test_windows_can_be_shorter_and_documents_are_framed_as_in_a_preparation(fol
         (["nowhere", "--text", "x"], "nowhere contains no model; name a run's folder"),
         (["MODEL", "--text", "nowhere.txt"], "--text: there is no file or folder nowhere.txt"),
         (["MODEL", "--text", __file__, "--seq-len", "9999"], "--seq-len=9999 is more than the "),
-        (["MODEL", "--data", "nowhere"], "--data: there is no folder nowhere"),
+        (["MODEL", "--data", "nowhere"], "there is no folder nowhere"),
     ],
 )
 def test_missing_files_are_named_without_a_traceback(folder, arguments, message, capsys):

@@ -111,7 +111,7 @@ def test_preparation_tells_what_each_setting_is(monkeypatch, capsys):
         ("generate", ["--page", "--port", "99999"], "argument --port: 99999 must be at least 1 and at most 65535"),
         ("evaluate", ["--text", "x", "--seq-len", "0"], "argument --seq-len: 0 must be at least 1"),
         ("evaluate", ["--text", "x", "--batch-size", "0"], "argument --batch-size: 0 must be at least 1"),
-        ("evaluate", ["--data", "absent"], "--data: there is no folder absent"),
+        ("evaluate", ["--data", "absent"], "there is no folder absent"),
         ("export", ["--out", "x", "--shard-gb", "0"], "argument --shard-gb: 0 must be above 0"),
     ],
 )
