@@ -169,3 +169,16 @@ def test_an_old_checkpoint_that_stays_does_not_fail_the_new_one(tmp_path, monkey
         newest_good(tmp_path)[0] == path_of(tmp_path, 2)
         and "`latest` or older checkpoints could not be updated" in caplog.text
     )
+
+
+def test_a_folder_that_cannot_be_flushed_after_its_rename_is_still_a_checkpoint(tmp_path, monkeypatch, caplog):
+    def fsync(path):
+        if path == tmp_path:
+            raise OSError("busy")
+
+    monkeypatch.setattr(saver, "fsync", fsync)
+    saving = Saver(tmp_path, ALONE)
+    saving.save(1, {"model.weight": torch.ones(8)}, {"step": 1})
+    saving.finish()
+    assert newest_good(tmp_path)[0] == path_of(tmp_path, 1)
+    assert "step-00000001 is complete, but the disk could not be flushed: busy" in caplog.text
