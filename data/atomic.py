@@ -1,4 +1,4 @@
-"""Writes of whole files that survive a crash, and checksums of files."""
+"""Atomic writes and checksums of files."""
 
 import errno
 import hashlib
@@ -42,7 +42,7 @@ def fsync(file: Path | int) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk.
 
     Without this call, a rename can reach the disk before the content of the renamed file. If the file system does not
-    support it, a warning is logged once.
+    support fsync, a warning is logged once.
 
     Args:
         file: A path, or the descriptor of an open file.

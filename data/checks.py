@@ -17,14 +17,14 @@ PART_KEYS = {
     "name", "source", "paths", "patterns", "max_bytes", "validation_paths", "column", "dataset", "dataset_name",
     "dataset_split", "dataset_revision", "streaming", "validation_share", "token_dtype",
 }  # fmt: skip
-LONGEST_ADDITION = len(".-0123456789abcdef.tmp")  # characters that folder names of a preparation add to data.name
+LONGEST_ADDITION = len(".-0123456789abcdef.tmp")  # the longest that a preparation's folders add to data.name
 
 
 def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
     """The files of the corpus, and the problems of the settings, one message per problem.
 
-    Reads only names and sizes, and the tokenizer's file. For a mixture, examines only the settings that its corpora
-    share; `mixture_parts` returns the corpora.
+    Reads names, sizes and times of files, and the tokenizer, but no text. For a mixture, examines only the settings
+    that its corpora share; `mixture_parts` returns the corpora.
     """
     found = _value_problems(settings)
     if settings.source == "mixture":
@@ -43,7 +43,10 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
 
 def _value_problems(s: DataSettings) -> list[str]:
     checks = [
-        (re.fullmatch(r"\w[\w.-]*", s.name), f"data.name: {s.name!r} is not a valid start of a folder name"),
+        (
+            re.fullmatch(r"\w[\w.-]*", s.name),
+            f"data.name: {s.name!r} cannot begin a folder name; use letters, digits, _, . and -",
+        ),
         (s.vocab_size > 0, f"data.vocab_size: {s.vocab_size} must be positive"),
         (0 < s.validation_share < 1, f"data.validation_share: {s.validation_share} must be between 0 and 1"),
         (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
@@ -80,9 +83,11 @@ def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             found.append(f"data.mixture: corpus {number} needs a weight above 0")
         elif unknown:
-            found.append(f"data.mixture: corpus {number}: {', '.join(sorted(unknown))} cannot be set for one corpus")
+            found.append(
+                f"data.mixture: corpus {number}: {', '.join(sorted(unknown))} cannot be set for one corpus; remove it"
+            )
         elif own.get("source") in ("instructions", "mixture"):
-            found.append(f"data.mixture: corpus {number}: source {own['source']} cannot be mixed")
+            found.append(f"data.mixture: corpus {number}: source {own['source']} cannot be mixed; choose another")
         else:
             parts.append((DataSettings(**{**common, **own}), float(weight)))
     if len(parts) + len(found) < 2:

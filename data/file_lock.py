@@ -21,13 +21,13 @@ class LockHeld(Exception):
 def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path`, whose name ends in `.lock` and whose folder exists.
 
-    The kernel releases the lock when the process ends, in whatever way. On a file system without locks, such as NFS
-    without its lock service, a second file `*.owner.lock` replaces the lock: the lock is held while this file exists.
-    The file contains its process and host, and is replaced after that process has ended. If another host was switched
-    off while it held the lock, delete the file by hand.
+    The kernel releases the lock when the process ends, even if it is killed. On a file system without locks, such as
+    NFS without its lock service, a second file `*.owner.lock` replaces the lock: the lock is held while it exists. The
+    file contains the id and the host of the process that holds the lock. If that process has ended, the next process on
+    the same host takes the lock. If its host was switched off and another host needs the lock, delete the file by hand.
 
     Args:
-        on_wait: Called with a message before this waits for another process.
+        on_wait: Called with a message before this function waits for another process.
 
     Raises:
         LockHeld: Another process holds the lock, and there is no `on_wait`.

@@ -22,7 +22,7 @@ BLOCK = 2**24
 
 
 def damages(prepared: PreparedDataset) -> Iterator[str]:
-    """One line per damage in the files: checksums that differ, and tokens that do not match the index."""
+    """One line per damage in the files: wrong checksums or counts, and tokens that do not match index or vocabulary."""
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
             for name, file in shard["files"].items():
@@ -50,7 +50,7 @@ def _index_problems(prepared: PreparedDataset, tokens: Tokens, entry: dict[str, 
 
 
 def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
-    """A document's name, size and text, for people."""
+    """The name, the number of tokens and the first `chars` characters of document `number`, to be printed."""
     tokens: Tokens = getattr(prepared, split)
     start, stop = tokens.document_bounds(number)
     (name,) = tokens.documents(start, stop)
@@ -78,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="train", choices=("train", "val"), help="default: train")
     p.add_argument("--document", type=int, nargs="*", metavar="N", help="documents to show (default: the first two)")
     p.add_argument("--chars", type=int, default=500, help="maximum characters of each document (default: 500)")
-    p.add_argument("--no-checksums", action="store_true", help="check no checksums and tokens, which reads all shards")
+    p.add_argument(
+        "--no-checksums", action="store_true", help="skip the check of checksums and tokens, which reads all shards"
+    )
     return p
 
 

@@ -50,8 +50,8 @@ def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset
     Several processes may call this at once: one process prepares, the others wait for it.
 
     Args:
-        read_along: A run reads the shards while they are written. The run then gets half of the cores, and shards that
-            it has read are kept even if the text turns out to be unusable.
+        read_along: Whether a run reads the shards while they are written. If so, half of the cores are left to the run
+            (unless `workers` is set), and the shards are kept even if the text turns out to be unusable.
 
     Raises:
         ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, the disk is
@@ -82,7 +82,7 @@ def find_by_fingerprint(
 
     Args:
         mixture: For source `mixture`, the fingerprint and the weight of each corpus, as in `manifest["mixture"]` of the
-            prepared mixture.
+            prepared mixture. The weights in `settings` must be the same.
 
     Raises:
         ValueError: The preparation is damaged.
@@ -98,7 +98,7 @@ def find_by_fingerprint(
 
 
 def manifests(root: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and manifest of every complete preparation in `root`."""
+    """Folder and manifest of every complete preparation in `root`, sorted by folder; unreadable ones are left out."""
     for file in sorted(Path(root).glob(f"*-{HEX12}/{MANIFEST}")):
         with suppress(OSError, ValueError, RecursionError):
             manifest = json.loads(file.read_text())
@@ -148,7 +148,7 @@ def _mix(plan: PreparationPlan, corpora: list[tuple[PreparedDataset, float]]) ->
 
 
 def _build(plan: PreparationPlan, corpus: Corpus, read_along: bool) -> Path:
-    """Write the preparation, or resume it, and rename its work folder; returns the new folder.
+    """Write or resume the preparation in its work folder, rename that folder, and return the new path.
 
     If the corpus is unusable, the work folder is removed, unless a run reads along. After any other failure the folder
     is kept, and the next call resumes.

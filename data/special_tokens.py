@@ -11,10 +11,14 @@ SPECIAL = "special_tokens.json"  # next to the copy of a tokenizer: the tokens t
 def names_beside(path: Path, is_json: bool) -> dict[str, str]:
     """The names of bos and eos from the files next to the tokenizer at `path`, each from the first file that has it.
 
-    Hugging Face stores them in one of two files; a sentencepiece model contains them.
+    The keys are `bos` and `eos`, as far as they are found.
+
+    Args:
+        is_json: Whether the tokenizer is a tokenizer.json. Hugging Face stores the names next to it in
+            tokenizer_config.json or special_tokens_map.json; a sentencepiece model contains them.
 
     Raises:
-        ValueError: A file cannot be read.
+        ValueError: A file cannot be read, or a name in it is not a text.
     """
     names: dict[str, str] = {}
     for file in [SPECIAL, *(("tokenizer_config.json", "special_tokens_map.json") if is_json else ())]:
@@ -35,9 +39,9 @@ def names_beside(path: Path, is_json: bool) -> dict[str, str]:
 
 
 def eos_beside(path: Path) -> int:
-    """The eos id in generation_config.json, else in config.json, next to a tokenizer: the first of a list.
+    """The eos id in generation_config.json, else in config.json, next to the tokenizer at `path`; of a list, the first.
 
-    -1 if neither file has one or can be read.
+    -1 if neither file has an id or can be read.
     """
     for file in ("generation_config.json", "config.json"):
         try:

@@ -8,7 +8,7 @@ import codecs
 import io
 from typing import Any, BinaryIO
 
-MARKS = (  # UTF-32 first, because its little-endian mark begins with UTF-16's
+MARKS = (  # UTF-32 before UTF-16, because its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),

@@ -14,7 +14,7 @@ from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import Tokenizer
 from data.wording import counted
 
-FORMAT = 2  # of the folder; raise it also when the same settings give other tokens than before
+FORMAT = 2  # of a prepared folder; raise it also when the same settings give other tokens than before
 MANIFEST, FILES = "manifest.json", "files.json"
 
 
@@ -24,8 +24,12 @@ class PreparedDataset:
 
     Attributes:
         folder: The folder of the dataset; for a mixture, the folder that contains the folders of its corpora.
+        tokenizer: The tokenizer that made the tokens.
+        train: The training split.
+        val: The validation split.
         fingerprint: 64 hex digits that depend on the tokenizer, all tokens, and the names of the documents.
-        manifest: The content of its manifest.json.
+        manifest: The content of manifest.json. For a mixture: `mixture`, a list of [fingerprint, weight] of the
+            corpora, and `content` (see `content_of`). Empty for a `StreamedDataset`.
     """
 
     folder: Path
@@ -37,11 +41,13 @@ class PreparedDataset:
 
 
 def load(folder: str | Path) -> PreparedDataset:
-    """Open the prepared dataset in `folder`. Reads only files listed in the manifest.
+    """Open the prepared dataset in `folder`.
+
+    Checks the lengths of all files and the checksum of the tokenizer. `python -m data.inspect` checks all checksums.
 
     Raises:
-        ValueError: The folder or a file is missing, a file's length differs from the manifest's, or the tokenizer has
-            changed.
+        ValueError: The folder or a file is missing or cannot be read, a file's length differs from the manifest's, or
+            the tokenizer has changed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -87,7 +93,7 @@ class _OtherFormat(Exception):
 def content_of(manifest: dict[str, Any]) -> str | None:
     """64 hex digits that depend on the tokenizer and all tokens, but not on names and paths of files.
 
-    None for a dataset that is still being prepared.
+    For a mixture, they also depend on the weights. None for a `StreamedDataset`, whose manifest is empty.
     """
     if "splits" not in manifest:
         return manifest.get("content")
@@ -99,7 +105,7 @@ def content_of(manifest: dict[str, Any]) -> str | None:
 
 
 def describe(manifest: dict[str, Any], folder: Path) -> str:
-    """One line for people: the size of each split, and of the vocabulary."""
+    """One line to be printed: the folder, and the sizes of the splits and the vocabulary."""
     splits = ", ".join(
         f"{split} {entry['tokens']:,} tokens of {counted(entry['documents'], 'document')} "
         f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes per token)"

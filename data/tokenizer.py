@@ -16,20 +16,24 @@ from data.tokenizer_backends import HuggingFace, SentencePiece
 
 FILES = ("tokenizer.model", "tokenizer.json")
 MOST_PADDING = 1024
-"""Maximum number of embedding rows beyond the tokens that is accepted as padding (to multiples of 64 to 1024)."""
+"""Maximum number of embedding rows without a token; some models pad the vocabulary to a multiple of 64 to 1024."""
 
 
 class Tokenizer:
     """A sentencepiece model file, or a tokenizer.json in Hugging Face's format.
 
-    `bos` and `eos` name the tokens that begin and end a text. Their defaults come from special_tokens.json or
-    tokenizer_config.json next to the file, or else from the model. Without `look_beside`, these files are not read. If
-    the tokenizer has no bos token (T5), texts begin with its eos token. GPT-2 uses the same token for both.
+    `bos` and `eos` name the tokens that begin and end a text. By default, special_tokens.json next to the file names
+    them, else the sentencepiece model itself, or Hugging Face's tokenizer_config.json or special_tokens_map.json next
+    to a tokenizer.json; eos may also come from generation_config.json or config.json. Without `look_beside`, no file
+    next to the tokenizer is read. If the tokenizer has no bos token (T5), texts begin with its eos token. GPT-2 uses
+    the same token for both.
 
     Raises:
-        ValueError: The file is not a tokenizer, lacks a token given as `bos` or `eos`, or has no eos token.
+        ValueError: The file or a file next to it cannot be read, the file is not a tokenizer, it lacks a token given as
+            `bos` or `eos`, or no eos token is known.
 
     Attributes:
+        vocab_size: One more than the largest token id.
         token_bytes: (vocab_size,) int32, the number of UTF-8 bytes of each token; 0 for special tokens.
         special: The `bos` and `eos` to pass when a copy of the file is opened without the files next to it.
     """
@@ -67,7 +71,7 @@ class Tokenizer:
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 
     def has(self, token: int) -> bool:
-        """Whether there is a token with this number: a vocabulary may have gaps."""
+        """Whether there is a token with this id: a vocabulary may have gaps."""
         return 0 <= token < self.vocab_size and self._model.piece_of(token) is not None
 
     def fits(self, rows: int) -> bool:
@@ -84,7 +88,7 @@ class Tokenizer:
         return token
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without special tokens.
+        """The token ids of a text, without special tokens.
 
         Raises:
             ValueError: The tokenizer fails on the text.
@@ -92,7 +96,10 @@ class Tokenizer:
         return self.encode_batch([text], threads=1)[0].tolist()
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """The tokens of each text, int32 (n,), without special tokens; on `threads` threads (all cores for None).
+        """The token ids of each text, int32 (n,), without special tokens.
+
+        Args:
+            threads: The number of threads of sentencepiece; all cores for None. Hugging Face's library ignores it.
 
         Raises:
             ValueError: The tokenizer fails on a text.
@@ -102,10 +109,13 @@ class Tokenizer:
     def encode_pairs(
         self, prompts: Sequence[str], responses: Sequence[str], threads: int | None = None
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The tokens of each prompt, as from ``encode_batch``, and the tokens of the response that follows it.
+        """The token ids of each prompt, as from ``encode_batch``, and of the response that follows it, int32 (n,) each.
 
-        Together they decode to the two texts with nothing in between. A tokenizer that puts a space before every text,
-        such as LLaMA 2's, puts no space before a response that follows a prompt.
+        Together, the two arrays decode to the two texts with nothing in between. A tokenizer that puts a space before
+        every text, such as LLaMA 2's, puts no space before a response that follows a prompt.
+
+        Raises:
+            ValueError: The tokenizer fails on a text.
         """
         given, learnt = self.encode_batch(prompts, threads), self._encode(responses, threads, continues=True)
         return given, [after if prompt else self._encode([response], 1, continues=False)[0]
@@ -118,31 +128,37 @@ class Tokenizer:
             raise ValueError(f"{self.path}: cannot encode a text ({str(error)[:200]})") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self._model.decode([int(token) for token in ids])
 
     def is_kept(self, text: str, *parts: np.ndarray) -> bool:
-        """Whether the tokens of a text, in parts of (n,), decode to the text, byte for byte."""
+        """Whether the concatenation of `parts`, arrays (n,) of token ids, decodes to exactly `text`."""
         return self._model.is_exact or self.decode(np.concatenate(parts).tolist()) == text
 
     @cached_property
     def space_after(self) -> int | None:
-        """bos, if the tokenizer puts a space before a text; `token_bytes` counts this space, the text does not."""
+        """The id of bos if the tokenizer puts a space before every text, else None.
+
+        `token_bytes` counts this space, which is not in the text, in the token after bos.
+        """
         _, (letter,) = self.encode_pairs(["a"], ["a"])
         added = self.token_bytes[self.encode("a")].sum() - self.token_bytes[letter].sum()
         return self.bos_id if added == 1 else None
 
     @property
     def encoding(self) -> int:
-        """The version of this class's encoding with this tokenizer, which is part of a preparation's identity.
+        """The version of the encoding, 1 or 2. It is part of a preparation's identity.
 
-        2 for a tokenizer that adds or drops spaces, or encodes U+2581 like a space: for some texts, its tokens differ
-        from those of the first version of this class. 1 for all other tokenizers.
+        2 for a tokenizer that adds or drops spaces, or encodes U+2581 like a space: for some texts, the first version
+        of this class gave other tokens. 1 for all other tokenizers.
         """
         return 2 if self._model.changes_spaces else 1
 
     def copy_to(self, folder: Path) -> Path:
-        """Write the tokenizer into `folder` under its usual name, and special_tokens.json if it needs that."""
+        """Write the tokenizer into `folder` under its usual name, and `special`, if not empty, as special_tokens.json.
+
+        Returns the path of the tokenizer.
+        """
         path = folder / FILES[isinstance(self._model, HuggingFace)]
         write_atomic(path, self._content)
         if self.special:

@@ -15,7 +15,7 @@ SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 
 
 class SentencePiece:
-    """A tokenizer of the library sentencepiece.
+    """A tokenizer of the library sentencepiece. ``HuggingFace`` has the same interface.
 
     Args:
         path: the model's file, for messages only.
@@ -28,8 +28,8 @@ class SentencePiece:
     SPACES_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
     """normalizer_spec { add_dummy_prefix: false, remove_extra_whitespaces: false } of sentencepiece_model.proto.
 
-    Appended to a model, it overrides these two fields, because the last value of a repeated field is used (Protocol
-    Buffers, Encoding, "Last One Wins").
+    Appended to a model, it overrides these two fields, because the last value of a field that occurs twice is used
+    (Protocol Buffers, Encoding, "Last One Wins").
     """
 
     def __init__(self, path: str | Path, content: bytes) -> None:
@@ -38,7 +38,9 @@ class SentencePiece:
             self._model.load_from_serialized_proto(content)
             self.vocab_size: int = self._model.vocab_size()
         except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a sentencepiece model ({error})") from None
+            raise ValueError(
+                f"{path}: not a sentencepiece model ({error}); choose a .model file or a tokenizer.json"
+            ) from None
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         space = [self._model.piece_to_id(piece) for piece in SPACE_BYTES]
@@ -67,18 +69,22 @@ class SentencePiece:
         return not changes and sum(map(self._model.is_byte, range(self.vocab_size))) == 256
 
     def piece_of(self, token: int) -> str | None:
+        """The name of the token with this id; None if there is none."""
         return None if self._model.is_unused(token) else self._model.id_to_piece(token)
 
     @property
     def changes_spaces(self) -> bool:
+        """Whether the tokenizer adds or drops spaces, or encodes U+2581 like a space."""
         text = "a  a "
         return self._space_sign is None or self._model.encode(text) != self._continuing.encode(text)
 
     def id_of(self, piece: str) -> int | None:
+        """The id of the token with this name; None if there is none."""
         token = self._model.piece_to_id(piece)
         return None if self._model.is_unknown(token) and self._model.id_to_piece(token) != piece else token
 
     def encode_batch(self, texts: Sequence[str], threads: int, continues: bool) -> list[np.ndarray]:
+        """The token ids of each text, int32 (n,); with `continues`, of a text that follows another text."""
         model = self._continuing if continues else self._model
         ids = model.encode_as_numpy(list(texts), num_threads=threads)
         if self._space_sign is None:
@@ -97,6 +103,7 @@ class SentencePiece:
         return np.array([token for part in parts for token in part], dtype=np.int32)
 
     def bytes_of(self, token: int) -> int:
+        """The number of UTF-8 bytes of a token; 0 for special tokens."""
         if self._model.is_byte(token):
             return 1
         if self._model.is_control(token) or self._model.is_unknown(token) or self._model.is_unused(token):
@@ -105,9 +112,17 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """A tokenizer of the library tokenizers. As in sentencepiece, text that spells a special token is still text."""
+    """A tokenizer of the library tokenizers. As in sentencepiece, text that spells a special token is encoded as text.
 
-    bos_id = eos_id = -1  # the file does not contain them
+    Args:
+        path: the tokenizer.json, for messages only.
+        text: the content of that file.
+
+    Raises:
+        ValueError: the library is missing, or `text` is not a tokenizer.
+    """
+
+    bos_id = eos_id = -1  # unknown: tokenizer.json does not say which tokens begin and end a text
 
     def __init__(self, path: str | Path, text: str) -> None:
         try:
@@ -184,7 +199,7 @@ class HuggingFace:
         return self._model.decode(ids, skip_special_tokens=True)
 
     def _around_space_signs(self, text: str, model: Any) -> np.ndarray:
-        """As with sentencepiece."""
+        """As in ``SentencePiece``."""
         first, *others = text.split(SPACE)
         parts = [model.encode(first, add_special_tokens=False).ids]
         for part in others:

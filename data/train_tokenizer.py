@@ -1,9 +1,9 @@
-"""Train a byte-pair encoding that decodes to every text exactly.
+"""Train a byte-pair encoding tokenizer that restores every text exactly.
 
     python -m data.train_tokenizer --paths notes book.txt --vocab-size 8000 --out tokenizer.model
 
-A line break is one token and four spaces are one token, for source code; no other token crosses a line break. A
-character without a piece of its own is written as UTF-8 bytes.
+For source code, a line break is one token and four spaces are one token; no other token contains a line break. A
+character without a token of its own is encoded as its UTF-8 bytes, one token per byte.
 """
 
 import argparse
@@ -37,13 +37,16 @@ def train_tokenizer(
     sample_bytes: int = TRAINING_BYTES,
     coverage: float | None = None,
 ) -> Tokenizer:
-    """Train a tokenizer on (a sample of) the texts and write it to `path`.
+    """Train a sentencepiece tokenizer on the texts, or on a sample of them, and write it to `path`.
 
-    The model depends on the set of texts and the other arguments only, not on the order of the texts.
+    The model depends on the texts and the other arguments, not on the order of the texts.
 
     Args:
-        sample_bytes: UTF-8 bytes of texts to train on, at most; a single text may exceed it.
-        coverage: The share of all characters that get a piece of their own, 0.9995 for None; the others are bytes.
+        vocab_size: The number of tokens, including special tokens and the 256 tokens of single bytes.
+        seed: Chooses the sample.
+        sample_bytes: Maximum number of UTF-8 bytes to train on; a single text may exceed it.
+        coverage: Share of the characters of the text that have a token of their own, 0.9995 for None. Rarer characters
+            are encoded as bytes.
 
     Raises:
         ValueError: The texts cannot fill a vocabulary of this size, or need a larger one.
@@ -75,7 +78,7 @@ def train_tokenizer(
 
 
 def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """The texts that come first by a seeded hash: at most `max_bytes` of them, but at least one text."""
+    """The texts with the smallest seeded hashes: at most `max_bytes` in total, but at least one text."""
     heap: list[tuple[int, str]] = []
     total = 0
     for text in texts:
@@ -108,10 +111,12 @@ def parser() -> argparse.ArgumentParser:
         "--patterns", nargs="+", default=["*.txt", "*.md", "*.py"],
         help="files taken from folders (default: *.txt *.md *.py)",
     )  # fmt: skip
-    p.add_argument("--column", default="text", help="of JSON lines and Parquet (default: text)")
-    p.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
-    p.add_argument("--coverage", type=float, help="share of characters with a piece of their own (default: 0.9995)")
-    p.add_argument("--sample-bytes", type=int, default=TRAINING_BYTES, help=f"text used (default: {TRAINING_BYTES})")
+    p.add_argument("--column", default="text", help="column of the text in JSON lines and Parquet (default: text)")
+    p.add_argument("--vocab-size", type=int, default=32000, help="number of tokens (default: 32000)")
+    p.add_argument("--coverage", type=float, help="share of characters with a token of their own (default: 0.9995)")
+    p.add_argument(
+        "--sample-bytes", type=int, default=TRAINING_BYTES, help=f"maximum bytes of text (default: {TRAINING_BYTES})"
+    )
     p.add_argument("--seed", type=int, default=0, help="chooses the sample (default: 0)")
     p.add_argument("--out", type=Path, required=True, help="the model to write")
     return p

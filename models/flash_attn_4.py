@@ -79,6 +79,9 @@ def documents(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    """`flash_attn_varlen_func` of flash-attn 4, for queries and keys of the same lengths. Returns only the output."""
+    """`flash_attn_varlen_func` of flash-attn 4, for queries and keys of the same lengths.
+
+    Returns only the output (tokens, heads, head_dim).
+    """
     assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     return torch.ops.flash_attn_4.forward(q, k, v, cu_seqlens_q, max_seqlen_q, deterministic)[0]

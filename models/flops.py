@@ -36,7 +36,7 @@ def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
 
 
 def flops_per_token(model: Llama, seq_len: int) -> int:
-    """FLOPs per token of a forward and backward over sequences of ``seq_len``, without recomputation.
+    """FLOPs per token of a forward and backward over sequences of ``seq_len``, without recomputation and probes.
 
     A linear layer costs 2·in·out each for the forward, the input gradient and the weight gradient. A GrassLinear
     computes rank / selectable of the weight gradient; a frozen linear layer does not compute it. Both matmuls of

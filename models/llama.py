@@ -97,6 +97,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share.
 
+    `cos` and `sin` are from `rope_tables`; `backend` and `layout` are those of `models.attention.attention`.
     `checkpointing` is set by `models.activation_checkpointing.checkpoint_blocks`.
     """
 
@@ -206,14 +207,14 @@ class Llama(nn.Module):
             documents: int32 (documents + 1,): the first token of each document, counted over all rows, and b · t at the
                 end. Every row begins a document. A token attends only to its own document. Rotary positions continue
                 across documents; this changes nothing, because only differences of positions matter.
-            caches: one per layer; input_ids follow the tokens in the caches, and are added to them.
+            caches: one per layer; input_ids follow the tokens in the caches. Their keys and values are added.
 
         Returns:
             Logits in the model's dtype. With targets, the cross-entropy in nats summed over the targets, a scalar in
             float32 (float64 for a float64 model).
 
         Raises:
-            ValueError: more tokens than the model has positions.
+            ValueError: more tokens than the model has positions, or attention="flash" cannot run.
         """
         start = caches[0].tokens if caches else 0
         tokens = start + input_ids.shape[1]
@@ -259,7 +260,7 @@ class Llama(nn.Module):
                 fill_weight(self, name, draw.mul_(self.initializer_range))
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
-        """Cast the parameters in place. Norm weights stay at least float32: near 1, bfloat16 has steps of 2⁻⁸."""
+        """Cast the parameters in place. Norm weights are at least float32: above 1, bfloat16 has steps of 2⁻⁷."""
         for module in self.modules():
             kept = at_least_fp32(dtype) if isinstance(module, RMSNorm) else dtype
             for parameter in module.parameters(recurse=False):

@@ -23,9 +23,9 @@ def chunked_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor, chunk: in
     """`cross_entropy(head(x), targets)` for x (n, hidden), with the logits of `chunk` tokens at a time.
 
     For a plain `nn.Linear` head in float32 or float64, uses torch's chunked loss (from torch 2.13), which computes
-    gradients in the forward. All other heads (a GrassLinear, a sharded head) are called chunk by chunk, and again in
-    the backward: one more matmul with the head. In bfloat16, torch's function would also return the loss, thousands of
-    nats, in bfloat16.
+    gradients in the forward. All other heads (a GrassLinear, a sharded head, a head in bfloat16) are called chunk by
+    chunk, and again in the backward: one more matmul with the head. In bfloat16, torch's function is not used because
+    it returns the loss, thousands of nats, in bfloat16.
     """
     if TORCH_CHUNKS and type(head) is nn.Linear and x.dtype == at_least_fp32(x.dtype):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)

@@ -115,7 +115,7 @@ class FoldGroup(NamedTuple):
 
 
 def fold_groups(layers: Sequence["GrassLinear"]) -> list[FoldGroup]:
-    """What ``write_weights`` needs of ``layers``, without those whose weights are kept in 8 bits."""
+    """The arguments of ``write_weights`` for ``layers``; layers with 8-bit weights are left out."""
     written = [layer for layer in layers if layer.weight_step is None]
     groups = [[written[number] for number in numbers] for numbers in group_alike(written)]
     return [FoldGroup(g[0].dim, [m.rows for m in g], [m.weight for m in g], [m.index for m in g]) for g in groups]
@@ -138,7 +138,7 @@ def write_weights(groups: Sequence[FoldGroup]) -> None:
 def round_values(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> list[Tensor]:
-    """``values`` (in the shapes of the layers' rows) in ``dtype``, rounded stochastically with the layers' ``keys``."""
+    """``values`` (in the shapes of the layers' rows) in ``dtype``; to bfloat16 rounded stochastically, by ``keys``."""
     rounded = [torch.empty_like(value, dtype=dtype) for value in values]
     for numbers in group_alike(layers):
         members, wide = [layers[n] for n in numbers], [local(values[n]) for n in numbers]

@@ -1,8 +1,8 @@
 """The number of small matrices of one shape that are stacked and processed in one operation.
 
-On a GPU, launches dominate the time of small matrices, so a stack is as large as memory for temporaries allows. On a
-CPU, a few matrices are enough. Their number is fixed there, so that the planner's simulation of a model with few blocks
-also holds for a model with many blocks.
+On a GPU, kernel launches dominate the time of small matrices, so a stack is as large as memory for temporaries allows.
+On a CPU, a few matrices are enough. Their number is fixed there, so that the planner's simulation of a model with few
+blocks also holds for a model with many blocks.
 """
 
 import torch

@@ -1,1 +1,1 @@
-"""Optimizers, row selection, the fold and refresh of Grass, and schedules, for models and tensors only."""
+"""Optimizers, row selection, the fold and refresh of Grass, and schedules; independent of the package pretrain."""

@@ -1,4 +1,4 @@
-"""The baselines of Grass: GaLore, APOLLO and Fira, adapted from their packages.
+"""The baselines that Grass is compared with: GaLore, APOLLO and Fira, from their packages.
 
 They use the same parameter groups, rates, schedule, clipping and checkpoints as all other optimizers here.
 """

@@ -1,12 +1,13 @@
 """Grass (arXiv 2406.17660) around a stock optimizer: a fold after every step, and new rows every K steps.
 
-The inner optimizer steps on each layer's small ``rows`` parameter like on any other; Grass adds hooks, no subclass.
-After a step a hook folds the rows into the weights. Every ``refresh_every`` steps (K) it also chooses the rows of the
-next window, which are in place before the forward that uses them. If the selection needs scores, probes collect them in
-the backwards of the last steps before it.
+The inner optimizer steps on each layer's small ``rows`` parameter like on any other parameter. Grass attaches step
+hooks to it and needs no subclass. After a step, a hook copies the rows back into the weights (the fold). Every
+``refresh_every`` steps (K, a window), the hook also chooses new rows (a refresh). If the choice needs scores, probes
+collect them in the backwards of the last steps of the window.
 
-bfloat16 rows are stepped on in float32 and rounded stochastically. float32 rows of a bfloat16 weight are its master
-copies while they are selected, and are rounded stochastically when they leave the selection.
+For bfloat16 rows, the optimizer steps on float32 copies, which are then rounded stochastically. float32 rows of a
+bfloat16 weight are its master copies while they are selected, and are rounded stochastically when they leave the
+selection.
 
     layers = convert_linears(model, rank=64)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -51,13 +52,13 @@ class Grass:
         optimizer: any torch.optim.Optimizer that holds the layers' ``rows``.
         refresh_every: K, the updates between two choices of a layer's rows.
         selection: a name of optim.selection.
-        score: "exact" forms each layer's gradient once and sums the squared row norms of micro-batches and processes,
-            which is not the norm of their sum; "sketch" estimates the norms of the true sum at a fraction of the cost.
+        score: "exact" computes a layer's complete gradient for each micro-batch and process, and sums the squared row
+            norms, which is not the norm of the summed gradient; "sketch" estimates that norm at a fraction of the cost.
         sketch_width: k, columns of the sketch; the relative error of a norm is about 1/√(2k).
-        probe_steps: the number of updates at the end of a window that feed the scores.
+        probe_steps: the number of updates at the end of a window whose gradients are scored, at most K.
         stagger: refresh the model's blocks in turn, spread over the window, instead of all at once. "auto" does so
-            where a layer that is probed selects columns: its probe keeps all of its input, its other steps do not.
-            With ``refresh_warmup`` "auto" is False.
+            if a probed layer selects columns, because such a layer keeps its complete input in probed steps, and only
+            in these. With ``refresh_warmup``, "auto" means False.
         state_at_refresh: treatment of the optimizer's state of the rows, a name of optim.moments.
         new_second_moment: start of the second moments of new rows when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
@@ -126,9 +127,8 @@ class Grass:
     def start(self, backward: Callable[[], object]) -> None:
         """Choose the initial rows from one gradient, computed by ``backward`` and then dropped.
 
-        A selection that needs no scores does not call ``backward``. For others every layer is probed, and a probed
-        layer that selects columns keeps its complete input: where memory is tight ``backward`` should keep little else,
-        by activation checkpointing.
+        A selection that needs no scores does not call ``backward``. Otherwise every layer is probed, and a probed layer
+        that selects columns keeps its complete input: if memory is tight, use activation checkpointing in ``backward``.
         """
         if self.scored:
             self.probes.start(dict.fromkeys(self.layers, 0))
@@ -308,7 +308,7 @@ class Grass:
         self, names: list[str], norms: Mapping[str, Tensor], device: torch.device
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Call ``choose``, compare the result over the processes, and record it in the history."""
-        # One transfer for all layers: each waits for the device.
+        # One transfer for all layers, because each transfer waits for the device.
         on_cpu = torch.cat([*norms.values()]).cpu().double().split([len(n) for n in norms.values()]) if norms else ()
         known = dict(zip(norms, on_cpu, strict=True))
         scores = [known.get(n, torch.full((self.layers[n].selectable,), torch.nan).double()) for n in names]

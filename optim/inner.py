@@ -23,7 +23,7 @@ INNER_OPTIMIZERS = {
     "apollo": "apollo_torch.APOLLOAdamW",
     "fira": "pytorch_optimizer.Fira",
 }
-WITHOUT_SECOND_MOMENTS = ("muon", "normuon", "sgd")  # of the linears' parameters
+WITHOUT_SECOND_MOMENTS = ("muon", "normuon", "sgd")  # for the parameters of linear layers
 # The requirements file of each optional package.
 REQUIREMENTS = {
     "torchao": "requirements-extra.txt",
@@ -60,8 +60,8 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """The optimizer ``name`` for ``groups``. Unsupported options are left out; the other options are logged.
 
-    Adam and AdamW are fused. SGD is not fused: the fused step cannot start the momentum of reset rows while other rows
-    have a momentum.
+    Optimizers that support it, such as AdamW, are fused. SGD is not: its fused step cannot start the momentum of reset
+    rows while other rows have a momentum.
 
     Args:
         name: see ``optimizer_class``.

@@ -19,7 +19,7 @@ def held_bytes(model: nn.Module, stack: OptimizerStack) -> dict[str, int | None]
     weights          parameters and buffers of ``model``, and float32 master weights
     gradients        one for each trained parameter; 0 if the backward makes the steps and frees gradients
     optimizer state  without step counters; None for an optimizer without a formula here: optimizers that quantise or
-                     project their state, and optimizers given by a dotted path
+                     project their state, and most optimizers given by a dotted path
     """
     masters = [master for _, master in stack.masters.pairs] if stack.masters else []
     trained = [p for p in model.parameters() if p.requires_grad]

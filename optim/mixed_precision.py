@@ -24,7 +24,7 @@ from optim.composite import restricted_to, with_gradient
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Round = Callable[[Sequence[nn.Parameter], str, Sequence[Tensor]], Sequence[Tensor]]
-"""(parameters, name of a state, its float32 values for each parameter) → the rounded values to keep."""
+"""(parameters, name of a state such as exp_avg, its float32 values for each parameter) → the rounded values to keep."""
 
 
 class Float32Steps:
@@ -44,10 +44,10 @@ class Float32Steps:
         self._restriction = ExitStack()  # of the running step, to parameters not yet stepped on
 
     def step_on_other_blocks(self) -> None:
-        """Call before a step: steps on all blocks except the last now, one at a time, so that few copies exist.
+        """Step on all blocks except the last, one block at a time, so that only its float32 copies exist.
 
-        The step itself then covers what is left: the last block, and parameters in full precision. The optimizer's step
-        on a parameter must not depend on other parameters.
+        Call it before a step, which then covers only the last block and the parameters in full precision. The
+        optimizer's step on a parameter must not depend on other parameters.
         """
         if not self.blocks:
             return
@@ -90,7 +90,7 @@ class Float32Steps:
         """Put the parameters back and round their state; returns their float32 copies, with the results of the step.
 
         State with other shapes than the parameter (counts, factors, quantised blocks) stays unchanged. The parameters
-        still have their old values.
+        keep their old values: the caller writes the results into them.
         """
         copies = self.copies
         if copies:

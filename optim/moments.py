@@ -2,20 +2,21 @@
 
 ``reset`` drops it: the inner optimizer starts again on the new rows, as in the paper (arXiv 2406.17660).
 
-``carry`` keeps the state of the rows that stay. A new row starts with first moment zero and as second moment
+``carry`` keeps the state of the rows that stay. A new row starts with first moment zero. Its second moment starts at
 
     mean    the mean over the rows selected before, element by element
-    score   the estimate of its squared gradient by its score: g_i² / n in every element; the mean without a score
+    score   g_i² / (n s) in every element, for a row of n elements with the score g_i of s probed steps; without
+            scores, as mean
     zero    zero
 
 Adam counts steps per matrix, so that rows of different ages share one bias correction. A second moment that starts at
 an estimate needs no correction. A first moment that starts at zero is not corrected for the age of its row: a new row's
 first steps are small and grow to full size over about 1 / (1 - β₁) updates, which warms up each new row.
 
-NorMuon keeps the mean square of each row (output neuron) of its orthogonalised step, (rows, 1). Where rows are selected
-it moves with them, and a new row starts at the mean over the rows selected before, whatever the setting: it is no
-moment of a gradient, so that neither a score nor ρ applies to it, and zero would make the row's first steps too large.
-Where columns are selected the rows stay, and so does the state.
+NorMuon keeps the mean square of each row (output neuron) of its orthogonalised step, (rows, 1). If a layer selects
+rows, the mean squares move with the rows, and a new row starts at the mean over the rows selected before, for any
+setting: a mean square of the step is no moment of a gradient, so neither a score nor ρ applies to it, and zero would
+make the row's first steps too large. If a layer selects columns, this state does not change.
 
 Only such mean squares and known averages of gradients or of their squares, element by element, can be carried. All
 other state (factored or quantised moments, Rprop's step sizes) is reset, with a warning.
@@ -81,7 +82,7 @@ class StateAtRefresh:
         return not known.issuperset(rows)
 
     def uses_scores(self, rows: Iterable[Tensor]) -> bool:
-        """Whether ``update`` uses the scores of ``rows``: it does where second moments start from them."""
+        """Whether ``update`` uses the scores of ``rows``: only if the state has second moments that start from them."""
         if self.policy != "carry" or self.new_second_moment != "score":
             return False
         states = (self.optimizer.state.get(p) for p in rows)
@@ -92,6 +93,7 @@ class StateAtRefresh:
 
         Args:
             layers: of one shape and dtype.
+            change: the old and the new selection of ``layers``.
             norms: by layer the estimated norms (m,) of its rows' gradients, summed over ``probe_steps`` steps; None for
                 a layer that was not probed.
         """

@@ -72,14 +72,16 @@ def orthogonalize(
 ) -> Tensor:
     """Bring the singular values of ``matrices`` near 1 by Newton-Schulz iterations.
 
-    The quintic iteration of Jordan et al., https://kellerjordan.github.io/posts/muon. It multiplies X by a polynomial
-    of X Xᵀ, so all iterations together are one polynomial of the first X Xᵀ. In float32 or wider, this polynomial is
-    computed on the small square matrix, and X is multiplied once: fewer FLOPs if X is at least twice as long as wide,
-    and a single sum over shards. bfloat16 is not precise enough for this, so on a GPU the iteration is on X.
+    The quintic iteration of Jordan et al., https://kellerjordan.github.io/posts/muon. It multiplies a matrix X by a
+    polynomial of X Xᵀ, so all iterations together are one polynomial of the first X Xᵀ. In float32 or wider, if X is
+    divided into shards or at least twice as long as wide, this polynomial is computed on the small square matrix, and X
+    is multiplied once: this takes fewer FLOPs for a long X, and sums X Xᵀ over the shards only once. bfloat16 is not
+    precise enough for this, so on a GPU the iteration is on X.
 
     Args:
         matrices: (b, m, n), or shards of matrices that are divided along their longer side.
-        tall: whether m > n, for shards.
+        steps: number of iterations.
+        tall: for shards: whether m > n in the complete matrices.
         total: sums a tensor over the shards.
 
     Returns:

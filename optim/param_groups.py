@@ -22,13 +22,14 @@ def parameter_groups(
     """Every trainable parameter in one of three groups, with ``name`` and ``peak_lr`` for the schedule.
 
     - ``linears``: rate ``linear_lr``; the rows of GrassLinear layers, and the weights of linear layers that match
-      ``patterns``; the same layers under Grass and in full-rank training
+      ``patterns``; so with the default patterns, the same layers under Grass and in full-rank training
     - ``embeddings``: rate ``lr``; embeddings, head and all other matrices
     - ``norms``: rate ``lr`` without weight decay; vectors
 
     Args:
-        model: its trainable parameters.
-        lr: peak learning rate, as is ``linear_lr``.
+        model: its trainable parameters are grouped.
+        lr: peak learning rate of embeddings and norms.
+        linear_lr: peak learning rate of the group "linears".
         weight_decay: factor, as defined by the optimizer.
         patterns: globs of module names, see ``models.convert.matches``.
 

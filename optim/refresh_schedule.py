@@ -1,4 +1,4 @@
-"""When each layer's rows are chosen anew (a refresh), and when their gradients are scored for that (a probe)."""
+"""The steps in which each layer gets new rows (a refresh), and in which its gradient is scored for them (a probe)."""
 
 import logging
 import re
@@ -14,13 +14,13 @@ STAGGER = (True, False, "auto")
 class RefreshSchedule:
     """The probes and refreshes of each layer, as functions of the number of updates made so far.
 
-    A layer's rows are chosen every ``refresh_every`` updates (a window), from the scores gathered by its probe in the
-    last ``probe_steps`` updates of the window.
+    A layer's rows are chosen every ``refresh_every`` updates (a window). If the choice needs scores, a probe gathers
+    them in the last ``probe_steps`` updates of the window.
 
     Args:
         names: the layers, in model order.
         refresh_every: K, updates per window.
-        probe_steps: number of updates that contribute to the scores of a refresh; at most K.
+        probe_steps: number of updates that contribute to the scores of a refresh; values above K count as K.
         stagger: spread the refreshes of the blocks evenly over a window, instead of refreshing all at once.
         warmup: updates over which the rate of the rows warms up after each refresh; 0 for none.
         frozen: choose rows only once, before the first update.
@@ -59,7 +59,7 @@ class RefreshSchedule:
         return self.refresh_every - (steps + self.offsets[name]) % self.refresh_every
 
     def due(self, steps: int) -> list[str]:
-        """The layers that refresh after update ``steps``."""
+        """The layers whose window ends with update ``steps``; unless ``frozen``, they refresh then."""
         return [name for name in self.offsets if self.steps_to_refresh(name, steps) == self.refresh_every]
 
     def probing(self, steps: int) -> list[str]:

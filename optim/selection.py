@@ -1,10 +1,11 @@
 """The selections of rows from their scores, by name, as in the paper (Grass, arXiv 2406.17660, section 3.2).
 
-A score is an estimate of a row's gradient norm g_i. ``top_r`` takes the rows of the largest scores. The others sample
-row i with probability q_i: ``uniform`` 1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². With
-replacement the rows carry ρ = 1/√(r q_i), so that E[PPᵀG] = G. ``frozen`` is a ``top_r`` that is made once.
-``cyclic`` is not in the paper: it selects every row once before it begins a new round over all rows. ``cyclic`` and
-``uniform`` need no scores.
+The score of row i is an estimate of its gradient norm g_i. ``top_r`` takes the rows with the largest scores, and
+``frozen`` does so only once, at the start. Three selections draw rows at random, with probabilities q_i: ``uniform``
+1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². They draw without replacement, or, with the suffix
+``_with_replacement``, r times independently. Then each drawn row has the weight ρ = 1/√(r q_i), so that E[PPᵀG] = G for
+the gradient G (m, n) and the matrix P (m, r) that selects and weights rows. ``cyclic`` is not in the paper: it selects
+every row once before it begins a new round over all rows. ``cyclic`` and ``uniform`` need no scores.
 """
 
 import logging

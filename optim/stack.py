@@ -48,7 +48,7 @@ class OptimizerStack:
     def set_rates(self, factor: float) -> None:
         """Set the rate of every group for the coming update: its peak rate times ``factor``.
 
-        The rate of the linear layers is also multiplied by the warm-up after a refresh.
+        The rate of the linear layers is also multiplied by the factor of the warm-up after a refresh.
         """
         set_rates(self.optimizer, factor, self.grass.rate_factor() if self.grass else 1.0)
 
@@ -144,7 +144,7 @@ def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, T
 
 
 def _parts(key: str, value: Any) -> dict[str, Tensor]:
-    """The tensor of a state under its key; of torchao's quantised states the tensors inside, as key.codes etc."""
+    """The tensors of a state value, by name: ``key``, or for torchao's quantised states key.codes and so on."""
     if not isinstance(value, Tensor):
         raise ValueError(
             f"optim.inner keeps {key} as {type(value).__name__}, but checkpoints contain only tensors; choose another "

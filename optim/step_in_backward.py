@@ -1,6 +1,6 @@
 """Makes the optimizer's step on each parameter as soon as its gradient is complete, and then frees the gradient.
 
-So the gradients of all parameters, and the float32 copies of all low-precision rows, never exist at once, except
+So the float32 copies of all low-precision rows never exist at once, and the gradients of all parameters do so only
 between the micro-batches of an update. The step on a parameter must not depend on other parameters, so clipping by the
 global norm is impossible.
 """

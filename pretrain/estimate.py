@@ -1,7 +1,7 @@
 """Estimate the memory of a run before it starts: ``python -m pretrain.estimate [key=value ...]``.
 
-Takes the overrides of training and simulates its steps without memory. Prints a table, or one JSON object with
-``estimate.format=json``. Exits with 2 and one message if the run cannot start or does not fit.
+Takes the overrides of training, and simulates its steps on fake tensors, which use no memory. Prints a table, or one
+JSON object with ``estimate.format=json``. Exits with 2 and one message if the run cannot start or does not fit.
 """
 
 import json
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 
 def print_table(config: Config, found: "Estimate", refresh: dict[str, int]) -> None:
+    """Print the estimate ``found`` for people.
+
+    Args:
+        refresh: bytes by component at the peak of a step with a refresh.
+    """
     from pretrain.planner.memory import GIB, MIB, needed_bytes
 
     peaks = found.peak_bytes, found.refresh_peak_bytes
@@ -44,6 +49,11 @@ def print_table(config: Config, found: "Estimate", refresh: dict[str, int]) -> N
 
 
 def run(config: Config) -> None:
+    """Print the estimate for ``config``.
+
+    Raises:
+        ConfigError: the run cannot start, or does not fit ``estimate.device_memory_gib``.
+    """
     from pretrain.planner.memory import estimate, require_fit
 
     with Console(stderr=True).status("simulating the steps of the run …"):  # shown on a terminal only

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         help="files taken from folders of text (default: *.txt *.md *.py)",
     )  # fmt: skip
     p.add_argument("--split", default="val", choices=("val", "train"), help="of the prepared folder (default: val)")
-    p.add_argument("--seq-len", type=number(int, 1), help="tokens in a window; by default as in training")
+    p.add_argument("--seq-len", type=number(int, 1), help="tokens in a window (default: as in training)")
     p.add_argument("--batch-size", type=number(int, 1), default=8, help="windows at once (default: 8)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """The scores and counts of the text that ``args`` name."""
+    """The scores of the model on the text in ``args``, and the counts of its tokens and bytes."""
     import torch  # here and below, because importing torch takes seconds: not for --help
 
     from data.loading.batches import validation_batches

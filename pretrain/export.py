@@ -1,4 +1,4 @@
-"""Export a model in Hugging Face's format, for transformers and the programs that read its files.
+"""Export a model in Hugging Face's format, for transformers and other programs that read this format.
 
 python -m pretrain.export runs/x --out folder writes config.json, generation_config.json, the weights as safetensors
 and the tokenizer. The optimizer's state is left out.

@@ -1,7 +1,7 @@
 """Generate text with a trained model, token by token, with a cache of keys and values.
 
 python -m pretrain.generate runs/x --prompt "…" prints tokens as they are generated. --page serves a web page instead,
-whose form starts with the other options.
+with a form in which the other options are filled in.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[Path, Any, Any]:
-    """The path of the model's weights, its TextGenerator, and the Sampling given by the options."""
+    """The path of the model, its TextGenerator, and the Sampling given by the options."""
     from pretrain.inference.pretrained import find_pretrained  # torch takes seconds to import: not for --help
     from pretrain.inference.sampling import Sampling
     from pretrain.inference.text_generator import TextGenerator

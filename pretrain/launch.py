@@ -1,14 +1,14 @@
-"""torchrun for runs that save: ``python -m pretrain.launch [torchrun flags] -m pretrain.train [key=value ...]``.
+"""torchrun that lets runs save: ``python -m pretrain.launch [torchrun flags] -m pretrain.train [key=value ...]``.
 
-Uses torch's flags, rendezvous and agent, with these differences: the workers get every signal, and time to finish a
-step and save (GRASS_GRACE_SECONDS, 300 by default); the command ends with the exit code of the worker, such as 85 after
-saving; torch's log and traceback are not shown (LOGLEVEL=INFO shows them).
+Uses torch's flags, rendezvous and agent, with these differences: signals are passed on to the workers, which then have
+GRASS_GRACE_SECONDS (300 by default) to finish a step and save; the command ends with the exit code of a worker, such as
+85 after saving; torch's log and traceback are not shown (LOGLEVEL=INFO shows them).
 
 The most common flags:
   --nproc-per-node N   processes on this node (default: 1)
   --nnodes N           nodes, or a range such as 2:4 (default: 1)
   --node-rank I, --master-addr HOST, --master-port PORT   the number of this node, and the address of node 0
-  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id ID   a rendezvous, instead of number and address of a node
+  --rdzv-backend c10d --rdzv-endpoint HOST:PORT --rdzv-id ID   a rendezvous, instead of the line above
   --max-restarts N     how often the workers are started again after a failure (default: 0)
 torchrun --help lists all of them.
 """
@@ -39,7 +39,7 @@ def exit_code(codes: list[int]) -> int:
 
 
 def explain(error: Exception) -> str:
-    """An error in the communication of the launchers, in one line: torch's messages end in pages of C++ frames."""
+    """``error`` in one line, without the C++ frames of torch's messages; with advice if the nodes did not connect."""
     from torch.distributed import DistError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.nnodes not in ONE_NODE:
         say(f"waiting for the other nodes ({args.nnodes} in total) at {run.get_rdzv_endpoint(args)}")
     GracefulAgent.say = staticmethod(say)
-    api.LocalElasticAgent = GracefulAgent  # type: ignore[misc]  # launch_agent takes no other
+    api.LocalElasticAgent = GracefulAgent  # type: ignore[misc]  # launch_agent has no argument for it
     try:
         run.run(args)
     except ChildFailedError as error:

@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m pretrain.report", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("runs", nargs="+", type=Path, help="folders of runs, or of sweeps")
-    p.add_argument("--out", type=Path, help="the folder to write (default: report/ in the folder that holds all runs)")
-    p.add_argument("--watch", action="store_true", help="write the page every 30 seconds, until Ctrl-C; it reloads")
+    p.add_argument("--out", type=Path, help="the folder to write (default: report/ in the common folder of the runs)")
+    p.add_argument("--watch", action="store_true", help="update the page, which reloads, every 30 seconds until Ctrl-C")
     return p
 
 

@@ -52,15 +52,16 @@ PLUGINS = {
 
 
 def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1, processes: int = 1) -> list[JobResult]:
-    """Train one run for each combination of the alternatives in ``overrides``; its folder is below ``root``.
+    """Train one run for each combination of the alternatives in ``overrides``. Runs that are finished are not repeated.
 
     Args:
         overrides: settings with commas between alternatives, such as "optim.rank=32,64".
+        root: the folder of the sweep, which gets a folder for each run.
         jobs: the number of jobs that run at a time.
         processes: the number of processes of each job.
 
     Returns:
-        The result of each job in their order, failed jobs included.
+        The results of all jobs in order, including failed and stopped jobs; see ``JobResult``.
 
     Raises:
         ConfigError: the sweep could not start; standard error gives the reason.
@@ -181,7 +182,10 @@ def main() -> None:
 
 
 def begin(arguments: list[str]) -> tuple[list[str], Path]:
-    """Check the overrides of every combination. Returns the overrides for Hydra, and the folder of logs.
+    """Check the overrides of every combination, and create the folder of logs.
+
+    Returns:
+        The overrides for Hydra, and the folder of logs.
 
     Raises:
         ConfigError: lists every override that is wrong.
@@ -197,6 +201,7 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
     require_writable(config.run.root, name)
     where = given.get("hydra.sweep.dir")
     logs = Path(str(where.value())) if where else _new_logs(Path(config.run.root) / name)
+    logs.mkdir(parents=True, exist_ok=True)
     (logs / FIXED).write_text(json.dumps(combinations([o for o in settings if not o.is_sweep_override()])[0]))
     if "hydra/sweeper" not in given:
         (logs / TOTAL).write_text(str(len(jobs)))
@@ -208,7 +213,7 @@ def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
 
     Args:
         every: also check the values of all jobs; False for a sweeper that chooses jobs, because some may be wrong.
-        named: whether ``run.name`` is given, instead of the default name of sweeps.
+        named: whether ``run.name`` is given; otherwise the sweep's folder is ``run.root``/sweep.
 
     Raises:
         ConfigError: lists the problems of all jobs.
@@ -276,7 +281,7 @@ def _ask_to_stop(logs: Path, number: int, _frame: Any) -> None:
 
 
 def report(jobs: list[JobResult]) -> int:
-    """Print a line for each job, and log the command of their report; returns the sweep's exit code."""
+    """Print a line for each job, and log the command that compares the jobs; returns the sweep's exit code."""
     width = max((len(job.name) for job in jobs), default=0)
     losses = [job.summary["val/loss"] for job in jobs if job.summary]
     for job in jobs:

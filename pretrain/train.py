@@ -17,9 +17,9 @@ from pretrain.runs.folder import RunFolder
 
 
 def run(config: Config) -> int:
-    """Train with ``config``; returns the exit code.
+    """Train with ``config``, or print the plan of a dry run; returns the exit code.
 
-    A finished run and wrong settings are reported before torch is imported, which takes seconds.
+    A finished run is reported before torch is imported, which takes seconds.
     """
     log_to_terminal(is_main=is_main_from_env())
     with clear_errors():

@@ -19,7 +19,7 @@ from data.shards.reader import Tokens
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # a target without loss, as in torch's cross-entropy
+IGNORED = -100  # stands for a target without loss, as in torch's cross-entropy
 
 
 class TrainBatches:
@@ -27,20 +27,22 @@ class TrainBatches:
 
     Sequence j of step s is sample s * sequences_per_step + j of the order (data.loading.order). Each rank takes a
     contiguous range of j and cuts it into micro-batches. So the tokens of a step depend neither on the number of ranks
-    nor on the micro-batch size. Leftover tokens that do not fill a window are unused.
+    nor on the micro-batch size. Tokens at the end of the split that do not fill a window are unused.
 
     Args:
-        tokens: The training split.
+        tokens: The training split, `PreparedDataset.train`.
         seq_len: Inputs and targets per sequence.
         sequences_per_step: Sequences per step on all ranks together.
         micro_batch_size: Sequences per micro-batch.
         seed: The seed of the order.
-        masks: Whether batches contain the starts of documents.
+        masks: Whether batches contain the starts of documents, and the first token of a document is not a target. Not
+            for documents that begin with a prompt.
         block: Windows per shuffle block in the first epoch; needed when the split may still be incomplete. None
-            shuffles the whole epoch.
+            shuffles the complete epoch.
 
     Raises:
-        ValueError: There is no full window, or a step does not divide into ranks and micro-batches.
+        ValueError: There is no full window or no response within `seq_len`, or a step does not divide into ranks and
+            micro-batches.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class TrainBatches:
 
     @property
     def windows(self) -> int:
-        """Windows per epoch. For a mixture: until each corpus was read at least once. ENDLESS while unknown."""
+        """Windows per epoch; ENDLESS while unknown. For a mixture, about how many until each corpus is read once."""
         return self._order.windows
 
     def _check_windows(self) -> None:
@@ -108,8 +110,8 @@ class TrainBatches:
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This rank's micro-batches of a step (from 0): inputs and targets, int64 (micro_batch_size, seq_len) each.
 
-        With masks, each also has the document starts, int32 (documents + 1,): positions in the flattened inputs of the
-        micro-batch, and at the end the number of inputs.
+        With `masks`, each also has the document starts, int32 (documents + 1,): positions in the flattened inputs of
+        the micro-batch, and at the end the number of inputs. The start of each sequence is one of them.
         """
         places = self._places(step, self._first, self._share)
         for chunk in places.reshape(-1, self._micro_batch_size):
@@ -133,7 +135,7 @@ class TrainBatches:
         return self._order.digest(step * self._sequences_per_step) if isinstance(self._order, BlockOrder) else ""
 
     def targets(self, step: int) -> int:
-        """The number of targets of a step on all ranks, at least 1."""
+        """The number of targets of a step on all ranks; 1 if there are none."""
         if self._targets is None:
             every = self._sequences_per_step * self._seq_len
             if not self._masks:
@@ -148,13 +150,13 @@ class TrainBatches:
         return list(dict.fromkeys(name for place in places for name in self._tokens.documents(*self._bounds(place))))
 
     def epoch(self, step: int) -> int:
-        """The epoch (from 0) of a step's first sequence."""
+        """The epoch (from 0) of the first sequence of a step."""
         return step * self._sequences_per_step // self.windows
 
     def _places(self, step: int, first: int, count: int) -> np.ndarray:
         """The starts of `count` samples of a step, from sample `first` on, int64 (count,).
 
-        A start is the number of the first token or, if documents begin with a prompt, of the document.
+        A start is the position of the first token or, if documents begin with a prompt, the number of the document.
         """
         samples = step * self._sequences_per_step + first + np.arange(count, dtype=np.int64)
         if isinstance(self._order, MixtureOrder):
@@ -180,12 +182,13 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     """This rank's batches of a split in order: inputs and targets, int64 (batch_size, seq_len) each.
 
-    Over all ranks, each token except the first is a target once. The last window and the last batches are padded with
-    input 0 and target -100. All ranks get the same number of batches.
+    Without prompts, `max_sequences` and `masks`, each token except the first is a target once over all ranks. The last
+    window and the last batches are padded with input 0 and target -100. All ranks get the same number of batches.
 
     Args:
-        max_sequences: Use only this many windows, spread evenly over the split.
-        masks: Add a third tensor to each batch, the document starts, see `_batch`.
+        batch_size: Sequences per batch of one rank.
+        max_sequences: Use at most this number of windows of all ranks together, spread evenly over the split.
+        masks: As in `TrainBatches`: each batch also has the document starts, see `TrainBatches.micro_batches`.
     """
     count = -(-(len(tokens) - 1) // seq_len) if _given(tokens) is None else tokens.document_count
     windows = np.arange(count)
@@ -202,7 +205,7 @@ def _batch(tokens: Tokens, places: list[int], seq_len: int, batch_size: int, mas
     """Inputs and targets, int64 (batch_size, seq_len) each, of the windows at `places`; padded with 0 and -100.
 
     With `masks` also the document starts, int32 (documents + 1,): positions in the flattened inputs, and at the end the
-    number of inputs. Every row begins a document.
+    number of inputs. The start of every row counts as the start of a document.
     """
     inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
     targets = torch.full((batch_size, seq_len), IGNORED)

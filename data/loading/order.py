@@ -1,4 +1,4 @@
-"""The order of training: sample number n is a window that depends only on the seed and n.
+"""The order of training: the window of sample n is computed from n, the seed and the number of windows.
 
 A sample is one training sequence. Samples are numbered over all steps and ranks of a run. A window is a range of
 `seq_len` tokens of the training split, or one document if documents begin with a prompt.
@@ -12,7 +12,7 @@ import numpy as np
 from data.shards.reader import Tokens
 
 ROUND = 1000
-"""The number of samples in a round of a mixture. All rounds have the same number of samples of a corpus."""
+"""The number of samples in a round of a mixture. Each corpus has the same number of samples in every round."""
 TAIL = 2**16
 """The number of tokens that `BlockOrder.digest` hashes. A change before them is detected only if it shifts them."""
 ENDLESS = 2**62
@@ -22,7 +22,7 @@ ENDLESS = 2**62
 class EpochOrder:
     """Shuffled epochs: each of `windows` windows once per epoch, in a new order each time.
 
-    `corpus` is the number of the corpus in a mixture: each corpus of a mixture has a different order.
+    `corpus` is the number of the corpus in a mixture: each corpus of a mixture has an order of its own.
     """
 
     def __init__(self, windows: int, seed: int, corpus: int | None = None) -> None:
@@ -30,7 +30,7 @@ class EpochOrder:
         self._suffix = "" if corpus is None else f" of {corpus}"
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """The windows of the samples, int64 (n,) each."""
+        """The windows, int64 (n,), of samples, int64 (n,)."""
         epochs, windows = np.divmod(samples, self.windows)
         for epoch in np.unique(epochs):
             here = epochs == epoch
@@ -88,7 +88,7 @@ class BlockOrder:
 class MixtureOrder:
     """Several corpora, with shares given by their weights.
 
-    Samples come in rounds of ROUND. Each round has the same number of samples of a corpus (`samples_per_round`), in
+    Samples come in rounds of ROUND. Each corpus has the same number of samples in every round (`samples_per_round`), in
     shuffled order. The windows of each corpus come in shuffled epochs, independent of the other corpora.
 
     Args:
@@ -102,7 +102,7 @@ class MixtureOrder:
         self._counts = samples_per_round(weights)
         self._begins = np.cumsum(self._counts) - self._counts
         self.windows = int(np.ceil(np.asarray(windows) / self._counts * ROUND).max())
-        """The number of samples after which each corpus has been read at least once."""
+        """About the number of samples after which each corpus has been read at least once."""
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The corpus and the window in it, int64 (n,) each, of samples (n,)."""
@@ -132,8 +132,9 @@ def samples_per_round(weights: Sequence[float]) -> np.ndarray:
 def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
     """The new position of each of `positions` in a shuffle of range(size), int64 (n,), without a table.
 
-    A Feistel network of 8 rounds permutes range(4^k) for the smallest 4^k ≥ size. A result of `size` or more is
-    permuted again until it is below `size` (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains").
+    Each `key` gives another shuffle. A Feistel network of 8 rounds permutes range(4^k) for the smallest 4^k ≥ size. A
+    result of `size` or more is permuted again until it is below `size` (cycle walking; Black and Rogaway, "Ciphers with
+    arbitrary finite domains").
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

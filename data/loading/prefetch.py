@@ -10,10 +10,10 @@ MicroBatches = list[tuple[Tensor, ...]]
 
 
 class Prefetch:
-    """Makes the micro-batches of a step in a thread, one step ahead.
+    """Makes the micro-batches of a step in a thread, one step ahead. Call it with a step to get its micro-batches.
 
-    Steps may be requested in any order, but only consecutive steps are made in advance. An error while a step is made
-    is raised by the call that requests the step.
+    Steps may be requested in any order, but only the step after the last requested one is made in advance. An error
+    while a step is made is raised by the call that requests the step.
 
     Args:
         make: Returns the micro-batches of a step.
@@ -46,11 +46,11 @@ class Prefetch:
         return [tuple(tensor.pin_memory() for tensor in batch) for batch in batches] if self._pin else batches
 
     def add(self, seconds: float) -> None:
-        """Count `seconds` of waiting until a step was ready."""
+        """Add `seconds` that training waited outside of this class, until a step was ready."""
         self._waited += seconds
 
     def lap(self) -> float:
-        """Seconds per step that training waited since the last lap."""
+        """Seconds per step that training waited since the last call of `lap`."""
         seconds, self._waited, self._steps = self._waited / max(1, self._steps), 0.0, 0
         return seconds
 

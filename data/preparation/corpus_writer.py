@@ -41,6 +41,7 @@ class WriterState:
 
     place: tuple[int, int] = (0, 0)
     chain: str = ""
+    """The hash of the names and texts of all documents so far."""
     documents: int = 0
     bytes: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)
@@ -82,10 +83,10 @@ class CorpusWriter:
     def write(self, workers: int) -> dict[str, list[dict[str, Any]]]:
         """Write all documents that are not written yet, with at most `workers` worker processes.
 
-        Returns the manifest's entries of the shards, for each split.
+        Returns for each split the entries of its shards in the manifest.
 
         Raises:
-            ValueError: A file of the corpus cannot be read.
+            ValueError: A file of the corpus cannot be read, or a line of instructions is broken.
             OSError: The disk is full or fails, or a worker process was killed.
         """
         corpus, state, committed_at = self._corpus, self.state, time.monotonic()

@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
         given: For each document, the number of prompt tokens after bos.
         digests: The digest of each document's content.
         files: The number of the file of each document.
-        problems: The records that gave no document.
+        problems: The records that gave no document, each with the reason as its `problem`.
         changed: The number of documents whose tokens decode to another text.
     """
 
@@ -50,7 +50,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes batches of records in this process, on `threads` threads (all cores for None)."""
+    """Encodes records in this process. `threads` is the number of threads, as for ``Tokenizer.encode_batch``."""
 
     def __init__(self, tokenizer: Tokenizer, parse: Parser, threads: int | None = None) -> None:
         self._tokenizer, self._parse, self._threads = tokenizer, parse, threads
@@ -95,8 +95,8 @@ EncodeBatches = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Encoded]]]
 def encoders(tokenizer: Tokenizer, parse: Parser, workers: int) -> Iterator[EncodeBatches]:
     """Yield a function that encodes batches: in this process for one worker, else in `workers` processes.
 
-    The function yields the batches in their order and holds a few batches per worker. It raises OSError if a worker
-    process ends early. The workers end with this process, even if it is killed.
+    The function yields each batch with its tokens, in the order of the batches, and holds a few batches per worker. It
+    raises OSError if a worker process ends early. The workers end with this process, even if it is killed.
     """
     if workers == 1:
         encode = Encoder(tokenizer, parse)
@@ -159,7 +159,7 @@ class WorkerProcess:
         self._send((tokenizer.path, tokenizer.special, parse))
 
     def encode(self, records: list[Record]) -> Encoded:
-        """Raises OSError if the process has ended."""
+        """The tokens of `records`. Raises OSError if the process has ended."""
         try:
             self._send(records)
             return pickle.load(self._process.stdout)  # type: ignore[arg-type]

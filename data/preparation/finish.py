@@ -84,9 +84,9 @@ def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Token
 
 
 def put_in_place(plan: PreparationPlan) -> Path:
-    """Rename the folder in which a preparation was written to its final name, without temporary files.
+    """Delete the temporary files of the plan's complete work folder, and rename the folder to its final name.
 
-    If a folder of that name exists, it has the same tokens; then the new one is deleted.
+    If a folder of that name exists, it has the same tokens; then the work folder is deleted instead.
 
     Returns:
         The final folder.

@@ -24,10 +24,10 @@ IF_NOT_DEFAULT = (
 
 
 class PreparationPlan:
-    """The plan for `settings` and the current files of their corpus.
+    """The plan of a preparation, for `settings` and the current files of the corpus.
 
     Attributes:
-        files: The files of the corpus, sorted by name; empty for a mixture.
+        files: The files of the corpus; empty for a mixture and for a dataset on the hub.
         parts: For a mixture, the plan and the weight of each corpus; else empty.
         problems: The problems that can be found before the corpus is read: one message per problem, with the key and
             the fix. The properties and methods below need a plan without problems.

@@ -105,7 +105,7 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
 
 
 def confirm_tokenizer(work: Path, tokenizer: Tokenizer) -> None:
-    """Keep the reused documents only if `tokenizer`, trained on the current files, equals the one that encoded them."""
+    """Keep reused documents only if `tokenizer`, trained on the current files, equals the earlier tokenizer."""
     old_tokenizer, old_state = work / OLD_TOKENIZER, work / OLD_STATE
     if old_tokenizer.exists() and old_state.exists():
         if old_tokenizer.read_bytes() == tokenizer.path.read_bytes():

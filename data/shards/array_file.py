@@ -14,7 +14,7 @@ MAX_OPEN = 128  # maximum number of open files, over all arrays
 
 
 class ArrayFile:
-    """Numbers of `dtype` in a file from byte `offset` on: `count`, or all for None. Has `len`; slices are (n,) arrays.
+    """`count` numbers of `dtype` (None: all) in a file from byte `offset` on. Has `len`; slices are (n,) arrays.
 
     Threads and forked processes may share an ArrayFile.
 

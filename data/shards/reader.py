@@ -37,6 +37,7 @@ class Tokens:
     Args:
         folder: The folder of the shards.
         names: The names of the shards in order, or the name of a single shard.
+        dtype: The dtype of the shards' tokens, see `token_dtype`.
 
     Attributes:
         complete: Whether the split is complete; false only while it is being prepared.
@@ -72,7 +73,7 @@ class Tokens:
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
 
     def can_read(self, stop: int) -> bool:
-        """Whether tokens up to `stop` can be read without waiting: always here; not while a split is being prepared."""
+        """Whether the first `stop` tokens can be read now: always True here; `StreamedTokens` overrides it."""
         return True
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class Tokens:
         return self[slice(*self.document_bounds(number))]
 
     def document_bounds(self, number: int) -> tuple[int, int]:
-        """The first token of a document, and the token after its last."""
+        """The positions in the split of a document's first token, and of the token after its last."""
         shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
         first, last = self._shards[shard].bounds(number - int(self._first_document[shard]))
         base = int(self._first_token[shard])
@@ -145,10 +146,11 @@ class Shard:
     """One shard, opened to be read.
 
     Args:
-        done: For an unfinished shard, the `state` of its writer; later tokens are not read.
+        done: For an unfinished shard, the result of `ShardWriter.state`; later tokens are not read.
 
     Raises:
         ValueError: The files are not a shard, or are shorter than `done`.
+        OSError: A file is missing or cannot be read.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
@@ -171,7 +173,7 @@ class Shard:
             raise ValueError(f"{name}.given.npy does not match the documents of the index")
 
     def bounds(self, document: int) -> tuple[int, int]:
-        """The first token of a document, and the token after its last."""
+        """The positions in the shard of a document's first token, and of the token after its last."""
         first, *after = self.index[document : document + 2]["token"].tolist()
         return first, after[0] if after else len(self.tokens)
 
@@ -182,7 +184,10 @@ class Shard:
         return first, found[: np.searchsorted(found["token"], stop)]
 
     def begins(self, start: int, stop: int) -> np.ndarray:
-        """The first token of each document that tokens [start, stop) belong to; the first may lie before `start`."""
+        """The position of the first token of each document that tokens [start, stop) belong to, int64 (n,).
+
+        The first position may lie before `start`.
+        """
         return self.entries(start, stop)[1]["token"]
 
     def _begin(self, document: int) -> int:

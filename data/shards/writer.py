@@ -14,12 +14,12 @@ from data.shards.reader import COUNTS, GIVEN, INDEX
 
 
 class ShardWriter:
-    """Writes one shard. A context manager; after its end, `entry` is the shard's entry in the manifest.
+    """Writes one shard. A context manager; after its end, `entry` returns the shard's entry in the manifest.
 
-    With `done`, the `state` of an earlier writer, writing resumes there. Everything after that state is dropped.
+    With `done`, the result of `state()` of an earlier writer, writing resumes there. Later content is removed.
 
     Raises:
-        ValueError: A file is shorter than `done`.
+        ValueError: On entering, a file is shorter than `done`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, done: dict[str, int] | None = None) -> None:
@@ -53,7 +53,13 @@ class ShardWriter:
         return self._counts["tokens"]
 
     def add(self, name: str, tokens: np.ndarray, text_bytes: int, given: int | None = None) -> None:
-        """Append a document: `tokens` (n,) with bos and eos, in which `given` tokens after bos are a prompt."""
+        """Append a document.
+
+        Args:
+            tokens: (n,) From bos to eos.
+            text_bytes: The number of UTF-8 bytes of its text.
+            given: The number of tokens after bos that are a prompt; None for a split without prompts.
+        """
         counts, encoded = self._counts, name.encode()
         self._index.write(struct.pack("<qqq", counts["tokens"], counts["names"], text_bytes))  # INDEX
         self._bin.write(tokens.astype(self._dtype, copy=False).tobytes())
@@ -67,7 +73,7 @@ class ShardWriter:
         counts["names"] += len(encoded)
 
     def state(self) -> dict[str, int]:
-        """Flush everything to disk, and return the counts of what is written."""
+        """Flush everything to disk. Returns the counts of documents, tokens, text bytes, bytes of names, prompts."""
         for file in (self._bin, self._names, self._index, self._given):
             file.flush()
             fsync(file.fileno())
@@ -82,7 +88,7 @@ class ShardWriter:
                     _save_as_array(raw, dtype)
 
     def entry(self) -> dict[str, Any]:
-        """The shard's entry in the manifest: its counts, and length and checksum of each file."""
+        """The shard's entry in the manifest: its counts, and the length and checksum of each file."""
         endings = ["bin", "index.npy", "names", *(["given.npy"] if self._counts["given"] else [])]
         files = [self._folder / f"{self._name}.{ending}" for ending in endings]
         return {
@@ -104,9 +110,10 @@ def _save_as_array(raw: Path, dtype: np.dtype) -> None:
 
 
 class SplitWriter:
-    """Writes a split; begins a new shard when the last shard has `shard_tokens` or more; resumes from a `state`.
+    """Writes a split; begins a new shard when the last shard has `shard_tokens` or more.
 
-    `entries` are the manifest's entries of the complete shards.
+    With `state`, the result of `state()` of an earlier writer, writing resumes there. `entries` are the manifest's
+    entries of the complete shards.
     """
 
     def __init__(
@@ -128,7 +135,7 @@ class SplitWriter:
         self._shard.add(name, tokens, text_bytes, given)
 
     def state(self) -> dict[str, Any]:
-        """Flush everything to disk, and return the counts of what is written."""
+        """Flush everything to disk. Returns the entries of the complete shards and the counts of the open shard."""
         return {"shards": self.entries, "open": self._shard.state()}
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from data.sources.files import SourceFile
 TRAIN, VALIDATION = "c4-train.", "c4-validation."  # the beginnings of the files' names
 C4_HINT = (
     "huggingface.co/datasets/allenai/c4 has them in its folder en/ (git lfs pull --include 'en/c4-train.0000*,"
-    "en/c4-validation.*'); data.paths names that folder"
+    "en/c4-validation.*'); set data.paths to that folder"
 )
 
 

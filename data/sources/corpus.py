@@ -28,11 +28,19 @@ SAMPLE_BYTES = 2**30  # maximum text to read for the sample that trains a tokeni
 class Corpus:
     """The files of `settings`, or the rows of their dataset.
 
-    With `survey`, a small corpus is read once at the beginning: `sha256` is then the hash of all names and texts, and
-    both splits get a document. Otherwise `sha256` is None.
+    With `survey`, a corpus of at most SURVEY_BYTES is first read once: `sha256` is then the hash of all names
+    and texts, and both splits get a document. Otherwise `sha256` is None.
 
     Raises:
-        ValueError: A small corpus has no text or too few documents for two splits, or instructions are in Parquet.
+        ValueError: A small corpus has no text, too few documents for two splits, or a file or line that cannot be read;
+            or instructions are in Parquet.
+
+    Attributes:
+        files: The files of the corpus: validation files first, then by name; empty for a dataset on the hub.
+        parse: Converts a record into a document.
+        total_bytes: The size of the files.
+        text_bytes: An estimate of the bytes of their text after decompression.
+        own_validation: Whether the corpus has separate validation files.
     """
 
     def __init__(self, files: list[SourceFile], settings: DataSettings, survey: bool = True) -> None:
@@ -56,7 +64,7 @@ class Corpus:
         return self._settings.source not in (*LINES, "datasets", "tokens")
 
     def records(self, start: tuple[int, int] = (0, 0)) -> Any:
-        """The records after `start` = (file, number of its records that are done)."""
+        """The records after `start` = (file, number of its records that are done): an iterable with `done_bytes`."""
         s = self._settings
         if s.source == "datasets":
             return Rows(s, start[1])
@@ -69,7 +77,7 @@ class Corpus:
         return Records(files, column, PART_CHARS if self._settings.source == "text" else None, start)
 
     def batches(self, start: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
-        """The records after `start`, up to about BATCH_CHARS characters at a time."""
+        """The records after `start`, about BATCH_CHARS characters and at most BATCH_RECORDS records per batch."""
         records, batch, size = self.records(start), [], 0
         for record in records:
             batch.append(record)
@@ -81,9 +89,9 @@ class Corpus:
             yield Batch(batch, records.done_bytes)
 
     def documents(self, files: list[SourceFile]) -> Iterator[Document]:
-        """The documents of `files`, or of the dataset; at most about SAMPLE_BYTES of them.
+        """The documents of `files`, or of the dataset, up to about SAMPLE_BYTES characters.
 
-        The files of a larger corpus come in the order of a hash, so that their documents are a sample.
+        The files of a larger corpus come in the order of a hash, so that the documents are a sample.
         """
         if self.total_bytes > SAMPLE_BYTES:
             files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
@@ -108,7 +116,7 @@ class Corpus:
         return self.files[file].held_out if self.own_validation else self._is_drawn(content)
 
     def require_pair(self, record: Record, problem: str) -> None:
-        """Raises ValueError for a broken line of instructions: such a line must be fixed, and is not skipped."""
+        """Raise ValueError for a broken line of instructions, because such a line is not skipped; else do nothing."""
         if self.parse.pairs and problem != NO_RESPONSE:
             raise ValueError(
                 f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
@@ -123,14 +131,14 @@ class Corpus:
         return ValueError(f"{key}: {name}{problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
 
     def changed(self) -> list[str]:
-        """The names of files whose size or time has changed since they were listed."""
+        """The names of files whose size or modification time has changed since they were listed."""
         return [file.name for file in self.files if _stat(file) != (file.size, file.mtime)]
 
     def _is_drawn(self, content: bytes) -> bool:
         """Whether a document is held out: whether its number in [0, 1) is below the share to hold out.
 
-        The number depends only on the text: adding or renaming a file moves no other document to another split, and
-        documents with the same text are in the same split.
+        The number depends only on the seed and the document's digest: adding or renaming a file moves no other document
+        to another split, and documents with the same text are in the same split.
         """
         return self._draw(content) < self._threshold
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 EXCLUDED_FOLDERS = {"__pycache__", "site-packages", "dist-packages"}
-NAMED = 1000  # paths kept per remark, to name some of them and to count none twice
+NAMED = 1000  # paths kept per remark, to name some of them and to count each of them once
 
 HIDDEN, EXCLUDED = "hidden folders left out", "folders of caches and installed packages left out"
 READ_ALREADY, UNREADABLE = "links to folders that are already read", "unreadable paths left out"
@@ -44,7 +44,7 @@ class Remarks:
             self._further[remark] = self._further.get(remark, 0) + 1
 
     def __str__(self) -> str:
-        """One line; empty without remarks."""
+        """One line with the count and the first paths of each remark; empty without remarks."""
         lines = []
         for remark, paths in self._paths.items():
             count = len(paths) + self._further.get(remark, 0)
@@ -86,9 +86,9 @@ class FileSearch:
         return sorted(files) + sorted(links)
 
     def walk(self, top: Path, excluded: set[str]) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-        """Every folder below `top`, including `top`, with its entries that are not folders.
+        """`top` and every folder below it, each with its entries that are not folders.
 
-        Hidden folders and those with `excluded` names are left out.
+        Hidden folders and folders with `excluded` names are left out.
         """
         seen, folders, links = set[tuple[int, int]](), [top], list[Path]()
         while folders or links:

@@ -36,7 +36,7 @@ def stdlib_files(max_bytes: int) -> list[SourceFile]:
     """The source files of the running Python's standard library, without installed packages, in order of name.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or none fits into `max_bytes`.
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [_source_file(path, root) for path in FileSearch(["*.py"], Remarks()).files_in(root)]
@@ -48,13 +48,18 @@ def stdlib_files(max_bytes: int) -> list[SourceFile]:
 def text_files(
     paths: Iterable[str], patterns: Iterable[str], max_bytes: int, key: str = "data.paths"
 ) -> list[SourceFile]:
-    """Files, folders (searched for `patterns`) and globs, each file once, in order of name.
+    """The files at `paths`, each file once, in order of name; at most `max_bytes` in total.
 
     The name of a file is its path relative to the parent of the searched folder. One line of the log counts and names
     the paths that are left out.
 
+    Args:
+        paths: Files, folders and globs.
+        patterns: Globs for the names of files to take from folders.
+        key: The setting with the paths, for messages.
+
     Raises:
-        ValueError: Some paths lead to no file: one line for each, which names `key`.
+        ValueError: Some paths lead to no file (one line for each), there are no paths, or no file fits.
     """
     patterns, remarks, found, problems = list(patterns), Remarks(), dict[Path, SourceFile](), list[str]()
     search = FileSearch(patterns, remarks)
@@ -153,8 +158,8 @@ def _source_file(path: Path, root: Path) -> SourceFile:
 def _within(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
     """The files that fit into `max_bytes`, in order of name.
 
-    Tests are left out first. Then the hash of the name decides, so that the sample favours no part of the alphabet and
-    hardly changes when a file is added.
+    Files in test folders are left out first, then files by the hash of their names: so the sample favours no part of
+    the alphabet and hardly changes when a file is added.
 
     Raises:
         ValueError: No file with any text fits.

@@ -50,7 +50,7 @@ def load(settings: DataSettings) -> Any:
     """Load the dataset from a folder written by `save_to_disk`, or with `load_dataset` (a name, or a folder of files).
 
     Raises:
-        ValueError: As for ``Rows``.
+        ValueError: The library is missing, or as for ``Rows``.
     """
     try:
         import datasets

@@ -24,8 +24,8 @@ class Records:
     """Iterates over the records of `files` after `start` = (file, number of its records that are done).
 
     With a `column`, the files are Parquet (by the end of their names) or JSON lines. Without a `column`, they are
-    texts, split into parts of at most `part_chars` characters. `done_bytes` is the number of bytes read so far. A text
-    that cannot be read is a record without content.
+    texts, split into parts of at most `part_chars` characters (None: not split). `done_bytes` is the approximate number
+    of bytes read so far. A text that cannot be read is a record without content.
 
     Raises:
         ValueError: A Parquet or JSON lines file is truncated or damaged. The message names the file.
@@ -93,8 +93,8 @@ class _NoTextError(Exception):
 def text_records(number: int, file: SourceFile, part_chars: int | None) -> Iterator[Record]:
     """Yield a text file as records of at most `part_chars` characters, split after line ends where possible.
 
-    A file that is empty, or of which any part is not text or cannot be read, yields one record whose content is None,
-    and which names the reason.
+    A file that is empty, or has a part that is not text or cannot be read, yields one record without content, whose
+    `problem` is the reason.
 
     Args:
         number: The file's number in the corpus.
@@ -127,7 +127,8 @@ def text_records(number: int, file: SourceFile, part_chars: int | None) -> Itera
 def read_documents(
     files: Iterable[SourceFile], skipped: dict[str, list[str]], part_chars: int | None = None
 ) -> Iterator[Document]:
-    """Yield the files' texts without newline translation; add skipped files to `skipped`, reason → names.
+    """Yield the texts of the files with their line ends unchanged; add the name of each skipped file to
+    `skipped[reason]`.
 
     With `part_chars`, longer texts are split into documents `name#1`, `name#2`, …
     """

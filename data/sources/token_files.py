@@ -21,7 +21,7 @@ class TokenRecords:
     """Iterates over the documents after `start` as records whose content is int32 (n,), without bos and eos.
 
     Raises:
-        ValueError: A file is not an array of tokens, or has a token that the tokenizer lacks; names the file.
+        ValueError: A file is not an array of tokens, or has a token that the tokenizer lacks. It names the file.
     """
 
     def __init__(

@@ -39,10 +39,10 @@ END_SECONDS = 5.0  # for the process to end; then it is killed, which loses only
 
 @dataclass(frozen=True)
 class StreamedDataset(PreparedDataset):
-    """A dataset to train on while it is prepared or afterwards, with the same tokens in the same order.
+    """A dataset to train on while it is prepared, or after it is complete: the tokens and their order are the same.
 
-    `train` grows, `val` does not. `fingerprint` depends on the settings and the tokenizer only, because not all of the
-    text has been read yet.
+    `train` grows, `val` does not. `fingerprint` depends only on the settings, the tokenizer, and the names and sizes of
+    separate validation files, because not all of the text has been read yet.
     """
 
     train: StreamedTokens
@@ -52,7 +52,7 @@ class StreamedDataset(PreparedDataset):
 class BackgroundPreparation:
     """The preparation for `settings`. With `start`, a process begins or resumes it unless it is complete.
 
-    A context manager; its end waits until the process has ended.
+    A context manager; its end stops the process and waits until it has ended.
 
     Raises:
         ValueError: The settings have problems; one line each.
@@ -73,9 +73,9 @@ class BackgroundPreparation:
         return process
 
     def dataset(self, validation_tokens: int) -> StreamedDataset | None:
-        """The part of the dataset that is prepared; None while validation data are missing, so that training must wait.
+        """The part of the dataset that is prepared; None while training must wait for `val` or the first of `train`.
 
-        Once they exist, validation data never change: all validation files, or at most the first `validation_tokens`
+        The validation split never changes: all separate validation files, or at most the first `validation_tokens`
         tokens of the held-out documents.
         """
         plan, finished = self.plan, self.plan.finished()
@@ -107,12 +107,12 @@ class BackgroundPreparation:
             return "data.paths: its files changed while the run began; start it again"
         assert self._process.stdout
         reason = self._process.stdout.read().strip() or (
-            f"data: the process that prepares it ended with code {code}; with too little memory, lower data.workers"
+            f"data: the process that prepares it ended with code {code}; if memory ran out, lower data.workers"
         )
         return f"{reason} (the preparation in the background ended, and the run with it)"
 
     def prepared_tokens(self) -> int:
-        """The number of training tokens on disk."""
+        """The number of training tokens on disk while the preparation is incomplete; 0 after it is complete."""
         return token_count(read_state(self.plan.work_folder / STATE), "train")
 
     def __enter__(self) -> "BackgroundPreparation":
@@ -146,7 +146,7 @@ def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tok
 
     Returns:
         The dataset, with `fingerprint` and with its validation split cut to `validation_tokens`. None if
-        `settings.root` has no such preparation, or only one with `validation_paths`.
+        `settings.root` has no such preparation, or only one with separate validation files.
 
     Raises:
         ValueError: The preparation is damaged.

@@ -30,14 +30,15 @@ class PreparationFolders(Protocol):
 
 
 class StreamedTokens(Tokens):
-    """The tokens of a split that are on disk, at most `limit`. `can_read` updates their number.
+    """The tokens of a split that are on disk. `can_read` updates their number.
 
     Any number of threads may read at the same time.
 
     Args:
         split: `train` or `val`.
-        plan: The plan of the preparation that writes it.
+        plan: The plan of the preparation that writes the split.
         dtype: The dtype of the shards.
+        limit: Maximum number of tokens to read, from the beginning of the split.
     """
 
     def __init__(self, split: str, plan: PreparationFolders, dtype: np.dtype, limit: int = ENDLESS) -> None:
@@ -62,7 +63,7 @@ class StreamedTokens(Tokens):
             state = read_state(work / STATE)
             if self._split in state.splits and token_count(state, self._split) >= max(stop, super().__len__()):
                 self._join(self._shards_in(work, state.splits[self._split]), self._dtype)
-        except (FileNotFoundError, ValueError):  # it will be renamed, or is damaged and will be written again
+        except (FileNotFoundError, ValueError):  # the folder is being renamed, or is damaged and will be written again
             pass
 
     def _shards_in(self, work: Path, state: dict[str, Any]) -> list[Shard]:

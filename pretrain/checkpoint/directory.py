@@ -53,7 +53,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``, intact or damaged; ``verify`` checks it."""
+    """The newest checkpoint in ``folder``, intact or damaged; None if there is none."""
     return next(iter(checkpoints_in(folder)), None)
 
 
@@ -61,7 +61,8 @@ def newest_good(folder: Path) -> tuple[Path | None, list[Damaged]]:
     """Return the newest intact checkpoint (None for a new run), and the errors of newer, damaged checkpoints.
 
     Raises:
-        ValueError: there are, or were, checkpoints, but none of them is intact.
+        ValueError: there are, or were, checkpoints, but none of them is intact; or the newest one that is not damaged
+            has a format that this version does not read.
     """
     damaged: list[Damaged] = []
     for path in checkpoints_in(folder):
@@ -112,7 +113,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint at ``path``: size and checksum by file name.
+    """The files of the checkpoint at ``path``, by name: ``{"bytes": size, "sha256": hex digits}``.
 
     Raises:
         ValueError: a damaged file, or a format that this version does not read.
@@ -150,8 +151,8 @@ def seal(path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]
     """Write ``state`` and the manifest to ``path``, the last files of a checkpoint.
 
     Args:
-        state: JSON-serialisable.
-        checksums: of each file written before, as returned by ``checksum``.
+        state: the content of ``state.json`` except its format; JSON-serialisable.
+        checksums: for each file written before, by name, its ``checksum``.
     """
     write_atomic(path / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
     checksums = {**checksums, STATE: checksum(path / STATE)}
@@ -161,7 +162,7 @@ def seal(path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]
 
 
 def checksum(file: Path) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file."""
+    """The size of a file in bytes, and its SHA-256 as 64 hex digits."""
     return file.stat().st_size, sha256(file)
 
 

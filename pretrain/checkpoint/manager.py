@@ -27,17 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """Construct on every process: the main process finds the newest intact checkpoint, and broadcasts it.
+    """Saves the checkpoints of a run, and resumes from them. Construct it on every process.
 
-    ``resume_from`` is this checkpoint, None for a new run. ``rollbacks`` are the steps whose batches are skipped
-    because of a loss spike.
+    ``resume_from`` is the newest intact checkpoint, found by the main process; None for a new run. ``rollbacks`` are
+    the steps (from 1) whose batches are skipped because of a loss spike.
 
     Args:
         folder: the folder of the checkpoints.
         rollbacks_file: the file with ``rollbacks``, which need not exist.
 
     Raises:
-        ValueError: on every process: no checkpoint is intact, or ``rollbacks_file`` cannot be read.
+        ValueError: on every process: the checkpoints cannot be used, see ``newest_good``, or ``rollbacks_file`` cannot
+            be read.
     """
 
     def __init__(self, folder: Path, rollbacks_file: Path, train: TrainConfig, world: World):
@@ -78,7 +79,10 @@ class CheckpointManager:
             tidy(self.resume_from, self.train.keep_last, self.train.keep_every)
 
     def due(self, step: int) -> bool:
-        """Whether ``train.checkpoint_every`` requires a checkpoint of ``step``; False for the last step of a run."""
+        """Whether ``train.checkpoint_every`` requires a checkpoint of ``step``. False for the last step of a run.
+
+        The checkpoint of the last step is always saved.
+        """
         every = self.train.checkpoint_every
         return every > 0 and step % every == 0 and step < self.train.steps
 
@@ -87,11 +91,11 @@ class CheckpointManager:
         self._saver.save(step, tensors, state)
 
     def poll(self) -> None:
-        """Report the result of a save that has ended; call after each step."""
+        """Report the result of a save that has ended; call after each step. See ``Saver.poll``."""
         self._saver.poll()
 
     def wait(self) -> Path | None:
-        """Wait for the running save, and report its result; returns the newest checkpoint."""
+        """Wait for the running save, and report its result; returns the newest checkpoint, None if there is none."""
         self._saver.wait()
         return latest(self.folder)
 
@@ -99,14 +103,15 @@ class CheckpointManager:
         """Wait for the latest save.
 
         Raises:
-            NotSaved: the save failed.
+            NotSaved: the disk failed.
+            FloatingPointError, RuntimeError: the save failed for another reason.
         """
         self._saver.finish()
 
     def roll_back(self, step: int) -> None:
-        """Record that the batch of ``step`` is to be skipped after the rollback; call on every process.
+        """Record that the batch of ``step`` (from 1) is to be skipped after the rollback; call on every process.
 
-        Waits for a running save first, so that the run can continue from the newest checkpoint.
+        Waits for a running save first, because the run continues from the newest checkpoint.
         """
         self._saver.wait()
         if self.world.is_main:

@@ -1,8 +1,8 @@
 """Save checkpoints in the background: training waits only for a copy in host memory, and a thread writes the copy.
 
 One save runs at a time. A checkpoint is written to ``step-….tmp``. It is renamed after all processes have written and
-every file has its checksum; then ``latest`` is updated. If a checkpoint cannot be written, the error is logged and the
-half-written files are removed. Older checkpoints stay, and the next scheduled save tries again.
+every file has its checksum; then ``latest`` is updated. If the disk fails, the error is logged and the half-written
+files are removed. Older checkpoints stay, and the next scheduled save tries again.
 """
 
 import errno
@@ -48,7 +48,7 @@ class Saver:
         background: ``save`` returns when the tensors are copied, not when everything is on disk.
         keep_last: see ``retention.prune``.
         keep_every: see ``retention.prune``.
-        timeout: longest time that a process waits for other processes in a save.
+        timeout: longest time that a process waits for other processes in a save; None for torch's default.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Saver:
         """Write the checkpoint of ``step``, unless it exists. Call on every process at the same step.
 
         Args:
-            tensors: the tensors of this process by name; a sharded tensor has the part of this process.
-            state: JSON-serialisable.
+            tensors: by name; a DTensor has the part of this process, any other tensor is the same on all processes.
+            state: the content of ``state.json``, JSON-serialisable.
 
         Raises:
-            FloatingPointError: the previous save had a tensor that is not finite.
+            FloatingPointError, RuntimeError: the previous save failed, see ``poll``.
         """
         self.wait()
         self._lost = None
@@ -108,7 +108,8 @@ class Saver:
         """Report the result of a save that has ended; call after each step.
 
         Raises:
-            FloatingPointError, RuntimeError: the save failed, but not because of the disk.
+            FloatingPointError: a tensor is not finite.
+            RuntimeError: the save failed for another reason, but not because of the disk.
         """
         if self._thread is None or not self._thread.is_alive():
             self.wait()
@@ -123,7 +124,8 @@ class Saver:
         """Wait for the latest save.
 
         Raises:
-            NotSaved: the save failed.
+            NotSaved: the disk failed.
+            FloatingPointError, RuntimeError: as in ``poll``.
         """
         if failure := self._end() or self._lost:
             raise failure

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: names, and reading them with torch.distributed.checkpoint from safetensors files.
 
-Tensors are named ``model.<parameter or buffer>``; the optimizer's tensors have the names given by
+The model's tensors are named ``model.<parameter or buffer>``. The optimizer's tensors have the names given by
 ``OptimizerStack.tensors``.
 """
 
@@ -66,7 +66,7 @@ def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[t
         names: the names of the weights to read.
 
     Yields:
-        (name, weight) for each of them, as complete tensors.
+        (name, weight) for each of them: complete tensors on the CPU.
 
     Raises:
         ValueError: the checkpoint is damaged, or lacks one of the weights.

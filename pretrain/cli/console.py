@@ -22,7 +22,10 @@ SMOOTHING = 0.8  # weight of the earlier losses in the moving average next to th
 
 
 class RunBar:
-    """A progress bar on the terminal of a run that begins at ``first_step``; call ``stop`` at its end."""
+    """A progress bar on the terminal for a run of ``steps`` steps, of which ``first_step`` are already done.
+
+    Call ``stop`` at the end of the run.
+    """
 
     def __init__(self, steps: int, first_step: int):
         self._loss: float | None = None
@@ -35,7 +38,7 @@ class RunBar:
         self._bar.start()
 
     def advance(self, step: int) -> None:
-        """Move the bar to ``step``."""
+        """Move the bar to ``step``, the number of steps done."""
         self._bar.update(self._task, completed=step)
 
     def show(self, values: dict[str, float]) -> None:
@@ -56,7 +59,7 @@ def run_bar(steps: int, first_step: int) -> RunBar | None:
 
 
 def as_text(values: dict[str, float]) -> str:
-    """Names and values in one line, as ``number`` writes them; speeds from 10 on without decimals.
+    """Names and values in one line, as ``number`` writes them; speeds (``…/s``) of 10 or more without decimals.
 
     A perplexity above 1e6 is written ``>1e6``.
     """
@@ -97,7 +100,10 @@ class _AboveTheBar(logging.Handler):
 
 
 def log_to_terminal(is_main: bool) -> None:
-    """Print the main process' log lines to standard error: plain, or above the progress bar on a terminal."""
+    """Print the log lines of the main process to standard error, on a terminal above the progress bar.
+
+    Other processes print nothing. A terminal does not show records with an attribute ``in_bar``, which are in the bar.
+    """
     handler: logging.Handler = logging.NullHandler()
     if is_main and console.is_terminal:
         handler = _AboveTheBar()
@@ -113,7 +119,7 @@ class _LogFile(logging.FileHandler):
     """Warns once when the file cannot be written, instead of a traceback for each line."""
 
     def __init__(self, path: Path):
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names of files may be no valid UTF-8
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")  # names of files may not be valid UTF-8
         self._failing = False
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -40,7 +40,8 @@ def require_usable_gpus() -> None:
     nvidia-smi runs only if torch finds no GPU.
 
     Raises:
-        ValueError: nvidia-smi finds GPUs, but torch cannot use any of them; with the likely cause and the fix.
+        ValueError: nvidia-smi finds GPUs, but torch cannot use any of them, or the driver was updated and the machine
+            not restarted; with the likely cause and the fix.
     """
     import torch
 

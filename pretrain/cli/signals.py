@@ -24,7 +24,7 @@ class StopRequest:
         self._since = 0.0
 
     def listen(self) -> None:
-        """Handle these signals from now on; call in the main thread."""
+        """Handle the three signals from now on; call in the main thread."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
 

@@ -29,12 +29,12 @@ USED_MOST = {
     "train.tokens_per_step=65536": "batch size over all processes",
     "train.micro_batch_size=4": "sequences per forward of a process; by default its complete share of the batch",
     "train.seq_len=512": "tokens in a sequence",
-    "train.dtype=bfloat16": "of weights, activations and gradients",
+    "train.dtype=bfloat16": "dtype of weights, activations and gradients",
     "optim.rank=128": "rows (or columns) trained in each linear layer",
-    "optim.lr=1e-3": "peak learning rate of embeddings and head",
+    "optim.lr=1e-3": "peak learning rate of embeddings, head and norms",
     "optim.linear_lr=1e-3": "peak learning rate of the linear layers",
     "data.paths=[notes]": "with data=text: files, folders and globs",
-    "logger.wandb.mode=disabled": "or online, offline; auto chooses",
+    "logger.wandb.mode=disabled": "or online, offline, auto",
 }
 HELP = """\
 {program} [group=option ...] [key=value ...]

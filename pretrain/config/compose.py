@@ -32,7 +32,7 @@ from pretrain.config.text import FileConfigSource, as_typed, quoted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SECTIONS = {name.rpartition(".")[0] for name in types_of_settings()}
-DEVICE_WORDS = ("device", "devices", "gpu", "gpus", "cuda")  # keys that others have for what is no setting here
+DEVICE_WORDS = ("device", "devices", "gpu", "gpus", "cuda")  # keys of other programs that are not settings here
 DEVICES = (
     "devices are not a setting: each process uses a GPU if there is one; ./launch.sh --nproc-per-node 2 uses two, "
     "CUDA_VISIBLE_DEVICES=0 before the command selects a GPU, and CUDA_VISIBLE_DEVICES= selects the CPU"
@@ -56,10 +56,10 @@ register_schema()
 
 
 def load(overrides: list[str]) -> Config:
-    """Compose ``conf/`` with ``overrides`` as the training command does.
+    """Compose ``conf/`` with ``overrides``, such as "train.steps=100", as the training command does.
 
     Raises:
-        ConfigError: lists every override that names an unknown key or gives a wrong type.
+        ConfigError: lists every override that names an unknown key or gives a wrong type, or every missing value.
     """
     with _explained(overrides):
         return to_config(_compose(overrides))
@@ -94,7 +94,7 @@ def to_config(cfg: DictConfig) -> Config:
         raise ConfigError("\n".join(f"{k} has no value; give it as {k}=…" for k in sorted(missing)))
     config = OmegaConf.to_object(cfg)
     if not isinstance(config, Config):
-        raise ConfigError("the configuration is not built on config_schema; begin with conf/config.yaml")
+        raise ConfigError("conf/config.yaml does not use the schema; add config_schema to its defaults")
     known = keys(OmegaConf.structured(config))
     if unknown := [k for k in keys(cfg) if k not in known]:
         raise ConfigError("\n".join(f"{k} is not a key of the configuration{_did_you_mean(k, known)}" for k in unknown))

@@ -100,12 +100,12 @@ class GrassConfig(OptimConfig):
     new_second_moment: str
     refresh_warmup: int
     int8_weights: bool
-    state_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))  # checkpoints say which they have
+    state_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))  # compared with the checkpoint
 
 
 @dataclass
 class BaselineConfig(OptimConfig):
-    """Full-rank training with an optimizer in PROJECTED, which projects the gradients of the linear layers."""
+    """Full-rank training with an optimizer that projects the gradients of the linear layers, see optim.baselines."""
 
     rank: int
     update_gap: int = field(metadata=AT_LEAST_1)

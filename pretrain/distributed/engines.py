@@ -1,8 +1,9 @@
 """Engines that train one model on several processes: torch's DDP and FSDP2, and HSDP (sharded replicas).
 
 A Grass layer trains only its small ``rows``, so few gradients are communicated (FSDP2 still gathers all weights). FSDP2
-shards a layer's weight and rows along the dimension that is not selected. So every process folds and refreshes its own
-shard with the same index, and loads new rows without communication. Only choosing rows communicates: scores and a hash.
+shards a layer's weight and rows along the dimension that is not selected. So every process writes the rows back to its
+own shard of the weight, and loads new rows from it, without communication. Only choosing rows communicates: scores, and
+a hash of the chosen rows.
 """
 
 import inspect
@@ -47,11 +48,11 @@ class Engine:
         self.module: nn.Module = model
 
     def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
-        """The summed loss of a micro-batch in nats, as returned by ``Llama``."""
+        """The loss of a micro-batch in nats, summed over targets, a scalar; the arguments are those of ``Llama``."""
         return self.module(input_ids, targets, *documents)
 
     def backward(self, last: bool) -> AbstractContextManager:
-        """The context of a micro-batch's forward and backward. Only the ``last`` one of a step sums gradients."""
+        """The context of a micro-batch's forward and backward. The ``last`` one of a step communicates gradients."""
         return nullcontext()
 
     def finish_backward(self) -> None:
@@ -172,7 +173,7 @@ class FSDPEngine(Engine):
 
 
 def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list[str]:
-    """Why ``model``, with its Grass layers, cannot be sharded as in ``config``; a message per problem, with the fix."""
+    """Why ``model``, with its Grass layers, cannot be sharded as in ``config``: a message with the fix per problem."""
     train, optim = config.train, config.optim
     if train.parallel == "ddp" or world_size == 1:
         return []
@@ -182,11 +183,12 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
             f"train.shards={shards} must be at least 2 and divide the {world_size} processes; change it, or use "
             "train.parallel=fsdp or ddp"
         )
-    if any(optim.inner in (name, INNER_OPTIMIZERS[name]) for name in FSDPEngine.REFUSED):
-        problems.append(
-            f"optim.inner={optim.inner} cannot step on shards; use muon, adamw, adam, sgd or normuon, or "
-            "train.parallel=ddp"
-        )
+    for key, inner in (("inner", optim.inner), ("embedding_inner", optim.embedding_inner)):
+        if any(inner in (name, INNER_OPTIMIZERS[name]) for name in FSDPEngine.REFUSED):
+            problems.append(
+                f"optim.{key}={inner} cannot step on shards; use muon, adamw, adam, sgd or normuon, or "
+                "train.parallel=ddp"
+            )
     if getattr(optim, "int8_weights", False):
         problems.append(
             "optim.int8_weights=true: each step size of 8-bit weights needs a complete row, but shards have parts of "

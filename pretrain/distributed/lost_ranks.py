@@ -1,8 +1,8 @@
 """Name the ranks that do not answer when a collective fails.
 
 Torch's error after a timeout or a broken connection names neither the collective nor the rank. So every process in
-which a collective fails records its rank in the store of the process group, and waits up to 20 seconds for
-the other ranks. Ranks that are not recorded by then are dead, stuck or very slow.
+which a collective fails records its rank in the store of the process group, and waits up to 20 seconds (at most a
+quarter of the timeout) for the other ranks. Ranks that are not recorded by then are dead, stuck or very slow.
 """
 
 import json

@@ -31,7 +31,7 @@ class World:
     def use_device(self) -> None:
         """Make ``device`` the current device of the calling thread.
 
-        Every thread starts with the first GPU. There, calls without a device would create a context of half a GB.
+        Every thread starts with the first GPU, where calls without a device would create a CUDA context of half a GB.
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -89,7 +89,7 @@ class World:
 
 
 def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
-    """The number of processes that share one copy of the model. By default, hsdp shards within each node."""
+    """The number of processes that share one copy of the model. By default, hsdp shards over each node."""
     if parallel != "hsdp":
         return world_size if parallel == "fsdp" else 1
     return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -99,7 +99,7 @@ def connect(timeout: timedelta) -> World:
     """Join the process group of torchrun's processes: gloo for tensors on the CPU, NCCL for tensors on GPUs.
 
     Args:
-        timeout: the timeout of every collective.
+        timeout: the timeout of joining, and of every collective.
 
     Raises:
         ValueError: this machine has more processes than GPUs.

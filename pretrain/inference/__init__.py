@@ -1,1 +1,1 @@
-"""Trained models: loading and sampling."""
+"""Trained models: loading, sampling and export."""

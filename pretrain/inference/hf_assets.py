@@ -1,6 +1,6 @@
 """The files of a Hugging Face model besides its weights: generation settings, chat template, special tokens.
 
-A run that starts from such a model copies these files to its folder, and an export copies them on.
+A run that starts from such a model copies these files to its folder, and an export of the run copies them again.
 """
 
 import json

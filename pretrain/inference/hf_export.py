@@ -35,16 +35,17 @@ SHARD_BYTES = 5_000_000_000
 def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model at ``path`` to the new folder ``out``.
 
-    For a Hugging Face model, or a run that started from one, the generation settings, chat template and special tokens
-    are copied unchanged. The embedding keeps all rows, including padding. The export of a run has a model card, and the
-    tokenizer's ``model_max_length`` is the run's sequence length.
+    For a Hugging Face model, or a run that started from one, the generation settings are copied unchanged, and with the
+    same tokenizer also the chat template and special tokens. A tokenizer_config.json that is not copied has the length
+    of the training sequences as ``model_max_length``. The embedding keeps all rows, including padding. The export of a
+    run has a model card.
 
     Args:
         dtype: of all weights; by default the model's dtype.
         shard_bytes: maximum size of a file of weights; a single larger tensor gets a separate file.
 
     Raises:
-        ValueError: there is no model at ``path``, or ``out`` exists.
+        ValueError: there is no readable model at ``path``, or ``out`` exists.
     """
     found, out = find_pretrained(path), Path(out)
     if out.exists():

@@ -142,7 +142,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight, by our names; reads only the headers of the files."""
+    """The shape of every weight in the folder or file ``path``, by our names; reads only the headers of the files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path):
         with _open(file) as tensors:
@@ -151,7 +151,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every weight with our name, one at a time."""
+    """(our name, tensor) for every weight in the folder or file ``path``, one at a time, in its stored dtype."""
     for file in weight_files(path):
         with _open(file) as tensors:
             for name in _weight_names(tensors):

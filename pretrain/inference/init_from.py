@@ -178,8 +178,8 @@ def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
 def keep_assets(path: str, folder: Path) -> None:
     """Copy the other files next to the weights at ``path`` to ``folder``, so that the run no longer needs ``path``.
 
-    These are the settings, generation settings, chat template and special tokens of a Hugging Face model. For a model
-    without them, nothing is copied.
+    These are config.json, the generation settings, the chat template and the tokenizer's files of a Hugging Face model.
+    For a model without config.json, nothing is copied.
     """
     source = Path(path).parent if Path(path).is_file() else find_pretrained(path).assets
     copy_assets(find_assets(source) if source else [], folder)

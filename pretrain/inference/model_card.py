@@ -1,7 +1,7 @@
 """The model card of an exported run: the README.md that Hugging Face shows for a model.
 
-It describes the training, the data and the losses. For local files it gives the names without the folders, because a
-card is meant to be published.
+It describes the training, the data and the losses. Of an absolute path it gives only the last part, because a card is
+meant to be published.
 """
 
 import json
@@ -17,7 +17,7 @@ from pretrain.config.compose import read_config
 from pretrain.inference.pretrained import PretrainedModel
 
 CARD = "README.md"
-LOSSES = 10  # validations in the card
+LOSSES = 10  # maximum number of validations in the card
 HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -103,16 +103,22 @@ def _data_facts(config: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _rows(optim: dict[str, Any]) -> str | None:
+    """The rows that Grass trained; None for other methods."""
+    if "refresh_every" not in optim:
+        return None
+    return f"{optim['rank']} of each linear layer, by `{optim['selection']}` every {optim['refresh_every']} steps"
+
+
 def _training(config: dict[str, Any], state: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     optim, train, started = config["optim"], config["train"], state.get("init_from")
     warmup, minutes = optim["warmup_steps"], state["training_seconds"] / 60
     over = f"{warmup:.3g} of the run" if 0 < warmup < 1 else f"{warmup:g} steps"
     processes = f"{state['world_size']} process{'es' if state['world_size'] > 1 else ''}"
-    rows = f"{optim['rank']} of each linear layer, chosen again every {optim['refresh_every']} steps by "
     return {
         "initial weights": f"{_name(started['path'])} (SHA-256 `{started['sha256']}`)" if started else "random",
         "optimizer": optim["inner"],
-        "rows trained": rows + f"`{optim['score']}` scores" if "refresh_every" in optim else None,
+        "rows trained": _rows(optim),
         "learning rate": f"{optim['lr']:g}, of the linear layers {optim['linear_lr'] * optim.get('alpha', 1):g}",
         "schedule": f"{optim['schedule']}, with a warm-up over {over}",
         "weight decay": optim["weight_decay"],

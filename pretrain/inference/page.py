@@ -27,8 +27,9 @@ def make_app(
 ) -> Flask:  # fmt: skip
     """The page at /, and POST /write.
 
-    POST /write takes {"prompt", "tokens", "stops", keys of Sampling}. A request without a seed gets a random seed. The
-    answer is lines {"text"}, and at the end {"speed", "seed"}.
+    POST /write takes a JSON object with "prompt", and optionally "tokens", "stops" and the fields of Sampling. Without
+    a seed, it chooses a random seed. The answer has a JSON object per line: {"text"} for each piece of text, and at the
+    end {"speed", "seed"}. A wrong value is answered with status 400 and a message.
 
     Args:
         name: the name of the model, shown on the page.
@@ -40,7 +41,7 @@ def make_app(
     """
     start = asdict(defaults) | {"prompt": prompt, "tokens": tokens, "stops": list(stops), "seed": seed}
     app = Flask(__name__, template_folder=".")
-    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]  # refuses host names of other sites that resolve to it
+    app.config["TRUSTED_HOSTS"] = [HOST, "localhost"]  # refuses other sites' names for this address
     one_at_a_time = threading.Lock()
 
     @app.get("/")
@@ -49,19 +50,19 @@ def make_app(
 
     @app.post("/write")
     def write() -> Response | tuple[str, int]:
-        asked = request.get_json()  # refuses other content types: browsers ask before they send JSON elsewhere
+        asked = request.get_json()  # refuses other content types: before JSON, browsers ask the server for permission
         try:
             if asked.get("seed") is None:
                 asked["seed"] = secrets.randbelow(LARGEST_SEED)
             values = {key: type(default)(asked.get(key, default)) for key, default in asdict(defaults).items()}
             sampling, prompt = Sampling(**values), str(asked["prompt"])
-            tokens, stops = int(asked.get("tokens", 200)), list(asked.get("stops", []))
+            most, ends = int(asked.get("tokens", tokens)), list(asked.get("stops", stops))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             return str(error), 400
 
         def lines() -> Iterator[str]:
             with one_at_a_time:
-                for text in generator.stream(prompt, tokens, sampling, stops):
+                for text in generator.stream(prompt, most, sampling, ends):
                     yield json.dumps({"text": text}) + "\n"
                 yield json.dumps({"speed": generator.speed, "seed": sampling.seed}) + "\n"
 

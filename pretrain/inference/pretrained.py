@@ -92,7 +92,14 @@ def find_pretrained(path: str | Path) -> PretrainedModel:
 
 
 def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
-    """``find_pretrained(path).load()``."""
+    """The model at ``path`` in its dtype and in eval mode, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        path: a run's folder (its newest checkpoint), a checkpoint's folder, or a Hugging Face folder.
+
+    Raises:
+        ValueError: there is no model or no tokenizer, or they cannot be read or do not fit together.
+    """
     return find_pretrained(path).load()
 
 
@@ -139,7 +146,7 @@ def _tokenizer_of(run: Path, path: Path, config: dict[str, Any]) -> Path:
     for file in Path(config["data"]["root"]).glob("*/tokenizer.*"):
         if sha256(file) == wanted:
             return file
-    raise ValueError(f"{run} has no tokenizer.model; copy it there from the preparation the run was trained on")
+    raise ValueError(f"{run} has no tokenizer.model; copy it there from the prepared data of the run")
 
 
 def _require(path: Path) -> Path:

@@ -13,11 +13,11 @@ from models.llama import Llama
 
 @dataclass(frozen=True)
 class Sampling:
-    """Options for sampling tokens. The samples depend only on the logits and ``seed``.
+    """Options for sampling tokens. For equal options and logits, the samples are equal.
 
     ``temperature`` divides the logits; 0 always takes the most likely token. ``top_k`` keeps this number of most likely
-    tokens; 0 keeps all. ``top_p`` keeps the most likely tokens that together reach this probability (Holtzman et al.,
-    arXiv 1904.09751).
+    tokens; 0 keeps all. Among these, ``top_p`` keeps the most likely tokens that together reach this probability
+    (Holtzman et al., arXiv 1904.09751).
 
     Raises:
         ValueError: values out of range, one line per value.
@@ -66,10 +66,12 @@ def new_tokens(
 ) -> Iterator[int]:
     """The tokens that follow ``prompt``, without end.
 
-    When all positions of the model are used, generation continues from the last half of the tokens.
+    When all positions of the model are used, generation continues from the latest tokens, half as many as positions.
 
     Args:
+        prompt: one token or more.
         never: bool (rows,), the tokens that are never generated, such as ``rows_without_token``.
+        use_cache: keep the keys and values of earlier tokens; False computes them again for each new token.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     device, positions = model.embed_tokens.weight.device, model.max_position_embeddings
@@ -91,7 +93,16 @@ def generate(
     model: Llama, prompt: Sequence[int], tokens: int, *, temperature: float, top_k: int, seed: int,
     top_p: float = 1.0, ends: Collection[int] = (), never: Tensor | None = None, use_cache: bool = True,
 ) -> list[int]:  # fmt: skip
-    """``prompt`` and up to ``tokens`` new tokens, which end before the first of ``ends``; see ``new_tokens``."""
+    """``prompt`` and up to ``tokens`` new tokens, which end before the first token in ``ends``.
+
+    Args:
+        prompt: one token or more; bos is not added.
+        temperature: see ``Sampling``, as for ``top_k``, ``seed`` and ``top_p``.
+        never: see ``new_tokens``, as for ``use_cache``.
+
+    Raises:
+        ValueError: a sampling option is out of range.
+    """
     ids = list(prompt)
     following = new_tokens(model, prompt, Sampling(temperature, top_k, top_p, seed), never, use_cache)
     for _, token in zip(range(tokens), following, strict=False):

@@ -9,7 +9,9 @@ from pretrain.inference.sampling import Sampling, new_tokens, rows_without_token
 
 
 class TextGenerator:
-    """Continues texts with ``model``; ``tokens`` and ``seconds`` are the length and time of the latest continuation.
+    """Continues texts with ``model``.
+
+    ``tokens`` and ``seconds`` are the number of new tokens and the time of the latest continuation.
 
     Args:
         end_ids: tokens that end a text, in addition to the tokenizer's eos token.
@@ -47,7 +49,7 @@ class TextGenerator:
 
     @property
     def speed(self) -> str:
-        """The length and speed of the latest continuation, for people."""
+        """The length and speed of the latest continuation, such as "200 tokens, 35.1 tokens/s"."""
         unit = "token" if self.tokens == 1 else "tokens"
         return f"{self.tokens} {unit}, {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else "no tokens"
 

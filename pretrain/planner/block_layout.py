@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 from models import activation_checkpointing
+from models.grass_linear import GrassLinear
 from models.stacking import ON_CPU
-from optim.refresh_schedule import most_at_once
+from optim.refresh_schedule import most_at_once, takes_turns
 from pretrain.config.schema import Config, GrassConfig
+from pretrain.setup.model import outline
 from pretrain.setup.optimizer import uses_scores
 
 
@@ -50,16 +52,18 @@ class BlockLayout(NamedTuple):
 
 
 def layout_of(config: Config) -> BlockLayout:
+    """The layout of all blocks of the model of ``config``."""
     optim, blocks = config.optim, config.model.num_hidden_layers
-    if isinstance(optim, GrassConfig) and _takes_turns(optim):
+    if isinstance(optim, GrassConfig) and _takes_turns(config, optim):
         probed = most_at_once(blocks, optim.refresh_every, optim.probe_steps)
         if probed < blocks:
             return BlockLayout(probed - 1, blocks - probed)
     return BlockLayout(blocks - 1, 0)
 
 
-def _takes_turns(optim: GrassConfig) -> bool:
-    return uses_scores(optim) and not optim.refresh_warmup if optim.stagger == "auto" else bool(optim.stagger)
+def _takes_turns(config: Config, optim: GrassConfig) -> bool:
+    layers = [layer for layer in outline(config).modules() if isinstance(layer, GrassLinear)]
+    return takes_turns(optim.stagger, layers if uses_scores(optim) else [], optim.refresh_warmup)
 
 
 def period_of(config: Config) -> int:

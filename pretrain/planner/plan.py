@@ -88,4 +88,4 @@ def _place(config: Config) -> str:
     if (newest := folder.latest_checkpoint) is None:
         return "a new run"
     finished = folder.is_finished(config.train.steps)
-    return "which holds this run, finished" if finished else f"resumed from {newest.name}"
+    return "where this run is finished" if finished else f"resumed from {newest.name}"

@@ -228,7 +228,7 @@ class _Steps:
         self.phases.label_state()
 
     def refresh(self) -> None:
-        """Make the steps that gather scores, of which the last refreshes; with GaLore and APOLLO, a projection step.
+        """Make the steps that gather scores, of which the last refreshes; for a baseline, a step with a new projection.
 
         The initial choice of rows needs less memory, because there is no optimizer state yet, and is left out.
         """

@@ -10,7 +10,7 @@ from pretrain.runs.records import RunRecords, Series
 
 MEMORY = 1 / 25  # length of the moving average, as a share of all points
 MOST_POINTS = 400  # per line on the page
-MOST_SMOOTHED = 4  # maximum number of smoothed lines with their logged values behind them
+MOST_SMOOTHED = 4  # maximum number of smoothed lines whose logged values are drawn too
 UNITS = {"tokens": "tokens", "minutes": "minutes of training"}
 LOSS = "nats per token"
 
@@ -29,7 +29,7 @@ class Line:
     """The line of one group: the mean ``y`` over its seeds at each ``x``, both (points,).
 
     low, high   the minimum and maximum over the seeds (points,); None for one seed
-    logged      where ``y`` is a moving average: x and y of the values behind it, for each seed; else empty
+    logged      where ``y`` is a moving average: x and y of the logged values, for each seed; else empty
     """
 
     group: Group
@@ -45,6 +45,7 @@ class Metric:
     """A metric of metrics.jsonl, and how it is drawn.
 
     name      of the PNG files of its charts, with "-tokens" and "-time" if there are two
+    key       in the lines of metrics.jsonl
     unit      of the y axis
     over      tokens | minutes: a chart against each
     scale     factor of the logged values
@@ -87,7 +88,7 @@ class Chart:
 LOSSES = [
     Metric("loss", "train/loss", "Training loss", LOSS, "A moving average.",
            ("tokens", "minutes"), log=True, smoothed=True),
-    Metric("validation", "val/loss", "Validation loss", LOSS, "From before the first step on.", ("tokens", "minutes"),
+    Metric("validation", "val/loss", "Validation loss", LOSS, "Begins before the first step.", ("tokens", "minutes"),
            log=True, markers=True),
 ]  # fmt: skip
 OTHERS = [

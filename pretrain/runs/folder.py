@@ -53,7 +53,7 @@ class RunFolder:
         return latest(self.checkpoints)
 
     def is_finished(self, steps: int) -> bool:
-        """Whether a run of ``steps`` steps is finished: it has a summary, and a newest checkpoint of this step."""
+        """Whether a run of ``steps`` steps is finished: it has a summary, and its newest checkpoint is not earlier."""
         newest = self.latest_checkpoint
         try:
             return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
@@ -68,7 +68,7 @@ class RunFolder:
         """Whether the run of ``config`` is finished; if so, this is logged.
 
         Raises:
-            ConfigError: the run is finished, but with other settings.
+            ConfigError: the run is finished, but ``check`` refuses ``config``.
         """
         if not self.is_finished(config.train.steps):
             return False
@@ -77,7 +77,7 @@ class RunFolder:
         return True
 
     def check(self, config: Config) -> list[str]:
-        """The settings in which ``config`` differs from the existing run, one line each; [] for a new run.
+        """The settings in which ``config`` differs from the existing run, one line each; [] without a checkpoint.
 
         Raises:
             ConfigError: the run exists and cannot be resumed with ``config``.

@@ -1,4 +1,4 @@
-"""Log the metrics of a run: to metrics.jsonl, W&B, TensorBoard and the terminal. Only the main process does."""
+"""Log the metrics of a run to metrics.jsonl, W&B, TensorBoard and the terminal, on the main process only."""
 
 import logging
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ class MetricLog:
     """Writes metric lines to the files of a run's folder and to W&B, and shows them on the terminal.
 
     Args:
-        first_step: the step that the run starts or resumes at.
-        sizes: of the run, by name, for W&B.
+        first_step: number of steps already made: 0 for a new run.
+        sizes: numbers of parameters and bytes by name, for W&B.
     """
 
     def __init__(self, folder: RunFolder, config: Config, first_step: int, sizes: Mapping[str, Any]):
@@ -37,7 +37,7 @@ class MetricLog:
             self._tensorboard.log(line)
 
     def write_selection(self, step: int, layers: dict[str, Any]) -> None:
-        """Write a line of selection.jsonl, the rows selected since the last line by layer, unless there are none."""
+        """Write a line of selection.jsonl: ``layers`` from ``SelectionHistory.by_layer``, unless it is empty."""
         if layers:
             self._selection.write({"step": step, "layers": layers})
 
@@ -47,7 +47,7 @@ class MetricLog:
             self._bar.advance(step)
 
     def show_step(self, step: int, values: dict[str, float]) -> None:
-        """Show ``values`` of a training step beside the progress bar, or, without a bar, log them as a line."""
+        """Log ``values`` of a training step as a line; on a terminal, show them beside the progress bar instead."""
         if self._bar:
             self._bar.show(values)
         logger.info("step %d · %s", step, as_text(values), extra={"in_bar": True})

@@ -93,7 +93,7 @@ class RunRecords:
         return x, y
 
     def coverage(self) -> tuple[list[str], Series, Series]:
-        """The names of layers, the tokens (t,) at each refresh, and the share of rows ever selected (layers, t)."""
+        """The layers, and for each line of selection.jsonl the tokens (t,) and shares ever selected (layers, t)."""
         layers = list(dict.fromkeys(name for line in self.selection for name in line["layers"]))
         shares = np.full((len(layers), len(self.selection)), np.nan)
         for t, line in enumerate(self.selection):
@@ -107,7 +107,7 @@ class RunRecords:
 def find_runs(paths: list[Path]) -> list[RunRecords]:
     """The runs at ``paths``: folders of runs, or folders that contain runs.
 
-    Each run is named by the last parts of its path: one part if this tells all runs apart, otherwise more.
+    Each run is named by the last parts of its path: one part if this distinguishes all runs, otherwise more.
 
     Raises:
         ValueError: a path contains no run that has logged anything.

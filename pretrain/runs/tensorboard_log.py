@@ -18,8 +18,8 @@ class TensorboardLogger:
     A failure, such as a full disk, ends this log with a warning, and not the run: metrics.jsonl has every line.
 
     Args:
-        folder: for the event files, a new one for each process of the run.
-        first_step: number of steps made before. TensorBoard hides values of later steps from earlier processes.
+        folder: of the event files; each start of the run writes a new file.
+        first_step: number of steps made before. TensorBoard hides the later values that earlier starts have written.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -27,7 +27,7 @@ class TensorboardLogger:
         self._try(lambda: self._open(folder, first_step))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a metric line with ``step``; values that are no numbers are left out."""
+        """Write a metric line with ``step``; values that are not numbers are left out."""
         self._try(lambda: self._write(line))
 
     def close(self) -> None:
@@ -38,7 +38,7 @@ class TensorboardLogger:
     def _open(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, which is optional and takes a second
 
-        # Also the validation before the first step is repeated when a run starts again.
+        # A run that starts again at step 0 also repeats the validation of step 0, so that value is hidden too.
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Log a run to Weights & Biases: metric and log lines, and at its end tables, the coverage picture and a checkpoint.
 
-A failure of W&B never ends the run: it continues offline, or else without W&B, and says so. metrics.jsonl has every
-line in any case.
+A failure of W&B never ends the training run, which continues with an offline W&B run, or else without W&B, and logs a
+warning. metrics.jsonl has every line in any case.
 """
 
 import io
@@ -166,7 +166,7 @@ class _LogsTab(logging.Handler):
 def _modes(configured: str) -> list[str]:
     """The modes to try, in order: the one to use, and offline in case that fails; [] if W&B is disabled.
 
-    ``auto`` is the mode that WANDB_MODE or W&B's settings files name, or else online where a login is known.
+    ``auto`` is the mode that WANDB_MODE or W&B's settings files name, or else online after a login, otherwise offline.
     """
     import wandb  # here and below: a broken installation must not end a run
 
@@ -249,7 +249,7 @@ def _results(folder: Path, samples: list[tuple[str, str]]) -> dict[str, Any]:
     lines = [[line[name] for name in VALIDATION] for line in data.lines if "val/loss" in line]
     shown: dict[str, Any] = {"tokens": data.lines[-1]["tokens"], "validation": wandb.Table([*VALIDATION], data=lines)}
     if samples:
-        shown["samples"] = wandb.Table(["prompt", "continuation"], data=[list(sample) for sample in samples])
+        shown["samples"] = wandb.Table(["prompt", "text"], data=[list(sample) for sample in samples])
     if picture := _coverage_picture(data):
         shown["coverage"] = wandb.Image(picture)
     return shown

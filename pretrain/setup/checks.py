@@ -98,7 +98,7 @@ def _run_problems(config: Config) -> list[str]:
         problems.append(f"run.name={name!r} cannot be a folder below run.root; {advice}")
     for prompt in config.data.prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # bytes that Python could not decode
-            problems.append(f"data.prompts: {prompt!r} is not UTF-8")
+            problems.append(f"data.prompts: {prompt!r} is not UTF-8; fix its encoding")
     return problems
 
 
@@ -111,15 +111,15 @@ def _train_problems(config: Config, world_size: int) -> list[str]:
             f" = {sequences} × {train.seq_len} × {world_size}; change one of them"
         )
     if train.keep_every and not train.keep_last:
-        problems.append("train.keep_every has no effect if train.keep_last=0 keeps all; set train.keep_last=2, say")
+        problems.append("train.keep_every has no effect if train.keep_last=0 keeps all; set train.keep_last above 0")
     if train.spike_factor != 0 and not 1 < train.spike_factor < math.inf:
-        problems.append(f"train.spike_factor={train.spike_factor} must be greater than 1, or 0 for no spikes")
+        problems.append(f"train.spike_factor={train.spike_factor} must be greater than 1, or 0 to ignore spikes")
     if not 0 < train.timeout_minutes < math.inf:
         problems.append(f"train.timeout_minutes={train.timeout_minutes} must be greater than 0 and finite")
     if train.profile and train.profile + SETTLING > train.steps:
         problems.append(
-            f"train.profile={train.profile} begins after {SETTLING} steps, and train.steps={train.steps} leaves fewer; "
-            "lower it or raise train.steps"
+            f"train.profile={train.profile} records {train.profile} steps after the first {SETTLING}, but train.steps="
+            f"{train.steps}; lower train.profile or raise train.steps"
         )
     try:
         checkpointing.parse(train.checkpointing)

@@ -32,7 +32,7 @@ LOG_SECONDS = 10.0
 class DataWait:
     """Waits, on all processes together, for data that is still being prepared.
 
-    Each process checks the disk, but none continues before all can continue. A process that waited alone would not
+    Each process checks the disk, but none continues before all can continue. A process that waited by itself would not
     notice a signal to another process, or a failure of the preparation, which is a child of the main process.
 
     Args:
@@ -131,7 +131,7 @@ def ready(config: Config, world_size: int) -> PreparedDataset:
 def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     """Compare the tokenizer of the data with the size of the embedding, and with the tokenizer at train.init_from.
 
-    A run that resumes does not need the latter.
+    A run that resumes skips the comparison with train.init_from.
 
     Raises:
         ValueError: they do not match.

@@ -30,6 +30,9 @@ def build_model(
     Args:
         weights: initial weights as names and tensors; by default the model is initialised from ``train.seed``.
         shard: called with the model on the meta device; may replace its parameters by shards.
+
+    Raises:
+        ValueError: impossible settings, or weights that do not fit the model.
     """
     if device.type == "cuda" and config.train.dtype == "bfloat16":
         warn_of_odd_sizes(config.model.hidden_size, config.model.intermediate_size, config.model.vocab_size)

@@ -14,7 +14,7 @@ from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
 
 def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
-    """The optimizer for all trainable parameters of ``model``, with all additions required by ``config``.
+    """The optimizer for all trainable parameters of ``model``, with Grass, master weights and limits as in ``config``.
 
     With Grass, convert the linear layers before this call, and choose or load their rows after it.
 
@@ -48,6 +48,6 @@ def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
 
 
 def uses_scores(optim: GrassConfig) -> bool:
-    """Whether steps of a run score rows, for the selection or for the second moments of new rows."""
+    """Whether a run scores rows, for the selection or for the second moments of new rows; "frozen" only at first."""
     by_scores = optim.state_at_refresh == "carry" and optim.new_second_moment == "score"
     return needs_scores(optim.selection) or (by_scores and optim.inner not in WITHOUT_SECOND_MOMENTS)

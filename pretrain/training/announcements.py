@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStack, data: PreparedDataset) -> None:
-    """Log the model, the number of tokens, the batches, the device, and the memory that training needs at least."""
+    """Log the model, the number of tokens, the batches, the device, and the memory needed without activations."""
     train, optim, counts = config.train, config.optim, parameter_counts(model)
     total, share = train.steps * train.tokens_per_step, counts["trainable"] / counts["parameters"]
     rows = f", {_rows(optim.rank)}" if isinstance(optim, GrassConfig) else ""
@@ -42,7 +42,9 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
 def _rows(rank: Any) -> str:
     if isinstance(rank, float):
         return f"{rank:.4g} of the rows of the linear layers"
-    return f"{rank} rows of each linear layer"
+    if isinstance(rank, int):
+        return f"{rank} rows of each linear layer"
+    return f"rows of the linear layers: {rank}"
 
 
 def _memory(held: dict[str, int | None]) -> str:

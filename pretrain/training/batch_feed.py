@@ -59,8 +59,8 @@ class BatchFeed:
     def micro_batches(self, step: int) -> MicroBatches:
         """This process' micro-batches of ``step`` (from 0): inputs and targets, int64 (sequences, seq_len) each.
 
-        They are on the CPU, in pinned memory for a GPU. A micro-batch has ``train.micro_batch_size`` sequences, or all
-        of this process' if that is null. With ``train.document_masks`` it also has the document starts, see
+        They are on the CPU, in pinned memory for a GPU. A micro-batch has ``train.micro_batch_size`` sequences, or, if
+        this is null, all of this process' sequences. With ``train.document_masks`` it also has the document starts, see
         ``data.loading.batches``.
         """
         return self._ahead(step)
@@ -84,10 +84,12 @@ class BatchFeed:
     def require_same(
         self, identity: dict[str, Any], steps: int, trained: Path | None, changes: dict[str, tuple[Any, Any]]
     ) -> None:
-        """Compare the data of the first ``steps`` steps with the ``identity`` in a checkpoint, ``trained``.
+        """Compare the data of the first ``steps`` steps with the data that a checkpoint was trained on.
 
         Args:
-            changes: settings that differ from those of the run, old and new value.
+            identity: from the checkpoint.
+            trained: the path of the checkpoint, for the message.
+            changes: the old and the new value of each setting that has changed since, for the message.
 
         Raises:
             ConfigError: the data differ.

@@ -1,4 +1,4 @@
-"""Detects from the losses that a run diverges, and names the settings that are the likely cause."""
+"""Detects from the losses that a run diverges, and suggests settings that prevent it."""
 
 import math
 from collections import deque

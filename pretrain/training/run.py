@@ -20,7 +20,11 @@ from pretrain.training.trainer import Outcome, Trainer
 
 
 def train(config: Config) -> int:
-    """Train with ``config`` on this process and the other processes of torchrun; returns the exit code."""
+    """Train with ``config`` on this process and the other processes of torchrun.
+
+    Returns:
+        The exit code: 0, or ``EXIT_CODE`` if a signal stopped the run.
+    """
     stop = StopRequest()
     with clear_errors():
         require_usable_gpus()

@@ -13,9 +13,9 @@ from pretrain.runs.folder import RunFolder
 
 
 def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
-    """Continue each of data.prompts by at most train.sample_tokens tokens: (prompt, continuation) pairs.
+    """Continue each of data.prompts by at most train.sample_tokens tokens. Pairs: (prompt, prompt and continuation).
 
-    Every process gets the same pairs, none if train.sample_tokens is 0. Leaves the model in eval mode.
+    Every calling process gets the same pairs, none if train.sample_tokens is 0. Leaves the model in eval mode.
     """
     if config.train.sample_tokens == 0:
         return []
@@ -33,6 +33,6 @@ def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tup
 
 
 def write_samples(file: Path, samples: list[tuple[str, str]], of: str) -> None:
-    """Write prompts and continuations to the Markdown file ``file``; ``of`` names the run and step."""
+    """Write the pairs of ``make_samples`` to the Markdown file ``file``; ``of`` names the run and step."""
     parts = [f"Prompt: `{prompt!r}`\n\n````text\n{text}\n````\n" for prompt, text in samples]
     file.write_text("\n".join([f"# Samples of {of}\n", *parts]), encoding="utf-8")

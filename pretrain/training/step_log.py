@@ -1,4 +1,4 @@
-"""What a run logs and when: lines of ``metrics.jsonl`` and ``selection.jsonl``, the progress bar, and the summary."""
+"""The logging of a run: lines of ``metrics.jsonl`` and ``selection.jsonl``, the progress bar, and the summary."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ class StepLog:
         self.watch = watch
         self._flops_per_token = flops_per_token(model, train.seq_len)
         self._peak_flops = peak_flops(world.device, train.dtype, train.matmul_precision)
-        self._compile_seconds = compile_seconds()  # as logged last; compile_blocks has logged those before now
+        self._compile_seconds = compile_seconds()  # logged so far; compile_blocks has logged these
         self._divergence = Divergence(config, read_json_lines(folder.metrics_file)) if world.is_main else None
         sizes = {**parameter_counts(model), "estimated_bytes": held_bytes(model, optim)}
         self._metrics = MetricLog(folder, config, first_step, sizes) if world.is_main else None
@@ -68,14 +68,15 @@ class StepLog:
         return step * self.config.train.tokens_per_step
 
     def advance(self, step: int) -> None:
-        """Show that ``step`` is made; it need not be logged."""
+        """Move the progress bar to ``step``. Call after every step, logged or not."""
         if self._metrics:
             self._metrics.advance(step)
 
     def step(self, step: int, result: StepResult, data_s: float, skipped: int | None) -> None:
-        """Log ``step``, whose ``result`` is reduced unless no update was made.
+        """Log ``step`` (from 1).
 
         Args:
+            result: reduced, unless no update was made.
             data_s: seconds per step of waiting for batches.
             skipped: number of steps without an update; None when this run cannot skip any.
         """

@@ -9,7 +9,7 @@ class StepObserver:
     In one step: ``before_forward`` to ``before_backward`` once for each micro-batch; ``after_backward`` when the
     gradients of all micro-batches are complete; then the optimizer and the refresh. In one update, the optimizer may
     step several times: once for each block with rows in low precision, and with ``train.step_in_backward`` once for
-    each parameter, inside the last backward.
+    each parameter, inside the last backward. Then the refresh also precedes ``after_backward``.
     """
 
     def before_forward(self) -> None:
@@ -31,7 +31,7 @@ class StepObserver:
         """After a step of the optimizer, after Grass has folded it into the weights."""
 
     def before_refresh(self) -> None:
-        """After an update, before Grass gathers scores and chooses rows; also if no layer is due."""
+        """After an update, made or skipped, before Grass gathers scores and chooses rows; also if no layer is due."""
 
     def after_refresh(self) -> None:
         """After Grass has chosen rows and started the probes of the next step."""

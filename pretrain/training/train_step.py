@@ -39,6 +39,7 @@ class StepResult:
         grad_norm: global norm of the gradients before clipping, ().
         targets: number of targets on all processes.
         skipped: whether no update was made.
+        numbers: the result of ``reduce``; None before.
     """
 
     nats: Tensor
@@ -97,7 +98,7 @@ class TrainStep:
             self._observe_optimizer()
 
     def __call__(self, micro_batches: Iterable[MicroBatch], targets: int | None = None) -> StepResult:
-        """Make one update.
+        """Make one update, or none if ``skip`` is set and the loss or gradient is not finite.
 
         Args:
             targets: number of the step's targets on all processes; by default every token is a target.

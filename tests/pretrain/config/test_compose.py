@@ -102,7 +102,7 @@ def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
         ("train.checkpoint_every=-1", r"train\.checkpoint_every=-1 must be at least 0"),
         ("train.checkpointing=some", r"train\.checkpointing=some is unknown; choose none, full, every:N or selective"),
         ("train.matmul_precision=best", r"train\.matmul_precision=best is unknown; choose from highest, high, medium"),
-        ("train.profile=698", r"train\.profile=698 begins after 3 steps, and train\.steps=700 leaves fewer"),
+        ("train.profile=698", r"train\.profile=698 records 698 steps after the first 3, but train\.steps=700;"),
         ("train.loss_chunk_tokens=0", r"train\.loss_chunk_tokens=0 must be at least 1"),
         ("data.vocab_size=500", r"data\.vocab_size=500 does not match model\.vocab_size=4096"),
         ("data.validation_share=2", r"data\.validation_share"),

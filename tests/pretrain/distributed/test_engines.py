@@ -153,5 +153,7 @@ def test_models_that_cannot_be_sharded_are_refused_with_the_fix(common):
     check(load([*common, *narrow, "optim.side={down_proj: columns}"]), 2)
     with pytest.raises(ConfigError, match=r"optim\.inner=adafactor cannot step on shards; use muon, adamw"):
         check(load([*common, "train.parallel=fsdp", "optim.inner=adafactor"]), 2)
+    with pytest.raises(ConfigError, match=r"optim\.embedding_inner=adafactor cannot step on shards"):
+        check(load([*common, "train.parallel=fsdp", "optim.embedding_inner=adafactor"]), 2)
     with pytest.raises(ConfigError, match=r"train\.shards=3 must be at least 2 and divide the 4 processes"):
         check(load([*common, "train.parallel=hsdp", "train.shards=3"]), 4)

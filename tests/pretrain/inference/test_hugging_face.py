@@ -277,6 +277,14 @@ def test_the_card_of_an_earlier_checkpoint_has_no_later_losses(run, overrides, t
     assert f"| initial weights | {run.name} (SHA-256 `" in card and str(run.parent) not in card
 
 
+def test_the_card_of_a_run_without_grass_names_its_optimizer_and_no_rows(overrides, tmp_path):
+    dense = trainer([o for o in overrides("run.name=dense", "optim=adamw") if not o.startswith("optim.rank")])
+    dense.fit()
+    export(dense.folder.path, tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "| optimizer | adamw |" in card and "rows trained" not in card
+
+
 def test_a_model_of_hugging_face_keeps_its_own_card(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "theirs")
     (tmp_path / "theirs" / "README.md").write_text("# Theirs\n")

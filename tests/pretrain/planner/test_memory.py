@@ -200,6 +200,12 @@ def test_the_table_shows_both_peaks(capsys):
     assert "a refresh" in out and "optimizer state" in out and "largest micro-batch that fits in 1 GiB" in out
 
 
+def test_blocks_take_turns_in_the_plan_where_they_do_in_the_run():
+    scored = ["optim.inner=adamw", "optim.refresh_every=50", "model.num_hidden_layers=8"]
+    assert layout_of(tiny(*scored, "optim.side=columns")).middle > 0
+    assert layout_of(tiny(*scored, "optim.side=rows")) == (7, 0)  # nothing to gain: all blocks refresh together
+
+
 @pytest.mark.parametrize("tokens", [32, pytest.param(64, marks=pytest.mark.slow)], ids=["at once", "accumulated"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
     limit = ["estimate.context_gib=0", "estimate.allocator_overhead=0", f"train.tokens_per_step={tokens}"]
