@@ -26,14 +26,15 @@ SETTINGS = [
     "train.dtype=bfloat16", "train.seq_len=256", "train.tokens_per_step=256", "train.micro_batch_size=1",
 ]  # fmt: skip
 SIZES = ["1b", "3b", "7b", "13b"]
+EVEN = ["optim.attention_weight=1", "optim.side=auto"]
 METHODS = {
     "AdamW": ["optim=adamw"],
     "8-bit AdamW": ["optim=adamw8bit"],
     "GaLore, r = 256": ["optim=galore", "optim.rank=256"],
     # Rows and moments in bfloat16: the least memory of Grass.
-    "Grass, r = 1024": ["optim.rank=1024", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
-    "Grass, r = 256": ["optim.rank=256", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
-    "Grass, r = 64": ["optim.rank=64", "optim.attention_weight=1", "optim.state_dtype=bfloat16"],
+    "Grass, r = 1024": ["optim.rank=1024", *EVEN, "optim.state_dtype=bfloat16"],
+    "Grass, r = 256": ["optim.rank=256", *EVEN, "optim.state_dtype=bfloat16"],
+    "Grass, r = 64": ["optim.rank=64", *EVEN, "optim.state_dtype=bfloat16"],
 }
 COMPARED = {  # methods of the overview, at the same rank, with their labels
     "AdamW": "AdamW, all weights", "GaLore, r = 256": "GaLore, rank 256", "Grass, r = 256": "Grass, rank 256",

@@ -6,6 +6,7 @@ from models import activation_checkpointing
 from models.grass_linear import GrassLinear
 from models.stacking import ON_CPU
 from optim.refresh_schedule import most_at_once, takes_turns
+from pretrain.cli.console import warnings_only
 from pretrain.config.schema import Config, GrassConfig
 from pretrain.setup.model import outline
 from pretrain.setup.optimizer import uses_scores
@@ -62,8 +63,9 @@ def layout_of(config: Config) -> BlockLayout:
 
 
 def _takes_turns(config: Config, optim: GrassConfig) -> bool:
-    layers = [layer for layer in outline(config).modules() if isinstance(layer, GrassLinear)]
-    return takes_turns(optim.stagger, layers if uses_scores(optim) else [], optim.refresh_warmup)
+    with warnings_only():
+        layers = [layer for layer in outline(config).modules() if isinstance(layer, GrassLinear)]
+        return takes_turns(optim.stagger, layers if uses_scores(optim) else [], optim.refresh_warmup)
 
 
 def period_of(config: Config) -> int:

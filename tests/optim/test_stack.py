@@ -92,7 +92,7 @@ def test_an_exception_in_the_last_backward_ends_no_update():
 
 
 def test_the_choice_of_rows_can_be_replaced_and_is_still_compared_and_recorded(monkeypatch):
-    model, stack = built(*GRASS)
+    model, stack = built(*GRASS, "optim.side=auto")  # four rows in every layer
     compared = []
     monkeypatch.setattr("optim.grass.require_agreement", lambda indices, device: compared.append(indices))
     stack.grass.choose = lambda names, norms: [(torch.tensor([1, 2, 3, 5]), None) for _ in names]

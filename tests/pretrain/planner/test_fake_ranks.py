@@ -31,7 +31,7 @@ RUNS = {
 EIGHT = [
     "model.vocab_size=64", "model.hidden_size=32", "model.intermediate_size=48", "model.num_attention_heads=2",
     "model.num_hidden_layers=2", "train.seq_len=16", "train.tokens_per_step=128", "optim.rank=4",
-    "optim.attention_weight=1", "optim.selection=top_r",
+    "optim.attention_weight=1", "optim.side=auto", "optim.selection=top_r",
     "optim.sketch_width=4", "estimate.devices=8", "optim.inner=adamw", "optim.stagger=false",
 ]  # fmt: skip
 ROWS, LINEARS, TABLE, VECTORS = 4 * (4 * 32 + 3 * 48), 4 * 32 * 32 + 3 * 32 * 48, 64 * 32, 5 * 32
