@@ -49,8 +49,8 @@ def test_a_deterministic_run_uses_no_algorithm_of_varying_order():
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([], "float32 matmuls are TF32 (train.matmul_precision=high)"),
-        (["train.matmul_precision=highest"], "exact (train.matmul_precision=highest; high is several times faster)"),
+        ([], "float32 matmuls in TF32 (train.matmul_precision=high)"),
+        (["train.matmul_precision=highest"], "full float32 (train.matmul_precision=highest; high is several times faster)"),
         (["train.dtype=bfloat16"], ""),
     ],
 )
