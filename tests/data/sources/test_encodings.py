@@ -198,5 +198,5 @@ def test_a_broken_line_of_instructions_is_named_with_its_reason(tmp_path):
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: is {problem}.*; fix that line"):
             prepare(settings)
     (tmp_path / "a.jsonl").rename(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"data\.paths: instructions must be JSON lines, but there is .*a\.parquet"):
+    with pytest.raises(ValueError, match=r"data\.paths: data=instructions reads JSON lines, .*; convert .*a\.parquet"):
         prepare(replace(settings, paths=[str(tmp_path / "a.parquet")]))

@@ -145,7 +145,7 @@ def test_no_gradient_of_a_frozen_weight_travels(two):
 
 
 def test_models_that_cannot_be_sharded_are_refused_with_the_fix(common):
-    narrow = ["train.parallel=fsdp", "model.intermediate_size=49"]
+    narrow = ["train.parallel=fsdp", "model.intermediate_size=49", "optim.side=auto"]
     with pytest.raises(
         ConfigError, match=r"down_proj selects rows of 49 .* 2 shards; set optim\.side=\{down_proj: columns\}"
     ):

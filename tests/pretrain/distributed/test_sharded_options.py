@@ -116,8 +116,10 @@ def test_a_sharded_run_is_exported_completely(folders, tmp_path):
 
 
 def test_the_1b_of_the_paper_is_refused_with_a_fix_that_works():
-    """Its down_proj has 5461 inputs, which an even number of processes cannot share equally."""
-    usual = ["model=llama_1b", "data.vocab_size=32000", "train.parallel=fsdp", "train.tokens_per_step=16384"]
+    """Its down_proj has 5461 inputs, which an even number of processes cannot share equally if it selects rows."""
+    default = ["model=llama_1b", "data.vocab_size=32000", "train.parallel=fsdp", "train.tokens_per_step=16384"]
+    check(load(default), 8)
+    usual = [*default, "optim.side=auto"]
     with pytest.raises(ConfigError) as error:
         check(load(usual), 8)
     assert "down_proj selects rows of 5461 elements" in str(error.value)

@@ -105,7 +105,7 @@ def test_settings_that_the_model_does_not_implement_are_refused_in_one_line(fold
 @pytest.mark.parametrize("content", [b"", b"[]", b'"llama"', b"{", b"\xff\xfe", b"null"])
 def test_a_config_that_is_no_json_object_is_named(folder, content):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json (cannot be read|is not a JSON object).*; name the folder"):
+    with pytest.raises(ValueError, match=r"config\.json (cannot be read|is not a JSON object).*; give a folder"):
         read_arguments(folder)
 
 

@@ -174,7 +174,7 @@ def test_gradients_and_state_of_grass_are_those_of_the_rows():
     grass, refresh = estimate(tiny("optim.inner=adamw", "model.num_hidden_layers=1", "train.micro_batch_size=4"))
     linears, rows = 4 * 32 * 32 + 3 * 32 * 48, 4 * (4 * 32 + 3 * 48)
     assert dense.components["optimizer_state"] - grass.components["optimizer_state"] == 8 * (linears - rows)
-    assert grass.components["rows"] == 4 * rows + 7 * 4 * (8 + 4)  # and index and scale of each
+    assert grass.components["rows"] == 4 * rows + (4 * 4 + 3 * 6) * (8 + 4)  # and index and scale of each
     assert grass.components["sketch"] == 0 < refresh["sketch"]
 
 

@@ -140,7 +140,7 @@ def test_a_run_shows_what_its_selections_catch_change_and_cover(overrides):
     for line in lines:
         assert line["layers"].keys() == layers.keys()
         for name, layer in line["layers"].items():
-            assert layer["changed"] <= layer["selected"] == 8 <= layer["ever_selected"]
+            assert layer["changed"] <= layer["selected"] == layers[name].rank <= layer["ever_selected"]
             assert layer["rows"] == layers[name].selectable
     dense, _ = train(overrides("run.name=dense", grass=["optim=adamw"]))
     assert not dense.selection_file.exists()
