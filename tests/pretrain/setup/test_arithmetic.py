@@ -50,7 +50,10 @@ def test_a_deterministic_run_uses_no_algorithm_of_varying_order():
     ("overrides", "said"),
     [
         ([], "float32 matmuls in TF32 (train.matmul_precision=high)"),
-        (["train.matmul_precision=highest"], "full float32 (train.matmul_precision=highest; high is several times faster)"),
+        (
+            ["train.matmul_precision=highest"],
+            "full float32 (train.matmul_precision=highest; high is several times faster)",
+        ),
         (["train.dtype=bfloat16"], ""),
     ],
 )
