@@ -107,7 +107,8 @@ def _rows(optim: dict[str, Any]) -> str | None:
     """The rows that Grass trained; None for other methods."""
     if "refresh_every" not in optim:
         return None
-    return f"{optim['rank']} of each linear layer, by `{optim['selection']}` every {optim['refresh_every']} steps"
+    how = f"chosen by `{optim['selection']}` every {optim['refresh_every']} steps"
+    return f"{optim['rank']} of each linear layer, {how}"
 
 
 def _training(config: dict[str, Any], state: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,9 @@ def layout_of(config: Config) -> BlockLayout:
 
 def _takes_turns(config: Config, optim: GrassConfig) -> bool:
     with warnings_only():
-        layers = [layer for layer in outline(config).modules() if isinstance(layer, GrassLinear)]
-        return takes_turns(optim.stagger, layers if uses_scores(optim) else [], optim.refresh_warmup)
+        modules = outline(config).modules() if uses_scores(optim) else ()
+        probed = [module for module in modules if isinstance(module, GrassLinear)]
+        return takes_turns(optim.stagger, probed, optim.refresh_warmup)
 
 
 def period_of(config: Config) -> int:
