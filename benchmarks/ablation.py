@@ -41,11 +41,10 @@ Record = dict[str, Any]
 
 @dataclass
 class Trial:
-    """A setting of a stage with the results of its seeds: final validation losses in nats per token, and tokens/s."""
+    """A setting of a stage with the results of its seeds: final validation losses in nats per token."""
 
     setting: str
     by_seed: dict[str, float] = field(default_factory=dict)
-    speeds: list[float] = field(default_factory=list)
     commits: set[str] = field(default_factory=set)
     summed: Record | None = None  # if the records of the single runs are lost
 
@@ -153,9 +152,8 @@ def trial_of(setting: str, records: list[Record]) -> Trial:
     runs = [record for record in records if "seed" in record]
     summed = next((record for record in records if "seeds" in record), None)
     if summed and not {*summed["seeds"]} <= {run["seed"] for run in runs}:
-        return Trial(setting, {}, [summed["tokens_per_s"]], {*summed["commits"]}, summed)
-    by_seed = {run["seed"]: run["loss"] for run in runs}
-    return Trial(setting, by_seed, [run["tokens_per_s"] for run in runs], {str(run["commit"]) for run in runs})
+        return Trial(setting, {}, {*summed["commits"]}, summed)
+    return Trial(setting, {run["seed"]: run["loss"] for run in runs}, {str(run["commit"]) for run in runs})
 
 
 def in_a_shell(overrides: Iterable[str]) -> str:
@@ -171,17 +169,16 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
         lines += [
             f"### {topic}",
             "",
-            f"| setting | seeds | loss | {relative} | tokens/s |",
-            "|---|---|---|---|---|",
+            f"| setting | seeds | loss | {relative} |",
+            "|---|---|---|---|",
         ]
         for t in sorted(trials, key=lambda t: t.loss):
             difference, error = t.minus(against) if against else (math.nan, math.nan)
             beside = (
                 "" if math.isnan(difference) else f"{difference:+.4f}{plus_minus(error) if t is not against else ''}"
             )
-            speed = f"{statistics.median(t.speeds):,.0f}"
             setting, loss = in_a_shell(t.setting.split()), f"{t.loss:.4f}{plus_minus(t.error)}"
-            lines.append(f"| `{setting}` | {len(t.seeds)} | {loss} | {beside} | {speed} |")
+            lines.append(f"| `{setting}` | {len(t.seeds)} | {loss} | {beside} |")
         lines.append("")
     return lines
 
@@ -192,12 +189,13 @@ def plus_minus(error: float) -> str:
 
 
 def plot(stages: dict[str, dict[str, list[Trial]]], file: Path) -> None:
-    """Draw a panel for each stage and a dot for each trial, with a colour for each topic.
+    """Draw a panel for each stage, with a line for each trial and its loss (nats per token) on the x-axis.
 
-    Vertical lines mark the best AdamW and GaLore runs.
+    A colour stands for a topic: a table of the page. Vertical lines mark the best AdamW and GaLore runs.
 
     Args:
         stages: by the title of each stage, its trials by topic.
+        file: the picture to write.
     """
     heights = [0.26 + sum(map(len, topics.values())) * row_height(topics) for topics in stages.values()]  # inches
     with new_figure(height=0.6 * len(stages) + sum(heights), grid="x") as figure:
@@ -269,12 +267,13 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
         f"# {study['title']}",
         "",
         f"{study['about'].strip()} Losses are of the validation split after the last step, in nats per token. ± is the "
-        "standard error over seeds; for a difference, that of the differences paired by seed. Speeds were taken while "
-        "other programs were running and are no measurement.",
+        "standard error over seeds. A difference is the mean over the seeds that both settings have, so it can differ "
+        "from the difference of the losses shown.",
         "",
         f"![Final loss of every trial]({page}.png)",
         "",
-        "The picture has a colour for each table below. Settings without `optim=` are those of `optim=grass`.",
+        "The picture has a colour for each table below. In its labels, settings without `optim=` are those of "
+        "`optim=grass`.",
         "",
         f"`python -m benchmarks.{page}` wrote this page from its runs, which are recorded in `docs/{page}.jsonl`: "
         f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{in_a_shell(study['common'])}`.",

@@ -36,9 +36,10 @@ AS_TIMED = [
 
 
 def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
-    """Train the same model with the same optimizer in a minimal loop, on tokens that are already on the device.
+    """Train the model of ``config`` with its optimizer in a minimal loop: no data loading, no log, no checkpoints.
 
-    The first ``next`` builds everything. Each further ``next`` makes one step.
+    The tokens are random, and already on the device. The first ``next`` builds everything. Each further ``next`` makes
+    one of ``train.steps`` steps.
     """
     train = config.train
     model = build_model(config, device)

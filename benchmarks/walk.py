@@ -17,8 +17,9 @@ from optim.muon import Muon, MuonAndAdamW, orthogonalize
 
 
 class SparseMuon(Muon):
-    """Muon with momentum from the full gradient that updates only a random ``share`` of the rows in each step.
+    """Muon that accumulates the momentum of all rows, but updates only a random share of the rows in each step.
 
+    ``share``, above 0 and at most 1, is an attribute of the class, set by its subclasses.
     The selected rows are orthogonalised without the other rows, as in Grass (similar to Dion2, arXiv 2512.16928).
     Columns are selected if a matrix has fewer columns than rows. Weight decay acts on all elements.
     """

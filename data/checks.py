@@ -81,13 +81,13 @@ def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
         own.setdefault("name", f"{settings.name}-{number}")
         unknown = set(own) - PART_KEYS
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            found.append(f"data.mixture: corpus {number} needs a weight above 0")
+            found.append(f"data.mixture[{number}]: needs a weight above 0")
         elif unknown:
             found.append(
-                f"data.mixture: corpus {number}: {', '.join(sorted(unknown))} cannot be set for one corpus; remove it"
+                f"data.mixture[{number}]: {', '.join(sorted(unknown))} cannot be set for one corpus; remove it"
             )
         elif own.get("source") in ("instructions", "mixture"):
-            found.append(f"data.mixture: corpus {number}: source {own['source']} cannot be mixed; choose another")
+            found.append(f"data.mixture[{number}]: source {own['source']} cannot be mixed; choose another")
         else:
             parts.append((DataSettings(**{**common, **own}), float(weight)))
     if len(parts) + len(found) < 2:

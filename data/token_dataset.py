@@ -91,7 +91,7 @@ class _OtherFormat(Exception):
 
 
 def content_of(manifest: dict[str, Any]) -> str | None:
-    """64 hex digits that depend on the tokenizer and all tokens, but not on names and paths of files.
+    """A SHA-256 (64 hex digits) of the tokenizer and all tokens: it recognises the same data under other names.
 
     For a mixture, they also depend on the weights. None for a `StreamedDataset`, whose manifest is empty.
     """

@@ -129,7 +129,8 @@ class HuggingFace:
             import tokenizers
         except ImportError:
             raise ValueError(
-                f"{path}: tokenizer.json needs the library tokenizers: .venv/bin/pip install -r requirements-extra.txt"
+                f"{path}: a tokenizer.json needs the library tokenizers, which is not installed: "
+                ".venv/bin/pip install -r requirements-extra.txt"
             ) from None
         self._from_text, self._letters = tokenizers.Tokenizer.from_str, tokenizers.pre_tokenizers.ByteLevel.alphabet
         try:

@@ -39,7 +39,7 @@ def parse(mode: str) -> tuple[str, int]:
     if name == "every" and every.isdecimal() and int(every) > 0:
         return "full", int(every)
     if every or name not in ("none", "full", "selective"):
-        raise ValueError(f"train.checkpointing={mode} is unknown; choose none, full, every:N or selective")
+        raise ValueError(f"train.checkpointing={mode} is unknown; choose none, full, every:N (from 1) or selective")
     return name, 1
 
 

@@ -71,9 +71,7 @@ def convert_linears(
     _refuse(problems, layers)
     _tie_neurons(layers, sides)
     _replace(model, layers)
-    left = ", ".join(name for name in linears if name not in layers) or "none"
-    counts = f"{len(layers)} of {len(linears)}"
-    logger.info("converted %s linear layers to Grass (rank %s); left full-rank: %s", counts, rank, left)
+    _log_conversion(layers, linears)
     return layers
 
 
@@ -103,6 +101,15 @@ def restore_linears(model: nn.Module, dtype: torch.dtype | None = None) -> dict[
         linears[name] = linear.train(layer.training)
     _replace(model, linears)
     return linears
+
+
+def _log_conversion(layers: Mapping[str, GrassLinear], linears: Mapping[str, nn.Module]) -> None:
+    ranks = Counter(layer.rank for layer in layers.values())
+    logger.info(
+        "converted %d of %d linear layers to Grass: %s; left full-rank: %s",
+        *(len(layers), len(linears), ", ".join(f"{count} of rank {rank}" for rank, count in ranks.items())),
+        ", ".join(name for name in linears if name not in layers) or "none",
+    )
 
 
 def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

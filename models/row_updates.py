@@ -93,8 +93,10 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
     """Write ``rows`` back to the weights: weight[index] = rows, rounded to nearest. 8-bit weights are not written.
 
     Args:
-        stepped: for each layer the new values of its rows, in their precision or a higher one; None if ``rows`` already
-            has them. They are rounded stochastically into ``rows``, so that small updates are not lost.
+        layers: of any shapes.
+        stepped: for each layer the new values of its rows, in the shape of ``rows`` and in their precision or a higher
+            one; None if ``rows`` already has them. They are rounded stochastically into ``rows``, so that small updates
+            are not lost.
         keys: for each layer the key of the random numbers of this rounding.
     """
     given = [number for number, value in enumerate(stepped) if value is not None]

@@ -7,9 +7,10 @@ from models.counter_rng import logical_shift_right, random_bits
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, key: Tensor | int, position: Tensor) -> Tensor:
-    """Convert ``x`` to ``dtype``. For bfloat16, round up or down at random, so that the mean is x; else to nearest.
+    """Convert ``x`` to ``dtype``: to bfloat16 up or down at random, so that the mean is x; to others to nearest.
 
-    Adds 16 random bits below the 16 bits of a float32 that bfloat16 keeps, so that the nearer neighbour is more likely.
+    Adds a random 16-bit number to the lower half of a float32 and keeps the upper half, so that the nearer neighbour is
+    more likely.
     Non-finite values stay non-finite.
 
     Args:

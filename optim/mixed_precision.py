@@ -34,8 +34,10 @@ class Float32Steps:
 
     Args:
         optimizer: any torch.optim.Optimizer.
-        blocks: the low-precision parameters, each with the name of its block.
-        round_state: rounds state with one value per element of a parameter.
+        blocks: the low-precision parameters, each with the name of its block: ``step_on_other_blocks`` steps on one
+            block at a time, which saves memory.
+        round_state: called by ``restore`` to round the state tensors that have the shape of their parameter, see
+            ``Round``.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, str], round_state: Round):

@@ -129,8 +129,8 @@ class StateAtRefresh:
     def _warn_once(self, state: dict[str, Any]) -> None:
         if not self._warned:
             logger.warning(
-                "optim.state_at_refresh=carry has no effect: the state of %s (%s) is not only moments of single "
-                "elements or rows, so every refresh resets it",
+                "optim.state_at_refresh=carry has no effect with %s: its state (%s) has values that belong to more "
+                "than one element or row and cannot be carried, so every refresh resets it",
                 *(type(self.optimizer).__name__, ", ".join(state)),
             )
         self._warned = True

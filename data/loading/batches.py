@@ -82,8 +82,8 @@ class TrainBatches:
         counts = [(length - 1) // seq_len for _, length, _ in tokens.parts]
         if short := [number for number, count in enumerate(counts) if count < 1]:
             raise ValueError(
-                f"data.mixture: corpus {short[0]} has too few training tokens: a window of train.seq_len={seq_len} "
-                f"needs {seq_len + 1}; give more text for it, or lower train.seq_len"
+                f"data.mixture[{short[0]}]: this corpus has {tokens.parts[short[0]][1]} training tokens, and a window "
+                f"of train.seq_len={seq_len} needs {seq_len + 1}; give more text for it, or lower train.seq_len"
             )
         return MixtureOrder(counts, [weight for *_, weight in tokens.parts], seed)
 

@@ -27,7 +27,9 @@ class ArrayFile:
         if count is None:
             size = path.stat().st_size - offset
             if size % dtype.itemsize:
-                raise ValueError(f"{path.name}: its size of {size} bytes is not a multiple of the size of {dtype}")
+                raise ValueError(
+                    f"{path.name}: its size of {size} bytes is not a multiple of {dtype.itemsize}, the size of a number"
+                )
             count = size // dtype.itemsize
         self._count = count
 

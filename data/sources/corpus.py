@@ -175,12 +175,12 @@ def _text_bytes(file: SourceFile) -> int:
 
 
 def extended(chain: str, name: str, content: bytes) -> str:
-    """The hash of a sequence of documents.
+    """The SHA-256 (64 hex digits) of a sequence of documents, from that of all documents but the last.
 
     Args:
-        chain: The hash of all documents but the last.
+        chain: The hash of all documents but the last; "" if there is only one.
         name: The name of the last document.
-        content: The digest of the last document's content.
+        content: The SHA-256 (32 bytes) of the last document's content.
     """
     return hashlib.sha256(chain.encode() + hashlib.sha256(name.encode()).digest() + content).hexdigest()
 

@@ -82,11 +82,11 @@ def load(settings: DataSettings) -> Any:
 def _check_column(rows: Any, s: DataSettings) -> None:
     if rows.column_names is not None and s.column not in rows.column_names:
         names = ", ".join(rows.column_names)
-        raise ValueError(f"data.column: {s.dataset} has no {s.column}, but {names}; choose one of these")
+        raise ValueError(f"data.column={s.column}: {s.dataset} has no such column; choose one of its columns ({names})")
     feature = (rows.features or {}).get(s.column)
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
-            f"data.column: {s.column} of {s.dataset} is {_short(feature)}, not text; choose a column of text"
+            f"data.column={s.column}: in {s.dataset} this column has the type {_short(feature)}; choose one of text"
         )
 
 

@@ -11,7 +11,13 @@ BATCH_ROWS = 256
 
 
 class ParquetRows:
-    """Iterates over the rows of a Parquet file after the first `done`. Memory holds one batch of rows of a row group.
+    """Yields a `Record` for each row of a Parquet file after the first `done` rows.
+
+    It reads BATCH_ROWS rows at a time.
+
+    Args:
+        number: The number of the file in the corpus, from 0.
+        done: The number of rows to leave out.
 
     Raises:
         ValueError: The file is damaged, or its `column` is missing or contains no text. The message names the file.
@@ -45,13 +51,13 @@ class ParquetRows:
         if self._column not in schema.names:
             names = ", ".join(schema.names)
             raise ValueError(
-                f"data.column: {self._file.path} has no {self._column}, but {names}; choose one of these, or only "
-                "files with this column in data.paths"
+                f"data.column={self._column}: {self._file.path} has no such column; choose one of its columns "
+                f"({names}), or leave the file out of data.paths"
             )
         kind = schema.field(self._column).type
         if not holds_text(kind):
             raise ValueError(
-                f"data.column: {self._column} of {self._file.path} is of type {kind}, not text; choose a column of text"
+                f"data.column={self._column}: in {self._file.path} this column has the type {kind}; choose one of text"
             )
 
     def _group(self, table: Any, group: int) -> Iterator[Record]:

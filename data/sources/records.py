@@ -127,10 +127,10 @@ def text_records(number: int, file: SourceFile, part_chars: int | None) -> Itera
 def read_documents(
     files: Iterable[SourceFile], skipped: dict[str, list[str]], part_chars: int | None = None
 ) -> Iterator[Document]:
-    """Yield the texts of the files with their line ends unchanged; add the name of each skipped file to
-    `skipped[reason]`.
+    """Yield the texts of the files, with their line ends unchanged.
 
-    With `part_chars`, longer texts are split into documents `name#1`, `name#2`, …
+    The name of each skipped file is added to `skipped[reason]`. Texts longer than `part_chars` characters are split
+    into documents `name#1`, `name#2`, …; None splits no text.
     """
     for number, file in enumerate(files):
         for record in text_records(number, file, part_chars):

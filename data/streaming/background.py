@@ -135,7 +135,7 @@ class BackgroundPreparation:
             )
 
 
-def find_by_fingerprint(settings: DataSettings, fingerprint: str, validation_tokens: int) -> PreparedDataset | None:
+def find_streamed(settings: DataSettings, fingerprint: str, validation_tokens: int) -> PreparedDataset | None:
     """Find the complete preparation of a run that trained while it was written (data.on_the_fly).
 
     The corpus and the tokenizer need not exist.

@@ -50,6 +50,19 @@ def register_schema() -> None:
     store.store(group="data", name="data_schema", node=DataConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
     SourcesRegistry.instance().register(FileConfigSource)  # Hydra does not replace an existing source
+    OmegaConf.register_new_resolver("by_width", _by_width, replace=True)
+
+
+def _by_width(rate: float, width: int, *, _root_: DictConfig) -> float:
+    """The resolver ``${by_width:rate,width}``: a peak learning rate that falls as 1 / hidden size.
+
+    µP scales the rates of hidden matrices like this for Adam (Yang et al., arXiv 2203.03466); steps of Muon have the
+    size of Adam's here.
+
+    Args:
+        rate: the rate at hidden size ``width``.
+    """
+    return float(f"{rate * width / max(_root_.model.hidden_size, 1):.3g}")  # a size below 1 has an error of its own
 
 
 register_schema()

@@ -141,7 +141,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, positions: int) -> None
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": positions, **special}
         _write_json(folder / TOKENIZER_CONFIG, config)
     elif problem := conversion_problem(copy):
-        logger.warning("wrote tokenizer.model without a tokenizer.json for AutoTokenizer: %s", problem)
+        logger.warning(
+            "wrote only tokenizer.model; it cannot be converted to the tokenizer.json of AutoTokenizer, because %s",
+            problem,
+        )
     else:
         _write_json(folder / "tokenizer.json", tokenizer_json(copy))
         _write_json(folder / TOKENIZER_CONFIG, tokenizer_config(copy, positions))

@@ -137,7 +137,10 @@ def weight_files(path: Path) -> list[Path]:
     else:
         files = [path / WEIGHTS]
     if absent := [str(file) for file in files if not file.exists()]:
-        raise ValueError(f"there is no {', '.join(absent)}; weights are read from safetensors files only")
+        fix = "copy the model again, its index names these files"
+        if not (path / INDEX).exists():
+            fix = "weights are read from safetensors files; convert others with transformers' save_pretrained"
+        raise ValueError(f"there is no {', '.join(absent)}; {fix}")
     return files
 
 

@@ -35,7 +35,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 
 def model_card(found: PretrainedModel, run: Path, folder: str) -> str:
-    """The card of a checkpoint.
+    """The Hugging Face model card of a checkpoint: Markdown with a YAML header, on its training, data and losses.
 
     Args:
         found: the model of the checkpoint.

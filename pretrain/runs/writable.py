@@ -14,7 +14,7 @@ PATIENCE = 5.0  # seconds to wait until other processes have finished the same c
 
 
 def require_writable(root: str, name: str) -> None:
-    """Create the run folder ``root/name`` and a file in it, and remove everything that was created.
+    """Check that the run folder ``root/name`` can be created and written: create it and a file, and remove both.
 
     Checking permissions is not enough: a disk can be read-only, and /proc cannot contain new folders.
 

@@ -8,7 +8,7 @@ from typing import Any
 from data.prepare import find_by_fingerprint
 from data.prepare import problems as data_problems
 from data.settings import DataSettings
-from data.streaming.background import find_by_fingerprint as find_streamed
+from data.streaming.background import find_streamed
 from data.token_dataset import PreparedDataset
 from pretrain.checkpoint.directory import read_state
 from pretrain.config.schema import Config

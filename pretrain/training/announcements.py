@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,14 +21,14 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
     """Log the model, the number of tokens, the batches, the device, and the memory needed without activations."""
     train, optim, counts = config.train, config.optim, parameter_counts(model)
     total, share = train.steps * train.tokens_per_step, counts["trainable"] / counts["parameters"]
-    rows = f", {_rows(optim.rank)}" if isinstance(optim, GrassConfig) else ""
+    rank = f", rank {optim.rank}" if isinstance(optim, GrassConfig) else ""
     corpus = "being prepared" if config.data.on_the_fly else f"{len(data.train):,} tokens"
     sequences = micro_batch_size(train, world.size)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     parameters = f"{counts['parameters']:,} parameters, {counts['trainable']:,} trained ({share:.0%})"
     lines = {
         "model": f"{config.model.name}: {parameters}",
-        "optimizer": f"{optim.name} ({optim.inner}{rows})",
+        "optimizer": f"{optim.name} ({optim.inner}{rank})",
         "tokens": f"{total:,} in {train.steps:,} steps; the corpus: {corpus}",
         "batch": f"{train.tokens_per_step:,} tokens; micro-batches of {sequences} × {train.seq_len:,} tokens",
         "device": f"{world.size} × {device}, {train.dtype}",
@@ -37,14 +36,6 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
     }
     for name, text in lines.items():
         logger.info("%-9s  %s", name, text)
-
-
-def _rows(rank: Any) -> str:
-    if isinstance(rank, float):
-        return f"{rank:.4g} of the rows of the linear layers"
-    if isinstance(rank, int):
-        return f"{rank} rows of each linear layer"
-    return f"rows of the linear layers: {rank}"
 
 
 def _memory(held: dict[str, int | None]) -> str:

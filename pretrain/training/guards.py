@@ -124,7 +124,8 @@ class Guards:
             return Verdict.ROLL_BACK
         if spike:
             logger.warning(
-                "the loss jumped to %.4f at step %d; training continues, after train.most_rollbacks=%d rollbacks",
+                "the loss jumped to %.4f at step %d; the run has gone back train.most_rollbacks=%d times, so it "
+                "continues with this batch; if the loss stays high, lower optim.lr or optim.linear_lr",
                 *(loss, step, self.train.most_rollbacks),
             )
         self.spikes.add(loss)

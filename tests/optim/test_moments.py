@@ -180,9 +180,9 @@ def test_reset_equals_a_fresh_optimizer(side):
 
 # Factored moments, moments quantised in blocks of 256 elements, and step sizes, which are no moments.
 NOT_CARRIED = {
-    "adafactor": "Adafactor (step, row_var, col_var)",
-    "adamw8bit": "AdamW8bit (step, exp_avg, exp_avg_sq)",
-    "torch.optim.Rprop": "Rprop (step, prev, step_size)",
+    "adafactor": "Adafactor: its state (step, row_var, col_var)",
+    "adamw8bit": "AdamW8bit: its state (step, exp_avg, exp_avg_sq)",
+    "torch.optim.Rprop": "Rprop: its state (step, prev, step_size)",
 }
 
 
@@ -201,6 +201,6 @@ def test_state_that_cannot_be_carried_is_reset_with_one_warning(name, caplog):
             assert (layer.rows in optimizer.state) == (step % 2 == 1)
     said = [record.message for record in caplog.records if "carry has no effect" in record.message]
     assert said == [
-        f"optim.state_at_refresh=carry has no effect: the state of {NOT_CARRIED[name]} is not only moments of single "
-        "elements or rows, so every refresh resets it"
+        f"optim.state_at_refresh=carry has no effect with {NOT_CARRIED[name]} has values that belong to more than one "
+        "element or row and cannot be carried, so every refresh resets it"
     ]

@@ -114,9 +114,12 @@ def test_a_mixture_is_found_again_by_the_fingerprints_of_its_corpora(settings, m
     [
         ({"mixture": []}, "data.mixture: is for data.source=mixture"),
         ({"mixture": [{"weight": 1, "paths": ["a"]}]}, "needs at least two corpora"),
-        ({"mixture": [{"paths": ["a"]}, {"weight": -1}]}, "corpus 0 needs a weight above 0"),
-        ({"mixture": [1, 2]}, "corpus 0 needs a weight above 0"),
-        ({"mixture": [{"weight": 1, "seed": 3}, {"weight": 1}]}, "corpus 0: seed cannot be set for one corpus"),
+        ({"mixture": [{"paths": ["a"]}, {"weight": -1}]}, "data.mixture[0]: needs a weight above 0"),
+        ({"mixture": [1, 2]}, "data.mixture[0]: needs a weight above 0"),
+        (
+            {"mixture": [{"weight": 1, "seed": 3}, {"weight": 1}]},
+            "data.mixture[0]: seed cannot be set for one corpus",
+        ),
         ({"mixture": [{"weight": 1, "source": "instructions"}, {"weight": 1}]}, "source instructions cannot be mixed"),
         ({"mixture": [{"weight": 1, "paths": ["/no/such"]}, {"weight": 1, "source": "stdlib"}]}, "/no/such"),
         ({"tokenizer": None}, "data.tokenizer: a mixture needs a tokenizer"),

@@ -78,15 +78,15 @@ RECORDS = {
     ),
     "parquet without the column": (
         {"b.parquet": parquet(TEXTS, "content")},
-        "data.column: F has no text, but content; choose one of these",
+        "data.column=text: F has no such column; choose one of its columns (content), or leave the file out",
     ),
-    "parquet of numbers": ({"b.parquet": parquet([1, 2])}, "data.column: text of F is of type int64, not text"),
+    "parquet of numbers": ({"b.parquet": parquet([1, 2])}, "data.column=text: in F this column has the type int64"),
     "parquet of structs": (
         {"b.parquet": parquet([{"a": "x"}])},
-        "data.column: text of F is of type struct<a: string>, not text",
+        "data.column=text: in F this column has the type struct<a: string>",
     ),
-    "parquet of lists": ({"b.parquet": parquet([["x"]])}, "data.column: text of F is of type list<"),
-    "parquet of bytes": ({"b.parquet": parquet([b"x"])}, "data.column: text of F is of type binary, not text"),
+    "parquet of lists": ({"b.parquet": parquet([["x"]])}, "data.column=text: in F this column has the type list<"),
+    "parquet of bytes": ({"b.parquet": parquet([b"x"])}, "data.column=text: in F this column has the type binary"),
 }
 
 
@@ -156,9 +156,18 @@ DATASETS = {
     "utf-16": ({"b.jsonl": GOOD_LINES.decode().encode("utf-16")}, "b.jsonl is UTF-16, but the library needs UTF-8"),
     "lines that are lists": ({"a.jsonl": lines([[1, 2]])}, "data."),
     "gz that breaks off": ({"b.jsonl.gz": gzip.compress(GOOD_LINES)[:-20]}, "b.jsonl.gz cannot be read after line"),
-    "numbers": ({"a.jsonl": lines([{"text": 1}])}, "data.column: text of D is Value('int64'), not text"),
-    "nested": ({"a.jsonl": lines([{"text": {"a": "x"}}])}, "data.column: text of D is {'a': Value('string')}, not"),
-    "another column": ({"a.jsonl": lines([{"content": "x"}])}, "data.column: D has no text, but content; choose one"),
+    "numbers": (
+        {"a.jsonl": lines([{"text": 1}])},
+        "data.column=text: in D this column has the type Value('int64'); choose one of text",
+    ),
+    "nested": (
+        {"a.jsonl": lines([{"text": {"a": "x"}}])},
+        "data.column=text: in D this column has the type {'a': Value('string')}; choose one of text",
+    ),
+    "another column": (
+        {"a.jsonl": lines([{"content": "x"}])},
+        "data.column=text: D has no such column; choose one of its columns (content)",
+    ),
     "parquet that breaks off": ({"a.parquet": GOOD_PARQUET[:-20]}, "a.parquet cannot be read after row 0 ("),
     "parquet of unlike columns": (
         {"a.parquet": GOOD_PARQUET, "b.parquet": parquet([1, 2], "other")},

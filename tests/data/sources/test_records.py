@@ -150,7 +150,9 @@ def test_a_dataset_that_cannot_be_had_is_one_clear_message(tokenizer, tmp_path, 
     assert problems(replace(own, dataset=None))[0].startswith("data.dataset: ")
     folder = tmp_path / "saved"
     datasets.Dataset.from_dict({"content": ["a", "b"]}).save_to_disk(folder)
-    with pytest.raises(ValueError, match=r"data\.column: .* has no text, but content; choose one of these"):
+    with pytest.raises(
+        ValueError, match=r"data\.column=text: .* has no such column; choose one of its columns \(content\)"
+    ):
         prepare(replace(own, dataset=str(folder)))
 
 
@@ -199,7 +201,10 @@ def test_a_file_cut_short_is_named_and_nothing_is_left(form, texts, tokenizer, t
 def test_a_column_that_is_not_there_is_named_with_those_that_are(texts, tokenizer, tmp_path):
     (tmp_path / "corpus").mkdir()
     write_parquet(tmp_path / "corpus", texts)
-    with pytest.raises(ValueError, match=r"data\.column: .*a\.parquet has no content, but id, text"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.column=content: .*a\.parquet has no such column; choose one of its columns \(id, text\)",
+    ):
         prepare(settings(tmp_path, tokenizer, column="content"))
 
 

@@ -49,7 +49,7 @@ def test_it_logs_the_layers_of_the_model_and_not_those_of_the_models_it_simulate
     caplog.set_level("INFO")
     dry_run(tiny(tmp_path, "data.paths=[nowhere]", "model.num_hidden_layers=8"), 1)
     assert [line.split(";")[0] for line in caplog.messages if line.startswith("converted")] == [
-        "converted 56 of 57 linear layers to Grass (rank 4)"
+        "converted 56 of 57 linear layers to Grass: 32 of rank 7, 24 of rank 2"
     ]
 
 
