@@ -203,33 +203,23 @@ class GrassLinear(nn.Module):
         rows.copy_(selected(self, self.index, rows.dtype))
 
     @torch.no_grad()
-    def fold(
-        self,
-        before: Tensor | None = None,
-        decay: float = 1.0,
-        stepped: Tensor | None = None,
-        rounding_key: int = 0,
-    ) -> None:
+    def fold(self, stepped: Tensor | None = None, rounding_key: int = 0) -> None:
         """Write a step on ``rows`` into the weight: weight[index] = rows, rounded to nearest. 8-bit weights are left.
 
-        float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot store. With
-        weighted rows (``scaled``), the step Δ of every draw is multiplied by ρ, and a row that was drawn twice makes
-        both steps: w ← decay·w + Σ ρΔ.
+        float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot store.
 
         Args:
-            before: ``rows`` before the step, needed for weighted rows.
-            decay: the factor of decoupled weight decay in the step, for weighted rows.
-            stepped: the new rows, if the step was computed on a float32 copy; rounded stochastically into ``rows``.
+            stepped: the new rows, if they are not in ``rows`` yet: those of a step on a float32 copy, or
+                ``stepped_draws`` of weighted rows; rounded stochastically into ``rows``.
             rounding_key: the key of the random numbers of this rounding.
         """
-        if self.scaled:
-            assert before is not None
-            stepped = self.stepped_draws(before, decay, self.rows if stepped is None else stepped)
         fold_rows([self], [stepped], [rounding_key])
 
     @torch.no_grad()
     def stepped_draws(self, before: Tensor, decay: float, after: Tensor) -> Tensor:
-        """The new values of weighted ``rows``, w ← decay·w + Σ ρΔ, in float32 or wider; see ``fold``.
+        """The new values of weighted ``rows``, w ← decay·w + Σ ρΔ, in float32 or wider.
+
+        The step Δ of every draw is multiplied by its ρ, and a row that was drawn twice makes both steps.
 
         Args:
             before: the rows before the step, in the shape of ``rows``.

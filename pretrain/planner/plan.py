@@ -16,7 +16,7 @@ from pretrain.planner.memory import GIB, Estimate, estimate, needed_bytes, requi
 from pretrain.runs.folder import RunFolder
 from pretrain.setup.model import outline
 from pretrain.setup.trained_data import data_settings
-from pretrain.training.rates import describe_change
+from pretrain.training.rates import describe_change, peak_rates
 
 
 def dry_run(config: Config, world_size: int) -> None:
@@ -53,6 +53,7 @@ def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
         "a step": f"{train.tokens_per_step:,} tokens: {counted(devices, 'process', 'es')} × "
         f"{counted(micro_batches, 'micro-batch', 'es')} × {counted(size, 'sequence')} × {train.seq_len} tokens",
         "the run": f"{train.steps:,} steps, {tokens:,} tokens{_epochs(config)}",
+        "peak rates": peak_rates(config),
         "arithmetic": f"{found.flops_per_token / 1e9:,.2f} GFLOPs/token, {found.flops_per_token * tokens:.2e} FLOPs",
         "memory of a device": f"{step} in a step, {refreshed} in a step with a refresh",
         "tensor memory": f"{held} GiB",

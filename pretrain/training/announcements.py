@@ -13,6 +13,7 @@ from optim.memory import held_bytes
 from optim.stack import OptimizerStack
 from pretrain.config.schema import Config, GrassConfig, micro_batch_size
 from pretrain.distributed.world import World
+from pretrain.training.rates import peak_rates
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,14 @@ def log_opening(config: Config, world: World, model: Llama, stack: OptimizerStac
     lines = {
         "model": f"{config.model.name}: {parameters}",
         "optimizer": f"{optim.name} ({optim.inner}{rank})",
+        "peak rates": peak_rates(config),
         "tokens": f"{total:,} in {train.steps:,} steps; the corpus: {corpus}",
         "batch": f"{train.tokens_per_step:,} tokens; micro-batches of {sequences} × {train.seq_len:,} tokens",
         "device": f"{world.size} × {device}, {train.dtype}",
         "memory": _memory(held_bytes(model, stack)),
     }
     for name, text in lines.items():
-        logger.info("%-9s  %s", name, text)
+        logger.info("%-10s  %s", name, text)
 
 
 def _memory(held: dict[str, int | None]) -> str:

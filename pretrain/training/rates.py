@@ -16,6 +16,13 @@ def schedule_factor(config: Config, step: int) -> float:
     return _factor(rate_settings(config), step)
 
 
+def peak_rates(config: Config) -> str:
+    """The peak learning rates in words."""
+    settings = rate_settings(config)
+    linear = settings["linear_lr"] * settings.get("alpha", 1.0)
+    return f"{linear:.3g} of the linear layers, {settings['lr']:.3g} of the other parameters"
+
+
 def rate_settings(config: Config) -> dict[str, Any]:
     """The settings that determine the learning rates, JSON-serialisable; part of a checkpoint."""
     optim = asdict(config.optim)

@@ -65,7 +65,7 @@ def test_fold_sums_the_scaled_steps_of_a_repeated_row_and_decays_once(side):
     steps, decay = torch.randn_like(before), 0.9
     with torch.no_grad():
         layer.rows.copy_(before * decay + steps)
-    layer.fold(before, decay)
+    layer.fold(layer.stepped_draws(before, decay, layer.rows))
     slice_of = (lambda w, i: w[i]) if side == "rows" else (lambda w, i: w[:, i])
     expected = weight.clone()
     slice_of(expected, 4).copy_(0.9 * slice_of(weight, 4) + 2.0 * slice_of(steps, 0) + 3.0 * slice_of(steps, 1))

@@ -223,3 +223,12 @@ def test_a_setting_that_is_a_mapping_is_compared_as_one_value():
         "model.rope_scaling": {"rope_type": "linear", "factor": 2.0},
         "optim.rank": {"*": 9},
     }
+
+
+@pytest.mark.parametrize("name", ["grass", "muon", "normuon"])
+def test_the_default_rate_of_muon_falls_as_1_over_the_hidden_size_and_a_given_one_does_not(name):
+    rates = [load([f"optim={name}", f"model.hidden_size={size}"]).optim.linear_lr for size in (128, 256, 2048)]
+    assert rates == [6e-3, 3e-3, 3.75e-4]
+    assert load([f"optim={name}", "model.hidden_size=2048", "optim.linear_lr=1e-3"]).optim.linear_lr == 1e-3
+    own = load([f"optim={name}", "model.hidden_size=512", "optim.linear_lr=${by_width:1e-3,2048}"])
+    assert own.optim.linear_lr == 4e-3
