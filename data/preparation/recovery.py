@@ -10,12 +10,13 @@ import logging
 import os
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.atomic import write_atomic
 from data.preparation.corpus_writer import STATE, WriterState, read_state, write_state
 from data.preparation.plan import PreparationPlan
 from data.sources.corpus import Corpus
+from data.sources.files import size_and_time
 from data.token_dataset import FILES, MANIFEST
 from data.tokenizer import Tokenizer
 
@@ -54,13 +55,6 @@ def make_work_folder(plan: PreparationPlan, corpus: Corpus) -> None:
     write_atomic(work / FILES, json.dumps(inputs))
 
 
-class _Interrupted(NamedTuple):
-    documents: int
-    same_files: int
-    folder: Path
-    state: WriterState
-
-
 def _take_over(work: Path, inputs: dict[str, Any]) -> None:
     """Rename the interrupted preparation with the most reusable documents to `work`, if there is one."""
     pattern = f"{work.name.rpartition('-')[0]}-{HEX16}.tmp"
@@ -76,12 +70,15 @@ def _take_over(work: Path, inputs: dict[str, Any]) -> None:
     logger.info("the first %d files are the same as in %s: reusing its %d documents", same_files, folder, documents)
 
 
-def _reusable(folder: Path, inputs: dict[str, Any]) -> _Interrupted | None:
-    """The state of the interrupted preparation in `folder`, up to the last leading file that `inputs` has too."""
+def _reusable(folder: Path, inputs: dict[str, Any]) -> tuple[int, int, Path, WriterState] | None:
+    """The interrupted preparation in `folder`, up to the last leading file that `inputs` has too, if it can be reused.
+
+    Returns the number of its documents, the number of these files, `folder` and the state after their last document.
+    """
     try:
         old = json.loads((folder / FILES).read_text())
         identity, files = dict(old["identity"]), list(old["files"])
-        if all(_size_and_time(path) == (size, mtime) for _, path, size, mtime, _ in files):
+        if all(size_and_time(path) == (size, mtime) for _, path, size, mtime, _ in files):
             return None  # the command that started it can still resume it
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -93,15 +90,7 @@ def _reusable(folder: Path, inputs: dict[str, Any]) -> _Interrupted | None:
     complete = (folder / MANIFEST).exists()
     if complete or identity != inputs["identity"] or not state.documents or state.place[0] >= same_files:
         return None
-    return _Interrupted(state.documents, same_files, folder, state)
-
-
-def _size_and_time(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+    return state.documents, same_files, folder, state
 
 
 def confirm_tokenizer(work: Path, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from data.settings import LINES, DataSettings
 from data.sources.documents import NO_RESPONSE, Batch, Document, Record, digest
 from data.sources.file_search import shorten
-from data.sources.files import SourceFile
+from data.sources.files import SourceFile, size_and_time
 from data.sources.huggingface import Rows
 from data.sources.open_text import COMPRESSED
 from data.sources.parse_record import Parser
@@ -132,7 +132,7 @@ class Corpus:
 
     def changed(self) -> list[str]:
         """The names of files whose size or modification time has changed since they were listed."""
-        return [file.name for file in self.files if _stat(file) != (file.size, file.mtime)]
+        return [file.name for file in self.files if size_and_time(file.path) != (file.size, file.mtime)]
 
     def _is_drawn(self, content: bytes) -> bool:
         """Whether a document is held out: whether its number in [0, 1) is below the share to hold out.
@@ -187,14 +187,6 @@ def extended(chain: str, name: str, content: bytes) -> str:
 
 def _held_out_first(file: SourceFile) -> tuple[bool, str]:
     return not file.held_out, file.name
-
-
-def _stat(file: SourceFile) -> tuple[int, int] | None:
-    try:
-        stat = file.path.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _threshold(draws: set[float], share: float, key: str) -> float:

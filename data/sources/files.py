@@ -155,6 +155,15 @@ def _source_file(path: Path, root: Path) -> SourceFile:
     return SourceFile(readable(path.relative_to(root).as_posix()), path, status.st_size, status.st_mtime_ns)
 
 
+def size_and_time(path: str | Path) -> tuple[int, int] | None:
+    """The size in bytes and the modification time in ns of the file at `path`; None if it cannot be read."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def _within(files: list[SourceFile], max_bytes: int) -> list[SourceFile]:
     """The files that fit into `max_bytes`, in order of name.
 
