@@ -13,9 +13,9 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
+from timeit import repeat
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
     regular, refreshing = sorted((timed[::2], timed[1::2]), key=lambda some: sum(step.choosing_s for step in some))
     grass = steps.optim.grass
     assert grass is not None
-    folds = [spent(lambda: [layer.fold() for layer in grass.layers.values()]) for _ in range(pairs + 2)]
+    layers = grass.layers.values()
+    folds = repeat(lambda: [layer.fold() for layer in layers], timer=time.process_time, number=1, repeat=pairs + 2)
     state = [t for states in steps.optim.optimizer.state.values() for t in states.values() if torch.is_tensor(t)]
     seen = simulate(config, layout_of(config))
     peaks = [sum(held.values()) for stretch, held in seen.items() if stretch != MODEL]
@@ -104,19 +105,9 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         save(figure, file)
 
 
-def spent(work: Callable[[], Any]) -> float:
-    """Return the CPU seconds that ``work`` takes."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def slope(xs: list[float], ys: list[float]) -> float:
     """Return the slope of the least-squares line through log y against log x."""
-    xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    above = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
-    return above / sum((x - x_mean) ** 2 for x in xs)
+    return linear_regression([*map(math.log, xs)], [*map(math.log, ys)]).slope
 
 
 def main() -> None:
