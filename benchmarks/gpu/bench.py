@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -21,29 +20,23 @@ GIB = 2**30
 NEEDS_GPU = "needs a GPU"
 
 
-@dataclass
 class Bench:
     """The tools of one section.
 
     Args:
-        device: a CUDA device; in a dry run without a GPU, the CPU.
         dry: whether sizes are tiny, so that numbers mean nothing.
         folder: folder of the results, for further files.
-        end: end of the section's time, by time.monotonic().
+        seconds: the section's time.
         report: stores a row of results.
+
+    Attributes:
+        device: a CUDA device; in a dry run without a GPU, the CPU.
     """
 
-    device: torch.device
-    dry: bool
-    folder: Path
-    end: float
-    report: Callable[[Row], None]
-
-    @classmethod
-    def make(cls, dry: bool, folder: Path, seconds: float, report: Callable[[Row], None]) -> "Bench":
-        """Make the tools of a section that has ``seconds`` seconds."""
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        return cls(device, dry, folder, time.monotonic() + seconds, report)
+    def __init__(self, dry: bool, folder: Path, seconds: float, report: Callable[[Row], None]) -> None:
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.dry, self.folder, self.report = dry, folder, report
+        self._end = time.monotonic() + seconds
 
     def about(self) -> Row:
         """Return the device, whether it computes, and torch's version.
@@ -60,7 +53,7 @@ class Bench:
 
     def left(self) -> float:
         """Return the seconds that are left to the section."""
-        return self.end - time.monotonic()
+        return self._end - time.monotonic()
 
     def add(self, **row: Any) -> None:
         """Report a row."""

@@ -84,7 +84,7 @@ def work(connection: Connection, section: Section, dry: bool, folder: Path, seco
     from benchmarks.gpu.bench import Bench, in_short, quiet
 
     quiet()
-    bench = Bench.make(dry, folder, seconds, lambda row: connection.send((ROW, row)))
+    bench = Bench(dry, folder, seconds, lambda row: connection.send((ROW, row)))
     connection.send((ABOUT, bench.about()))
     try:
         import_module(f"benchmarks.gpu.{section.module}").run(bench, section.case)
