@@ -1,28 +1,21 @@
 """Whether two runs are bit-identical, with default settings and with deterministic algorithms."""
 
 import os
-from dataclasses import fields
 
 import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.learning import METHODS, learn
-from pretrain.config.schema import TrainConfig
-
-KEY = "deterministic"  # key of train; without this key, only torch's own switch is set
 
 
 def run(bench: Bench, case: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first matmul
-    has_key = KEY in {field.name for field in fields(TrainConfig)}
-    asked = f"train.{KEY}=true" if has_key else "torch.use_deterministic_algorithms"
-    for how in ("default settings", asked):
-        if how == asked:
-            torch.use_deterministic_algorithms(True)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        how = "train.deterministic=true" if deterministic else "default settings"
         for method in ("grass+muon", "adamw"):
             for dtype in ("float32", "bfloat16"):
-                overrides = [*METHODS[method], f"train.dtype={dtype}"]
-                overrides += [f"train.{KEY}=true"] if has_key and how == asked else []
+                overrides = [*METHODS[method], f"train.dtype={dtype}", f"train.deterministic={deterministic}"]
                 for compile in (False, True) if bench.on_gpu else (False,):
                     with bench.row(how=how, method=method, dtype=dtype, compiled=compile) as row:
                         one, two = (learn(overrides, bench.device, bench.dry, compile) for _ in range(2))
