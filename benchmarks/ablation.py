@@ -162,16 +162,14 @@ def in_a_shell(overrides: Iterable[str]) -> str:
 
 
 def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
-    """Return Markdown lines: a row for each trial, with its difference from ``against`` and the error over seeds."""
-    lines = []
+    """Return a Markdown heading and table for each topic.
+
+    A table has a row for each trial, with its difference from ``against`` and the error over seeds.
+    """
+    paragraphs = []
     relative = f"relative to `{in_a_shell(against.setting.split())}`" if against else ""
     for topic, trials in topics.items():
-        lines += [
-            f"### {topic}",
-            "",
-            f"| setting | seeds | loss | {relative} |",
-            "|---|---|---|---|",
-        ]
+        lines = [f"| setting | seeds | loss | {relative} |", "|---|---|---|---|"]
         for t in sorted(trials, key=lambda t: t.loss):
             difference, error = t.minus(against) if against else (math.nan, math.nan)
             beside = (
@@ -179,8 +177,8 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
             )
             setting, loss = in_a_shell(t.setting.split()), f"{t.loss:.4f}{plus_minus(t.error)}"
             lines.append(f"| `{setting}` | {len(t.seeds)} | {loss} | {beside} |")
-        lines.append("")
-    return lines
+        paragraphs += [f"### {topic}", "\n".join(lines)]
+    return paragraphs
 
 
 def plus_minus(error: float) -> str:
@@ -263,37 +261,24 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
     every = {name: trials_of(name, stage, study["common"], records) for name, stage in study["stages"].items()}
     stages = {name: topics for name, topics in every.items() if topics}
     dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
-    lines = [
+    paragraphs = [
         f"# {study['title']}",
-        "",
         f"{study['about'].strip()} Losses are of the validation split after the last step, in nats per token. ± is the "
         "standard error over seeds. A difference is the mean over the seeds that both settings have, so it can differ "
         "from the difference of the losses shown.",
-        "",
         f"![Final loss of every trial]({page}.png)",
-        "",
         "The picture has a colour for each table below. In its labels, settings without `optim=` are those of "
         "`optim=grass`.",
-        "",
         f"`python -m benchmarks.{page}` wrote this page from its runs, which are recorded in `docs/{page}.jsonl`: "
         f"{', '.join(dates)}; {', '.join(machines)}, CPU. Shared by all runs: `{in_a_shell(study['common'])}`.",
-        "",
     ]
     for name, topics in stages.items():
-        trials = [t for trials in topics.values() for t in trials]
-        against = next((t for t in trials if t.setting == study["stages"][name]["against"]), None)
-        common = in_a_shell(study["stages"][name].get("common", []))
+        stage, trials = study["stages"][name], [t for trials in topics.values() for t in trials]
+        against = next((t for t in trials if t.setting == stage["against"]), None)
         commits = ", ".join(sorted({c[:7] for t in trials for c in t.commits}))
-        lines += [
-            f"## Stage: {name}",
-            "",
-            study["stages"][name]["about"],
-            "",
-            f"Settings: `{common}`. Commits: {commits}.",
-            "",
-        ]
-        lines += table(topics, against)
-    (DOCS / f"{page}.md").write_text("\n".join(lines), encoding="utf-8")
+        settings = f"Settings: `{in_a_shell(stage.get('common', []))}`. Commits: {commits}."
+        paragraphs += [f"## Stage: {name}", stage["about"], settings, *table(topics, against)]
+    (DOCS / f"{page}.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     plot({study["stages"][name]["title"]: topics for name, topics in stages.items()}, DOCS / f"{page}.png")
     if (listing := study.get("losses")) and (shown := stages.get(listing["stage"])):
         plot_losses([t for trials in shown.values() for t in trials], listing, DOCS / "losses.png")
