@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.atomic import sha256
-from data.shards.reader import Tokens
+from data.shards.reader import Shard, Tokens
 from data.tokenizer import FILES as TOKENIZER_FILES
 from data.tokenizer import Tokenizer
 from data.wording import counted
@@ -79,7 +79,9 @@ def load(folder: str | Path) -> PreparedDataset:
         wrong = models[0] if models else folder / TOKENIZER_FILES[0]
         raise ValueError(f"{wrong}: not the tokenizer that these shards were made with; {fix}")
     try:
-        train, val = (Tokens(folder, names[split], dtype) for split in ("train", "val"))
+        train, val = (
+            Tokens([Shard(folder, name, dtype) for name in names[split]], dtype) for split in ("train", "val")
+        )
         tokenizer = Tokenizer(model, **special, look_beside=False)
         return PreparedDataset(folder, tokenizer, train, val, fingerprint, manifest)
     except Exception as error:  # numpy evaluates an array's header as Python code, which may raise any exception

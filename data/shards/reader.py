@@ -11,6 +11,7 @@ If documents begin with a prompt, a fourth file, `.given.npy`, has the length of
 the dataset lists the shards, with the lengths and checksums of their files.
 """
 
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -35,54 +36,55 @@ class Tokens:
     """The tokens of a split. Has `len`; slices are (n,) arrays of the shards' dtype.
 
     Args:
-        folder: The folder of the shards.
-        names: The names of the shards in order, or the name of a single shard.
+        shards: The opened shards in order.
         dtype: The dtype of the shards' tokens, see `token_dtype`.
+        parts: For a mixture, (first token, number of tokens, weight) of each corpus; else empty.
+        limit: Maximum number of tokens to read, from the beginning.
 
     Attributes:
         complete: Whether the split is complete; false only while it is being prepared.
-        parts: For a mixture, (first token, number of tokens, weight) of each corpus; else empty.
     """
 
     complete = True
 
-    def __init__(self, folder: Path, names: str | Sequence[str], dtype: np.dtype) -> None:
-        names = [names] if isinstance(names, str) else names
-        self._join([Shard(folder, name, dtype) for name in names], dtype)
-        self.parts: list[tuple[int, int, float]] = []
-
-    @classmethod
-    def of(cls, shards: Sequence["Shard"], dtype: np.dtype) -> "Tokens":
-        """The tokens of open shards."""
-        joined = cls.__new__(cls)
-        joined._join(list(shards), dtype)
-        joined.parts = []
-        return joined
+    def __init__(
+        self,
+        shards: Sequence["Shard"],
+        dtype: np.dtype,
+        parts: Sequence[tuple[int, int, float]] = (),
+        limit: int = sys.maxsize,
+    ) -> None:
+        self.dtype, self.parts, self.limit = dtype, list(parts), limit
+        self._join(shards)
 
     @classmethod
     def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
         """Corpora of the same dtype, concatenated, with their weights."""
-        joined = cls.of([shard for tokens, _ in corpora for shard in tokens._shards], corpora[0][0]._dtype)
         ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
-        joined.parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
-        return joined
+        parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
+        return cls([shard for tokens, _ in corpora for shard in tokens.shards], corpora[0][0].dtype, parts)
 
-    def _join(self, shards: list["Shard"], dtype: np.dtype) -> None:
-        self._shards, self._dtype = shards, dtype
-        self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in self._shards)])
-        self._first_document = np.cumsum([0, *(len(shard.index) for shard in self._shards)])
+    def _join(self, shards: Sequence["Shard"]) -> None:
+        self.shards = shards
+        self._first_token = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
+        self._first_document = np.cumsum([0, *(len(shard.index) for shard in shards)])
 
     def can_read(self, stop: int) -> bool:
         """Whether the first `stop` tokens can be read now: always True here; `StreamedTokens` overrides it."""
         return True
 
     def __len__(self) -> int:
+        return min(self.limit, self._total)
+
+    @property
+    def _total(self) -> int:
+        """The number of tokens of all shards, without the limit."""
         return int(self._first_token[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, _ = where.indices(len(self))
-        parts = [self._shards[number].tokens[first:last] for number, first, last in self._pieces(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._dtype)])
+        parts = [self.shards[number].tokens[first:last] for number, first, last in self._pieces(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self.dtype)])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(shard, first token in it, token after the last) for each shard with some of the tokens [start, stop)."""
@@ -97,7 +99,7 @@ class Tokens:
     @cached_property
     def given(self) -> np.ndarray | None:
         """The number of prompt tokens of each document, bos not counted: int64 (documents,). None without prompts."""
-        parts = [shard.given for shard in self._shards if shard.given is not None]
+        parts = [shard.given for shard in self.shards if shard.given is not None]
         return np.concatenate(parts) if parts else None
 
     def document(self, number: int) -> np.ndarray:
@@ -107,14 +109,14 @@ class Tokens:
     def document_bounds(self, number: int) -> tuple[int, int]:
         """The positions in the split of a document's first token, and of the token after its last."""
         shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
-        first, last = self._shards[shard].bounds(number - int(self._first_document[shard]))
+        first, last = self.shards[shard].bounds(number - int(self._first_document[shard]))
         base = int(self._first_token[shard])
         return base + first, base + last
 
     @property
     def document_lengths(self) -> np.ndarray:
         """The number of tokens of each document, int64 (documents,)."""
-        return np.concatenate([np.diff(s.index[:]["token"], append=len(s.tokens)) for s in self._shards])
+        return np.concatenate([np.diff(s.index[:]["token"], append=len(s.tokens)) for s in self.shards])
 
     @property
     def document_count(self) -> int:
@@ -123,13 +125,13 @@ class Tokens:
     @property
     def text_bytes(self) -> int:
         """UTF-8 bytes of the text of all documents."""
-        return sum(int(shard.index[:]["bytes"].sum()) for shard in self._shards)
+        return sum(int(shard.index[:]["bytes"].sum()) for shard in self.shards)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """The position of the first token of each document that begins in [start, stop), int64 (n,), in order."""
         starts = [np.empty(0, np.int64)]
         for number, first, last in self._pieces(start, min(stop, len(self))):
-            begins = self._shards[number].begins(first, last)
+            begins = self.shards[number].begins(first, last)
             starts.append(begins[np.searchsorted(begins, first) :] + self._first_token[number])
         return np.concatenate(starts)
 
@@ -138,7 +140,7 @@ class Tokens:
         return [
             name
             for number, first, last in self._pieces(start, stop)
-            for name in self._shards[number].documents(first, last)
+            for name in self.shards[number].documents(first, last)
         ]
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -24,7 +23,7 @@ from data.preparation.encode import environment
 from data.preparation.plan import PreparationPlan, hash_of
 from data.prepare import command, manifests, prepare
 from data.settings import DataSettings
-from data.shards.reader import token_dtype
+from data.shards.reader import Tokens, token_dtype
 from data.streaming.tokens import StreamedTokens, token_count
 from data.token_dataset import PreparedDataset, load
 from data.tokenizer import Tokenizer, find_tokenizer
@@ -155,21 +154,9 @@ def find_streamed(settings: DataSettings, fingerprint: str, validation_tokens: i
         found = hash_of("on the fly", manifest["identity"], [], manifest["tokenizer"]["sha256"])
         if found == fingerprint:
             dataset = load(folder)
-            val = StreamedTokens("val", _Finished(folder), token_dtype(dataset.tokenizer.vocab_size), validation_tokens)
-            val.can_read(validation_tokens)
+            val = Tokens(dataset.val.shards, dataset.val.dtype, limit=validation_tokens)
             return replace(dataset, val=val, fingerprint=fingerprint)
     return None
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """Stands for the plan of a complete preparation, with only the members that `StreamedTokens` uses."""
-
-    folder: Path
-    work_folder: Path = Path()
-
-    def finished(self) -> Path:
-        return self.folder
 
 
 def _log_output(process: subprocess.Popen[str]) -> None:

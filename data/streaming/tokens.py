@@ -4,29 +4,21 @@ Reads only tokens within the lengths in `state.json`: they are on disk and never
 complete, its folder is renamed, and reading continues under the new name.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from data.loading.order import ENDLESS
 from data.preparation.corpus_writer import STATE, WriterState, read_state
+from data.preparation.plan import PreparationPlan
 from data.shards.reader import Shard, Tokens
 from data.token_dataset import load
 
 RENAME_SECONDS = 10.0  # maximum time until a network file system shows the new name of a folder
 T = TypeVar("T")
-
-
-class PreparationFolders(Protocol):
-    """The folders of a preparation, as in `PreparationPlan`."""
-
-    @property
-    def work_folder(self) -> Path: ...
-
-    def finished(self) -> Path | None: ...
 
 
 class StreamedTokens(Tokens):
@@ -41,28 +33,27 @@ class StreamedTokens(Tokens):
         limit: Maximum number of tokens to read, from the beginning of the split.
     """
 
-    def __init__(self, split: str, plan: PreparationFolders, dtype: np.dtype, limit: int = ENDLESS) -> None:
-        self._split, self._plan, self._limit = split, plan, limit
-        self._join([], dtype)
-        self.parts = []
+    def __init__(self, split: str, plan: PreparationPlan, dtype: np.dtype, limit: int = sys.maxsize) -> None:
+        super().__init__([], dtype, limit=limit)
+        self._split, self._plan = split, plan
         self._closed: dict[str, Shard] = {}
         self.complete = False
 
     def can_read(self, stop: int) -> bool:
-        if not self.complete and super().__len__() < stop:
+        if not self.complete and self._total < stop:
             self._update(stop)
-        return self.complete or super().__len__() >= stop
+        return self.complete or self._total >= stop
 
     def _update(self, stop: int) -> None:
         if finished := self._plan.finished():
-            self._join(getattr(load(finished), self._split)._shards, self._dtype)
+            self._join(getattr(load(finished), self._split).shards)
             self.complete = True
             return
         work = self._plan.work_folder
         try:
             state = read_state(work / STATE)
-            if self._split in state.splits and token_count(state, self._split) >= max(stop, super().__len__()):
-                self._join(self._shards_in(work, state.splits[self._split]), self._dtype)
+            if self._split in state.splits and token_count(state, self._split) >= max(stop, self._total):
+                self._join(self._shards_in(work, state.splits[self._split]))
         except (FileNotFoundError, ValueError):  # the folder is being renamed, or is damaged and will be written again
             pass
 
@@ -70,14 +61,11 @@ class StreamedTokens(Tokens):
         names = [entry["name"] for entry in state["shards"]]
         for name in names:
             if name not in self._closed:
-                self._closed[name] = Shard(work, name, self._dtype)
+                self._closed[name] = Shard(work, name, self.dtype)
         found = [self._closed[name] for name in names]
         if state["open"]["documents"]:
-            found.append(Shard(work, f"{self._split}-{len(names):05d}", self._dtype, state["open"]))
+            found.append(Shard(work, f"{self._split}-{len(names):05d}", self.dtype, state["open"]))
         return found
-
-    def __len__(self) -> int:
-        return min(self._limit, super().__len__())
 
     def __getitem__(self, where: slice) -> np.ndarray:
         return self._read(Tokens.__getitem__, where)
@@ -92,11 +80,11 @@ class StreamedTokens(Tokens):
         """The result of a method of Tokens, which is called again if the folder is renamed during the call."""
         deadline = time.monotonic() + RENAME_SECONDS
         while True:
-            shards = self._shards
+            shards = self.shards
             try:
                 return method(self, *arguments)
             except FileNotFoundError:
-                if shards is self._shards and (self.complete or time.monotonic() > deadline):
+                if shards is self.shards and (self.complete or time.monotonic() > deadline):
                     raise
             self._update(0)
             time.sleep(0.01)

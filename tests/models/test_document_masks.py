@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.loading.batches import IGNORED, TrainBatches, validation_batches
-from data.shards.reader import Tokens, token_dtype
+from data.shards.reader import Shard, Tokens, token_dtype
 from data.shards.writer import ShardWriter
 from models import llama
 from models.attention import document_layout
@@ -29,7 +29,8 @@ def tokens(tmp_path) -> Tokens:
             for number, length in enumerate(lengths):
                 ids = np.array([BOS, *draw.integers(3, VOCAB, length - 2), EOS])
                 writer.add(f"{shard}{number}", ids, text_bytes=length)
-    return Tokens(tmp_path, ["a", "b"], token_dtype(VOCAB))
+    dtype = token_dtype(VOCAB)
+    return Tokens([Shard(tmp_path, name, dtype) for name in ("a", "b")], dtype)
 
 
 def train(tokens, **more):

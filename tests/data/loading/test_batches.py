@@ -15,10 +15,14 @@ from data.loading.batches import TrainBatches, validation_batches
 from data.loading.order import permute
 from data.loading.prefetch import Prefetch
 from data.shards import array_file
-from data.shards.reader import INDEX, Tokens, token_dtype
+from data.shards.reader import INDEX, Shard, Tokens, token_dtype
 from data.shards.writer import ShardWriter
 
 SEQ_LEN = 8
+
+
+def opened(folder, names: list[str], dtype: np.dtype) -> Tokens:
+    return Tokens([Shard(folder, name, dtype) for name in names], dtype)
 
 
 def split(folder, lengths: list[int], vocab_size: int = 2**17) -> Tokens:
@@ -28,7 +32,7 @@ def split(folder, lengths: list[int], vocab_size: int = 2**17) -> Tokens:
         for number, length in enumerate(lengths):
             shard.add(f"d{number}", np.arange(place, place + length), text_bytes=3 * length)
             place += length
-    return Tokens(folder, "s", token_dtype(vocab_size))
+    return opened(folder, ["s"], token_dtype(vocab_size))
 
 
 @pytest.fixture
@@ -178,7 +182,7 @@ def test_tokens_take_two_bytes_as_long_as_the_vocabulary_fits(tmp_path, vocab_si
     ids = np.array([0, 1, vocab_size - 1])
     with ShardWriter(tmp_path, "s", token_dtype(vocab_size)) as shard:
         shard.add("d", ids, text_bytes=3)
-    tokens = Tokens(tmp_path, "s", token_dtype(vocab_size))
+    tokens = opened(tmp_path, ["s"], token_dtype(vocab_size))
     assert tokens[0:3].dtype == np.dtype(dtype)
     assert tokens[0:3].tolist() == ids.tolist()
 
@@ -214,7 +218,7 @@ def test_many_shards_are_open_a_few_at_a_time_whoever_reads(tmp_path, monkeypatc
     usual, there = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (there + 40, usual[1]))
     try:
-        tokens = Tokens(tmp_path, names, token_dtype(4096))
+        tokens = opened(tmp_path, names, token_dtype(4096))
         order = np.random.default_rng(0).permutation(200).tolist() * 5
         with ThreadPoolExecutor(4) as threads:
             found = threads.map(
@@ -250,7 +254,7 @@ def test_a_billion_tokens_are_open_and_their_first_batch_is_there_within_a_secon
                 file.truncate(size)
     for masks in (False, True):
         start = time.perf_counter()
-        tokens = Tokens(tmp_path, names, token_dtype(4096))
+        tokens = opened(tmp_path, names, token_dtype(4096))
         loader = TrainBatches(tokens, 1024, 64, 64, seed=0, masks=masks)
         inputs, *_ = next(loader.micro_batches(0))
         targets = loader.targets(0)
