@@ -12,7 +12,7 @@ import numpy as np
 from data.atomic import write_atomic
 from data.special_tokens import SPECIAL, eos_beside, names_beside
 from data.text_encoding import decode
-from data.tokenizer_backends import HuggingFace, SentencePiece
+from data.tokenizer_backends import SPACE, HuggingFace, SentencePiece
 
 FILES = ("tokenizer.model", "tokenizer.json")
 MOST_PADDING = 1024
@@ -122,8 +122,19 @@ class Tokenizer:
                        for prompt, response, after in zip(prompts, responses, learnt, strict=True)]  # fmt: skip
 
     def _encode(self, texts: Sequence[str], threads: int | None, continues: bool) -> list[np.ndarray]:
+        """As ``encode_batch``; with `continues`, the token ids of texts that follow other texts."""
+        encode, sign, threads = self._model.encode_batch, self._model.space_sign, threads or os.cpu_count() or 1
         try:
-            return self._model.encode_batch(texts, threads or os.cpu_count() or 1, continues)
+            if sign is None or not any(SPACE in text for text in texts):
+                return encode(texts, threads, continues)
+            # A literal U+2581 is encoded as its bytes, because it would be decoded to a space.
+            parts = [text.split(SPACE) for text in texts]
+            firsts = encode([first for first, *_ in parts], threads, continues)
+            others = iter(encode([part for _, *after in parts for part in after], threads, continues=True))
+            return [
+                np.concatenate([first, *(ids for _ in after for ids in (sign, next(others)))], dtype=np.int32)
+                for first, (_, *after) in zip(firsts, parts, strict=True)
+            ]
         except Exception as error:  # tokenizers raises Exception itself
             raise ValueError(f"{self.path}: cannot encode a text ({str(error)[:200]})") from None
 

@@ -23,6 +23,10 @@ class SentencePiece:
 
     Raises:
         ValueError: `content` is not a sentencepiece model.
+
+    Attributes:
+        space_sign: the tokens of the bytes of a literal U+2581; None if the tokenizer has no such tokens, or needs none
+            because it decodes a literal U+2581 unchanged.
     """
 
     SPACES_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
@@ -44,7 +48,7 @@ class SentencePiece:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         space = [self._model.piece_to_id(piece) for piece in SPACE_BYTES]
-        self._space_sign = space if all(self._model.is_byte(token) for token in space) else None
+        self.space_sign = space if all(self._model.is_byte(token) for token in space) else None
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
@@ -76,7 +80,7 @@ class SentencePiece:
     def changes_spaces(self) -> bool:
         """Whether the tokenizer adds or drops spaces, or encodes U+2581 like a space."""
         text = "a  a "
-        return self._space_sign is None or self._model.encode(text) != self._continuing.encode(text)
+        return self.space_sign is None or self._model.encode(text) != self._continuing.encode(text)
 
     def id_of(self, piece: str) -> int | None:
         """The id of the token with this name; None if there is none."""
@@ -86,21 +90,10 @@ class SentencePiece:
     def encode_batch(self, texts: Sequence[str], threads: int, continues: bool) -> list[np.ndarray]:
         """The token ids of each text, int32 (n,); with `continues`, of a text that follows another text."""
         model = self._continuing if continues else self._model
-        ids = model.encode_as_numpy(list(texts), num_threads=threads)
-        if self._space_sign is None:
-            return ids
-        return [self._around_space_signs(t, model) if SPACE in t else i for t, i in zip(texts, ids, strict=True)]
+        return model.encode_as_numpy(list(texts), num_threads=threads)
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
-
-    def _around_space_signs(self, text: str, model: sentencepiece.SentencePieceProcessor) -> np.ndarray:
-        """Encode a literal U+2581 as its bytes, because it would be decoded to a space."""
-        first, *others = text.split(SPACE)
-        parts = [model.encode(first)]
-        for part in others:
-            parts += [self._space_sign, self._continuing.encode(part)]
-        return np.array([token for part in parts for token in part], dtype=np.int32)
 
     def bytes_of(self, token: int) -> int:
         """The number of UTF-8 bytes of a token; 0 for special tokens."""
@@ -147,7 +140,7 @@ class HuggingFace:
         steps = json.dumps([self._spec.get("normalizer"), self._spec.get("pre_tokenizer")], ensure_ascii=False)
         space = [self._model.token_to_id(piece) for piece in SPACE_BYTES]
         falls_back = self._spec.get("model", {}).get("byte_fallback") and None not in space
-        self._space_sign = space if falls_back and SPACE in steps else None
+        self.space_sign = space if falls_back and SPACE in steps else None
 
     def _opened(self, text: str) -> Any:
         model = self._from_text(text)
@@ -183,7 +176,7 @@ class HuggingFace:
     @property
     def changes_spaces(self) -> bool:
         steps = [self._spec.get(key) for key in ("normalizer", "pre_tokenizer")]
-        return self._space_sign is not None or steps != [_without_prefix(step) for step in steps]
+        return self.space_sign is not None or steps != [_without_prefix(step) for step in steps]
 
     def id_of(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
@@ -191,21 +184,10 @@ class HuggingFace:
     def encode_batch(self, texts: Sequence[str], threads: int, continues: bool) -> list[np.ndarray]:
         model = self._continuing if continues else self._model
         encoded = model.encode_batch(list(texts), add_special_tokens=False)
-        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
-        if self._space_sign is None:
-            return ids
-        return [self._around_space_signs(t, model) if SPACE in t else i for t, i in zip(texts, ids, strict=True)]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True)
-
-    def _around_space_signs(self, text: str, model: Any) -> np.ndarray:
-        """As in ``SentencePiece``."""
-        first, *others = text.split(SPACE)
-        parts = [model.encode(first, add_special_tokens=False).ids]
-        for part in others:
-            parts += [self._space_sign, self._continuing.encode(part, add_special_tokens=False).ids]
-        return np.array([token for part in parts for token in part], dtype=np.int32)
 
     def bytes_of(self, token: int) -> int:
         piece = self._model.id_to_token(token)
