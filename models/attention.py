@@ -5,14 +5,12 @@ setting: "sdpa", "varlen" or a version of flash-attn. `attention` takes it as an
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.flash_kernels import choose_flash, functions, varlen_runs
 
@@ -55,6 +53,8 @@ KERNELS = {
     SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
     SDPBackend.CUDNN_ATTENTION: "cuDNN",
 }
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""For a cache: cuDNN compiles a plan for each pair of lengths, which change with every cached token."""
 
 
 def log_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Tensor | None) -> None:
@@ -130,7 +130,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> Tensor:
     arguments = _sdpa_arguments(q, k, v, layout)
     if q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(**arguments).transpose(1, 2)
-    with _without_cudnn():
+    with sdpa_kernel(WITHOUT_CUDNN):
         return F.scaled_dot_product_attention(**arguments).transpose(1, 2)
 
 
@@ -147,14 +147,3 @@ def _sdpa_arguments(q: Tensor, k: Tensor, v: Tensor, layout: Tensor | None) -> d
         k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
     arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": groups > 1}
     return arguments | {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2)}
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """A context without cuDNN. It compiles a plan for each pair of lengths, which change with every cached token."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
