@@ -73,10 +73,8 @@ def serve(connection: Connection, method: str, rank: int, overrides: list[str], 
     timing = summarise(counted, refresh_every)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     connection.send({
-        "method": method, "tokens_per_s": config.train.tokens_per_step / timing.step_s,
-        "forward_s": timing.forward_s, "backward_s": timing.backward_s, "optimizer_s": timing.optimizer_s,
-        "refresh_s": timing.refresh_s, "refresh_every": refresh_every, "step_s": timing.step_s,
-        "spread": (timing.quartiles[1] - timing.quartiles[0]) / timing.regular_s, "steps": len(timed) - WARM_UP,
+        "method": method, "tokens_per_s": config.train.tokens_per_step / timing["step_s"], **timing,
+        "steps": len(timed) - WARM_UP,
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident,
         "flops_per_token": flops_per_token(steps.model, config.train.seq_len),
     })  # fmt: skip

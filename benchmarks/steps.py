@@ -181,47 +181,25 @@ class Steps:
         return self.clock()
 
 
-@dataclass
-class Timing:
-    """Median seconds of regular steps and their parts, and of steps with a refresh."""
+def summarise(steps: Sequence[Step], refresh_every: int) -> dict[str, float]:
+    """Return median seconds of regular steps and of a refresh, and the mean seconds ``step_s`` of a step of a long run.
 
-    regular_s: float
-    forward_s: float
-    backward_s: float
-    optimizer_s: float
-    with_refresh_s: float
-    refresh_every: int  # steps, the method's default
-    choosing_s: float = 0.0  # of Grass only
-    quartiles: tuple[float, float] = (0.0, 0.0)  # of regular steps
-
-    @property
-    def refresh_s(self) -> float:
-        """Seconds that a refresh adds. For Grass, which refreshes some blocks in each step: the seconds per step."""
-        return self.with_refresh_s - self.regular_s if self.refresh_every > 1 else self.choosing_s
-
-    @property
-    def step_s(self) -> float:
-        """Mean seconds per step of a long run."""
-        return self.regular_s + (self.with_refresh_s - self.regular_s) / self.refresh_every
-
-
-def summarise(steps: Sequence[Step], refresh_every: int) -> Timing:
-    """Return the medians of regular steps and of steps with a refresh. All steps are both if ``refresh_every`` is 1."""
+    All steps are regular if ``refresh_every`` is 1. ``refresh_s`` is what a refresh adds to a step; for Grass, which
+    refreshes some blocks in each step, the seconds per step. ``spread`` is the distance between the quartiles of the
+    regular steps, relative to their median.
+    """
     regular = [step for step in steps if refresh_every == 1 or not step.refreshed]
-    refreshing = [step for step in steps if refresh_every == 1 or step.refreshed]
-    return Timing(
-        median(step.total_s for step in regular), median(step.forward_s for step in regular),
-        median(step.backward_s for step in regular), median(step.optimizer_s for step in regular),
-        median(step.total_s for step in refreshing), refresh_every, median(step.choosing_s for step in regular),
-        _quartiles([step.total_s for step in regular]),
-    )  # fmt: skip
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return low, high
+    totals = [step.total_s for step in regular]
+    middle = median(totals)
+    added = median(step.total_s for step in steps if step.refreshed) - middle if refresh_every > 1 else 0.0
+    low, _, high = quantiles(totals if len(totals) > 1 else 2 * totals, n=4, method="inclusive")
+    return {
+        "forward_s": median(step.forward_s for step in regular),
+        "backward_s": median(step.backward_s for step in regular),
+        "optimizer_s": median(step.optimizer_s for step in regular),
+        "refresh_s": added if refresh_every > 1 else median(step.choosing_s for step in regular),
+        "refresh_every": refresh_every, "step_s": middle + added / refresh_every, "spread": (high - low) / middle,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
