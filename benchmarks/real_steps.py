@@ -22,12 +22,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.steps import Run
 from pretrain.config.compose import load
-from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
-from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import TrainStep
 
 KINDS = ("regular", "regular", "refresh")
 TINY = [
@@ -50,23 +47,12 @@ def measure(way: str, overrides: list[str]) -> dict[str, int]:
 def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -> None:
     """Make a step for each of KINDS inside ``around(kind)``. Grass runs with ``optim.refresh_every=3``."""
     grass = [] if any(o.startswith("optim=") and o != "optim=grass" for o in overrides) else ["optim.refresh_every=3"]
-    config = load([*overrides, *grass])
-    world = World(0, 1, torch.device("cpu"))
-    model = build_model(config, world.device)
-    optim = build_optimizer(config, model)
-    engine = build_engine(config.train, world)
-    engine.wrap(model)
-    update = TrainStep(config, world, model, engine, optim)
-    sequences = config.train.tokens_per_step // config.train.seq_len
-    tokens = torch.randint(config.model.vocab_size, (sequences, config.train.seq_len + 1))
-    size = config.train.micro_batch_size or sequences
-    batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(size)]
-    if optim.grass:
-        optim.grass.start(lambda: update.accumulate(batches))
+    training = Run(load([*overrides, *grass]), World(0, 1, torch.device("cpu")))
+    training.choose_rows(training.batch)
     for kind in KINDS:
         gc.collect()
         with around(kind):
-            update(batches)
+            training.step(training.batch)
 
 
 def by_events(overrides: list[str]) -> dict[str, int]:

@@ -13,12 +13,9 @@ from statistics import median
 
 import torch
 
+from benchmarks.steps import Run
 from pretrain.config.compose import load
-from pretrain.distributed.engines import build_engine
 from pretrain.distributed.world import World
-from pretrain.setup.model import build_model
-from pretrain.setup.optimizer import build_optimizer
-from pretrain.training.train_step import TrainStep
 
 SHAPE = [
     "model=llama_60m", "optim.rank=128", "optim.selection=top_r", "optim.refresh_every=10", "train.seq_len=256",
@@ -56,20 +53,9 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
     On a CPU, these are seconds of CPU time of all threads of the process. Other programs affect them less than wall
     time.
     """
-    config = load([*SHAPE, *overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config, device)
-    optim = build_optimizer(config, model)
-    world = World(rank=0, size=1, device=device)
-    engine = build_engine(config.train, world)
-    engine.wrap(model)
-    update = TrainStep(config, world, model, engine, optim)
-    train = config.train
-    sequences = train.tokens_per_step // train.seq_len
-    ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1))
-    batch = [(ids[:, :-1], ids[:, 1:])]
-    assert optim.grass is not None
-    optim.grass.start(lambda: update.accumulate(batch))
+    run = Run(load([*SHAPE, *overrides]), World(rank=0, size=1, device=device))
+    run.choose_rows(run.batch)
 
     def seconds() -> float:
         if device.type == "cuda":
@@ -79,7 +65,7 @@ def timed_step(overrides: list[str]) -> Callable[[], float]:
 
     def timed() -> float:
         began = seconds()
-        update(batch)
+        run.step(run.batch)
         return seconds() - began
 
     return timed

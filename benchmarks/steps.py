@@ -1,12 +1,12 @@
-"""Training steps of a method on random tokens, without the trainer, for timing."""
+"""Training steps of a method on random tokens, without the trainer, for measurements."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import refuse_to_run
 from pretrain.config.compose import load
@@ -16,8 +16,9 @@ from pretrain.distributed.world import World
 from pretrain.setup.compiling import compile_blocks
 from pretrain.setup.model import build_model
 from pretrain.setup.optimizer import build_optimizer
+from pretrain.training.initial_rows import choose_initial_rows
 from pretrain.training.step_observer import StepObserver
-from pretrain.training.train_step import TrainStep
+from pretrain.training.train_step import MicroBatch, TrainStep
 
 PERIOD = 4  # steps between two refreshes of GaLore or APOLLO while they are timed
 COMMON = ["logger.wandb.mode=disabled", "train.compile=false"]
@@ -128,11 +129,71 @@ class PartTimer(StepObserver):
         self.choosing_s += self.now()
 
 
-class Steps:
-    """A model, its optimizer and a batch of random tokens. Each iteration makes one training step.
+class Run:
+    """A model, its optimizer and its training step without the trainer, at peak learning rates, with a random batch.
 
-    With ``lora_rank``, the attention and MLP linears are frozen and get adapters of that rank.
+    Args:
+        config: the settings; ``train.compile`` is ignored.
+        world: the processes, with the device of this one.
+        weights: initial weights as in ``build_model``; None to draw them as the trainer does.
+        lora_rank: if given, the attention and MLP linears are frozen and get adapters of that rank.
+        compile: whether to compile the blocks.
+        observers: are notified of the parts of each step.
+
+    Attributes:
+        compiled: whether the blocks are compiled, which needs a working compiler.
+        batch: this process' micro-batches of a step, random tokens that are the same in every run.
     """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        weights: Iterable[tuple[str, Tensor]] | None = None,
+        lora_rank: int | None = None,
+        compile: bool = False,
+        observers: Sequence[StepObserver] = (),
+    ):
+        self.config, self.world, train = config, world, config.train
+        engine = build_engine(train, world)
+        self.model = build_model(config, world.device, weights, shard=engine.shard)
+        if lora_rank is not None:
+            add_lora(self.model, lora_rank)
+        self.optim = build_optimizer(config, self.model)
+        self.compiled = compile and compile_blocks(config, self.model, world)
+        engine.wrap(self.model)
+        self.train_step = TrainStep(config, world, self.model, engine, self.optim, observers=observers)
+        sequences = train.tokens_per_step // train.seq_len // world.size
+        generator = torch.Generator().manual_seed(world.rank)
+        ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1), generator=generator)
+        self.batch = micro_batches(config, ids, pinned=world.device.type == "cuda")
+
+    def choose_rows(self, batch: Sequence[MicroBatch]) -> None:
+        """Choose the initial rows by the gradient of ``batch``, as the trainer does."""
+        if self.optim.grass:
+            choose_initial_rows(self.optim.grass, self.train_step, batch, None)
+
+    def take_some_rows(self) -> None:
+        """Select evenly spread rows, for measurements that do not depend on the selection."""
+        if grass := self.optim.grass:
+            for layer in grass.layers.values():
+                layer.select(torch.arange(layer.rank, device=layer.index.device) * layer.selectable // layer.rank)
+            grass.resume(0)
+
+    def step(self, batch: Sequence[MicroBatch]) -> Tensor:
+        """Make one update. Return the loss in nats, summed over the batch's tokens, as a tensor on the device."""
+        return self.train_step(batch).nats
+
+
+def micro_batches(config: Config, ids: Tensor, pinned: bool) -> list[MicroBatch]:
+    """Split ``ids`` (sequences, seq_len + 1) into micro-batches of inputs and targets, in pinned memory for a GPU."""
+    parts = ids.split(config.train.micro_batch_size or len(ids))
+    pairs = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts]
+    return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in pairs] if pinned else list(pairs)
+
+
+class Steps(Run):
+    """A run whose iteration makes one training step after another and yields their times."""
 
     def __init__(
         self,
@@ -141,26 +202,10 @@ class Steps:
         lora_rank: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.config, self.world, self.clock = config, world, clock
-        train, engine = config.train, build_engine(config.train, world)
-        self.model = build_model(config, world.device, shard=engine.shard)
-        if lora_rank is not None:
-            add_lora(self.model, lora_rank)
-        self.optim = build_optimizer(config, self.model)
-        if train.compile:
-            compile_blocks(config, self.model, world)
-        engine.wrap(self.model)
-        self.parts = PartTimer(self.now)
-        self.train_step = TrainStep(config, world, self.model, engine, self.optim, observers=[self.parts])
-        sequences = train.tokens_per_step // train.seq_len // world.size
-        generator = torch.Generator().manual_seed(world.rank)
-        ids = torch.randint(config.model.vocab_size, (sequences, train.seq_len + 1), generator=generator)
-        pieces = ids.split(train.micro_batch_size or sequences)
-        self.batch = [(piece[:, :-1], piece[:, 1:]) for piece in pieces]
-        if self.optim.grass:  # evenly spread rows, without a run's backward passes that choose rows
-            for layer in self.optim.grass.layers.values():
-                layer.select(torch.arange(layer.rank, device=layer.index.device) * layer.selectable // layer.rank)
-            self.optim.grass.resume(0)
+        self.clock, self.parts = clock, PartTimer(self.now)
+        compile = config.train.compile
+        super().__init__(config, world, lora_rank=lora_rank, compile=compile, observers=[self.parts])
+        self.take_some_rows()
 
     def __iter__(self) -> Iterator[Step]:
         optim, step = self.config.optim, 0

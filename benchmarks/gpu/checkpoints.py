@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.training import TINY, TrainingRun, random_batch, settings
+from benchmarks.gpu.training import TINY, TrainingRun, settings
 from pretrain.checkpoint import tensors as checkpoint
 from pretrain.checkpoint.saver import Saver
 
@@ -18,12 +18,11 @@ def run(bench: Bench, case: str) -> None:
     config = settings([*(DRY_SHAPE if bench.dry else SHAPE), "optim=grass", "train.dtype=bfloat16"])
     run = TrainingRun(config, bench.device)
     run.take_some_rows()
-    batch = random_batch(config, bench.on_gpu)
     folder = Path(tempfile.mkdtemp(dir=bench.folder))  # on the disk of the results; /tmp may be another disk
     try:
         saver = Saver(folder, run.world)
         for number in range(1, SAVES + 1):
-            run.step(batch)
+            run.step(run.batch)
             bench.synchronize()
             with bench.row(save=number) as row:
                 tensors = checkpoint.tensors_of(run.model, run.optim)

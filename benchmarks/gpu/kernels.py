@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.bench import NEEDS_GPU, Bench
 from benchmarks.gpu.step_times import CASES, configuration
-from benchmarks.gpu.training import TrainingRun, random_batch
+from benchmarks.gpu.training import TrainingRun
 
 STEPS, SHOWN = 5, 25
 METHODS = ("adamw", "grass", "grass+adamw")
@@ -27,15 +27,14 @@ def measure(bench: Bench, method: str) -> dict[str, object]:
     config = configuration(CASES["350m"], method, bench.dry)
     run = TrainingRun(config, bench.device, compile=bench.on_gpu)
     run.take_some_rows()
-    batch = random_batch(config, bench.on_gpu)
     for _ in range(2 if bench.dry else 12):
-        run.step(batch)
+        run.step(run.batch)
     bench.synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
     with profile(activities=activities) as seen:
         began = time.perf_counter()
         for _ in range(STEPS):
-            run.step(batch)
+            run.step(run.batch)
         bench.synchronize()
         step_ms = (time.perf_counter() - began) / STEPS * 1e3
     trace = bench.folder / f"trace-{method}.json.gz"

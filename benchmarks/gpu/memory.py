@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.bench import GIB, NEEDS_GPU, Bench
 from benchmarks.gpu.results import Row
-from benchmarks.gpu.training import TINY, TrainingRun, random_batch, settings
+from benchmarks.gpu.training import TINY, TrainingRun, settings
 from pretrain.config.schema import Config
 from pretrain.planner.memory import estimate
 
@@ -47,18 +47,17 @@ def _limit(bench: Bench, gib: float) -> None:
 def _train(bench: Bench, config: Config, compile: bool, row: Row) -> None:
     """Choose the initial rows and make some steps as a run does. Add their times and peaks to ``row``."""
     run = TrainingRun(config, bench.device, compile=compile)
-    batch = random_batch(config, pinned=bench.on_gpu)
     row["compiled"] = run.compiled
     bench.synchronize()
     began = time.perf_counter()
-    run.choose_rows(batch)
+    run.choose_rows(run.batch)
     bench.synchronize()
     row["initial_rows_s"] = time.perf_counter() - began
     row |= {f"{key}_choosing": gib for key, gib in _peaks(bench).items()}
     times = []
     for _ in range(2 if bench.dry else STEPS):
         began = time.perf_counter()
-        run.step(batch)
+        run.step(run.batch)
         bench.synchronize()
         times.append(time.perf_counter() - began)
     row |= {"first_step_s": times[0], "step_s": min(times), **_peaks(bench)}

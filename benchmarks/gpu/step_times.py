@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu.bench import GIB, Bench, lacks
 from benchmarks.gpu.results import Row
-from benchmarks.gpu.training import BYTES, TINY, TrainingRun, random_batch, settings
+from benchmarks.gpu.training import BYTES, TINY, TrainingRun, settings
 from models.flops import flops_per_token
 from pretrain.config.schema import BaselineConfig, Config, GrassConfig
 
@@ -125,11 +125,11 @@ def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
     held, began = _allocated(bench), time.perf_counter()
     config = configuration(case, method, bench.dry)
     contender = Contender(TrainingRun(config, bench.device, compile=bench.on_gpu), dict(row))
-    run, batch = contender.run, random_batch(config, bench.on_gpu)
+    run = contender.run
     run.take_some_rows()
-    run.train_step.accumulate(batch)  # compiles now, not in the first step below
+    run.train_step.accumulate(run.batch)  # compiles now, not in the first step below
     run.model.zero_grad(set_to_none=True)
-    step = partial(run.step, batch)
+    step = partial(run.step, run.batch)
     (first,) = bench.times(step, 1)
     bench.times(step, 1 if bench.dry else WARM_UP)
     regular = min(bench.times(step, 3))
@@ -171,7 +171,7 @@ def take_turns(bench: Bench, contenders: list[Contender]) -> None:
         began = time.monotonic()
         start = round_ % max(1, len(contenders))
         for contender in contenders[start:] + contenders[:start]:
-            step = partial(contender.run.step, random_batch(contender.run.config, bench.on_gpu))
+            step = partial(contender.run.step, contender.run.batch)
             step()  # not counted: caches hold another method's data
             contender.turns.append(bench.times(step, 2 if bench.dry else TURN))
             contender.host_ms += [issued(bench, step) for _ in range(1 if bench.dry else 3)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.bench import NEEDS_GPU, Bench
-from benchmarks.gpu.training import BYTES, TINY, TrainingRun, random_batch, settings
+from benchmarks.gpu.training import BYTES, TINY, TrainingRun, settings
 
 ROOT = str(Path(__file__).resolve().parents[2])
 WARM_UP, WATCHED = 12, 10
@@ -46,15 +46,14 @@ def run(bench: Bench, case: str) -> None:
 
 
 def _watch(bench: Bench, run: TrainingRun) -> dict[str, object]:
-    batch = random_batch(run.config, pinned=bench.on_gpu)
     for _ in range(2 if bench.dry else WARM_UP):
-        run.step(batch)
+        run.step(run.batch)
     if not bench.on_gpu:
         return {"skipped": NEEDS_GPU}
     places, each = Counter[str](), []
     for _ in range(WATCHED):
         with watched() as seen:
-            run.step(batch)
+            run.step(run.batch)
         places += seen
         each.append(seen.total())
     return {
