@@ -9,7 +9,7 @@ every row once before it begins a new round over all rows. ``cyclic`` and ``unif
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> 
     if not (scores.isfinite().all() and scores.max() > 0):
         return Selected(_sample_distinct(torch.ones_like(scores), rank, generator), None, usable=False)
     if name in TOP:
-        return Selected(_largest(scores.unsqueeze(0), rank)[0], None, usable=True)
+        return Selected(_largest(scores, rank), None, usable=True)
     weights = (scores / scores.max()) ** POWERS[name.removesuffix(WITH_REPLACEMENT)]
     if not name.endswith(WITH_REPLACEMENT):
         return Selected(_sample_distinct(weights, rank, generator), None, usable=True)
@@ -91,27 +91,6 @@ def _turn(rows: int, rank: int, seed: int, window: int) -> Tensor:
     return order.roll(-place * rank)[:rank].sort().values
 
 
-def select_many(
-    name: str,
-    scores: Sequence[Tensor],
-    ranks: Sequence[int],
-    seeds: Sequence[int],
-    windows: Sequence[int] | None = None,
-) -> list[Selected]:
-    """``select`` for many layers; the largest scores of layers of one size are found in one operation."""
-    found: dict[int, Selected] = {}
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for number, (layer_scores, rank) in enumerate(zip(scores, ranks, strict=True)):
-        sizes.setdefault((len(layer_scores), rank), []).append(number)
-    for (_, rank), numbers in sizes.items() if name in TOP else ():
-        stacked = torch.stack([scores[n] for n in numbers]).to("cpu", torch.float64)
-        usable = (stacked.isfinite().all(1) & (stacked.amax(1) > 0)).tolist()
-        if all(usable):
-            found |= {n: Selected(index, None, True) for n, index in zip(numbers, _largest(stacked, rank), strict=True)}
-    windows = windows or [0] * len(scores)
-    return [found.get(n) or select(name, scores[n], ranks[n], seeds[n], windows[n]) for n in range(len(scores))]
-
-
 def select_layers(
     name: str,
     layers: Mapping[str, GrassLinear],
@@ -128,29 +107,26 @@ def select_layers(
     sharing: dict[Any, list[str]] = {}
     for n in layers:
         sharing.setdefault(layers[n].index_group or n, []).append(n)
-    groups = list(sharing.values())
-    joint = [scores[g[0]] if len(g) == 1 else torch.stack([scores[n] for n in g]).norm(dim=0) for g in groups]
-    ranks = [layers[group[0]].rank for group in groups]
     draw = () if name == CYCLIC else (step,)
-    seeds = [key(seed, "select", *draw, group[0]) for group in groups]
-    turns = [windows[group[0]] for group in groups]
     selected: dict[str, Selected] = {}
-    for group, found in zip(groups, select_many(name, joint, ranks, seeds, turns), strict=True):
+    for group in sharing.values():
+        first = group[0]
+        joint = scores[first] if len(group) == 1 else torch.stack([scores[n] for n in group]).norm(dim=0)
+        found = select(name, joint, layers[first].rank, key(seed, "select", *draw, first), windows[first])
         if not found.usable:
-            logger.warning("step %d: %s has no usable row scores; drew rows uniformly", step, group[0])
+            logger.warning("step %d: %s has no usable row scores; drew rows uniformly", step, first)
         selected |= dict.fromkeys(group, found)
     return selected
 
 
 def _largest(scores: Tensor, rank: int) -> Tensor:
-    """The positions of the ``rank`` largest in each row of ``scores`` (layers, m), ascending (layers, rank).
+    """The positions of the ``rank`` largest of ``scores`` (m,), ascending (rank,).
 
     Of equal scores the first count, as in a stable sort, so that ties have the same result everywhere.
     """
-    least = scores.topk(rank).values[:, -1:]
+    least = scores.topk(rank).values[-1]
     above, ties = scores > least, scores == least
-    wanted = above | (ties & (ties.cumsum(1) <= rank - above.sum(1, keepdim=True)))
-    return wanted.nonzero()[:, 1].view(-1, rank)
+    return (above | (ties & (ties.cumsum(0) <= rank - above.sum()))).nonzero().view(-1)
 
 
 def _sample_distinct(weights: Tensor, rank: int, generator: torch.Generator) -> Tensor:

@@ -55,13 +55,13 @@ class FreeRunning(Steps):
 @contextmanager
 def scores_that_differ() -> Iterator[None]:
     """Let Grass choose rows by numbers like real scores: with the zeros of the null GPU it would go other ways."""
-    select = selection.select_many
+    select = selection.select
 
-    def select_by_others(name: str, scores: Sequence[Tensor], *rest: Any) -> Any:
-        return select(name, [some_scores(len(of_layer)) for of_layer in scores], *rest)
+    def select_by_others(name: str, scores: Tensor, *rest: Any) -> Any:
+        return select(name, some_scores(len(scores)), *rest)
 
     # Processes would find that they do not agree, having read zeros of each other.
-    with patch.object(selection, "select_many", select_by_others), patch.object(grass, "require_agreement"):
+    with patch.object(selection, "select", select_by_others), patch.object(grass, "require_agreement"):
         yield
 
 
