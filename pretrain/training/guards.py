@@ -5,8 +5,10 @@ Batches without an update, and batches that ended the run, are listed in ``bad_b
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from statistics import median
 
 import torch
 
@@ -15,12 +17,13 @@ from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.json_lines import JsonLinesFile
 from pretrain.training.batch_feed import BatchFeed
-from pretrain.training.loss_spikes import LossSpikes
 from pretrain.training.train_step import StepNumbers, StepResult
 
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED_IN_A_ROW = 10  # if more steps fail, the cause is the weights and not single batches
+WINDOW = 32  # number of earlier losses with whose median a loss is compared
+NEEDED = 8  # minimum number of earlier losses; with fewer, nothing is a spike
 NAMED = 5  # documents in a message; the file lists all documents
 
 Verdict = Enum("Verdict", ["CONTINUE", "SKIP", "FAIL", "ROLL_BACK"])
@@ -29,8 +32,8 @@ Verdict = Enum("Verdict", ["CONTINUE", "SKIP", "FAIL", "ROLL_BACK"])
 class Guards:
     """Judges every step of a run, and keeps all counters of failed steps.
 
-    ``skipped`` is the number of steps without an update, ``spikes`` has the latest losses, ``reason`` explains the
-    verdict FAIL.
+    ``skipped`` is the number of steps without an update, ``reason`` explains the verdict FAIL, and ``losses`` has the
+    latest losses, in nats per target. Checkpoints contain them, so a resumed run finds the same spikes.
 
     Args:
         rollbacks: steps whose batches are skipped, see ``CheckpointManager``.
@@ -39,7 +42,7 @@ class Guards:
     def __init__(self, train: TrainConfig, world: World, feed: BatchFeed, folder: RunFolder, rollbacks: Sequence[int]):
         self.train, self.world, self.feed, self.rollbacks = train, world, feed, rollbacks
         self.skipped, self.reason = 0, ""
-        self.spikes = LossSpikes(train.spike_factor)
+        self.losses = deque[float](maxlen=WINDOW)
         self._skipped_at = self._skipped_in_a_row = 0
         # The first step that was not finite, 0 for none. It is on the device, so that no step waits for it.
         self._first_failed = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -58,8 +61,7 @@ class Guards:
     def resume(self, skipped: int, losses: Iterable[float]) -> None:
         """Continue with the counters of a checkpoint."""
         self.skipped = skipped
-        for loss in losses:
-            self.spikes.add(loss)
+        self.losses.extend(losses)
 
     def judge(self, step: int, result: StepResult, reduce: bool) -> Verdict:
         """Judge the result of ``step`` (from 1). Call on every process, after every step.
@@ -113,7 +115,7 @@ class Guards:
         return Verdict.FAIL
 
     def _look_for_spike(self, step: int, loss: float) -> Verdict:
-        spike = self.spikes.is_spike(loss)
+        spike = len(self.losses) >= NEEDED and loss > self.train.spike_factor * median(self.losses)
         if spike and len(self.rollbacks) < self.train.most_rollbacks:
             logger.warning(
                 "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint and "
@@ -128,7 +130,7 @@ class Guards:
                 "continues with this batch; if the loss stays high, lower optim.lr or optim.linear_lr",
                 *(loss, step, self.train.most_rollbacks),
             )
-        self.spikes.add(loss)
+        self.losses.append(loss)  # also after a spike, so that a permanently higher loss is soon not a spike any more
         return Verdict.CONTINUE
 
     def _write_bad_batch(self, step: int, what: str, **numbers: float) -> list[str]:

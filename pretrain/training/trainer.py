@@ -191,7 +191,7 @@ class Trainer:
         return TrainingState(
             step=self.step, tokens=self.log.tokens(self.step), seconds=self.watch.wall_seconds,
             training_seconds=self.watch.total_seconds, world_size=self.world.size,
-            data=self.feed.identity(self.step), skipped=self.guards.skipped, losses=list(self.guards.spikes.losses),
+            data=self.feed.identity(self.step), skipped=self.guards.skipped, losses=list(self.guards.losses),
             rates=rate_settings(self.config), init_from=self.init_from,
         ).to_json()  # fmt: skip
 

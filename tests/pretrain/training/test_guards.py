@@ -8,6 +8,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from pretrain.runs.json_lines import JsonLinesFile
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
 from pretrain.training import run as training_run
-from pretrain.training.train_step import TrainStep
+from pretrain.training.guards import NEEDED, WINDOW, Guards, Verdict
+from pretrain.training.train_step import StepResult, TrainStep
 from pretrain.training.trainer import Trainer
 from tests.parallel_runs import TINY, spawn, whole_tensors
 
@@ -154,6 +156,21 @@ def test_too_many_in_a_row_end_the_run(overrides, monkeypatch):
     monkeypatch.setattr(TrainStep, "accumulate", lambda *given, **named: accumulate(*given, **named) * float("nan"))
     with pytest.raises(FloatingPointError, match="11 steps in a row, up to step 11"):
         train(overrides("train.non_finite=skip"))
+
+
+def test_a_spike_is_above_a_multiple_of_the_median_of_the_latest_losses(tmp_path):
+    feed, folder = SimpleNamespace(documents=lambda step: []), SimpleNamespace(bad_batches_file=tmp_path / "bad.jsonl")
+    guards = Guards(load(["train.spike_factor=2"]).train, ALONE, feed, folder, rollbacks=[])
+
+    def is_spike(loss):
+        result = StepResult(torch.tensor(loss, dtype=torch.float64), torch.ones(()), targets=1)
+        return guards.judge(1, result, reduce=False) is Verdict.ROLL_BACK
+
+    guards.resume(0, range(1, NEEDED))
+    assert not is_spike(9.0)  # too few losses to compare with
+    assert is_spike(9.01) and not is_spike(9.0)  # the median of 1 … 7 and 9 is 4.5
+    guards.resume(0, [20.0] * (WINDOW + 3))
+    assert is_spike(40.1) and not is_spike(40.0) and list(guards.losses) == [20.0] * (WINDOW - 1) + [40.0]
 
 
 @pytest.mark.parametrize(("at", "back_to"), [(10, 8), (11, 8)])
