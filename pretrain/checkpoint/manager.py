@@ -6,17 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from data.atomic import write_atomic
 from optim.stack import OptimizerStack
-from pretrain.checkpoint.directory import (
-    Damaged,
-    latest,
-    newest_good,
-    read_state,
-    set_aside,
-)
+from pretrain.checkpoint.directory import Damaged, newest_good, read_state, set_aside
 from pretrain.checkpoint.retention import tidy
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.tensors import load
@@ -26,8 +20,8 @@ from pretrain.distributed.world import World
 logger = logging.getLogger(__name__)
 
 
-class CheckpointManager:
-    """Saves the checkpoints of a run, and resumes from them. Construct it on every process.
+class CheckpointManager(Saver):
+    """The ``Saver`` of a run, which also resumes from checkpoints. Construct it on every process.
 
     ``resume_from`` is the newest intact checkpoint, found by the main process; None for a new run. ``rollbacks`` are
     the steps (from 1) whose batches are skipped because of a loss spike.
@@ -42,15 +36,14 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: Path, rollbacks_file: Path, train: TrainConfig, world: World):
-        self.folder, self.train, self.world = folder, train, world
-        self._rollbacks_file = rollbacks_file
+        self.train, self._rollbacks_file = train, rollbacks_file
         self._damaged: list[Damaged]
         self.rollbacks: list[int]
         self.resume_from: Path | None
         self.rollbacks, self.resume_from, self._damaged = world.on_main(
             lambda: (read_rollbacks(rollbacks_file), *newest_good(folder))
         )
-        self._saver = Saver(
+        super().__init__(
             folder, world, background=train.async_save and train.checkpoint_every != 1,
             keep_last=train.keep_last, keep_every=train.keep_every, timeout=timedelta(minutes=train.timeout_minutes),
         )  # fmt: skip
@@ -76,7 +69,7 @@ class CheckpointManager:
             )
         if self.resume_from:
             # The process that saved this checkpoint may have been killed before it did this.
-            tidy(self.resume_from, self.train.keep_last, self.train.keep_every)
+            tidy(self.resume_from, *self.keep)
 
     def due(self, step: int) -> bool:
         """Whether ``train.checkpoint_every`` requires a checkpoint of ``step``. False for the last step of a run.
@@ -86,34 +79,12 @@ class CheckpointManager:
         every = self.train.checkpoint_every
         return every > 0 and step % every == 0 and step < self.train.steps
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Wait for the running save, then save ``step`` unless it is already saved; see ``Saver.save``."""
-        self._saver.save(step, tensors, state)
-
-    def poll(self) -> None:
-        """Report the result of a save that has ended; call after each step. See ``Saver.poll``."""
-        self._saver.poll()
-
-    def wait(self) -> Path | None:
-        """Wait for the running save, and report its result; returns the newest checkpoint, None if there is none."""
-        self._saver.wait()
-        return latest(self.folder)
-
-    def finish(self) -> None:
-        """Wait for the latest save.
-
-        Raises:
-            NotSaved: the disk failed.
-            FloatingPointError, RuntimeError: the save failed for another reason.
-        """
-        self._saver.finish()
-
     def roll_back(self, step: int) -> None:
         """Record that the batch of ``step`` (from 1) is to be skipped after the rollback; call on every process.
 
         Waits for a running save first, because the run continues from the newest checkpoint.
         """
-        self._saver.wait()
+        self.wait()
         if self.world.is_main:
             write_atomic(self._rollbacks_file, json.dumps({"steps": [*self.rollbacks, step]}))
         self.world.barrier()

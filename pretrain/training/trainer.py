@@ -123,7 +123,8 @@ class Trainer:
                 verdict = self.guards.judge(self.step, result, reduce=logs or saves)
                 self.watch.stop(train.tokens_per_step)
                 if verdict is Verdict.FAIL:
-                    newest = self.checkpoints.wait() or "none"
+                    self.checkpoints.wait()
+                    newest = self.folder.latest_checkpoint or "none"
                     raise FloatingPointError(f"{self.guards.reason}; the newest checkpoint is {newest}")
                 # 4. Log it.
                 self.log.advance(self.step)
