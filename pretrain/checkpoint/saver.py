@@ -33,6 +33,7 @@ from pretrain.distributed.world import World
 
 logger = logging.getLogger(__name__)
 MUST_BE_FINITE = ("model.", "optim.", "master.")
+STAGES_AGAIN = torch.__version__ >= "2.13"  # compared as versions; before, the second use of a stager fails
 # DCP warns about an uninitialised process group; single-process runs are expected.
 warnings.filterwarnings("ignore", message="torch.distributed is")
 
@@ -67,7 +68,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         # Pinned memory is slow to allocate and kept for the next save; without a GPU the copies are freed after a save.
         self._on_cuda = world.device.type == "cuda"
-        self._stager = _stager(pinned=True) if self._on_cuda and _stages_again() else None
+        self._stager = _stager(pinned=True) if self._on_cuda and STAGES_AGAIN else None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the running save, to be raised in the main thread
         self._lost: NotSaved | None = None  # why the latest save is not on disk
@@ -208,7 +209,7 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = str(cause)
         if cause.errno == errno.ENOSPC:
-            free = _free(path.parent)
+            free = shutil.disk_usage(next(folder for folder in path.parents if folder.exists())).free
             reason = f"the disk is full: {total} bytes needed, {free} free, {max(total - free, 0)} missing"
         return NotSaved(f"{path} was not saved ({reason}); the checkpoints before it are unchanged")
 
@@ -216,17 +217,6 @@ class Saver:
 def _stager(pinned: bool) -> DefaultStager:
     """A stager that returns when the copies are complete; with ``pinned``, copies from a GPU are asynchronous."""
     return DefaultStager(StagingOptions(pinned, False, False, pinned))
-
-
-def _stages_again() -> bool:
-    """Whether a stager can be used again: before torch 2.13, its second use fails."""
-    stager = _stager(pinned=False)
-    stager.stage({})
-    try:
-        stager.stage({})
-    except KeyError:
-        return False
-    return True
 
 
 def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
@@ -255,11 +245,5 @@ def _make_room(temporary: Path, total: int) -> None:
     """
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if total > _free(temporary):
+    if total > shutil.disk_usage(temporary).free:
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def _free(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -86,6 +86,7 @@ def stagers(monkeypatch):
 @pytest.mark.parametrize("once", [True, False])
 def test_pinned_memory_is_used_again_where_torch_s_stager_can_be(tmp_path, stagers, monkeypatch, once):
     monkeypatch.setattr(stagers, "once", once)
+    monkeypatch.setattr(saver, "STAGES_AGAIN", not once)
     saving = Saver(tmp_path, OnAGpu(0, 1, torch.device("cuda", 1)))
     for step in (1, 2, 3):
         saving.save(step, {"model.x": torch.full((4,), step)}, {})
