@@ -3,7 +3,8 @@
 The values and meanings of all settings are in ``conf/``. A key that is not in the schema is an error.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -21,13 +22,24 @@ class ConfigError(ValueError):
 MAY_CHANGE: dict[str, Any] = {"may_change": True}  # when a run resumes; on a section, for all its settings
 SAME_CONTENT = MAY_CHANGE  # a name or a path may change: the content is compared, by its hash in the checkpoint
 PER_RANK: dict[str, Any] = {"per_rank": True}  # may differ between processes, which may run on different machines
-AT_LEAST_0: dict[str, Any] = {"at_least": 0}
-AT_LEAST_1: dict[str, Any] = {"at_least": 1}
 
 
 def one_of(*choices: str) -> dict[str, Any]:
     """The field has one of these values, or null if its type includes None."""
     return {"choices": choices}
+
+
+def limit(words: str, holds: Callable[[Any], bool]) -> dict[str, Any]:
+    """``holds`` is true for the field's value, or the value is null. ``words`` say so in a message, after "must be"."""
+    return {"limit": (words, holds)}
+
+
+AT_LEAST_0 = limit("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = limit("at least 1", lambda value: value >= 1)
+POSITIVE = limit("greater than 0 and finite", lambda value: 0 < value < math.inf)
+SHARE = limit("between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_1 = limit("in [0, 1)", lambda value: 0 <= value < 1)
+ABOVE_1_OR_0 = limit("greater than 1, or 0 for none", lambda value: value == 0 or 1 < value < math.inf)
 
 
 @dataclass
@@ -65,18 +77,18 @@ class OptimConfig:
     name: str = field(metadata=SAME_CONTENT)
     inner: str
     embedding_inner: str | None
-    lr: float = field(metadata=MAY_CHANGE)
-    linear_lr: float = field(metadata=MAY_CHANGE)
-    weight_decay: float = field(metadata=MAY_CHANGE)
+    lr: float = field(metadata=MAY_CHANGE | POSITIVE)
+    linear_lr: float = field(metadata=MAY_CHANGE | POSITIVE)
+    weight_decay: float = field(metadata=MAY_CHANGE | AT_LEAST_0)
     betas: list[float]
-    eps: float
-    momentum: float
-    clip: float = field(metadata=MAY_CHANGE)
-    norm_growth: float
+    eps: float = field(metadata=SHARE)
+    momentum: float = field(metadata=BELOW_1)
+    clip: float = field(metadata=MAY_CHANGE | AT_LEAST_0)
+    norm_growth: float = field(metadata=ABOVE_1_OR_0)
     schedule: str = field(metadata=MAY_CHANGE)
     warmup_steps: float = field(metadata=MAY_CHANGE | AT_LEAST_0)
-    final_lr: float = field(metadata=MAY_CHANGE)
-    decay_share: float = field(metadata=MAY_CHANGE)
+    final_lr: float = field(metadata=MAY_CHANGE | SHARE)
+    decay_share: float = field(metadata=MAY_CHANGE | SHARE)
     master_weights: bool
 
 
@@ -87,7 +99,7 @@ class GrassConfig(OptimConfig):
     patterns: list[str]
     rank: Any
     attention_weight: float
-    alpha: float = field(metadata=MAY_CHANGE)
+    alpha: float = field(metadata=MAY_CHANGE | POSITIVE)
     refresh_every: int = field(metadata=AT_LEAST_1)
     selection: str
     score: str
@@ -109,7 +121,7 @@ class BaselineConfig(OptimConfig):
 
     rank: int
     update_gap: int = field(metadata=AT_LEAST_1)
-    scale: float
+    scale: float = field(metadata=POSITIVE)
     scale_type: str | None
 
 
@@ -149,7 +161,7 @@ class TrainConfig:
     keep_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     async_save: bool = field(metadata=MAY_CHANGE)
     non_finite: str = field(metadata=MAY_CHANGE | one_of("stop", "skip"))
-    spike_factor: float = field(metadata=MAY_CHANGE)
+    spike_factor: float = field(metadata=MAY_CHANGE | ABOVE_1_OR_0)
     most_rollbacks: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     eval_every: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     eval_sequences: int = field(metadata=MAY_CHANGE | AT_LEAST_1)
@@ -166,7 +178,7 @@ class TrainConfig:
     shards: int | None = field(metadata=MAY_CHANGE)
     reshard: bool = field(metadata=MAY_CHANGE)
     reduce_dtype: str | None = field(metadata=MAY_CHANGE | one_of(*DTYPE_NAMES))
-    timeout_minutes: float = field(metadata=MAY_CHANGE)
+    timeout_minutes: float = field(metadata=MAY_CHANGE | POSITIVE)
     profile: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     sample_tokens: int = field(metadata=MAY_CHANGE | AT_LEAST_0)
     dry_run: bool = field(metadata=MAY_CHANGE)
@@ -198,7 +210,7 @@ class EstimateConfig:
 
     format: str = field(metadata=one_of("table", "json"))
     devices: int = field(metadata=AT_LEAST_1)
-    device_memory_gib: float | None
+    device_memory_gib: float | None = field(metadata=limit("greater than 0, or null for no limit", lambda gib: gib > 0))
     context_gib: float = field(metadata=AT_LEAST_0)
     allocator_overhead: float = field(metadata=AT_LEAST_0)
 
@@ -244,12 +256,12 @@ def marked(config: Config, mark: str) -> set[str]:
 
 
 def limit_problems(config: Config) -> list[str]:
-    """A line for each setting that is below its minimum or not among its choices."""
+    """A line for each setting that is beyond its limit or not among its choices."""
     problems = []
     for key, value, marks in _settings(config):
-        least, choices = marks.get("at_least"), marks.get("choices")
-        if value is not None and least is not None and value < least:
-            problems.append(f"{key}={value} must be at least {least}")
+        (words, holds), choices = marks.get("limit", ("", None)), marks.get("choices")
+        if value is not None and holds and not holds(value):
+            problems.append(f"{key}={value} must be {words}")
         if value is not None and choices and value not in choices:
             problems.append(f"{key}={value} is unknown; choose from {', '.join(choices)}")
     return problems

@@ -233,7 +233,10 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
         (["model.attention=flash"], "flash-attn needs a CUDA device"),
         (["estimate.devices=0"], "estimate.devices=0 must be at least 1"),
-        (["estimate.device_memory_gib=0"], "estimate.device_memory_gib=0 must be greater than 0, or null for no limit"),
+        (
+            ["estimate.device_memory_gib=0"],
+            "estimate.device_memory_gib=0.0 must be greater than 0, or null for no limit",
+        ),
         (["estimate.format=xml"], "choose from table, json"),
     ],
 )  # fmt: skip
