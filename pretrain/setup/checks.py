@@ -188,23 +188,19 @@ def _chunked_head_problems(optim: GrassConfig) -> list[str]:
 
 
 def _step_in_backward_problems(optim: OptimConfig, train: TrainConfig, world_size: int) -> list[str]:
-    key, problems = "train.step_in_backward=true", []
-    if optim.clip:
-        problems.append(
-            f"{key}: the global norm is unknown when the first steps are made; set optim.clip=0, and if necessary "
-            "optim.norm_growth=1.01, which limits each linear layer separately"
-        )
-    if train.non_finite == "skip":
-        problems.append(f"{key}: steps are made before all gradients are known; set train.non_finite=stop")
-    if train.log_layers_every:
-        problems.append(f"{key}: gradients are freed before their norms are measured; set train.log_layers_every=0")
-    if world_size > 1:
-        problems.append(f"{key}: gradients of {world_size} processes are summed after the backward; set it to false")
-    if optim.master_weights:
-        problems.append(f"{key}: master weights are updated all at once; set optim.master_weights=false")
-    if isinstance(optim, BaselineConfig):
-        problems.append(f"{key}: {optim.inner} counts its steps over all parameters; set it to false")
-    return problems
+    reasons: list[tuple[object, str]] = [
+        (
+            optim.clip,
+            "the global norm is unknown when the first steps are made; set optim.clip=0, and if necessary "
+            "optim.norm_growth=1.01, which limits each linear layer separately",
+        ),
+        (train.non_finite == "skip", "steps are made before all gradients are known; set train.non_finite=stop"),
+        (train.log_layers_every, "gradients are freed before their norms are measured; set train.log_layers_every=0"),
+        (world_size > 1, f"gradients of {world_size} processes are summed after the backward; set it to false"),
+        (optim.master_weights, "master weights are updated all at once; set optim.master_weights=false"),
+        (isinstance(optim, BaselineConfig), f"{optim.inner} counts its steps over all parameters; set it to false"),
+    ]
+    return [f"train.step_in_backward=true: {why}" for applies, why in reasons if applies]
 
 
 def _model_problems(config: Config, world_size: int, resumes: bool) -> list[str]:
