@@ -1,6 +1,6 @@
-"""Sharded tensors (torch's DTensor, as in FSDP2): the local part, its position, and sums over the parts.
+"""Sharded tensors (torch's DTensor, as in FSDP2): the local part, its position, sums over the parts, and means.
 
-All functions also accept an ordinary tensor, which is treated as a tensor with a single part.
+Functions of a sharded tensor also accept an ordinary tensor, which is treated as a tensor with a single part.
 """
 
 from collections.abc import Sequence
@@ -42,6 +42,22 @@ def sum_parts(values: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
             if isinstance(placement, Shard) and dim in (None, placement.dim):
                 dist.all_reduce(values, group=tensor.device_mesh.get_group(mesh_dim))
     return values
+
+
+def mean_over_processes(tensors: list[Tensor], power: int = 1) -> None:
+    """Replace ordinary ``tensors`` by their sums over all processes, divided by (number of processes) ** ``power``.
+
+    One collective for all. Call it on every process, with tensors of the same sizes.
+
+    Args:
+        tensors: at least one; on one device.
+        power: 1 for means; 2 for squares of a mean, if the terms are squared norms of the parts of a sum.
+    """
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size() ** power
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
 def zeros_divided_like(tensor: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.counter_rng import key
+from models.dtensor import mean_over_processes
 from models.grass_linear import GrassLinear
 from models.transfer import upload
 
@@ -59,7 +60,8 @@ class ScoreProbes:
         if not probed:
             return
         if dist.is_available() and dist.is_initialized():
-            self._average(list(probed.values()))
+            # A sketch is linear in the gradient, squared norms are quadratic.
+            mean_over_processes(list(probed.values()), power=1 if self.sketch_width else 2)
         again = [name for name in probed if name in self.gathered]
         if again:
             torch._foreach_add_([self.gathered[name] for name in again], [probed[name] for name in again])
@@ -82,15 +84,6 @@ class ScoreProbes:
         stacked = torch.cat([*found.values()])
         norms = stacked.sqrt() if stacked.ndim == 1 else stacked.norm(dim=1) / stacked.shape[1] ** 0.5
         return dict(zip(found, norms.split([len(scores) for scores in found.values()]), strict=True))
-
-    def _average(self, probed: list[Tensor]) -> None:
-        """Turn ``probed`` into the probes of the mean gradient over the processes, in place."""
-        flat = torch.cat([p.flatten() for p in probed])
-        dist.all_reduce(flat)
-        # A sketch is linear in the gradient, squared norms are quadratic.
-        flat /= dist.get_world_size() ** (1 if self.sketch_width else 2)
-        parts = flat.split([p.numel() for p in probed])
-        torch._foreach_copy_(probed, [part.view_as(p) for part, p in zip(parts, probed, strict=True)])
 
 
 def require_agreement(indices: list[Tensor], device: torch.device) -> None:

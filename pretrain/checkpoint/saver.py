@@ -168,10 +168,7 @@ class Saver:
             mine = call()
         except (OSError, FloatingPointError) as error:
             mine = error
-        found = [mine]
-        if self.group is not None:
-            found = [None] * self.world.size
-            dist.all_gather_object(found, mine, group=self.group)
+        found = self.world.gather_objects(mine, self.group)
         for theirs in found:
             if isinstance(theirs, BaseException):
                 raise theirs

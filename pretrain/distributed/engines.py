@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from models.dtensor import local, sum_parts
+from models.dtensor import local, mean_over_processes, sum_parts
 from models.grass_linear import GrassLinear
 from models.llama import Llama
 from models.precision import DTYPES
@@ -152,14 +152,8 @@ class FSDPEngine(Engine):
         return nullcontext()
 
     def finish_backward(self) -> None:
-        gradients = [p.grad for p in self.vectors if p.grad is not None]
-        if not gradients:
-            return
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        parts = flat.split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+        if gradients := [p.grad for p in self.vectors if p.grad is not None]:
+            mean_over_processes(gradients)
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:

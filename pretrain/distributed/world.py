@@ -50,12 +50,6 @@ class World:
         dist.all_reduce(value)
         return bool(value)
 
-    def upload(self, batch: Tensor) -> Tensor:
-        """``batch`` on this process' device. Returns before the copy is complete."""
-        if self.device.type != "cuda":
-            return batch
-        return batch.pin_memory().to(self.device, non_blocking=True)
-
     def broadcast_object(self, value: Any) -> Any:
         """The ``value`` of the main process, on every process; the value is pickled."""
         box = [value]
@@ -76,11 +70,15 @@ class World:
             raise found
         return found
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, in the order of ranks; values are pickled."""
+    def gather_objects(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The ``value`` of every process, in the order of ranks; values are pickled.
+
+        Args:
+            group: a group of all processes, for a thread beside the one that trains.
+        """
         box = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(box, value)
+            dist.all_gather_object(box, value, group=group)
         return box
 
     def barrier(self) -> None:

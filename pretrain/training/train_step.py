@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.transfer import upload
 from optim.stack import OptimizerStack
 from pretrain.config.schema import Config
 from pretrain.distributed.engines import Engine
@@ -139,7 +140,7 @@ class TrainStep:
             last = i == len(micro_batches) - 1
             with self.engine.backward(last), self.optim.backward(last) if step else nullcontext():
                 notify(self.observers, "before_forward")
-                loss = self.engine(*(self.world.upload(tensor) for tensor in batch))
+                loss = self.engine(*(upload(tensor, self.world.device) for tensor in batch))
                 notify(self.observers, "after_forward")
                 notify(self.observers, "before_backward")
                 (loss * scale).backward()
