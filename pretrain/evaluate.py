@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The scores of the model on the text in ``args``, and the counts of its tokens and bytes."""
-    import torch  # here and below, because importing torch takes seconds: not for --help
-
+    # Imported here, because importing torch takes seconds: not for --help.
     from data.loading.batches import validation_batches
     from data.token_dataset import load as load_dataset
     from pretrain.distributed.world import World
@@ -66,9 +65,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if seq_len > longest:
         raise ValueError(f"--seq-len={seq_len} is more than the {longest} positions of {args.model}; lower it")
     world = World(rank=0, size=1, device=model.embed_tokens.weight.device)
-    token_bytes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64, device=world.device)
     batches = validation_batches(tokens, seq_len, args.batch_size)
-    score = evaluate(model, batches, token_bytes, world, tokenizer.space_after)
+    score = evaluate(model, batches, tokenizer, world)
     metrics = {name.removeprefix("val/"): value for name, value in score.metrics.items()}
     return {**metrics, "tokens": score.tokens, "bytes": score.text_bytes, "seq_len": seq_len}
 

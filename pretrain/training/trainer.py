@@ -161,10 +161,8 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Score the validation split, log the metrics (``val/…``) and return them."""
-        tokenizer = self.feed.data.tokenizer
-        token_bytes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64, device=self.world.device)
         with torch.compiler.set_stance("force_eager"):  # a second graph, without gradients, is not worth compiling
-            score = evaluate(self.model, self.feed.validation(), token_bytes, self.world, tokenizer.space_after)
+            score = evaluate(self.model, self.feed.validation(), self.feed.data.tokenizer, self.world)
         self.log.validation(self.step, score.metrics)
         return score.metrics
 

@@ -39,21 +39,15 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, ...]],
-    token_bytes: Tensor,
-    world: World,
-    space_after: int | None = None,
-) -> Score:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], tokenizer: Tokenizer, world: World) -> Score:
     """The score of ``model``, summed over the batches of all processes. Leaves the model in train mode.
 
     Args:
         batches: this process' arguments of the model: inputs (b, t) and targets (b, t), int64, -100 for no target; and
             the starts of documents, if a token attends only to its own document.
-        token_bytes: int64 (vocab,), the number of UTF-8 bytes of each token.
-        space_after: the bos token, if the tokenizer puts a space before every text; this space is not counted.
+        tokenizer: counts the UTF-8 bytes of targets. A space that it puts before every text, after bos, is not counted.
     """
+    token_bytes = torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64, device=world.device)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     model.eval()
     for batch in batches:
@@ -61,8 +55,8 @@ def evaluate(
         real, nats = targets[targets != -100], model(input_ids, targets, *documents).double()
         if real.numel():
             text_bytes = token_bytes[real].sum()
-            if space_after is not None:
-                first = targets[(input_ids == space_after) & (targets != -100)]
+            if tokenizer.space_after is not None:
+                first = targets[(input_ids == tokenizer.space_after) & (targets != -100)]
                 text_bytes -= (token_bytes[first] > 0).sum()  # excludes eos, if eos and bos are the same token
             parts = [nats, real.numel(), text_bytes]
             sums += torch.stack([torch.as_tensor(part, dtype=torch.float64, device=world.device) for part in parts])

@@ -1,6 +1,7 @@
 """What is measured, against numbers worked by hand and torch's own counters."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ def test_validation_weights_tokens_and_leaves_padding_out():
         (torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 1, 2]])),
         (torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[3, -100, -100]])),
     ]
-    token_bytes = torch.tensor([1, 2, 3, 4])
-    score = evaluate(_FixedLogits(), batches, token_bytes, World(0, 1, torch.device("cpu")))
+    tokenizer = SimpleNamespace(token_bytes=[1, 2, 3, 4], space_after=None)
+    score = evaluate(_FixedLogits(), batches, tokenizer, World(0, 1, torch.device("cpu")))
     # 1 + 2 + 3 + 4 = 10 bits over 4 tokens and 1 + 2 + 3 + 4 = 10 bytes.
     assert (score.tokens, score.text_bytes) == (4, 10)
     assert score.metrics["val/loss"] == pytest.approx(2.5 * math.log(2), rel=1e-12)
@@ -40,11 +41,11 @@ def test_validation_weights_tokens_and_leaves_padding_out():
 
 def test_a_space_that_the_tokenizer_puts_before_a_text_is_no_byte_of_it():
     bos, eos = 4, 5
-    token_bytes = torch.tensor([1, 2, 3, 4, 0, 0])
+    tokenizer = SimpleNamespace(token_bytes=[1, 2, 3, 4, 0, 0], space_after=bos)
     rows = torch.tensor([[bos, 1, 2, eos, bos, 3, 0], [bos, 2, eos, bos, eos, bos, 1]])
     targets = rows[:, 1:].clone()
     targets[0, 0] = -100
-    score = evaluate(_FixedLogits(), [(rows[:, :-1], targets)], token_bytes, World(0, 1, torch.device("cpu")), bos)
+    score = evaluate(_FixedLogits(), [(rows[:, :-1], targets)], tokenizer, World(0, 1, torch.device("cpu")))
     assert score.text_bytes == 3 + (4 - 1) + 1 + (3 - 1) + (2 - 1)
 
 
