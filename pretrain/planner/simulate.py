@@ -73,7 +73,7 @@ def _simulate(config: Config, layout: BlockLayout, model: Llama, world: World, e
         phases = _Phases(model, layout, storages)
         materialise(config, model, world.device)
         phases.attach()
-        steps = _Steps(config, layout, model, world, engine, phases, traffic)
+        steps = _Steps(config, world, engine, phases, traffic)
         steps.run("regular")
         steps.run("regular")
         regular = steps.sent
@@ -113,7 +113,7 @@ class _Phases(StepObserver):
     optim: OptimizerStack  # of the run, once it is built
 
     def __init__(self, model: Llama, layout: BlockLayout, storages: StorageTracker):
-        self.model, self.storages = model, storages
+        self.model, self.layout, self.storages = model, layout, storages
         self.step_name, self.allocated_before_forward, self.in_backward = "", 0, False
         self.names = {f"layers.{i}": layout.place(i) or BETWEEN for i in range(layout.blocks)}
 
@@ -188,23 +188,14 @@ class _Steps:
         sent: bytes in collectives in the latest step.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        layout: BlockLayout,
-        model: Llama,
-        world: World,
-        engine: Engine,
-        phases: _Phases,
-        traffic: TrafficCounter,
-    ):
-        self.config, self.layout, self.phases, self.traffic = config, layout, phases, traffic
-        self.optim = phases.optim = build_optimizer(config, model)
+    def __init__(self, config: Config, world: World, engine: Engine, phases: _Phases, traffic: TrafficCounter):
+        self.config, self.phases, self.traffic = config, phases, traffic
+        self.optim = phases.optim = build_optimizer(config, phases.model)
         if self.optim.grass:
             self.optim.grass.choose = partial(_rows_in_order, self.optim.grass)
             self.optim.grass.history.note = lambda *_: None  # type: ignore[method-assign]  # fake scores have no values
-        engine.wrap(model)
-        self.train_step = TrainStep(config, world, model, engine, self.optim, observers=[phases])
+        engine.wrap(phases.model)
+        self.train_step = TrainStep(config, world, phases.model, engine, self.optim, observers=[phases])
         self.sent = 0
 
     def run(self, name: str, number: int = 0, offsets: dict[str, int] | None = None) -> None:
@@ -233,8 +224,8 @@ class _Steps:
         The initial choice of rows needs less memory, because there is no optimizer state yet, and is left out.
         """
         if grass := self.optim.grass:
-            for probed in self.layout.probed_blocks():
-                others = {f"layers.{i}" for i in range(self.layout.blocks) if i not in probed}
+            for probed in self.phases.layout.probed_blocks():
+                others = {f"layers.{i}" for i in range(self.phases.layout.blocks) if i not in probed}
                 # The other blocks begin a window in these steps.
                 for left in range(min(grass.schedule.probe_steps, 2), 0, -1):
                     offsets = {name: left if block_of(name) in others else 0 for name in grass.layers}
