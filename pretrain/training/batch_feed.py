@@ -20,7 +20,8 @@ from pretrain.setup.data import DataWait
 class BatchFeed:
     """The training and validation batches of one process.
 
-    Steps count from 0. Call ``wait`` on every process before the methods that read a step.
+    ``batches`` are the training batches, ``ahead`` makes those of the next step in advance. Steps count from 0. Call
+    ``wait`` on every process before the methods that read a step, also those of ``batches``.
 
     Args:
         data: prepared, or a ``StreamedDataset`` that grows during training.
@@ -31,7 +32,7 @@ class BatchFeed:
         train = config.train
         self.data, self._train, self._world = data, train, world
         self._sequences = micro_batch_size(train, world.size)
-        self._batches = TrainBatches(
+        self.batches = TrainBatches(
             data.train, train.seq_len, train.tokens_per_step // train.seq_len, self._sequences,
             train.seed, world.rank, world.size, train.document_masks,
             config.data.shuffle_block if config.data.on_the_fly else None,
@@ -40,7 +41,7 @@ class BatchFeed:
         self._wait: DataWait | None = None
         if isinstance(data, StreamedDataset):
             self._wait = DataWait(world, data.preparation, stop, lambda: data.train.complete)
-        self._ahead = Prefetch(self._batches.micro_batches, world.device.type == "cuda", self._batches.ready)
+        self.ahead = Prefetch(self.batches.micro_batches, world.device.type == "cuda", self.batches.ready)
 
     def wait(self, step: int) -> bool:
         """Wait until the batch of ``step`` can be read. Returns False if the run is asked to stop before.
@@ -52,9 +53,9 @@ class BatchFeed:
             return True
         began = time.perf_counter()
         try:
-            return self._wait(lambda: self._batches.ready(step))
+            return self._wait(lambda: self.batches.ready(step))
         finally:
-            self._ahead.add(time.perf_counter() - began)
+            self.ahead.add(time.perf_counter() - began)
 
     def micro_batches(self, step: int) -> MicroBatches:
         """This process' micro-batches of ``step`` (from 0): inputs and targets, int64 (sequences, seq_len) each.
@@ -63,15 +64,7 @@ class BatchFeed:
         this is null, all of this process' sequences. With ``train.document_masks`` it also has the document starts, see
         ``data.loading.batches``.
         """
-        return self._ahead(step)
-
-    def targets(self, step: int) -> int:
-        """Number of targets of ``step`` on all processes."""
-        return self._batches.targets(step)
-
-    def documents(self, step: int) -> list[str]:
-        """Names of the documents in the batch of ``step`` on all processes."""
-        return self._batches.documents(step)
+        return self.ahead(step)
 
     def identity(self, steps: int) -> dict[str, Any]:
         """The identity of the data of the first ``steps`` steps, for a checkpoint; JSON-serialisable."""
@@ -79,7 +72,7 @@ class BatchFeed:
         identity: dict[str, Any] = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
         identity |= {"content": content} if content else {}
         identity |= {"mixture": mixture} if mixture else {}
-        return identity | ({"read": self._batches.digest(steps)} if self._streams else {})
+        return identity | ({"read": self.batches.digest(steps)} if self._streams else {})
 
     def require_same(
         self, identity: dict[str, Any], steps: int, trained: Path | None, changes: dict[str, tuple[Any, Any]]
@@ -114,7 +107,3 @@ class BatchFeed:
             self.data.val, train.seq_len, self._sequences, self._world.rank, self._world.size,
             train.eval_sequences, train.document_masks,
         )  # fmt: skip
-
-    def lap(self) -> float:
-        """Seconds per step that training has waited for batches since the last call."""
-        return self._ahead.lap()

@@ -12,11 +12,11 @@ from statistics import median
 
 import torch
 
+from data.loading.batches import TrainBatches
 from pretrain.config.schema import TrainConfig
 from pretrain.distributed.world import World
 from pretrain.runs.folder import RunFolder
 from pretrain.runs.json_lines import JsonLinesFile
-from pretrain.training.batch_feed import BatchFeed
 from pretrain.training.train_step import StepNumbers, StepResult
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,10 @@ class Guards:
         rollbacks: steps whose batches are skipped, see ``CheckpointManager``.
     """
 
-    def __init__(self, train: TrainConfig, world: World, feed: BatchFeed, folder: RunFolder, rollbacks: Sequence[int]):
-        self.train, self.world, self.feed, self.rollbacks = train, world, feed, rollbacks
+    def __init__(
+        self, train: TrainConfig, world: World, batches: TrainBatches, folder: RunFolder, rollbacks: Sequence[int]
+    ):
+        self.train, self.world, self.batches, self.rollbacks = train, world, batches, rollbacks
         self.skipped, self.reason = 0, ""
         self.losses = deque[float](maxlen=WINDOW)
         self._skipped_at = self._skipped_in_a_row = 0
@@ -120,7 +122,7 @@ class Guards:
             logger.warning(
                 "the loss jumped to %.4f at step %d, whose batch has %s; going back to the newest checkpoint and "
                 "continuing from there without this batch",
-                *(loss, step, _in_short(self.feed.documents(step - 1))),
+                *(loss, step, _in_short(self.batches.documents(step - 1))),
                 extra={"alert": "Rolled back"},
             )
             return Verdict.ROLL_BACK
@@ -135,7 +137,7 @@ class Guards:
 
     def _write_bad_batch(self, step: int, what: str, **numbers: float) -> list[str]:
         """Add a line to ``bad_batches.jsonl``; returns the names of the documents in the batch of ``step``."""
-        documents = self.feed.documents(step - 1)
+        documents = self.batches.documents(step - 1)
         if self._lines:
             # JSON cannot represent non-finite numbers.
             values = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}

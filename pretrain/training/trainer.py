@@ -67,7 +67,7 @@ class Trainer:
         self.init_from = start.identity() if start else None
         self.optim = build_optimizer(config, self.model)
         self.feed = BatchFeed(config, world, data, stop)
-        self.guards = Guards(train, world, self.feed, folder, self.checkpoints.rollbacks)
+        self.guards = Guards(train, world, self.feed.batches, folder, self.checkpoints.rollbacks)
         self.watch, self.step = Stopwatch(), 0
         if state:
             self.load_state_dict(state)
@@ -104,7 +104,7 @@ class Trainer:
         if self.step < train.steps and not self._wait_for_batch():
             return self.stop()
         if self.step == 0 and self.optim.grass:
-            choose_initial_rows(self.optim.grass, self.update, self.feed.micro_batches(0), self.feed.targets(0))
+            choose_initial_rows(self.optim.grass, self.update, self.feed.micro_batches(0), self.feed.batches.targets(0))
         if self.step == 0 and train.eval_every:
             self.validate()
         with StepProfile(train.profile if world.is_main else 0, self.folder.profile, world.device) as profile:
@@ -129,7 +129,7 @@ class Trainer:
                 # 4. Log it.
                 self.log.advance(self.step)
                 if logs:
-                    self.log.step(self.step, result, self.feed.lap(), self.guards.skips)
+                    self.log.step(self.step, result, self.feed.ahead.lap(), self.guards.skips)
                 if self.norms and not result.skipped:
                     self.log.layers(self.step, self.norms.take())
                 if verdict is Verdict.ROLL_BACK:
@@ -157,7 +157,7 @@ class Trainer:
             self.norms.start(step + 1)
         if self.guards.leaves_out(step + 1):
             return self.update.leave_out()
-        return self.update(self.feed.micro_batches(step), self.feed.targets(step))
+        return self.update(self.feed.micro_batches(step), self.feed.batches.targets(step))
 
     def validate(self) -> dict[str, float]:
         """Score the validation split, log the metrics (``val/…``) and return them."""

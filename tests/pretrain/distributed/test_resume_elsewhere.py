@@ -48,7 +48,7 @@ def go_on(name, overrides, to_the_end, rank, size):
     stop = StopRequest() if to_the_end else Asked()
     trainer = Trainer(config, World(rank, size, CPU), ready(config, size), folder, stop)
     rows = {}
-    trainer.feed._ahead = Noted(trainer.feed._ahead, rows)
+    trainer.feed.ahead = Noted(trainer.feed.ahead, rows)
     trainer.fit()
     return rows
 

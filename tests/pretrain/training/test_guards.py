@@ -159,8 +159,9 @@ def test_too_many_in_a_row_end_the_run(overrides, monkeypatch):
 
 
 def test_a_spike_is_above_a_multiple_of_the_median_of_the_latest_losses(tmp_path):
-    feed, folder = SimpleNamespace(documents=lambda step: []), SimpleNamespace(bad_batches_file=tmp_path / "bad.jsonl")
-    guards = Guards(load(["train.spike_factor=2"]).train, ALONE, feed, folder, rollbacks=[])
+    batches = SimpleNamespace(documents=lambda step: [])
+    folder = SimpleNamespace(bad_batches_file=tmp_path / "bad.jsonl")
+    guards = Guards(load(["train.spike_factor=2"]).train, ALONE, batches, folder, rollbacks=[])
 
     def is_spike(loss):
         result = StepResult(torch.tensor(loss, dtype=torch.float64), torch.ones(()), targets=1)
