@@ -42,7 +42,6 @@ class RunFolder:
         self.rollbacks_file = self.path / "rollbacks.json"
         self.log_file, self.log_start = self.path / "train.log", 0
         self.checkpoints = self.path / "checkpoints"
-        self.tokenizer_file = self.path / "tokenizer.model"
         self.samples_file = self.path / "samples.md"
         self.summary_file = self.path / "summary.json"
         self.profile = self.path / "profile"

@@ -26,7 +26,7 @@ WINDOW = 32  # number of earlier losses with whose median a loss is compared
 NEEDED = 8  # minimum number of earlier losses; with fewer, nothing is a spike
 NAMED = 5  # documents in a message; the file lists all documents
 
-Verdict = Enum("Verdict", ["CONTINUE", "SKIP", "FAIL", "ROLL_BACK"])
+Verdict = Enum("Verdict", ["CONTINUE", "FAIL", "ROLL_BACK"])
 
 
 class Guards:
@@ -73,8 +73,8 @@ class Guards:
                 are noticed in a later call. With ``train.spike_factor``, every call computes them.
 
         Returns:
-            CONTINUE; SKIP after a step without an update; FAIL if the run must end, see ``reason``; ROLL_BACK if the
-            run must return to the newest checkpoint and skip the batch of ``step``.
+            CONTINUE; FAIL if the run must end, see ``reason``; ROLL_BACK if the run must return to the newest
+            checkpoint and skip the batch of ``step``.
         """
         if result.skipped:
             return self._skip(step)
@@ -96,7 +96,7 @@ class Guards:
         alert = {"alert": "Step skipped"}
         logger.warning("step %d is %s; its batch has %s", step, what, _in_short(documents), extra=alert)
         if self._skipped_in_a_row <= MOST_SKIPPED_IN_A_ROW:
-            return Verdict.SKIP
+            return Verdict.CONTINUE
         self.reason = (
             f"{self._skipped_in_a_row} steps in a row, up to step {step}, have a loss or gradient that is not finite: "
             f"lower optim.lr or optim.linear_lr; {self._file} lists their documents"
