@@ -219,27 +219,22 @@ def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
         ConfigError: lists the problems of all jobs.
     """
     problems: dict[str, None] = {}
-    configs = list[Config]()
     for job in jobs:
         try:
-            configs.append(load(job))
-            if configs[-1].train.dry_run:
+            config = load(job)
+            if config.train.dry_run:
                 raise ConfigError("train.dry_run=true plans one run; give it to ./launch.sh without -m")
+            if every:
+                from pretrain.setup.checks import check  # only here, because it imports torch, which takes seconds
+
+                folder = Path(config.run.root) / (config.run.name if named else "sweep")
+                resumes = any(folder.glob("*/checkpoints/step-*"))
+                check(config, int(os.environ.get("PET_NPROC_PER_NODE", "1")), needs_data=False, resumes=resumes)
         except ConfigError as error:
             problems |= dict.fromkeys(str(error).splitlines())
-    if every and not problems:
-        from pretrain.setup.checks import check  # only here, because it imports torch, which takes seconds
-
-        for config in configs:
-            folder = Path(config.run.root) / (config.run.name if named else "sweep")
-            resumes = any(folder.glob("*/checkpoints/step-*"))
-            try:
-                check(config, int(os.environ.get("PET_NPROC_PER_NODE", "1")), needs_data=False, resumes=resumes)
-            except ConfigError as error:
-                problems |= dict.fromkeys(str(error).splitlines())
     if problems:
         raise ConfigError("\n".join(problems))
-    return configs[-1]
+    return config
 
 
 def parse(arguments: list[str]) -> list[Override]:
