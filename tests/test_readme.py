@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,8 @@ def train(command: str, root: Path, prepared: Path) -> None:
 
 def run(command: list[str]) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    program, *words = command
+    command = [program.replace(".venv/bin", str(Path(sys.executable).parent)), *words]  # GRASS_TORCH names another one
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
 

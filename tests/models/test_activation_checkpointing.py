@@ -143,5 +143,5 @@ def test_full_checkpointing_keeps_only_the_input_of_every_block():
 
 @pytest.mark.parametrize("mode", ["some", "every:0", "every:", "every:x", "full:2", "every:-1", ""])
 def test_an_unknown_mode_is_refused(mode):
-    with pytest.raises(ValueError, match=r"train\.checkpointing=.*choose none, full, every:N or selective"):
+    with pytest.raises(ValueError, match=r"train\.checkpointing=.*choose none, full, every:N \(from 1\) or selective"):
         checkpoint_blocks(build("none").layers, mode)

@@ -100,7 +100,10 @@ def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
         ("optim.probe_steps=0", r"optim\.probe_steps=0 must be at least 1"),
         ("optim.patterns=[]", r"optim\.patterns=\[\] selects no layer"),
         ("train.checkpoint_every=-1", r"train\.checkpoint_every=-1 must be at least 0"),
-        ("train.checkpointing=some", r"train\.checkpointing=some is unknown; choose none, full, every:N or selective"),
+        (
+            "train.checkpointing=some",
+            r"train\.checkpointing=some is unknown; choose none, full, every:N \(from 1\) or",
+        ),
         ("train.matmul_precision=best", r"train\.matmul_precision=best is unknown; choose from highest, high, medium"),
         ("train.profile=698", r"train\.profile=698 records 698 steps after the first 3, but train\.steps=700;"),
         ("train.loss_chunk_tokens=0", r"train\.loss_chunk_tokens=0 must be at least 1"),

@@ -157,7 +157,9 @@ def test_the_named_command_joins_an_offline_run_and_its_continuation(folder, mon
 def test_a_run_whose_w_and_b_process_is_killed_continues_in_an_offline_one(folder, caplog):
     run = WandbLogger(load([f"run.root={folder.parent}", "logger.wandb.mode=offline"]), folder)
     run.log({"step": 1, "tokens": 100, "train/loss": 4.0})
-    listed = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["ps", "-ww", "--ppid", str(os.getpid()), "-o", "pid=,args="], capture_output=True, text=True
+    )
     for line in listed.stdout.splitlines():
         if "wandb-core" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
