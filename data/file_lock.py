@@ -40,8 +40,11 @@ def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            logger.warning("%s: this file system has no locks (%s); a file is used instead", path.parent, error)
             lock = SoftFileLock(path.with_suffix(".owner.lock"))
+            logger.warning(
+                "%s: this file system has no locks (%s); the file %s takes the place of one",
+                *(path.parent, error, lock.lock_file),
+            )
             lock.acquire(timeout=0)
     except Timeout:
         by_file = f"; if no other process is running, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""

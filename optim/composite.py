@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class CompositeOptimizer(torch.optim.Optimizer):
     """Steps with each of ``parts`` in turn.
 
-    Its groups are the groups of the parts, and its state is shared with them: nothing is copied. Composite parts are
-    replaced by their parts.
+    Its groups are the groups of the parts. The parts must not have stepped yet: from now on they use its state, which
+    is empty. A part that is a CompositeOptimizer is replaced by its parts.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]):

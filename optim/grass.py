@@ -342,7 +342,7 @@ def _layers_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if absent := [name for name, layer in layers.items() if layer.rows not in held]:
         raise ValueError(
-            f"the optimizer does not step on the rows of {absent[0]}; build it after convert_linears, and with "
-            "master weights keep the rows in float32 (optim.state_dtype=float32)"
+            f"the optimizer does not step on the rows of {absent[0]}; build it after convert_linears. With master "
+            "weights, the rows themselves must be float32 (optim.state_dtype=float32)"
         )
     return layers

@@ -13,8 +13,8 @@ EPSILON = 1e-8  # added to the root of a row's average mean square
 class NorMuon(Muon):
     """Muon with a second moment for each row of the orthogonalised step (Li et al., arXiv 2510.05491, algorithm 1).
 
-    Rows of an orthogonalised matrix differ in norm. With O (m, n) the
-    orthogonalised momentum of a weight of this shape, and ‖·‖ the Frobenius norm:
+    Rows of an orthogonalised matrix differ in norm, at least if it is longer than wide. With O (m, n) the
+    orthogonalised momentum of a weight (m, n), and ‖·‖ the Frobenius norm:
 
         v ← β₂ v + (1 − β₂) mean(O², over a row)        β₂ = 0.95, v (m, 1) from zero
         P = O / (√v + ε)                                row by row, ε = 1e-8

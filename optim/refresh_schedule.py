@@ -42,7 +42,10 @@ class RefreshSchedule:
             if value < 1:
                 raise ValueError(f"optim.{option}={value} must be at least 1")
         if stagger and warmup:
-            raise ValueError("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
+            raise ValueError(
+                "optim.refresh_warmup needs all blocks to choose rows in the same step; set optim.refresh_warmup=0 or "
+                "optim.stagger=false"
+            )
         self.refresh_every, self.probe_steps = refresh_every, min(probe_steps, refresh_every)
         self.warmup, self.frozen = warmup, frozen
         names = list(names)
@@ -83,8 +86,8 @@ def takes_turns(stagger: bool | str, probed: Iterable[GrassLinear], warmup: int 
     stagger = columns > 0 and not warmup if stagger == "auto" else bool(stagger)
     if columns and not stagger:
         logger.info(
-            "in a probed step, all %d layers that select columns keep their complete inputs; with optim.stagger=true, "
-            "they take turns",
+            "the steps before a choice of rows need more memory: %d layers keep their complete inputs at once; with "
+            "optim.stagger=true (and optim.refresh_warmup=0) the blocks do so in turn",
             columns,
         )
     return stagger

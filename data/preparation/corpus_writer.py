@@ -17,7 +17,7 @@ import numpy as np
 
 from data.atomic import write_atomic
 from data.preparation.encode import Encoded, encoders
-from data.preparation.progress import progress
+from data.preparation.progress_bar import progress
 from data.shards.reader import token_dtype
 from data.shards.writer import SplitWriter
 from data.sources.corpus import Corpus, extended
@@ -37,7 +37,7 @@ DIGEST_BYTES = 32
 
 @dataclass
 class WriterState:
-    """The progress of a preparation up to `place` = (file, number of the last record in the shards)."""
+    """The state from which a preparation continues: up to `place` = (file, number of the last record in the shards)."""
 
     place: tuple[int, int] = (0, 0)
     chain: str = ""

@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any
 
 from data.loading.order import ENDLESS
-from data.preparation import progress
+from data.preparation import progress_bar
 from data.preparation.corpus_writer import STATE, read_state
 from data.preparation.encode import environment
 from data.preparation.plan import PreparationPlan, hash_of
@@ -129,7 +129,8 @@ class BackgroundPreparation:
             self._process.wait()
         if unfinished:
             logger.info(
-                "the preparation stopped with the run; %s has %s training tokens. Continue it with the run, or: %s",
+                "the preparation stopped with the run; %s has %s training tokens. It continues when the "
+                "run is resumed; without the run: %s",
                 *(self.plan.work_folder, f"{self.prepared_tokens():,}", command(self.plan.settings)),
             )
 
@@ -178,7 +179,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.nice(NICE)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    progress.LOG_SECONDS = LOG_SECONDS
+    progress_bar.LOG_SECONDS = LOG_SECONDS
     try:
         prepare(DataSettings(**given["settings"]), read_along=True)
     except (ValueError, OSError) as error:

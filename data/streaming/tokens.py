@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class StreamedTokens(Tokens):
-    """The tokens of a split that are on disk. `can_read` updates their number.
+    """The tokens, on disk so far, of a split that is still being prepared. Its `len` grows when `can_read` is called.
 
     Any number of threads may read at the same time.
 

@@ -14,7 +14,10 @@ def tidy(newest: Path, keep_last: int, keep_every: int) -> None:
         point_at(newest)
         prune(newest.parent, keep_last, keep_every)
     except OSError as error:
-        logger.warning("%s is complete, but `latest` or older checkpoints could not be updated: %s", newest, error)
+        logger.warning(
+            "%s is complete, but the link `latest` could not be moved or older checkpoints could not be deleted: %s",
+            *(newest, error),
+        )
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> None:

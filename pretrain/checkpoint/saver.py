@@ -82,7 +82,7 @@ class Saver:
             state: the content of ``state.json``, JSON-serialisable.
 
         Raises:
-            FloatingPointError, RuntimeError: the previous save failed, see ``poll``.
+            FloatingPointError, BaseException: the previous save failed, see ``poll``.
         """
         self.wait()
         self._lost = None
@@ -106,11 +106,13 @@ class Saver:
         self.blocked_seconds = time.perf_counter() - began
 
     def poll(self) -> None:
-        """Report the result of a save that has ended; call after each step.
+        """Log or raise the result of a save that has ended; call after each step.
+
+        A failure of the disk is only logged, because the next save tries again.
 
         Raises:
             FloatingPointError: a tensor is not finite.
-            RuntimeError: the save failed for another reason, but not because of the disk.
+            BaseException: any other error of the save, such as torch's CheckpointException.
         """
         if self._thread is None or not self._thread.is_alive():
             self.wait()
@@ -126,7 +128,7 @@ class Saver:
 
         Raises:
             NotSaved: the disk failed.
-            FloatingPointError, RuntimeError: as in ``poll``.
+            FloatingPointError, BaseException: as in ``poll``.
         """
         if failure := self._end() or self._lost:
             raise failure

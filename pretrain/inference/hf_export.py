@@ -33,12 +33,12 @@ SHARD_BYTES = 5_000_000_000
 
 
 def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the model at ``path`` to the new folder ``out``.
+    """Write the model at ``path`` in Hugging Face format to the new folder ``out``.
 
-    For a Hugging Face model, or a run that started from one, the generation settings are copied unchanged, and with the
-    same tokenizer also the chat template and special tokens. A tokenizer_config.json that is not copied has the length
-    of the training sequences as ``model_max_length``. The embedding keeps all rows, including padding. The export of a
-    run has a model card.
+    For a Hugging Face model, or a run that started from one, the generation settings are copied unchanged. If the
+    tokenizer is still that model's, its chat template and special tokens are copied too. Otherwise a new
+    tokenizer_config.json is written, with the length of the training sequences as ``model_max_length``. The embedding
+    keeps all rows, including padding. The export of a run has a model card.
 
     Args:
         dtype: of all weights; by default the model's dtype.

@@ -152,7 +152,10 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
     if optim.stagger not in (True, False, "auto"):
         problems.append(f"optim.stagger={optim.stagger} is unknown; choose from true, false, auto")
     if optim.stagger is True and optim.refresh_warmup:
-        problems.append("optim.refresh_warmup needs a common refresh; set it to 0 or optim.stagger=false")
+        problems.append(
+            "optim.refresh_warmup needs all blocks to choose rows in the same step; set optim.refresh_warmup=0 or "
+            "optim.stagger=false"
+        )
     if optim.master_weights and optim.state_dtype == "bfloat16":
         problems.append("optim.master_weights=true keeps rows in float32; set optim.state_dtype=float32 or null")
     if not optim.patterns:

@@ -128,8 +128,8 @@ class Guards:
             return Verdict.ROLL_BACK
         if spike:
             logger.warning(
-                "the loss jumped to %.4f at step %d; the run has gone back train.most_rollbacks=%d times, so it "
-                "continues with this batch; if the loss stays high, lower optim.lr or optim.linear_lr",
+                "the loss jumped to %.4f at step %d; train.most_rollbacks=%d allows no further return to a checkpoint, "
+                "so the run continues with this batch; if the loss stays high, lower optim.lr or optim.linear_lr",
                 *(loss, step, self.train.most_rollbacks),
             )
         self.losses.append(loss)  # also after a spike, so that a permanently higher loss is soon not a spike any more

@@ -215,7 +215,7 @@ def test_a_model_without_grass_layers_is_refused():
         ({"state_at_refresh": "keep"}, "optim.state_at_refresh=keep is unknown; choose from reset, carry"),
         ({"new_second_moment": "one"}, "optim.new_second_moment=one is unknown; choose from mean, score, zero"),
         ({"probe_steps": 0}, "optim.probe_steps=0 must be at least 1"),
-        ({"stagger": True, "refresh_warmup": 2}, "optim.refresh_warmup needs a common refresh"),
+        ({"stagger": True, "refresh_warmup": 2}, "optim.refresh_warmup needs all blocks to choose rows"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):

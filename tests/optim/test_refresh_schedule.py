@@ -57,7 +57,7 @@ def test_the_most_blocks_probed_in_one_update_are_counted(count, refresh_every, 
     [
         ({"refresh_every": 0}, "optim.refresh_every=0 must be at least 1"),
         ({"refresh_every": 2, "probe_steps": -1}, "optim.probe_steps=-1 must be at least 1"),
-        ({"refresh_every": 2, "stagger": True, "warmup": 1}, "optim.refresh_warmup needs a common refresh"),
+        ({"refresh_every": 2, "stagger": True, "warmup": 1}, "optim.refresh_warmup needs all blocks to choose rows"),
     ],
 )
 def test_impossible_schedules_are_refused(options, message):

@@ -168,7 +168,7 @@ def test_an_old_checkpoint_that_stays_does_not_fail_the_new_one(tmp_path, monkey
     saving.finish()
     assert (
         newest_good(tmp_path)[0] == path_of(tmp_path, 2)
-        and "`latest` or older checkpoints could not be updated" in caplog.text
+        and "could not be moved or older checkpoints could not be deleted" in caplog.text
     )
 
 
