@@ -30,8 +30,8 @@ def names_beside(path: Path, is_json: bool) -> dict[str, str]:
             found = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items() if name}
         except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"{path.with_name(file)}: is not a JSON object with the names of bos and eos ({error!r}); correct or "
-                "delete the file"
+                f"{path.with_name(file)}: cannot be read as a JSON object with the names of bos and eos ({error!r}); "
+                "correct or delete the file"
             ) from None
         if not all(isinstance(name, str) for name in found.values()):
             raise ValueError(f"{path.with_name(file)}: bos and eos must be names of tokens; correct or delete the file")
