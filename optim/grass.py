@@ -116,11 +116,11 @@ class Grass:
         self.is_partial_step = False  # whether the running step is one of several that make an update
         self._before: dict[GrassLinear, Tensor] = {}  # weighted rows before the running step
         self._refresh_hooks: tuple[list[Callable[[], object]], list[Callable[[], object]]] = ([], [])
-        self._block_by_block = block_by_block
+        self._block_by_block, self._weighted = block_by_block, selection.endswith(WITH_REPLACEMENT)
         low = {rows: block_of(name) for rows, name in self._names.items() if rows.dtype in LOW_PRECISION}
         self._float32_steps = Float32Steps(optimizer, low, self._round_state)
         for layer in self.layers.values():
-            layer.scaled = selection.endswith(WITH_REPLACEMENT)
+            layer.scaled = self._weighted
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -224,7 +224,8 @@ class Grass:
                 self._float32_steps.step_on_other_blocks()
         stepped_on = with_gradient(self.optimizer)
         self.stepping = {name: self.layers[name] for rows, name in self._names.items() if rows in stepped_on}
-        self._before = {layer: layer.rows.detach().clone() for layer in self.stepping.values() if layer.scaled}
+        weighted = self.stepping.values() if self._weighted else ()
+        self._before = {layer: layer.rows.detach().clone() for layer in weighted}
         self._float32_steps.widen()
 
     def _after_step(self, *_) -> None:
