@@ -12,15 +12,19 @@ PACKAGES = ("models", "optim", "data", "pretrain", "benchmarks", "scripts", "exa
 @pytest.fixture(scope="module")
 def sources(root):
     """The Python files of the packages by their path, as git knows them."""
-    listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=root, capture_output=True, text=True, check=True)
+    return files_of(root, *PACKAGES)
+
+
+def files_of(root, *folders):
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=root, capture_output=True, text=True, check=True)
     files = [root / name for name in listed.stdout.splitlines() if name.endswith(".py")]
     found = {file.relative_to(root): file.read_text(encoding="utf-8") for file in files if file.exists()}
     assert len(found) > 100
     return found
 
 
-def test_no_file_is_too_long(sources):
-    lengths = {str(name): text.count("\n") for name, text in sources.items()}
+def test_no_file_is_too_long(root, sources):
+    lengths = {str(name): text.count("\n") for name, text in (sources | files_of(root, "tests")).items()}
     assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
 
 

@@ -15,7 +15,7 @@ from pretrain.planner.memory import estimate
 from pretrain.setup.checks import check
 from pretrain.setup.model import build_model
 from tests.helpers import allocations
-from tests.pretrain.training.test_trainer import GRASS, TINY, corpus, logging_of_a_run, overrides, train  # noqa: F401
+from tests.tiny_runs import GRASS, TINY, train
 
 SIDES = ["rows", "columns"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -149,7 +149,7 @@ def test_a_model_starts_within_rounding_of_the_plain_one_and_the_planner_counts_
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_trained_8_bit_weights_are_read_back_in_full(overrides, side):  # noqa: F811
+def test_trained_8_bit_weights_are_read_back_in_full(overrides, side):
     folder, trainer = train(overrides("optim.int8_weights=true", f"optim.side={side}", "train.sample_tokens=0"))
     stored = dict(read_weights_at(folder.path))
     for name, layer in trainer.model.named_modules():

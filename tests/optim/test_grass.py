@@ -8,7 +8,6 @@ from models.convert import convert_linears
 from models.llama import Llama
 from optim.grass import Grass
 from optim.inner import inner_optimizer
-from optim.mixed_precision import MasterWeights
 from optim.param_groups import parameter_groups
 from tests.helpers import PAPER
 
@@ -223,33 +222,6 @@ def test_options_that_mean_nothing_are_refused(options, message):
     convert_linears(model, 4)
     with pytest.raises(ValueError, match=message):
         Grass(model, optimizer_of(model), **PAPER | {"refresh_every": 4} | options)
-
-
-def test_parameter_groups_name_the_same_layers_in_dense_and_grass_training():
-    def names(model, group):
-        groups = {g["name"]: [n for n, _ in g["params"]] for g in parameter_groups(model, lr=1e-3, linear_lr=1e-4)}
-        return {name.rsplit(".", 1)[0] for name in groups[group]}
-
-    dense, model = tiny_llama(), grass_of(4)[0]
-    assert len(names(dense, "linears")) == 14
-    for group in ("linears", "embeddings", "norms"):
-        assert names(dense, group) == names(model, group)
-    assert names(dense, "embeddings") == {"embed_tokens", "lm_head"}
-
-
-def test_master_weights_keep_updates_that_bf16_would_lose():
-    def trained(masters):
-        parameter = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-        optimizer = torch.optim.SGD([("weight", parameter)], lr=1.0)
-        if masters:
-            MasterWeights(optimizer)
-        for _ in range(64):
-            parameter.grad = torch.full_like(parameter, 2**-12)
-            optimizer.step()
-        return parameter
-
-    assert torch.equal(trained(masters=False), torch.ones(64, dtype=torch.bfloat16))
-    assert torch.equal(trained(masters=True), torch.full((64,), 1 - 64 * 2**-12, dtype=torch.bfloat16))
 
 
 def test_staggered_blocks_refresh_in_turn_with_all_their_layers():

@@ -260,3 +260,18 @@ def test_replicas_stay_identical(tmp_path):
     first, second = in_processes(2, tmp_path, _train_as)
     assert first.keys() == second.keys() and len(first) == 16
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_master_weights_keep_updates_that_bf16_would_lose():
+    def trained(masters):
+        parameter = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        optimizer = torch.optim.SGD([("weight", parameter)], lr=1.0)
+        if masters:
+            MasterWeights(optimizer)
+        for _ in range(64):
+            parameter.grad = torch.full_like(parameter, 2**-12)
+            optimizer.step()
+        return parameter
+
+    assert torch.equal(trained(masters=False), torch.ones(64, dtype=torch.bfloat16))
+    assert torch.equal(trained(masters=True), torch.full((64,), 1 - 64 * 2**-12, dtype=torch.bfloat16))

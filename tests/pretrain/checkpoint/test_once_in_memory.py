@@ -17,7 +17,7 @@ from pretrain.setup.data import ready
 from pretrain.setup.model import build_model
 from pretrain.training.trainer import Trainer
 from tests.helpers import Allocations, allocations
-from tests.pretrain.training.test_trainer import ALONE, corpus, logging_of_a_run, overrides, train  # noqa: F401
+from tests.tiny_runs import ALONE, train
 
 DEEP = [
     "model.hidden_size=64", "model.intermediate_size=176", "model.num_hidden_layers=12", "train.steps=3",
@@ -39,7 +39,7 @@ def mapped(folder):
 
 
 @pytest.fixture
-def deep(overrides):  # noqa: F811
+def deep(overrides):
     """Overrides of a run of many small blocks, so that a tensor, or the weights of a block, are little of a model."""
     return lambda *more: overrides(*DEEP, *more)
 
@@ -101,13 +101,13 @@ def shapes_of_a_run(settings):
     ],
     ids=lambda more: " ".join(more) or "defaults",
 )
-def test_no_step_and_no_refresh_makes_a_tensor_of_a_full_gradient_s_shape(overrides, more):  # noqa: F811
+def test_no_step_and_no_refresh_makes_a_tensor_of_a_full_gradient_s_shape(overrides, more):
     shapes, full = shapes_of_a_run(overrides(*SHORT, *more, grass=["optim.rank=8"]))
     assert full == {(32, 32), (32, 48), (48, 32)}
     assert shapes and not shapes & full
 
 
-def test_the_exact_score_does_make_one(overrides):  # noqa: F811
+def test_the_exact_score_does_make_one(overrides):
     shapes, full = shapes_of_a_run(
         overrides(*SHORT, "optim.score=exact", "optim.selection=top_r", grass=["optim.rank=8"])
     )

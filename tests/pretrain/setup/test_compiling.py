@@ -9,7 +9,7 @@ from pretrain.config.compose import load
 from pretrain.distributed.world import World
 from pretrain.setup import compiling
 from pretrain.setup.compiling import compile_blocks
-from tests.pretrain.training.test_trainer import corpus, logging_of_a_run, overrides, train  # noqa: F401
+from tests.tiny_runs import train
 
 TINY = [
     "model.hidden_size=64", "model.intermediate_size=160", "model.num_attention_heads=2", "model.vocab_size=32",
@@ -56,7 +56,7 @@ def test_a_block_that_does_not_compile_is_said_and_the_model_trains_as_it_is(cap
     assert all(layer._compiled_call_impl is None for layer in steps.model.layers)
 
 
-def test_seconds_of_compiling_are_logged_when_steps_add_to_them(overrides, caplog, monkeypatch):  # noqa: F811
+def test_seconds_of_compiling_are_logged_when_steps_add_to_them(overrides, caplog, monkeypatch):
     before, after = 30.0, 45.0  # those before the first step have been logged as "compiled in 30 s"
     taken = iter([before, before, after, after, after])  # at the start, after each of three steps, in the summary
     monkeypatch.setattr("pretrain.training.step_log.compile_seconds", lambda: next(taken))

@@ -16,8 +16,9 @@ from pretrain.runs.folder import RunFolder
 from pretrain.setup.data import prepare_data
 from pretrain.setup.trained_data import data_settings
 from pretrain.training.trainer import Trainer
-from tests.pretrain.training.test_trainer import ALONE, logging_of_a_run, losses, train  # noqa: F401
+from tests.tiny_runs import ALONE, losses, train
 
+pytestmark = pytest.mark.usefixtures("logging_of_a_run")
 TINY = [
     "data=text", "model.vocab_size=400", "model.hidden_size=32", "model.intermediate_size=48",
     "model.num_hidden_layers=2", "model.num_attention_heads=2", "optim.rank=8", "optim.warmup_steps=1",

@@ -9,7 +9,7 @@ import pytest
 from pretrain.config.compose import load
 from pretrain.training.divergence_warning import Divergence, rises
 from tests.pretrain.training.test_guards import alerts
-from tests.pretrain.training.test_trainer import corpus, logging_of_a_run, overrides, train  # noqa: F401
+from tests.tiny_runs import train
 
 
 def divergence(*given, logged=()):
@@ -71,7 +71,7 @@ def test_a_resumed_run_is_judged_as_if_it_was_never_stopped():
         assert judge.found == complete.found
 
 
-def test_a_run_that_diverges_has_the_warning_in_its_summary(overrides, caplog):  # noqa: F811
+def test_a_run_that_diverges_has_the_warning_in_its_summary(overrides, caplog):
     wild = ["optim.lr=300", "optim.linear_lr=300", "optim.clip=0", "train.steps=16", "train.eval_every=8"]
     folder, _ = train(overrides(*wild))
     summary = json.loads(folder.summary_file.read_text())
@@ -85,7 +85,7 @@ def test_a_run_that_diverges_has_the_warning_in_its_summary(overrides, caplog): 
     assert "the run diverges" not in caplog.text
 
 
-def test_a_run_that_learns_has_none(overrides, caplog):  # noqa: F811
+def test_a_run_that_learns_has_none(overrides, caplog):
     folder, _ = train(overrides("train.steps=24", "train.eval_every=8"))
     assert json.loads(folder.summary_file.read_text())["divergence"] is None
     assert "diverge" not in caplog.text

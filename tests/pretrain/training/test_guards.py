@@ -30,6 +30,7 @@ from pretrain.training.guards import NEEDED, WINDOW, Guards, Verdict
 from pretrain.training.train_step import StepResult, TrainStep
 from pretrain.training.trainer import Trainer
 from tests.parallel_runs import TINY, spawn, whole_tensors
+from tests.tiny_runs import losses
 
 ALONE = World(0, 1, torch.device("cpu"))
 RUN = [*TINY, "train.steps=12", "train.checkpoint_every=4", "train.dtype=float32", "train.sample_tokens=0"]
@@ -83,10 +84,6 @@ def lines_of(file):
 def alerts(caplog):
     """The titles of the alerts among the log lines."""
     return [record.alert for record in caplog.records if hasattr(record, "alert")]
-
-
-def losses(folder):
-    return {line["step"]: line["train/loss"] for line in lines_of(folder.metrics_file) if "train/loss" in line}
 
 
 def assert_equal(ours, theirs):

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.config.compose import load
 from pretrain.training.rates import describe_change, rate_settings, schedule_factor
-from tests.pretrain.training.test_trainer import corpus, logging_of_a_run, overrides, train  # noqa: F401
+from tests.tiny_runs import train
 
 COSINE = ["optim.lr=0.02", "optim.linear_lr=0.002", "optim.alpha=1", "optim.final_lr=0.1", "optim.warmup_steps=4"]
 WSD = [*COSINE, "optim.schedule=wsd", "optim.decay_share=0.25"]
@@ -56,7 +56,7 @@ def test_an_older_checkpoint_without_the_settings_of_its_rates_says_nothing():
     assert describe_change({}, settings("train.steps=40"), 20) == []
 
 
-def test_the_numbers_are_those_of_the_steps(overrides, caplog):  # noqa: F811
+def test_the_numbers_are_those_of_the_steps(overrides, caplog):
     """What was said before the first step is what the metric lines have."""
     rates = ["optim.lr=0.02", "optim.linear_lr=0.002", "train.sample_tokens=0"]
     folder, _ = train(overrides(*rates, "train.steps=8"))
