@@ -62,8 +62,8 @@ class Grass:
         state_at_refresh: treatment of the optimizer's state of the rows, a name of optim.moments.
         new_second_moment: start of the second moments of new rows when moments are carried, also named there.
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
-        block_by_block: step on low-precision rows one block of the model at a time, so that the float32 copies of
-            only one block exist at a time. The optimizer's step on a parameter must not depend on other parameters.
+        block_by_block: step on low-precision rows one block of the model at a time (on a GPU a few), so that only their
+            float32 copies exist. The optimizer's step on a parameter must not depend on other parameters.
         seed: the run's seed.
 
     Attributes:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from models.dtensor import local
+from models.stacking import stack_size
 from optim.composite import restricted_to, with_gradient
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -34,8 +35,8 @@ class Float32Steps:
 
     Args:
         optimizer: any torch.optim.Optimizer.
-        blocks: the low-precision parameters, each with the name of its block: ``step_on_other_blocks`` steps on one
-            block at a time, which saves memory.
+        blocks: the low-precision parameters, each with the name of its block: ``step_on_other_blocks`` steps on a few
+            blocks at a time, which saves memory.
         round_state: called by ``restore`` to round the state tensors that have the shape of their parameter, see
             ``Round``.
     """
@@ -46,10 +47,11 @@ class Float32Steps:
         self._restriction = ExitStack()  # of the running step, to parameters not yet stepped on
 
     def step_on_other_blocks(self) -> None:
-        """Step on all blocks except the last, one block at a time, so that only its float32 copies exist.
+        """Step on all blocks except the last ones, a few at a time, so that only their float32 copies exist.
 
-        Call it before a step, which then covers only the last block and the parameters in full precision. The
-        optimizer's step on a parameter must not depend on other parameters.
+        On a CPU that is one block at a time; a GPU takes several, because each takes some hundred launches. Call it
+        before a step, which then covers only the last blocks and the parameters in full precision. The optimizer's step
+        on a parameter must not depend on other parameters.
         """
         if not self.blocks:
             return
@@ -57,7 +59,10 @@ class Float32Steps:
         for p, block in self.blocks.items():
             if p in remaining:
                 by_block.setdefault(block, []).append(p)
-        *others, _ = by_block.values() or [[]]
+        blocks = [*by_block.values()]
+        size = _blocks_at_once(blocks)
+        starts = range(0, len(blocks), size)
+        *others, _ = [[p for block in blocks[n : n + size] for p in block] for n in starts] or [[]]
         if not others:
             return  # also inside the steps made below
         for parameters in others:
@@ -119,6 +124,14 @@ class Float32Steps:
                 if _is_elementwise(value, p):
                     found.setdefault(name, []).append(p)
         return found
+
+
+def _blocks_at_once(blocks: list[list[nn.Parameter]]) -> int:
+    """The number of ``blocks`` to step on at a time: on a GPU, as many as fit into a stack (``models.stacking``)."""
+    if not blocks or not blocks[0][0].is_cuda:
+        return 1
+    largest = max(sum(local(p).numel() for p in block) for block in blocks)
+    return stack_size(len(blocks), largest, blocks[0][0].device)
 
 
 def _float32(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -23,6 +23,7 @@ METHODS = {
     "muon": ["optim=muon"],
     "grass": GRASS,
     "grass-on-adamw": [*GRASS, "optim.inner=adamw"],
+    "grass-in-bf16": [*GRASS, "optim.state_dtype=bfloat16"],
 }
 
 pytestmark = [pytest.mark.null_gpu, pytest.mark.usefixtures("null_gpu")]
@@ -154,6 +155,12 @@ def test_launches_of_a_step(method):
     found = measure_350m(method)
     assert max(found["launches"]) <= 2000
     assert found["graphs_in_measured_steps"] == 0
+
+
+def test_rows_in_bf16_are_rounded_for_many_blocks_at_once():
+    found = measure_350m("grass-in-bf16")
+    assert max(found["launches"]) <= 3000
+    assert found["host_to_beside"] <= 3
 
 
 @pytest.mark.parametrize("method", ["grass", "grass-on-adamw"])
