@@ -163,9 +163,12 @@ def test_rows_in_bf16_are_rounded_for_many_blocks_at_once():
     assert found["host_to_beside"] <= 3
 
 
-@pytest.mark.parametrize("method", ["grass", "grass-on-adamw"])
-def test_host_time_of_a_step_is_near_that_of_adamw(method):
-    assert measure_350m(method)["host_to_beside"] <= 1.3
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [("grass", 1.3), ("grass-on-adamw", 1.5)],  # scores are gathered, and a block refreshes in every second step
+)
+def test_host_time_of_a_step_is_near_that_of_adamw(method, bound):
+    assert measure_350m(method)["host_to_beside"] <= bound
 
 
 @pytest.mark.parametrize("method", METHODS)
