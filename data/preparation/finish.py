@@ -64,6 +64,7 @@ def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Token
         "format": FORMAT,
         "fingerprint": hash_of(tokenizer.sha256, checksums),
         "identity": plan.identity,
+        **({"validation_files": plan.validation_files} if plan.validation_files else {}),
         "settings": asdict(plan.settings),
         "corpus": {
             "sha256": state.chain,

@@ -70,6 +70,11 @@ class PreparationPlan:
             **({"held_out": [f.name for f in self.files if f.held_out]} if s.validation_paths else {}),
         }
 
+    @property
+    def validation_files(self) -> list[list[Any]]:
+        """The name and the size in bytes of each separate validation file."""
+        return [[file.name, file.size] for file in self.files if file.held_out]
+
     @cached_property
     def marker(self) -> str:
         """The name of the empty file that marks a folder as the preparation of the current files.

@@ -78,7 +78,7 @@ class BackgroundPreparation:
         tokens of the held-out documents.
         """
         plan, finished = self.plan, self.plan.finished()
-        work, own = plan.work_folder, [[file.name, file.size] for file in plan.files if file.held_out]
+        work, own = plan.work_folder, plan.validation_files
         state = read_state(work / STATE)
         if finished:
             tokenizer = load(finished).tokenizer
@@ -145,17 +145,17 @@ def find_streamed(settings: DataSettings, fingerprint: str, validation_tokens: i
         validation_tokens: The number of validation tokens that the run uses at most.
 
     Returns:
-        The dataset, with `fingerprint` and with its validation split cut to `validation_tokens`. None if
-        `settings.root` has no such preparation, or only one with separate validation files.
+        The dataset, with `fingerprint`. Unless it has separate validation files, its validation split is cut to
+        `validation_tokens`. None if `settings.root` has no such preparation.
 
     Raises:
         ValueError: The preparation is damaged.
     """
     for folder, manifest in manifests(settings.root):
-        found = hash_of("on the fly", manifest["identity"], [], manifest["tokenizer"]["sha256"])
-        if found == fingerprint:
+        own = manifest.get("validation_files", [])
+        if hash_of("on the fly", manifest["identity"], own, manifest["tokenizer"]["sha256"]) == fingerprint:
             dataset = load(folder)
-            val = Tokens(dataset.val.shards, dataset.val.dtype, limit=validation_tokens)
+            val = dataset.val if own else Tokens(dataset.val.shards, dataset.val.dtype, limit=validation_tokens)
             return replace(dataset, val=val, fingerprint=fingerprint)
     return None
 

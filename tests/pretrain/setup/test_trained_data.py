@@ -159,13 +159,15 @@ def test_a_mixture_resumes_without_its_texts(here):
     assert len(losses(folder)) == 4 and json.loads(folder.summary_file.read_text())["steps"] == 4
 
 
-def test_a_run_that_streamed_its_data_resumes_without_the_text_once_all_is_prepared(here):
+@pytest.mark.parametrize("validation", [[], ["data.validation_paths=[other]"]])
+def test_a_run_that_streamed_its_data_resumes_without_the_text_once_all_is_prepared(here, validation):
     stream = [*TINY, "data.tokenizer=tok.model", "data.on_the_fly=true", "data.shuffle_block=8", "train.eval_every=2"]
+    stream += validation
     for name in ("whole", "halves"):
         train_streaming([*stream, f"run.name={name}", "train.steps=4"])
     prepare(data_settings(load(stream)))
     whole = train_streaming([*stream, "run.name=whole", "train.steps=8"])
-    gone("text", "tok.model")
+    gone("text", "other", "tok.model")
     halves = train_streaming([*stream, "run.name=halves", "train.steps=8"])
     lines = [map(json.loads, folder.metrics_file.read_text().splitlines()) for folder in (whole, halves)]
     ours, theirs = ([(x.get("train/loss"), x.get("val/loss")) for x in of_run] for of_run in lines)
