@@ -3,11 +3,11 @@
 python -m benchmarks.roofline [--sizes 1b,7b,13b] [--methods adamw,galore,grass] [--tokens 4096] [--json]
 python -m benchmarks.roofline --fit docs/scaling.jsonl     # compare the model with results of benchmarks.scaling
 
-With one process, a step takes F + B + O. F and B are the times of forward and backward: their FLOPs at EFFICIENCY of
-the peak. O is the time of the optimizer step: the bytes that it reads and writes, at the memory bandwidth, and GaLore's
-projections. With N processes (DDP), gradients are sent during the backward, except the gradient of the embedding, which
-is complete last. A step then takes F + max(B, C - C_last) + C_last + O. C = 2 (N - 1) / N · bytes / link is the time of
-a ring all-reduce of all gradients, and C_last that of the embedding's gradient.
+With one process, a step takes F + B + O. F and B are the times of forward and backward: their FLOPs at half of the peak
+FLOP/s (EFFICIENCY). O is the time of the optimizer step: the bytes that it reads and writes, at the memory bandwidth,
+and GaLore's projections. With N processes (DDP), gradients are sent during the backward, except the gradient of the
+embedding, which is complete last. A step then takes F + max(B, C - C_last) + C_last + O. C = 2 (N - 1) / N · bytes /
+link is the time of a ring all-reduce of all gradients, and C_last that of the embedding's gradient.
 """
 
 import argparse

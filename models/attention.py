@@ -28,7 +28,7 @@ def resolve_backend(
     packed documents, if that can run, and else SDPA. "sdpa" is always SDPA.
 
     Args:
-        requested: a name in BACKENDS.
+        requested: "auto", "sdpa" or "flash".
         documents: whether attention is limited to packed documents.
 
     Raises:

@@ -42,10 +42,14 @@ def convert_linears(
     Args:
         rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
             mapping from globs of names to values, in which the last match counts.
-        side: "auto", "longer", "rows", "columns" or "neurons" (the same rows of gate and up and columns of down in an
-            MLP, elsewhere as "auto"), or a mapping as for ``rank``; "auto" if no glob matches.
+        side: what to select: "rows" or "columns" of the weight (out, in); "auto" (along the smaller dimension) or
+            "longer" (along the larger one), which both take rows of a square weight; or "neurons" of an MLP (the same
+            rows of gate_proj and up_proj and columns of down_proj; "auto" in other layers). One value for all layers,
+            or a mapping as for ``rank``; "auto" for layers that no glob matches.
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
-        share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
+        share_index: layers of a module with the same input (q_proj, k_proj and v_proj; gate_proj and up_proj) that
+            select columns, at the same rank, always select the same columns, and together keep one slice of their
+            input for the backward.
         int8: keep the weights in 8 bits, see models.int8_weight.
         attention_weight: a factor: attention layers train this many times the share of rows that other layers train,
             at most all rows. The total number of trained elements stays about the same, see models.rank_split. Not used
@@ -56,7 +60,8 @@ def convert_linears(
 
     Raises:
         ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank or side,
-            or ``share_index`` if no layers can share. The message lists all problems; the model stays unchanged.
+            an ``attention_weight`` that is not above 0, or ``share_index`` if no layers can share. The message lists
+            all problems; the model stays unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sides = _by_name(side)

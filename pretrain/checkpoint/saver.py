@@ -82,7 +82,8 @@ class Saver:
             state: the content of ``state.json``, JSON-serialisable.
 
         Raises:
-            FloatingPointError, BaseException: the previous save failed, see ``poll``.
+            FloatingPointError: a tensor of the previous save is not finite.
+            BaseException: any other error of the previous save, except of the disk; see ``poll``.
         """
         self.wait()
         self._lost = None
@@ -118,17 +119,18 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the running save, and report its result as ``poll`` does."""
+        """Wait for the running save, and log or raise its result as ``poll`` does."""
         if failure := self._end():
             self._lost = failure
             logger.warning("%s; the run continues, and the next scheduled save will try again", failure)
 
     def finish(self) -> None:
-        """Wait for the latest save.
+        """Wait for the latest save, and raise its error if it failed.
 
         Raises:
             NotSaved: the disk failed.
-            FloatingPointError, BaseException: as in ``poll``.
+            FloatingPointError: a tensor is not finite.
+            BaseException: any other error in the thread of the save, such as torch's CheckpointException.
         """
         if failure := self._end() or self._lost:
             raise failure

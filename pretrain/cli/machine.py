@@ -18,7 +18,7 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 
 def require_torch(found: str) -> None:
-    """Raises ValueError when the version ``found``, such as 2.13.0+cu130, is older than OLDEST_TORCH."""
+    """Raises ValueError if the version ``found``, such as 2.13.0+cu130, is older than the oldest supported version."""
     major, minor = re.findall(r"\d+", f"{found}.0")[:2]
     if (int(major), int(minor)) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
@@ -28,7 +28,7 @@ def require_torch(found: str) -> None:
 
 
 def require_installed_torch() -> None:
-    """Raises ValueError when the torch that this Python imports is older than OLDEST_TORCH."""
+    """Raises ValueError if the torch that this Python imports is older than the oldest supported version."""
     import torch
 
     require_torch(torch.__version__)

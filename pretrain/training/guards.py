@@ -73,8 +73,8 @@ class Guards:
                 are noticed in a later call. With ``train.spike_factor``, every call computes them.
 
         Returns:
-            CONTINUE; FAIL if the run must end, see ``reason``; ROLL_BACK if the run must return to the newest
-            checkpoint and skip the batch of ``step``.
+            The ``Verdict``: CONTINUE; FAIL if the run must end, see ``reason``; ROLL_BACK if the run must return to the
+            newest checkpoint and skip the batch of ``step``.
         """
         if result.skipped:
             return self._skip(step)
