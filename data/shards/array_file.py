@@ -66,7 +66,7 @@ class ArrayFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not got:
                 raise ValueError(
-                    f"{self.path} is shorter than it was; restore it from a copy or prepare it again, then restart"
+                    f"{self.path} is shorter than it was; restore it from a backup or prepare it again, then restart"
                 )
             rest, place = rest[got:], place + got
         return out

@@ -119,7 +119,7 @@ class Corpus:
         """Raise ValueError for a broken line of instructions, because such a line is not skipped; else do nothing."""
         if self.parse.pairs and problem != NO_RESPONSE:
             raise ValueError(
-                f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
+                f"data.paths: line {record.number} of {self.files[record.file].path} is {problem}; fix that line"
             )
 
     def no_documents_error(self, skipped: str) -> ValueError:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from data.atomic import UNFINISHED, fsync
 from models.dtensor import local
-from pretrain.checkpoint.directory import checksum, path_of, seal
+from pretrain.checkpoint.directory import checksum, latest, path_of, seal
 from pretrain.checkpoint.retention import tidy
 from pretrain.distributed.world import World
 
@@ -232,9 +232,10 @@ def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, part in ((name, local(tensor)) for name, tensor in tensors.items() if name.startswith(MUST_BE_FINITE)):
         if part.is_floating_point() and part.numel() and not all(map(math.isfinite, map(float, torch.aminmax(part)))):
+            newest = latest(path.parent)
             raise FloatingPointError(
-                f"{path} is not saved: {name} is not finite; lower optim.lr or optim.linear_lr, and resume from the "
-                "checkpoint before it"
+                f"{path} is not saved, because {name} is not finite; lower optim.lr or optim.linear_lr, and run the "
+                f"command again: it {f'resumes from {newest.name}' if newest else 'starts from the beginning'}"
             )
 
 

@@ -34,8 +34,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 SECTIONS = {name.rpartition(".")[0] for name in types_of_settings()}
 DEVICE_WORDS = ("device", "devices", "gpu", "gpus", "cuda")  # keys of other programs that are not settings here
 DEVICES = (
-    "devices are not a setting: each process uses a GPU if there is one; ./launch.sh --nproc-per-node 2 uses two, "
-    "CUDA_VISIBLE_DEVICES=0 before the command selects a GPU, and CUDA_VISIBLE_DEVICES= selects the CPU"
+    "devices are not a setting, because each process uses a GPU if there is one; start two processes with ./launch.sh "
+    "--nproc-per-node 2, or write CUDA_VISIBLE_DEVICES=0 (GPU 0) or CUDA_VISIBLE_DEVICES= (CPU) before the command"
 )
 
 
@@ -196,9 +196,9 @@ def read_config(file: Path) -> DictConfig:
         OmegaConf.to_container(stored, resolve=True)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, AttributeError) as error:
         reason = _in_short(error) or type(error).__name__
-        raise ConfigError(f"{file} cannot be read ({reason}); restore it from a copy") from None
+        raise ConfigError(f"{file} cannot be read ({reason}); restore it from a backup") from None
     if not isinstance(stored, DictConfig):
-        raise ConfigError(f"{file} is not a configuration of a run; restore it from a copy")
+        raise ConfigError(f"{file} contains a list instead of settings; restore it from a backup")
     return stored
 
 

@@ -128,7 +128,7 @@ class Trainer:
                 if verdict is Verdict.FAIL:
                     self.checkpoints.wait()
                     newest = self.folder.latest_checkpoint or "none"
-                    raise FloatingPointError(f"{self.guards.reason}; the newest checkpoint is {newest}")
+                    raise FloatingPointError(f"{self.guards.reason}\nthe newest checkpoint: {newest}")
                 # 4. Log it.
                 self.log.advance(self.step)
                 if logs:
