@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import plain
 from benchmarks.steps import METHODS, configuration
 from models.flops import flops_per_token
 from models.grass_linear import GrassLinear
@@ -205,7 +206,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     for heading in rows[0]:
         table.add_column(heading.replace("_", " "))
     for row in rows:
-        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(plain(value) if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
 
 
