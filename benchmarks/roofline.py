@@ -181,7 +181,7 @@ def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(measured: list[dict[str, Any]], file: Path) -> None:
-    """Draw tokens/s of regular steps against the bandwidth: points are measured, lines are the model.
+    """Draw tokens/s against the bandwidth, without GaLore's refreshes: points are measured, lines are the model.
 
     The lines end at the fastest link. Beyond it, the model's compute time may include waiting for that link.
     """
