@@ -76,7 +76,7 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
 
 
 def picture(rows: dict[tuple[str, str], Row]) -> Figure:
-    """Draw a panel per size, a bar per method and a colour per component, with the parts of the paper's Adam for 13B."""
+    """Draw a panel per size, a bar per method and a colour per component; for 13B also the paper's Adam."""
     panels = {}
     for size in SIZES:
         bars = {method: row for (of, method), row in rows.items() if of == size}

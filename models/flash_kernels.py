@@ -43,6 +43,7 @@ FLASH = {
 VARLEN = Kernels("torch.nn.attention.varlen", majors=range(8, 13), head_dim=192, head_dim_of=8)
 """torch's own kernel for packed documents, flash-attn 2 within torch."""
 
+MISFIT = "installed, but this version does not fit"
 OPTIONS = {"causal", "deterministic"}
 LENGTHS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 """The arguments that are passed by name."""
@@ -139,12 +140,10 @@ def _find(module: str, name: str, arguments: set[str]) -> Callable[..., Any]:
     function = getattr(found, name, None)
     if function is None and getattr(found, "__file__", None) is None:  # only the folder of another version
         raise KernelUnavailable("not installed")
-    missing = arguments - set(inspect.signature(function).parameters) if function else {name}
-    if missing:
-        place = f"{module}.{name}" if function else module
-        raise KernelUnavailable(
-            f"installed, but this version does not fit ({place} has no {', '.join(sorted(missing))})"
-        )
+    if function is None:
+        raise KernelUnavailable(f"{MISFIT} ({module} has no {name})")
+    if missing := arguments - set(inspect.signature(function).parameters):
+        raise KernelUnavailable(f"{MISFIT} ({module}.{name} does not take {', '.join(sorted(missing))})")
     return function
 
 

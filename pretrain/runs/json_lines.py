@@ -27,7 +27,7 @@ class JsonLinesFile:
         except OSError as error:
             if not self._failing:
                 logger.warning(
-                    "%s cannot be written (%s); the run continues, and writes the lines as soon as that is possible",
+                    "%s cannot be written (%s); the run continues and keeps the lines until they can be written",
                     *(self.path, error.strerror or error),
                 )
             self._failing = True

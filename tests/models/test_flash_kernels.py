@@ -224,7 +224,10 @@ def test_flash_attn_4_without_2_is_not_taken_for_2(packages, gpu):
 @pytest.mark.parametrize(
     "cute, reason",
     [
-        (EARLY, "installed, but this version does not fit (flash_attn.cute.flash_attn_func has no deterministic)"),
+        (
+            EARLY,
+            "installed, but this version does not fit (flash_attn.cute.flash_attn_func does not take deterministic)",
+        ),
         ("import cutlass_that_is_not_installed", "incomplete (No module named 'cutlass_that_is_not_installed')"),
         ("", "installed, but this version does not fit (flash_attn.cute has no flash_attn_func)"),
         (FUNCTIONS, "not installed"),
