@@ -59,7 +59,7 @@ def convert_linears(
 
     Raises:
         ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank, side or
-            weight, or ``share_index`` if no layers can share. The message lists all problems; ``model`` is unchanged.
+            attention weight, or ``share_index`` if no layers can share. Lists all problems; ``model`` stays unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sides = _by_name(side)
