@@ -3,10 +3,10 @@
 python -m benchmarks.growth [--json] [--plot growth.png]
 python -m benchmarks.growth --written docs/growth.json --plot docs/growth.png      # from the output of an earlier run
 
-The model is a small LLaMA with a vocabulary of 256. One size at a time takes each of its VALUES; the other sizes stay
-as in BASE. Seconds are medians of CPU time on one thread. Bytes are counted, not measured: the optimizer state, and the
-planner's peak of a step. A slope of 1 means that time or memory doubles when the size doubles. The fold and the refresh
-must not grow faster than r·n, so their slopes with the rank and with the width are at most 1.
+The model is a small LLaMA with a vocabulary of 256. One size at a time takes several values (VALUES); the other sizes
+keep one value (BASE). Seconds are medians of CPU time on one thread. Bytes are counted, not measured: the optimizer
+state, and the planner's peak of a step. A slope of 1 means that time or memory doubles when the size doubles. The fold
+and the refresh must not grow faster than r·n, so their slopes with the rank and with the width are at most 1.
 """
 
 import argparse

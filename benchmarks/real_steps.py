@@ -45,7 +45,10 @@ def measure(way: str, overrides: list[str]) -> dict[str, int]:
 
 
 def run(overrides: list[str], around: Callable[[str], AbstractContextManager]) -> None:
-    """Make a step for each of KINDS inside ``around(kind)``. Grass runs with ``optim.refresh_every=3``."""
+    """Make two regular steps and a refresh step, each inside ``around(kind)``.
+
+    Grass runs with ``optim.refresh_every=3``.
+    """
     grass = [] if any(o.startswith("optim=") and o != "optim=grass" for o in overrides) else ["optim.refresh_every=3"]
     training = Run(load([*overrides, *grass]), World(0, 1, torch.device("cpu")))
     training.choose_rows(training.batch)

@@ -3,11 +3,11 @@
 python -m benchmarks.roofline [--sizes 1b,7b,13b] [--methods adamw,galore,grass] [--tokens 4096] [--json]
 python -m benchmarks.roofline --fit docs/scaling.jsonl     # compare the model with results of benchmarks.scaling
 
-With one process, a step takes F + B + O. F and B are the times of forward and backward: their FLOPs at EFFICIENCY of
-the peak. O is the time of the optimizer step: the bytes that it reads and writes, at the memory bandwidth, and GaLore's
-projections. With N processes (DDP), gradients are sent during the backward, except the gradient of the embedding, which
-is complete last. A step then takes F + max(B, C - C_last) + C_last + O. C = 2 (N - 1) / N · bytes / link is the time of
-a ring all-reduce of all gradients, and C_last that of the embedding's gradient.
+With one process, a step takes F + B + O. F and B are the times of forward and backward: their FLOPs at half of the peak
+FLOP/s (EFFICIENCY). O is the time of the optimizer step: the bytes that it reads and writes, at the memory bandwidth,
+and GaLore's projections. With N processes (DDP), gradients are sent during the backward, except the gradient of the
+embedding, which is complete last. A step then takes F + max(B, C - C_last) + C_last + O. C = 2 (N - 1) / N · bytes /
+link is the time of a ring all-reduce of all gradients, and C_last that of the embedding's gradient.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import plain
 from benchmarks.steps import METHODS, configuration
 from models.flops import flops_per_token
 from models.grass_linear import GrassLinear
@@ -180,7 +181,7 @@ def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(measured: list[dict[str, Any]], file: Path) -> None:
-    """Draw tokens/s of regular steps against the bandwidth: points are measured, lines are the model.
+    """Draw tokens/s against the bandwidth, without GaLore's refreshes: points are measured, lines are the model.
 
     The lines end at the fastest link. Beyond it, the model's compute time may include waiting for that link.
     """
@@ -205,7 +206,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     for heading in rows[0]:
         table.add_column(heading.replace("_", " "))
     for row in rows:
-        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(plain(value) if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
 
 

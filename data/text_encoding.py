@@ -58,8 +58,8 @@ def decode(content: bytes) -> str:
 class Utf8Reader(io.RawIOBase):
     """The text in a binary stream as UTF-8 bytes, without its byte-order mark. Closing the reader closes the stream.
 
-    UTF-8 is passed on unchecked. In UTF-16 and UTF-32, invalid parts become UNDECODABLE, on which decoding fails.
-    `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream is not text.
+    UTF-8 is passed on unchecked. In UTF-16 and UTF-32, invalid parts become bytes that are not valid UTF-8, so decoding
+    fails. `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream is not text.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

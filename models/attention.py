@@ -28,7 +28,7 @@ def resolve_backend(
     packed documents, if that can run, and else SDPA. "sdpa" is always SDPA.
 
     Args:
-        requested: a name in BACKENDS.
+        requested: "auto", "sdpa" or "flash".
         documents: whether attention is limited to packed documents.
 
     Raises:
@@ -38,11 +38,16 @@ def resolve_backend(
         raise ValueError(f"model.attention={requested}: unknown; choose one of {', '.join(BACKENDS)}")
     if requested == "sdpa":
         return "sdpa"
-    version, reason = choose_flash(device, dtype, head_dim)
+    version, reasons = choose_flash(device, dtype, head_dim)
     if version:
         return version
     if requested == "flash":
-        raise ValueError(f"model.attention=flash: {reason}; fix this, or set model.attention=auto or sdpa")
+        fix = "set model.attention=auto or sdpa"
+        if len(reasons) == 1:
+            raise ValueError(f"model.attention=flash: {reasons[0]}; {fix}")
+        lines = "".join(f"\n  {reason}" for reason in reasons)
+        fix = f"install a version that can run on this machine (docs/setup.md), or {fix}"
+        raise ValueError(f"model.attention=flash: no usable flash-attn{lines}\n{fix}")
     return "varlen" if documents and varlen_runs(device, dtype, head_dim) else "sdpa"
 
 

@@ -42,10 +42,13 @@ def convert_linears(
     Args:
         rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
             mapping from globs of names to values, in which the last match counts.
-        side: "auto", "longer", "rows", "columns" or "neurons" (the same rows of gate and up and columns of down in an
-            MLP, elsewhere as "auto"), or a mapping as for ``rank``; "auto" if no glob matches.
+        side: "rows" or "columns" of the weight (out, in); "auto" (along its smaller dimension) or "longer" (its larger
+            one; both take rows of a square weight); or "neurons", the same rows of gate_proj and up_proj and columns of
+            down_proj in an MLP, elsewhere as "auto". Or a mapping as for ``rank``; "auto" for layers that no glob
+            matches.
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
-        share_index: layers of a group in SAME_INPUT that select columns with the same rank share an index and a slice.
+        share_index: layers with the same input (q_proj, k_proj and v_proj; gate_proj and up_proj) that select columns
+            at the same rank always select the same columns, and keep one slice of the input for all of them.
         int8: keep the weights in 8 bits, see models.int8_weight.
         attention_weight: a factor: attention layers train this many times the share of rows that other layers train,
             at most all rows. The total number of trained elements stays about the same, see models.rank_split. Not used
@@ -55,8 +58,8 @@ def convert_linears(
         The new layers by module name, in model order.
 
     Raises:
-        ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank or side,
-            or ``share_index`` if no layers can share. The message lists all problems; the model stays unchanged.
+        ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank, side or
+            attention weight, or ``share_index`` if no layers can share. Lists all problems; ``model`` stays unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sides = _by_name(side)
@@ -65,9 +68,8 @@ def convert_linears(
         name: GrassLinear(linears[name].get_parameter("weight"), rank_of_this, side_of_this, state_dtype, int8)
         for name, (side_of_this, rank_of_this) in (chosen if not problems else {}).items()
     }
-    if share_index and not problems and not _share_slices(layers):
-        groups = " or ".join(", ".join(names) for names in SAME_INPUT)
-        problems[f"optim.share_index=true: no module's {groups} select columns; set optim.side=columns"] = []
+    if share_index and not problems:
+        problems = _share_slices(layers)
     _refuse(problems, layers)
     _tie_neurons(layers, sides)
     _replace(model, layers)
@@ -197,8 +199,8 @@ def _require_convertible(linear: nn.Linear, tied: bool) -> None:
         )
 
 
-def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
-    """Share a slice among the layers of a module with the same input that select columns; returns their number."""
+def _share_slices(layers: Mapping[str, GrassLinear]) -> dict[str, list[str]]:
+    """Share a slice among the layers of a module with the same input that select columns; or name the problem."""
     siblings: dict[tuple[str, int, int], list[GrassLinear]] = {}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
@@ -210,7 +212,9 @@ def _share_slices(layers: Mapping[str, GrassLinear]) -> int:
         shared = SharedSlice(len(members))
         for layer in members:
             layer.shared = layer.index_group = shared
-    return len(groups)
+    wanted = " or ".join(", ".join(names) for names in SAME_INPUT)
+    problem = f"optim.share_index=true: no module's {wanted} select columns; set optim.side=columns"
+    return {} if groups else {problem: []}
 
 
 def _tie_neurons(layers: Mapping[str, GrassLinear], sides: Mapping[str, str]) -> None:

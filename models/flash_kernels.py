@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class KernelUnavailable(Exception):
-    """The functions are not installed, or their version is too old or too new."""
+    """The functions are not installed, or their version does not fit."""
 
 
 class Kernels(NamedTuple):
@@ -43,6 +43,7 @@ FLASH = {
 VARLEN = Kernels("torch.nn.attention.varlen", majors=range(8, 13), head_dim=192, head_dim_of=8)
 """torch's own kernel for packed documents, flash-attn 2 within torch."""
 
+MISFIT = "installed, but this version does not fit"
 OPTIONS = {"causal", "deterministic"}
 LENGTHS = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
 """The arguments that are passed by name."""
@@ -54,17 +55,20 @@ reasons: dict[str, str] = {}
 """By version, the reason why it could not be loaded. Cached, because every forward needs it and an import is slow."""
 
 
-def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str | None, str]:
-    """(the first version of flash-attn that is installed and can run, ""), or (None, the reason why no version can)."""
+def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str | None, list[str]]:
+    """The first version of flash-attn that is installed and can run, and no reasons.
+
+    Otherwise None, and the reason why no version can run: one line, or a line for each version.
+    """
     if reason := needs(device, dtype):
-        return None, f"flash-attn {reason}"
-    found = {}
+        return None, [f"flash-attn {reason}"]
+    found = []
     for version, kernels in FLASH.items():
         reason = load_flash(version) or obstacle(kernels, device, head_dim)
         if reason is None:
-            return version, ""
-        found[version] = reason
-    return None, "; ".join(f"{version}: {reason}" for version, reason in found.items())
+            return version, []
+        found.append(f"{version}: {reason}")
+    return None, found
 
 
 def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -80,9 +84,9 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 def needs(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels do not accept tensors of `dtype` on `device`; None if they do."""
     if device.type != "cuda":
-        return f"needs a CUDA device, the tensors are on {device.type}"
+        return f"needs a CUDA device, but the tensors are on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, the tensors are {dtype}"
+        return f"needs bfloat16 or float16, but the tensors are {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -129,13 +133,17 @@ def _functions_of(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., A
 def _find(module: str, name: str, arguments: set[str]) -> Callable[..., Any]:
     """The function `name` of `module`. Raises KernelUnavailable if it is missing or does not take `arguments`."""
     try:
-        function = getattr(importlib.import_module(module), name, None)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise KernelUnavailable(f"not installed ({error})") from error
+        lacks_itself = error.name and f"{module}.".startswith(f"{error.name}.")
+        raise KernelUnavailable("not installed" if lacks_itself else f"incomplete ({error})") from error
+    function = getattr(found, name, None)
+    if function is None and getattr(found, "__file__", None) is None:  # only the folder of another version
+        raise KernelUnavailable("not installed")
     if function is None:
-        raise KernelUnavailable(f"not installed ({module} has no {name})")
+        raise KernelUnavailable(f"{MISFIT} ({module} has no {name})")
     if missing := arguments - set(inspect.signature(function).parameters):
-        raise KernelUnavailable(f"too old or too new: {module}.{name} does not take {', '.join(sorted(missing))}")
+        raise KernelUnavailable(f"{MISFIT} ({module}.{name} does not take {', '.join(sorted(missing))})")
     return function
 
 

@@ -17,7 +17,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float | None:
-    """The peak of ``device`` in FLOP/s for matmuls in ``dtype`` (a name in DTYPES); None if unknown.
+    """The peak of ``device`` in FLOP/s for matmuls in ``dtype``, such as "bfloat16"; None if unknown.
 
     Args:
         matmul_precision: as in torch.set_float32_matmul_precision; "highest" excludes TF32.

@@ -49,9 +49,10 @@ class Change(NamedTuple):
 
 
 def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
-    """Yield groups of layers of one shape, dtype and placement, at most ``stack_size`` layers each.
+    """Yield groups of layers with the same shapes, dtypes, device and selected dimension.
 
-    A group is a list of indices into ``layers``.
+    Layers that are sharded over processes (DTensor) must also have the same part of the rows on this process. A group
+    has at most as many layers as ``models.stacking.stack_size`` allows. It is a list of indices into ``layers``.
     """
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):

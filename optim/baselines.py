@@ -24,7 +24,7 @@ def projected_optimizer(
     name: str, groups: list[dict[str, Any]], *, rank: int, update_gap: int, scale: float, scale_type: str | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """The optimizer ``name`` in PROJECTED, which projects only the gradients of the group "linears".
+    """The optimizer "galore", "apollo" or "fira". It projects only the gradients of the group "linears".
 
     Args:
         groups: from ``optim.param_groups.parameter_groups``.

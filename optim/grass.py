@@ -72,8 +72,8 @@ class Grass:
         steps: updates made.
 
     Raises:
-        ValueError: an unknown name, a number below 1, a model without GrassLinear layers, an optimizer that does not
-            hold their rows, or ``stagger`` with ``refresh_warmup``.
+        ValueError: an unknown name; ``refresh_every``, ``probe_steps`` or ``sketch_width`` below 1; a model without
+            GrassLinear layers; an optimizer that does not hold their rows; or ``stagger=True`` with ``refresh_warmup``.
     """
 
     def __init__(

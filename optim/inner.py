@@ -34,7 +34,7 @@ REQUIREMENTS = {
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The optimizer class for ``name``: a key of INNER_OPTIMIZERS, or a dotted path such as torch.optim.NAdam.
+    """The optimizer class for ``name``: "adamw", another key of INNER_OPTIMIZERS, or a path like "torch.optim.NAdam".
 
     Raises:
         ValueError: an unknown name, or a path that cannot be imported or is not a torch.optim.Optimizer.

@@ -51,8 +51,8 @@ class StateAtRefresh:
 
     Args:
         optimizer: holds the rows and their state.
-        policy: a name of POLICIES.
-        new_second_moment: a name of NEW_SECOND_MOMENTS, for "carry".
+        policy: "reset" or "carry".
+        new_second_moment: "mean", "score" or "zero", for "carry".
         probe_steps: the number of gradients summed in a score.
 
     Raises:
@@ -157,7 +157,7 @@ def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: s
     Args:
         states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and
             hold the same moments.
-        new_second_moment: a name of NEW_SECOND_MOMENTS.
+        new_second_moment: "mean", "score" or "zero".
         score: (layers, rank) estimated mean square of the gradient elements of each new row, for "score"; None if it is
             not known.
     """

@@ -136,7 +136,10 @@ def _orthogonal(directions: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``parameters`` in groups of one shape, dtype and placement, at most ``stack_size`` in each."""
+    """``parameters`` in groups of one shape, dtype and sharding (DTensor placements).
+
+    A group has at most as many parameters as ``models.stacking.stack_size`` allows.
+    """
     kinds: dict[Any, list[Tensor]] = {}
     for p in parameters:
         kinds.setdefault((p.shape, p.dtype, p.placements if isinstance(p, DTensor) else None), []).append(p)

@@ -26,7 +26,8 @@ class RefreshSchedule:
         frozen: choose rows only once, before the first update.
 
     Raises:
-        ValueError: a number below 1, or a warm-up with ``stagger``, which has no common refresh of all layers.
+        ValueError: ``refresh_every`` or ``probe_steps`` is below 1; or ``warmup`` is set together with ``stagger``,
+            although a warm-up needs all layers to refresh in the same step.
     """
 
     def __init__(
@@ -77,10 +78,12 @@ class RefreshSchedule:
 
 
 def takes_turns(stagger: bool | str, probed: Iterable[GrassLinear], warmup: int = 0) -> bool:
-    """Whether blocks refresh in turn: ``stagger``; for "auto", if a ``probed`` layer selects columns and no ``warmup``.
+    """Whether the blocks refresh in turn: ``stagger``; for "auto", if a layer of ``probed`` selects columns.
 
     Args:
-        warmup: updates over which the rate of the rows warms up after a refresh that all layers have in common.
+        probed: the layers whose gradients are scored before a refresh.
+        warmup: as for ``RefreshSchedule``; if it is not 0, "auto" means False, because all layers must refresh in the
+            same step.
     """
     columns = sum(layer.dim == 1 for layer in probed)
     stagger = columns > 0 and not warmup if stagger == "auto" else bool(stagger)

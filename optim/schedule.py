@@ -29,7 +29,7 @@ def rate_factor(
     Args:
         step: updates made so far.
         total: updates of the run.
-        schedule: a name in SCHEDULES.
+        schedule: "cosine", "wsd" or "constant".
         warmup: updates, or a share of ``total``, see ``warmup_updates``.
         final: the factor in the last update, 0 … 1.
         decay_share: 0 … 1, for "wsd".

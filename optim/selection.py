@@ -54,7 +54,7 @@ def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> 
     replacement. A selection that needs no scores uses only the length of ``scores``.
 
     Args:
-        name: a name of SELECTIONS.
+        name: the selection, such as "top_r"; the docstring of this module lists them.
         scores: at least 0, on any device.
         seed: seed of the random numbers, 0 ≤ seed < 2**63; for "cyclic" the same in all windows of a layer.
         window: the number of the layer's window, which determines the rows of "cyclic"; other selections ignore it.

@@ -16,9 +16,9 @@ UNKNOWN = -1.0  # not NaN: states that are compared bit by bit should be equal t
 class SelectionHistory:
     """The latest refresh of each layer, and the rows that were ever selected.
 
-    rows    by layer (m,) uint8: NEVER selected, selected BEFORE, or selected NOW
+    rows    by layer (m,) uint8: 0 for rows that were never selected, 1 for rows selected earlier, 2 for selected rows
     latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selected
-            rows, √(Σ selected g² / Σ g²) with the scores g, UNKNOWN without usable scores; the number of new rows
+            rows, √(Σ selected g² / Σ g²) with the scores g, -1 without usable scores; the number of new rows
 
     Args:
         selectable: the number of rows m of each layer.
@@ -58,9 +58,10 @@ class SelectionHistory:
         return {f"grass/{name}": values.mean().item() for name, values in means.items() if len(values)}
 
     def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
-        """The latest refresh of each layer that refreshed after update ``since``.
+        """The latest refresh of each layer, if more than ``since`` updates were made before it.
 
-        The initial choice, before the first update, counts as after update 0. For each layer:
+        With ``since`` 0, the initial choice of rows, which is made before the first update, also counts as a refresh.
+        For each layer:
 
         captured       share of the gradient's norm in the selected rows; None if unknown
         changed        number of newly selected rows

@@ -184,8 +184,11 @@ def main() -> None:
 def begin(arguments: list[str]) -> tuple[list[str], Path]:
     """Check the overrides of every combination, and create the folder of logs.
 
+    Args:
+        arguments: the overrides of the command line, such as "optim.rank=32,64".
+
     Returns:
-        The overrides for Hydra, and the folder of logs.
+        ``arguments`` followed by the name of the sweep and Hydra's settings for the folder of logs; and that folder.
 
     Raises:
         ConfigError: lists every override that is wrong.

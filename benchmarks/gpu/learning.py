@@ -29,7 +29,7 @@ class Learned:
 
 
 def learn(overrides: Sequence[str], device: torch.device, dry: bool, compile: bool = False) -> Learned:
-    """Train STEPS steps on text (3 in a dry run) and return the result."""
+    """Train some steps on text, 20 or in a dry run 3, and return the result."""
     shape = [*TINY, "train.tokens_per_step=128", "optim.rank=16"] if dry else [*BYTES, "train.tokens_per_step=4096"]
     if "optim=adamw" in overrides:
         shape = [override for override in shape if not override.startswith("optim.rank")]

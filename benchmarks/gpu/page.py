@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plain
 from benchmarks.gpu.expected import expected
 from benchmarks.gpu.pictures import draw
 from benchmarks.gpu.results import DONE, FILE, Record, Row, load
@@ -170,4 +171,4 @@ def _written(value: Any, how: str) -> str:
                            for what, count in list(value.items())[:5])  # fmt: skip
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return format(value, how) if how else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return format(value, how) if how else plain(value) if isinstance(value, float) else str(value)

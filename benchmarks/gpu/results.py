@@ -61,7 +61,7 @@ class Results:
         self._write()
 
     def end(self, seconds: float, ended: str) -> None:
-        """Close the section. ``ended`` is DONE or the reason why it stopped."""
+        """Close the section. ``ended`` is "done", or the reason why it stopped."""
         self.current |= {"seconds": round(seconds, 1), "ended": ended}
         if self.current["rows"] or self.name not in self.sections:
             self._write()

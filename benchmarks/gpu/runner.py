@@ -11,6 +11,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks import plain
 from benchmarks.gpu.results import DONE, Results, Row
 from benchmarks.gpu.sections import Section
 
@@ -75,7 +76,7 @@ def _receive(connection: Connection, results: Results, end: float) -> str | None
 
 
 def _in_a_line(row: Row) -> str:
-    shown = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
+    shown = (f"{key}={plain(value)}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
     return " ".join(shown)[:400]
 
 

@@ -1,8 +1,8 @@
 """Tokens per second of the methods at one size: bf16, compiled, all in one process, so that they use the same GPU.
 
-The methods take turns of TURN steps, in ROUNDS rounds. Each round begins with a different method. Refreshes that come
-at least once per turn, or block after block, are part of the turns. Rarer refreshes, such as GaLore's projections and
-the paper's refresh, are timed separately and spread over their interval.
+The methods take turns of a few steps (TURN), in several rounds (ROUNDS). Each round begins with a different method.
+Refreshes that come at least once per turn, or block after block, are part of the turns. Rarer refreshes, such as
+GaLore's projections and the paper's refresh, are timed separately and spread over their interval.
 """
 
 import time
@@ -145,7 +145,7 @@ def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
 def rare_refresh(bench: Bench, run: TrainingRun, step: Callable[[], object], first: float, regular: float) -> Row:
     """Return ``refresh_every`` (steps) and ``refresh_ms`` (milliseconds that a refresh adds) of a rare refresh, or {}.
 
-    A refresh is rare if the TURN steps of a turn need not contain one: that of GaLore's projections, and of Grass if
+    A refresh is rare if the steps of a turn need not contain one: that of GaLore's projections, and of Grass if
     its blocks do not take turns.
 
     Args:

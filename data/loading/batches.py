@@ -89,7 +89,10 @@ class TrainBatches:
 
     @property
     def windows(self) -> int:
-        """Windows per epoch; ENDLESS while unknown. For a mixture, about how many until each corpus is read once."""
+        """Windows per epoch; `order.ENDLESS` while unknown.
+
+        For a mixture, about the number of windows until each corpus is read once.
+        """
         return self._order.windows
 
     def _check_windows(self) -> None:

@@ -72,8 +72,8 @@ class BlockOrder:
     def digest(self, samples: int) -> str:
         """A SHA-256 in hex that identifies the text trained on in the first `samples` samples.
 
-        It covers the last TAIL tokens up to the end of the block of sample `samples` - 1, and the names of their
-        documents. Earlier text is not hashed: a change there is noticed only if it moves the hashed tokens.
+        It covers the last 65,536 tokens (TAIL) up to the end of the block of sample `samples` - 1, and the names of
+        their documents. Earlier text is not hashed: a change there is noticed only if it moves the hashed tokens.
         """
         end = self._end(samples, self.windows) if samples else 0
         start = max(0, end - TAIL)
@@ -88,8 +88,9 @@ class BlockOrder:
 class MixtureOrder:
     """Several corpora, with shares given by their weights.
 
-    Samples come in rounds of ROUND. Each corpus has the same number of samples in every round (`samples_per_round`), in
-    shuffled order. The windows of each corpus come in shuffled epochs, independent of the other corpora.
+    Samples come in rounds of 1000 (ROUND). Each corpus has the same number of samples in every round
+    (`samples_per_round`), in shuffled order. The windows of each corpus come in shuffled epochs, independent of the
+    other corpora.
 
     Args:
         windows: (corpora,) The number of windows of each corpus.

@@ -36,8 +36,8 @@ def resumable(error: ValueError, work: Path) -> ValueError:
     if not (work / STATE).exists() or not (work / FILES).exists():
         return error
     return ResumableError(
-        f"{error}; or remove the file: {work} has the tokens of the files before it, and the same command resumes "
-        "from there"
+        f"{error}, or remove that file\n"
+        f"{work} keeps the tokens of the files before it, and the same command resumes from there"
     )
 
 

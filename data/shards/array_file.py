@@ -14,12 +14,17 @@ MAX_OPEN = 128  # maximum number of open files, over all arrays
 
 
 class ArrayFile:
-    """`count` numbers of `dtype` (None: all) in a file from byte `offset` on. Has `len`; slices are (n,) arrays.
+    """The numbers in a file, as a one-dimensional array that reads only the requested parts of the file.
 
-    Threads and forked processes may share an ArrayFile.
+    It has a `len`; a slice is a numpy array (n,) of `dtype`. Threads and forked processes may share an ArrayFile.
+
+    Args:
+        dtype: The type of the numbers.
+        offset: The byte at which the first number begins.
+        count: How many numbers to use; None for all numbers up to the end of the file.
 
     Raises:
-        ValueError: The size of the file is not a multiple of the size of a number.
+        ValueError: `count` is None, and the file does not end at the end of a number.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> None:
@@ -61,7 +66,7 @@ class ArrayFile:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not got:
                 raise ValueError(
-                    f"{self.path} is shorter than it was; restore it from a copy or prepare it again, then restart"
+                    f"{self.path} is shorter than it was; restore it from a backup or prepare it again, then restart"
                 )
             rest, place = rest[got:], place + got
         return out

@@ -28,8 +28,8 @@ SAMPLE_BYTES = 2**30  # maximum text to read for the sample that trains a tokeni
 class Corpus:
     """The files of `settings`, or the rows of their dataset.
 
-    With `survey`, a corpus of at most SURVEY_BYTES is first read once: `sha256` is then the hash of all names
-    and texts, and both splits get a document. Otherwise `sha256` is None.
+    With `survey`, a corpus of at most 64 MiB of text (SURVEY_BYTES) is first read once: `sha256` is then the hash of
+    all names and texts, and both splits get a document. Otherwise `sha256` is None.
 
     Raises:
         ValueError: A small corpus has no text, too few documents for two splits, or a file or line that cannot be read;
@@ -77,7 +77,7 @@ class Corpus:
         return Records(files, column, PART_CHARS if self._settings.source == "text" else None, start)
 
     def batches(self, start: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
-        """The records after `start`, about BATCH_CHARS characters and at most BATCH_RECORDS records per batch."""
+        """The records after `start`, in batches of about a million characters and at most 16,384 records."""
         records, batch, size = self.records(start), [], 0
         for record in records:
             batch.append(record)
@@ -89,7 +89,7 @@ class Corpus:
             yield Batch(batch, records.done_bytes)
 
     def documents(self, files: list[SourceFile]) -> Iterator[Document]:
-        """The documents of `files`, or of the dataset, up to about SAMPLE_BYTES characters.
+        """The documents of `files`, or of the dataset, up to about 2^30 characters (SAMPLE_BYTES).
 
         The files of a larger corpus come in the order of a hash, so that the documents are a sample.
         """
@@ -119,7 +119,7 @@ class Corpus:
         """Raise ValueError for a broken line of instructions, because such a line is not skipped; else do nothing."""
         if self.parse.pairs and problem != NO_RESPONSE:
             raise ValueError(
-                f"data.paths: {self.files[record.file].path}, line {record.number}: is {problem}; fix that line"
+                f"data.paths: line {record.number} of {self.files[record.file].path} is {problem}; fix that line"
             )
 
     def no_documents_error(self, skipped: str) -> ValueError:

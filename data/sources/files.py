@@ -48,14 +48,18 @@ def stdlib_files(max_bytes: int) -> list[SourceFile]:
 def text_files(
     paths: Iterable[str], patterns: Iterable[str], max_bytes: int, key: str = "data.paths"
 ) -> list[SourceFile]:
-    """The files at `paths`, each file once, in order of name; at most `max_bytes` in total.
+    """The files at `paths`, each file once, in order of name.
 
-    The name of a file is its path relative to the parent of the searched folder. One line of the log counts and names
-    the paths that are left out.
+    A file that is given directly has its own name. A file in a folder or of a glob is named by its path, from the name
+    of that folder on, or from the name of the last folder before the first wildcard. For example, the file
+    `/a/b/c/d.txt` is named `d.txt` if it is given directly, and `b/c/d.txt` if `/a/b` or `/a/b/*/*.txt` is given. One
+    line of the log counts and names the paths that are left out.
 
     Args:
         paths: Files, folders and globs.
         patterns: Globs for the names of files to take from folders.
+        max_bytes: Limit for the sum of the files' sizes. Files in test folders are left out first, then others by a
+            hash of their names.
         key: The setting with the paths, for messages.
 
     Raises:

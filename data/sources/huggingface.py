@@ -50,7 +50,8 @@ def load(settings: DataSettings) -> Any:
     """Load the dataset from a folder written by `save_to_disk`, or with `load_dataset` (a name, or a folder of files).
 
     Raises:
-        ValueError: The library is missing, or as for ``Rows``.
+        ValueError: The library is missing, or cannot read the dataset. The message names the key, and if possible the
+            file and line.
     """
     try:
         import datasets

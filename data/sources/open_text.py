@@ -20,7 +20,7 @@ class TextFile(io.BufferedReader):
 
     Raises:
         ValueError: A library is missing.
-        READ_ERRORS: The file cannot be read.
+        EOFError, OSError, zlib.error: The file cannot be read or decompressed, now or while it is read (READ_ERRORS).
     """
 
     def __init__(self, path: Path) -> None:

@@ -13,7 +13,7 @@ BATCH_ROWS = 256
 class ParquetRows:
     """Yields a `Record` for each row of a Parquet file after the first `done` rows.
 
-    It reads BATCH_ROWS rows at a time.
+    It reads a few hundred rows at a time (BATCH_ROWS).
 
     Args:
         number: The number of the file in the corpus, from 0.

@@ -78,7 +78,7 @@ class Records:
                     if number > done and (problem or not line.isspace()):
                         yield Record(file_number, number, f"{file.name}#{number}", None if problem else line, problem)
         except PermissionError:
-            raise ValueError(f"data.paths: {file.path}: permission denied; make it readable") from None
+            raise ValueError(f"data.paths: {file.path} cannot be read (permission denied); make it readable") from None
         except READ_ERRORS as error:
             raise ValueError(
                 f"data.paths: {file.path} cannot be read after line {number} ({reason(error)}); replace it with a "

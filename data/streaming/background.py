@@ -129,8 +129,8 @@ class BackgroundPreparation:
             self._process.wait()
         if unfinished:
             logger.info(
-                "the preparation stopped with the run; %s has %s training tokens. It continues when the "
-                "run is resumed; without the run: %s",
+                "the preparation stopped with the run; %s has %s training tokens. It continues when the run is "
+                "resumed. To continue it without the run: %s",
                 *(self.plan.work_folder, f"{self.prepared_tokens():,}", command(self.plan.settings)),
             )
 

@@ -32,7 +32,7 @@ class Damaged(ValueError):
 
     def __init__(self, path: Path, what: object):
         self.path, self.what = path, str(what)
-        super().__init__(f"{path} is damaged ({what}); move it away to resume from the checkpoint before it")
+        super().__init__(f"{path} is damaged ({what}); move it away to use the previous checkpoint")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.what)  # sent from the main process to the others
@@ -71,7 +71,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[Damaged]]:
             return path, damaged
         except Damaged as error:
             damaged.append(error)
-    fix = "restore one from a copy, or move {} away to start the run from the beginning"
+    fix = "restore one from a backup, or move {} away to start the run from the beginning"
     if damaged:
         lines = [f"{error.path} is damaged ({error.what})" for error in damaged]
         raise ValueError("\n".join(["no checkpoint of this run is intact:", *lines, fix.format(folder)]))
@@ -134,8 +134,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         raise Damaged(path, f"{name} has no format")
     if content["format"] != FORMAT:
         raise ValueError(
-            f"{path} has checkpoint format {content['format']}; this version reads format {FORMAT}: use the version "
-            "that wrote it, or move it away"
+            f"{path} has checkpoint format {content['format']}; this version reads format {FORMAT}; use the version "
+            "that wrote the checkpoint, or move it away"
         )
     return content
 

@@ -104,4 +104,4 @@ def read_rollbacks(file: Path) -> list[int]:
             return steps
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise ConfigError(f"{file} is not a list of steps to skip; restore it from a copy")
+    raise ConfigError(f"{file} does not list the steps to skip; restore it from a backup")

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from data.atomic import UNFINISHED, fsync
 from models.dtensor import local
-from pretrain.checkpoint.directory import checksum, path_of, seal
+from pretrain.checkpoint.directory import checksum, latest, path_of, seal
 from pretrain.checkpoint.retention import tidy
 from pretrain.distributed.world import World
 
@@ -82,7 +82,8 @@ class Saver:
             state: the content of ``state.json``, JSON-serialisable.
 
         Raises:
-            FloatingPointError, BaseException: the previous save failed, see ``poll``.
+            FloatingPointError: a tensor of the previous save is not finite.
+            BaseException: any other error of the previous save, except of the disk; see ``poll``.
         """
         self.wait()
         self._lost = None
@@ -118,17 +119,18 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the running save, and report its result as ``poll`` does."""
+        """Wait for the running save, and log or raise its result as ``poll`` does."""
         if failure := self._end():
             self._lost = failure
             logger.warning("%s; the run continues, and the next scheduled save will try again", failure)
 
     def finish(self) -> None:
-        """Wait for the latest save.
+        """Wait for the latest save, and raise its error if it failed.
 
         Raises:
             NotSaved: the disk failed.
-            FloatingPointError, BaseException: as in ``poll``.
+            FloatingPointError: a tensor is not finite.
+            BaseException: any other error in the thread of the save, such as torch's CheckpointException.
         """
         if failure := self._end() or self._lost:
             raise failure
@@ -230,9 +232,10 @@ def _share(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, part in ((name, local(tensor)) for name, tensor in tensors.items() if name.startswith(MUST_BE_FINITE)):
         if part.is_floating_point() and part.numel() and not all(map(math.isfinite, map(float, torch.aminmax(part)))):
+            newest = latest(path.parent)
             raise FloatingPointError(
-                f"{path} is not saved: {name} is not finite; lower optim.lr or optim.linear_lr, and resume from the "
-                "checkpoint before it"
+                f"{path} is not saved, because {name} is not finite; lower optim.lr or optim.linear_lr, and run the "
+                f"command again: it {f'resumes from {newest.name}' if newest else 'starts from the beginning'}"
             )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,11 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._failing:
             self._failing = True  # before the warning, which is logged here too
-            logger.warning("%s cannot be written; the run continues without it", self.baseFilename)
+            error = sys.exc_info()[1]  # logging calls this method while it handles the error
+            logger.warning(
+                "%s cannot be written (%s); the run continues, but this file may lack the following lines",
+                *(self.baseFilename, getattr(error, "strerror", None) or error),
+            )
 
 
 def log_to_file(path: Path) -> None:

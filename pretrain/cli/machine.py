@@ -13,22 +13,23 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 OLDEST_TORCH = (2, 11)
+ON_THE_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
 # The oldest driver for each major version of CUDA: docs.nvidia.com/deploy/cuda-compatibility.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 
 def require_torch(found: str) -> None:
-    """Raises ValueError when the version ``found``, such as 2.13.0+cu130, is older than OLDEST_TORCH."""
+    """Raises ValueError if the version ``found``, such as 2.13.0+cu130, is older than the oldest supported version."""
     major, minor = re.findall(r"\d+", f"{found}.0")[:2]
     if (int(major), int(minor)) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ValueError(
-            f"torch {found} is too old; {oldest} or newer is needed: ./launch.sh without GRASS_TORCH installs it"
+            f"torch {found} is too old, {oldest} or newer is needed; ./launch.sh without GRASS_TORCH installs it"
         )
 
 
 def require_installed_torch() -> None:
-    """Raises ValueError when the torch that this Python imports is older than OLDEST_TORCH."""
+    """Raises ValueError if the torch that this Python imports is older than the oldest supported version."""
     import torch
 
     require_torch(torch.__version__)
@@ -54,23 +55,24 @@ def require_usable_gpus() -> None:
     cuda = torch.version.cuda
     built = f"built for CUDA {cuda}" if cuda else "a build without CUDA"
     of_wanted = f" of CUDA_VISIBLE_DEVICES={wanted}" if wanted else ""
+    reason, fix = _reason_and_fix(driver, cuda)
     raise ValueError(
         f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_wanted} that nvidia-smi lists "
-        f"(driver {driver}); {_fix(driver, cuda)}; to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (empty)"
+        f"(driver {driver}{reason}); {fix}, or {ON_THE_CPU}"
     )
 
 
-def _fix(driver: str, cuda: str | None) -> str:
-    """The fix if a torch built for ``cuda`` does not run on ``driver``."""
+def _reason_and_fix(driver: str, cuda: str | None) -> tuple[str, str]:
+    """Why a torch built for ``cuda`` does not run on ``driver``, to follow the driver's version, and the fix."""
     major = int(driver.partition(".")[0])
     fits = max((family for family, oldest in OLDEST_DRIVER.items() if oldest <= major), default=None)
-    another = f"install a torch built for CUDA {fits}, see docs/setup.md" if fits else "update the driver"
+    another = f"install a torch built for CUDA {fits} (docs/setup.md)" if fits else ""
     if cuda is None:
-        return another
+        return "", another or "update the driver"
     needed = OLDEST_DRIVER.get(int(cuda.partition(".")[0]), 0)
     if major < needed:
-        return f"CUDA {cuda} needs driver {needed} or newer: update the driver, or {another}"
-    return f"CUDA says: {_error_of_cuda()}"
+        return f", but CUDA {cuda} needs {needed} or newer", ", or ".join(filter(None, ["update the driver", another]))
+    return f", error of CUDA: {_error_of_cuda()}", "fix the cause of this error"
 
 
 def _error_of_cuda() -> str:
@@ -91,10 +93,7 @@ def _driver() -> tuple[int, str]:
     except (OSError, subprocess.TimeoutExpired):
         return 0, ""
     if "version mismatch" in printed:  # the driver was updated, and the machine was not restarted
-        raise ValueError(
-            f"nvidia-smi says: {printed.strip()}; restart the machine; to train on the CPU instead, set "
-            "CUDA_VISIBLE_DEVICES= (empty)"
-        )
+        raise ValueError(f"nvidia-smi cannot use the driver ({printed.strip()}); restart the machine, or {ON_THE_CPU}")
     drivers = re.findall(r"^\d+(?:\.\d+)+$", printed, re.M)  # one line per GPU; without a GPU a message
     return len(drivers), drivers[0] if drivers else ""
 

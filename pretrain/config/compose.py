@@ -13,7 +13,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -28,14 +28,14 @@ from pretrain.config.schema import (
     OptimConfig,
     types_of_settings,
 )
-from pretrain.config.text import FileConfigSource, as_typed, quoted
+from pretrain.config.text import QUOTED, FileConfigSource, as_typed, quoted
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SECTIONS = {name.rpartition(".")[0] for name in types_of_settings()}
 DEVICE_WORDS = ("device", "devices", "gpu", "gpus", "cuda")  # keys of other programs that are not settings here
 DEVICES = (
-    "devices are not a setting: each process uses a GPU if there is one; ./launch.sh --nproc-per-node 2 uses two, "
-    "CUDA_VISIBLE_DEVICES=0 before the command selects a GPU, and CUDA_VISIBLE_DEVICES= selects the CPU"
+    "devices are not a setting, because each process uses a GPU if there is one; start two processes with ./launch.sh "
+    "--nproc-per-node 2, or write CUDA_VISIBLE_DEVICES=0 (GPU 0) or CUDA_VISIBLE_DEVICES= (CPU) before the command"
 )
 
 
@@ -53,15 +53,25 @@ def register_schema() -> None:
     OmegaConf.register_new_resolver("by_width", _by_width, replace=True)
 
 
-def _by_width(rate: float, width: int, *, _root_: DictConfig) -> float:
+def _by_width(*given: Any, _root_: DictConfig, _node_: Node) -> float:
     """The resolver ``${by_width:rate,width}``: a peak learning rate that falls as 1 / hidden size.
 
     µP scales the rates of hidden matrices like this for Adam (Yang et al., arXiv 2203.03466); steps of Muon have the
     size of Adam's here.
 
     Args:
-        rate: the rate at hidden size ``width``.
+        given: the rate at hidden size ``width``, and ``width``, as two numbers.
+
+    Raises:
+        ConfigError: anything else is given, or ``width`` is not above 0; names the key and the correct form.
     """
+    if len(given) != 2 or any(type(value) not in (int, float) for value in given) or given[1] <= 0:
+        key = _node_._get_full_key(None)
+        raise ConfigError(
+            f"{key}={_node_._value()}: by_width needs two numbers, a rate and the hidden size at which it holds; "
+            f"write it like '{key}=${{by_width:6.0e-3,128}}'"
+        )
+    rate, width = given
     return float(f"{rate * width / max(_root_.model.hidden_size, 1):.3g}")  # a size below 1 has an error of its own
 
 
@@ -150,6 +160,7 @@ def _explain(overrides: list[str], error: Exception) -> str:
             lines.append(f"{override}: {reason}")
         except (HydraException, OmegaConfBaseException, ConfigError) as own_error:
             reason = _in_short(own_error).removeprefix(f"{override}: ")
+            reason = reason.removeprefix(f"{name}={value[1:-1] if QUOTED.fullmatch(value) else value}: ")
             lines.append(f"{override}: {reason}{_did_you_mean(name, known)}")
     return "\n".join(lines) or _in_short(error)
 
@@ -162,7 +173,8 @@ def options(group: str) -> list[str]:
 def _in_short(error: Exception) -> str:
     """The message of Hydra or OmegaConf, without the dump of types after it."""
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines()]
-    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "reference")))
+    kept = [line for line in lines if line and not line.startswith(("full_key", "object_type", "reference"))]
+    return "; ".join(kept).removeprefix("ConfigError raised while resolving interpolation: ")
 
 
 def nearest(name: str, known: list[str]) -> list[str]:
@@ -196,9 +208,9 @@ def read_config(file: Path) -> DictConfig:
         OmegaConf.to_container(stored, resolve=True)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError, AttributeError) as error:
         reason = _in_short(error) or type(error).__name__
-        raise ConfigError(f"{file} cannot be read ({reason}); restore it from a copy") from None
+        raise ConfigError(f"{file} cannot be read ({reason}); restore it from a backup") from None
     if not isinstance(stored, DictConfig):
-        raise ConfigError(f"{file} is not a configuration of a run; restore it from a copy")
+        raise ConfigError(f"{file} contains a list instead of settings; restore it from a backup")
     return stored
 
 

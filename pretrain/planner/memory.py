@@ -148,9 +148,8 @@ def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> Non
     if found.max_micro_batch_size and (size := _smaller_micro_batch(config, found.max_micro_batch_size)):
         fix = f"set train.micro_batch_size={size}"
     raise ConfigError(
-        f"the run does not fit: it needs {needed_bytes(config, peak) / GIB:.2f} GiB, but estimate.device_memory_gib="
-        f"{config.estimate.device_memory_gib:g}; {components[blamed] / GIB:.2f} GiB are for the "
-        f"{blamed.replace('_', ' ')}: {fix}"
+        f"the run needs {needed_bytes(config, peak) / GIB:.2f} GiB, {components[blamed] / GIB:.2f} of them for the "
+        f"{blamed.replace('_', ' ')}, but estimate.device_memory_gib={config.estimate.device_memory_gib:g}; {fix}"
     )
 
 

@@ -88,5 +88,5 @@ def _place(config: Config) -> str:
     folder = RunFolder(config)
     if (newest := folder.latest_checkpoint) is None:
         return "a new run"
-    finished = folder.is_finished(config.train.steps)
-    return "where this run is finished" if finished else f"resumed from {newest.name}"
+    finished = folder.finished_step(config.train.steps)
+    return f"resumed from {newest.name}" if finished is None else f"where this run is finished at step {finished}"

@@ -161,7 +161,7 @@ def _aligned(series: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
 
 
 def as_json(chart: Chart) -> dict[str, Any]:
-    """The chart for the page's script: at most about MOST_POINTS points per line, with four digits each."""
+    """The chart for the page's script: at most about 400 points per line, with four digits each."""
     lines = []
     for line in chart.lines:
         keep = _kept(line.y)

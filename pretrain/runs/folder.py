@@ -51,17 +51,23 @@ class RunFolder:
     def latest_checkpoint(self) -> Path | None:
         return latest(self.checkpoints)
 
-    def is_finished(self, steps: int) -> bool:
-        """Whether a run of ``steps`` steps is finished: it has a summary, and its newest checkpoint is not earlier."""
-        newest = self.latest_checkpoint
-        try:
-            return self.summary_file.exists() and newest is not None and read_state(newest)["step"] >= steps
-        except Damaged:
-            return False  # the run resumes from the previous checkpoint
+    def finished_step(self, steps: int) -> int | None:
+        """The last step of a finished run, or None if a run of ``steps`` steps is not finished.
 
-    def log_finished(self, steps: int) -> None:
-        """Log that the run is finished, and how to continue it."""
-        logger.info("%s is finished at step %d; raise train.steps or choose a new run.name", self.path, steps)
+        A run is finished if it has a summary, and its newest checkpoint has made ``steps`` steps or more.
+        """
+        newest = self.latest_checkpoint
+        if newest is None or not self.summary_file.exists():
+            return None
+        try:
+            step = read_state(newest)["step"]
+        except Damaged:
+            return None  # the run resumes from the previous checkpoint
+        return step if step >= steps else None
+
+    def log_finished(self, step: int) -> None:
+        """Log that the run is finished at ``step``, and how to continue it."""
+        logger.info("%s is finished at step %d; raise train.steps or choose a new run.name", self.path, step)
 
     def report_if_finished(self, config: Config) -> bool:
         """Whether the run of ``config`` is finished; if so, this is logged.
@@ -69,10 +75,10 @@ class RunFolder:
         Raises:
             ConfigError: the run is finished, but ``check`` refuses ``config``.
         """
-        if not self.is_finished(config.train.steps):
+        if (step := self.finished_step(config.train.steps)) is None:
             return False
         self.check(config)
-        self.log_finished(config.train.steps)
+        self.log_finished(step)
         return True
 
     def check(self, config: Config) -> list[str]:

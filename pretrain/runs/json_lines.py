@@ -26,7 +26,10 @@ class JsonLinesFile:
                     self._pending = self._pending[file.write(self._pending) :]
         except OSError as error:
             if not self._failing:
-                logger.warning("%s cannot be written (%s); the run continues and keeps the lines", self.path, error)
+                logger.warning(
+                    "%s cannot be written (%s); the run continues and keeps the lines until they can be written",
+                    *(self.path, error.strerror or error),
+                )
             self._failing = True
         else:
             if self._failing:

@@ -36,10 +36,13 @@ class JobResult:
 
     @property
     def reason(self) -> str:
-        """The last line of output of a failed job."""
+        """The last line of a failed job's output that begins with "error", or else its last line."""
         text = Path(self.log).read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
+        return next(
+            (line for line in reversed(lines) if line.startswith(("error: ", "error on rank "))),
+            (lines or ["it printed nothing"])[-1],
+        )
 
 
 def results(logs: Path) -> list[JobResult]:

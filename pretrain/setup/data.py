@@ -86,7 +86,7 @@ def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractC
         A function that opens the data on a process of the run.
 
     Raises:
-        ValueError, OSError: with the wrong key or file, and the fix.
+        ValueError, OSError: a setting or a file is wrong; the message names it, and the fix.
     """
     if config.data.on_the_fly:
         prepared = check_run(config, world_size)
@@ -121,7 +121,7 @@ def ready(config: Config, world_size: int) -> PreparedDataset:
     """Check everything that needs no compute, and prepare the data.
 
     Raises:
-        ValueError, OSError: with the wrong key or file, and the fix.
+        ValueError, OSError: a setting or a file is wrong; the message names it, and the fix.
     """
     prepared = check_run(config, world_size) or prepare(data_settings(config))
     check_tokenizer(config, prepared.tokenizer)
@@ -150,7 +150,7 @@ def check_run(config: Config, world_size: int) -> PreparedDataset | None:
         The data of a resumed run if its corpus is missing, see ``find_trained_data``.
 
     Raises:
-        ValueError, OSError: with the wrong key or file, and the fix.
+        ValueError, OSError: a setting or a file is wrong; the message names it, and the fix.
     """
     state = state_to_resume(config)
     trained = find_trained_data(config, state) if state else None

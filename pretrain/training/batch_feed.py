@@ -20,12 +20,16 @@ from pretrain.setup.data import DataWait
 class BatchFeed:
     """The training and validation batches of one process.
 
-    ``batches`` are the training batches, ``ahead`` makes those of the next step in advance. Steps count from 0. Call
-    ``wait`` on every process before the methods that read a step, also those of ``batches``.
+    Steps count from 0. Before a step is read, by ``micro_batches`` or by a method of ``batches``, call ``wait`` with
+    this step on every process.
 
     Args:
-        data: prepared, or a ``StreamedDataset`` that grows during training.
-        stop: ends ``wait`` if it is set.
+        data: a prepared dataset, or a ``StreamedDataset``, which grows during training.
+        stop: if it is set on any process while ``wait`` waits, ``wait`` returns False on all processes.
+
+    Attributes:
+        batches: the training batches.
+        ahead: makes the micro-batches of the next step in a thread, while the current step is trained.
     """
 
     def __init__(self, config: Config, world: World, data: PreparedDataset, stop: StopRequest):

@@ -70,7 +70,7 @@ class Divergence:
 
 
 def rises(losses: list[float]) -> bool:
-    """Whether a line through ``losses`` rises by more than RISE, and by more than their scatter explains.
+    """Whether a line through ``losses`` rises by more than 0.2 nats, and by more than their scatter explains.
 
     It is the least-squares line. Its slope has the standard error sqrt(Σ residual² / (n − 2) / Σ (x − x̄)²).
     """

@@ -32,8 +32,9 @@ Verdict = Enum("Verdict", ["CONTINUE", "FAIL", "ROLL_BACK"])
 class Guards:
     """Judges every step of a run, and keeps all counters of failed steps.
 
-    ``skipped`` is the number of steps without an update, ``reason`` explains the verdict FAIL, and ``losses`` has the
-    latest losses, in nats per target. Checkpoints contain them, so a resumed run finds the same spikes.
+    ``skipped`` is the number of steps without an update, ``reason`` has a few lines that explain the verdict FAIL, and
+    ``losses`` has the latest losses, in nats per target. Checkpoints contain them, so a resumed run finds the same
+    spikes.
 
     Args:
         rollbacks: steps whose batches are skipped, see ``CheckpointManager``.
@@ -73,8 +74,8 @@ class Guards:
                 are noticed in a later call. With ``train.spike_factor``, every call computes them.
 
         Returns:
-            CONTINUE; FAIL if the run must end, see ``reason``; ROLL_BACK if the run must return to the newest
-            checkpoint and skip the batch of ``step``.
+            The ``Verdict``: CONTINUE; FAIL if the run must end, see ``reason``; ROLL_BACK if the run must return to the
+            newest checkpoint and skip the batch of ``step``.
         """
         if result.skipped:
             return self._skip(step)
@@ -98,8 +99,8 @@ class Guards:
         if self._skipped_in_a_row <= MOST_SKIPPED_IN_A_ROW:
             return Verdict.CONTINUE
         self.reason = (
-            f"{self._skipped_in_a_row} steps in a row, up to step {step}, have a loss or gradient that is not finite: "
-            f"lower optim.lr or optim.linear_lr; {self._file} lists their documents"
+            f"{self._skipped_in_a_row} steps in a row, up to step {step}, have a loss or gradient that is not finite; "
+            f"lower optim.lr or optim.linear_lr\n{self._file} lists the documents of their batches"
         )
         return Verdict.FAIL
 
@@ -110,9 +111,9 @@ class Guards:
         )
         since = f", not finite since step {first}" if first < step else ""
         self.reason = (
-            f"the training loss is {numbers.loss} and the gradient's norm {numbers.grad_norm} at step {step}{since}: "
-            f"lower optim.lr or optim.linear_lr, or set train.non_finite=skip; the batch of step {first} has "
-            f"{_in_short(documents)}, see {self._file} for all of its documents"
+            f"the training loss is {numbers.loss} and the gradient's norm {numbers.grad_norm} at step {step}{since}; "
+            f"lower optim.lr or optim.linear_lr, or set train.non_finite=skip\n"
+            f"the batch of step {first} has {_in_short(documents)}; {self._file} lists all of its documents"
         )
         return Verdict.FAIL
 

@@ -43,7 +43,7 @@ def choose_initial_rows(
 
 
 class _Progress:
-    """A forward hook that logs the number of micro-batches done, out of ``total``, every LOG_SECONDS."""
+    """A forward hook that logs the number of micro-batches done, out of ``total``, every ten seconds."""
 
     def __init__(self, total: int):
         self.total, self.seen, self.logged = total, 0, time.monotonic()

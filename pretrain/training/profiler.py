@@ -16,7 +16,7 @@ EVENTS = 100_000  # maximum number of allocator events to keep
 
 
 class StepProfile:
-    """A context that records ``steps`` training steps after the first SETTLING. Call ``step`` after each step.
+    """A context that records ``steps`` training steps after the first three. Call ``step`` after each step.
 
     folder/trace.json.gz  operations and kernels over time, on the CPU and the GPU
     folder/memory.pickle  on a GPU: every allocation and the line of code that made it

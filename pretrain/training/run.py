@@ -45,8 +45,8 @@ def train_to_end(config: Config, world: World, data: PreparedDataset, stop: Stop
     """Train, and restart from a checkpoint after each rollback. Returns False if a signal stopped the run."""
     folder = RunFolder(config)
     require_same_setting(config, data, world)
-    if world.broadcast_object(folder.is_finished(config.train.steps)):
-        folder.log_finished(config.train.steps)
+    if (step := world.broadcast_object(folder.finished_step(config.train.steps))) is not None:
+        folder.log_finished(step)
         return True
     with folder.locked() if world.is_main else nullcontext():
         while (outcome := _train_once(config, world, data, folder, stop)) is Outcome.ROLLED_BACK:

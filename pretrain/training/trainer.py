@@ -86,10 +86,13 @@ class Trainer:
         """Train to the last step.
 
         Returns:
-            FINISHED; STOPPED after a signal; ROLLED_BACK if a new Trainer must continue from the newest checkpoint.
+            The ``Outcome``: FINISHED; STOPPED after a signal; ROLLED_BACK if a new Trainer must continue from the
+            newest checkpoint.
 
         Raises:
-            FloatingPointError, OSError, ValueError: a loss is not finite, or the disk or the data failed.
+            FloatingPointError: a loss, or a tensor to be saved, is not finite.
+            OSError: the disk failed.
+            ValueError: a data file cannot be read, or the preparation of the data failed.
         """
         self.watch.begin()
         self.stop_request.step = self.step + 1
@@ -125,7 +128,7 @@ class Trainer:
                 if verdict is Verdict.FAIL:
                     self.checkpoints.wait()
                     newest = self.folder.latest_checkpoint or "none"
-                    raise FloatingPointError(f"{self.guards.reason}; the newest checkpoint is {newest}")
+                    raise FloatingPointError(f"{self.guards.reason}\nthe newest checkpoint: {newest}")
                 # 4. Log it.
                 self.log.advance(self.step)
                 if logs:

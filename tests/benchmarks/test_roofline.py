@@ -2,7 +2,16 @@
 
 import pytest
 
-from benchmarks.roofline import Machine, Work, fitted, predict, step_seconds, work_of
+from benchmarks import plain
+from benchmarks.roofline import Machine, Work, fitted, predict, show, step_seconds, work_of
+
+
+def test_the_table_has_plain_numbers(capsys):
+    numbers = [1234567.8, 12345.6, 123.456, 0.0123456, 0.5, 2.0, 0.0, -9999.96]
+    show([{"tokens_per_s": number} for number in numbers], "a title")
+    shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert shown == ["1,234,568", "12,346", "123.5", "0.01235", "0.5", "2", "0", "-10,000"]
+    assert plain(1.5e-7) == "1.5e-07" and plain(float("inf")) == "inf"
 
 
 def test_sending_hides_behind_the_backward_except_what_comes_last():

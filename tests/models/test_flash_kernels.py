@@ -11,7 +11,7 @@ from torch.nn.attention import varlen as torch_varlen
 
 from models import flash_kernels
 from models.attention import attention, document_layout, resolve_backend
-from models.flash_kernels import FLASH, functions
+from models.flash_kernels import FLASH, functions, load_flash
 from tests.models.flash_attention import STAND_INS, install, signatures
 from tests.models.test_attention import qkv
 
@@ -138,9 +138,8 @@ def test_auto_takes_the_first_version_that_can_run(gpu, monkeypatch, installed, 
         assert resolve_backend("flash", CUDA, dtype, head_dim, documents=True) == taken
         assert resolve_backend("auto", CUDA, dtype, head_dim, documents=True) == taken
         return
-    with pytest.raises(
-        ValueError, match=r"^model\.attention=flash: flash-attn 3: .*; flash-attn 4: .*; flash-attn 2: "
-    ):
+    lines = ["", "  flash-attn 3: .*", "  flash-attn 4: .*", "  flash-attn 2: .*", "install a version .*"]
+    with pytest.raises(ValueError, match=r"^model\.attention=flash: no usable flash-attn" + "\n".join(lines) + "$"):
         resolve_backend("flash", CUDA, dtype, head_dim)
 
 
@@ -162,15 +161,15 @@ def test_packed_documents_without_flash_attn(gpu, monkeypatch, major, dtype, hea
 @pytest.mark.parametrize(
     "device, dtype, obstacle",
     [
-        (CPU, torch.bfloat16, "flash-attn needs a CUDA device, the tensors are on cpu"),
-        (CUDA, torch.float32, "flash-attn needs bfloat16 or float16, the tensors are torch.float32"),
+        (CPU, torch.bfloat16, "flash-attn needs a CUDA device, but the tensors are on cpu"),
+        (CUDA, torch.float32, "flash-attn needs bfloat16 or float16, but the tensors are float32"),
     ],
 )
 def test_where_flash_cannot_run_auto_takes_sdpa_and_flash_is_refused(gpu, monkeypatch, device, dtype, obstacle):
     install(monkeypatch, *FLASH)
     assert resolve_backend("auto", device, dtype, 64) == "sdpa"
     message = re.escape(f"model.attention=flash: {obstacle}; ")
-    with pytest.raises(ValueError, match=message + r".* model\.attention=auto or sdpa"):
+    with pytest.raises(ValueError, match=message + r"set model\.attention=auto or sdpa$"):
         resolve_backend("flash", device, dtype, 64)
 
 
@@ -218,17 +217,28 @@ def test_flash_attn_4_without_2_is_not_taken_for_2(packages, gpu):
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "flash-attn 4"
     gpu(8)
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "sdpa"
-    with pytest.raises(ValueError, match=r"flash-attn 2: not installed \(flash_attn has no flash_attn_func\)"):
+    with pytest.raises(ValueError, match=r"flash-attn 2: not installed\n"):
         resolve_backend("flash", CUDA, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize(
-    "cute", [EARLY, "import cutlass_that_is_not_installed", FUNCTIONS], ids=["early", "without cutlass", "no backward"]
+    "cute, reason",
+    [
+        (
+            EARLY,
+            "installed, but this version does not fit (flash_attn.cute.flash_attn_func does not take deterministic)",
+        ),
+        ("import cutlass_that_is_not_installed", "incomplete (No module named 'cutlass_that_is_not_installed')"),
+        ("", "installed, but this version does not fit (flash_attn.cute has no flash_attn_func)"),
+        (FUNCTIONS, "not installed"),
+    ],
+    ids=["early", "without cutlass", "empty", "no backward"],
 )
-def test_flash_attn_2_brings_a_cute_that_is_not_4(packages, gpu, caplog, cute):
+def test_flash_attn_2_brings_a_cute_that_is_not_4(packages, gpu, caplog, cute, reason):
     packages(flash_attn=FUNCTIONS, flash_attn__cute=cute)
     assert resolve_backend("auto", CUDA, torch.bfloat16, 64) == "flash-attn 2"
     assert caplog.messages == []
+    assert reason in load_flash("flash-attn 4")
 
 
 def test_a_broken_flash_attn_is_reported_once_and_skipped(packages, gpu, caplog):
@@ -242,7 +252,7 @@ def test_a_broken_flash_attn_is_reported_once_and_skipped(packages, gpu, caplog)
 
 
 def test_a_missing_flash_attn_is_an_obstacle(packages, gpu):
-    with pytest.raises(ValueError, match=r"flash-attn 3: not installed \(No module named 'flash_attn_interface'\)"):
+    with pytest.raises(ValueError, match=r"flash-attn 3: not installed\n  flash-attn 4: not installed\n"):
         resolve_backend("flash", CUDA, torch.bfloat16, 64)
 
 

@@ -84,7 +84,7 @@ def settings(folder, tokenizer, root="prepared"):
 
 
 def fails(own):
-    said = rf"{BROKEN}\.json\.gz cannot be read after line \d+ .* or remove the file: .*\.tmp has the tokens of"
+    said = rf"{BROKEN}\.json\.gz cannot be read after line \d+ .*, or remove that file\n.*\.tmp keeps the tokens of"
     with pytest.raises(ValueError, match=said):
         prepare(own)
 

@@ -195,7 +195,7 @@ def test_a_broken_line_of_instructions_is_named_with_its_reason(tmp_path):
             source="instructions", paths=[str(tmp_path / "a.jsonl")], tokenizer=str(tmp_path / "t.model"),
             vocab_size=280, root=str(tmp_path / "prepared"),
         )  # fmt: skip
-        with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: is {problem}.*; fix that line"):
+        with pytest.raises(ValueError, match=rf"line 2 of .*a\.jsonl is {problem}.*; fix that line"):
             prepare(settings)
     (tmp_path / "a.jsonl").rename(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"data\.paths: data=instructions reads JSON lines, .*; convert .*a\.parquet"):

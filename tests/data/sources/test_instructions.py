@@ -84,7 +84,7 @@ def test_what_is_too_long_is_cut_and_what_teaches_nothing_is_counted(prepared, c
 def test_a_line_that_is_no_pair_is_refused_by_number(corpus, tmp_path, line):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(
-        ValueError, match=r"bad\.jsonl, line 2: is not a JSON object with the texts prompt and response"
+        ValueError, match=r"line 2 of .*bad\.jsonl is not a JSON object with the texts prompt and response"
     ):
         prepare(DataSettings(**{**corpus, "paths": [str(tmp_path)]}))
 

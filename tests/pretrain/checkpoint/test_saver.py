@@ -36,10 +36,14 @@ def test_a_step_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     saving = Saver(tmp_path, ALONE)
-    saving.save(1, {"model.weight": torch.tensor([1.0, float("inf")])}, {"step": 1})
-    with pytest.raises(FloatingPointError, match=r"step-00000001 is not saved: model.weight is not finite"):
+    for step, then in ((1, "it starts from the beginning"), (3, "it resumes from step-00000002")):
+        saving.save(step, {"model.weight": torch.tensor([1.0, float("inf")])}, {"step": step})
+        reason = f"step-{step:08d} is not saved, because model.weight is not finite; .* again: {then}$"
+        with pytest.raises(FloatingPointError, match=reason):
+            saving.finish()
+        saving.save(2, {"model.weight": torch.ones(2)}, {"step": 2})
         saving.finish()
-    assert newest_good(tmp_path) == (None, [])
+    assert newest_good(tmp_path) == (path_of(tmp_path, 2), [])
 
 
 def test_what_fails_otherwise_in_a_save_ends_the_run(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_a_value_that_cannot_be_is_named_by_its_flag(module, arguments, message,
 
 @pytest.mark.parametrize("key", ["train.device", "device", "train.gpus"])
 def test_who_gives_a_device_is_told_how_devices_are_chosen(key):
-    with pytest.raises(ConfigError, match=f"{key}=cuda: devices are not a setting: .* CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(ConfigError, match=f"{key}=cuda: devices are not a setting, .* CUDA_VISIBLE_DEVICES=0"):
         load([f"{key}=cuda"])
 
 

@@ -72,7 +72,8 @@ def finished(tmp_path):
 @pytest.mark.parametrize(("command", "code"), [("train", 0), ("preflight", 86)])
 def test_a_finished_run_is_reported_before_torch_is_imported(root, finished, tmp_path, command, code):
     message = f"{tmp_path}/try is finished at step 2; raise train.steps or choose a new run.name"
-    assert run(root, f"pretrain.{command}", *finished) == (code, "", [message, "without torch"])
+    for fewer in ((), ("train.steps=1",)):
+        assert run(root, f"pretrain.{command}", *finished, *fewer) == (code, "", [message, "without torch"])
     code, _, err = run(root, f"pretrain.{command}", *finished, "train.seed=1")
     assert (code, err[-2:]) == (2, ["train.seed was 0, is now 1", "without torch"])
 

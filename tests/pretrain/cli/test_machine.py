@@ -10,7 +10,7 @@ import torch
 
 from pretrain.cli.machine import OLDEST_TORCH, main, require_torch, require_usable_gpus
 
-ON_THE_CPU = "to train on the CPU instead, set CUDA_VISIBLE_DEVICES= (empty)"
+ON_THE_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_supported_torches_are_taken(version):
 
 @pytest.mark.parametrize("version", ["2", "1.13.1", "2.9.1+cu128", "2.10.0"])
 def test_an_older_torch_is_refused(version):
-    with pytest.raises(ValueError, match=r"torch .* is too old; 2\.11 or newer is needed"):
+    with pytest.raises(ValueError, match=r"torch .* is too old, 2\.11 or newer is needed"):
         require_torch(version)
 
 
@@ -82,22 +82,22 @@ def test_the_torch_of_the_requirements_is_supported(root):
             "580.65.06",
             "a build without CUDA, can use none of the 2 GPUs that nvidia-smi lists (driver 580.65.06); ",
         ),
-        (None, "580.65.06", "; install a torch built for CUDA 13, see docs/setup.md;"),
-        (None, "560.35", "; install a torch built for CUDA 12, see docs/setup.md;"),
-        (None, "390.157", "; update the driver;"),
+        (None, "580.65.06", "; install a torch built for CUDA 13 (docs/setup.md), or "),
+        (None, "560.35", "; install a torch built for CUDA 12 (docs/setup.md), or "),
+        (None, "390.157", "; update the driver, or "),
         ("13.0", "535.104.05", ", built for CUDA 13.0, can use none of the 2 GPUs that"),
         (
             "13.0",
             "535.104.05",
-            "CUDA 13.0 needs driver 580 or newer: update the driver, or install a torch built for CUDA 12",
+            ", but CUDA 13.0 needs 580 or newer); update the driver, or install a torch built for CUDA 12 ",
         ),
         (
             "12.6",
             "470.57.02",
-            "CUDA 12.6 needs driver 525 or newer: update the driver, or install a torch built for CUDA 11",
+            ", but CUDA 12.6 needs 525 or newer); update the driver, or install a torch built for CUDA 11 ",
         ),
-        ("12.6", "535.104.05", "; CUDA says: CUDA driver initialization failed;"),
-        ("14.1", "600.1", "; CUDA says: CUDA driver initialization failed;"),
+        ("12.6", "535.104.05", ", error of CUDA: CUDA driver initialization failed); fix the cause of this error, or "),
+        ("14.1", "600.1", ", error of CUDA: CUDA driver initialization failed); fix the cause of this error, or "),
     ],
 )
 def test_gpus_that_torch_cannot_use_are_told_with_the_mend(nvidia_smi, cuda, built, driver, mend):
@@ -146,7 +146,7 @@ def test_an_nvidia_smi_that_counts_no_gpu_is_no_obstacle(nvidia_smi, cuda, print
 def test_a_driver_that_was_updated_under_a_running_machine_is_told(nvidia_smi, cuda):
     nvidia_smi("Failed to initialize NVML: Driver/library version mismatch", 18)
     cuda("13.0")
-    with pytest.raises(ValueError, match=rf"version mismatch; restart the machine; {re.escape(ON_THE_CPU)}$"):
+    with pytest.raises(ValueError, match=rf"version mismatch\); restart the machine, or {re.escape(ON_THE_CPU)}$"):
         require_usable_gpus()
 
 

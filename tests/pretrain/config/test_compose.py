@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from data.train_tokenizer import train_tokenizer
 from optim.inner import INNER_OPTIMIZERS, REQUIREMENTS
 from optim.schedule import warmup_updates
-from pretrain.config.compose import CONF, flat, load
+from pretrain.config.compose import CONF, compose, flat, load, to_config
 from pretrain.config.schema import Config, ConfigError, GrassConfig, OptimConfig
 from pretrain.setup.checks import check
 from pretrain.setup.data import ready
@@ -235,3 +236,26 @@ def test_the_default_rate_of_muon_falls_as_1_over_the_hidden_size_and_a_given_on
     assert load([f"optim={name}", "model.hidden_size=2048", "optim.linear_lr=1e-3"]).optim.linear_lr == 1e-3
     own = load([f"optim={name}", "model.hidden_size=512", "optim.linear_lr=${by_width:1e-3,2048}"])
     assert own.optim.linear_lr == 4e-3
+
+
+@pytest.mark.parametrize(
+    "given", [":abc,128", ":6e-3", ":", ":1,2,3", ":null,128", ":true,128", ":6e-3,[1]", ":6e-3,0"]
+)
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_a_wrong_use_of_by_width_is_reported_with_the_key_and_the_correct_form(given, quote):
+    override = f"optim.linear_lr={quote}${{by_width{given}}}{quote}"
+    with pytest.raises(ConfigError) as error:
+        load(["train.steps=9", override])
+    assert str(error.value) == (
+        f"{override}: by_width needs two numbers, a rate and the hidden size at which it holds; "
+        "write it like 'optim.linear_lr=${by_width:6.0e-3,128}'"
+    )
+
+
+def test_a_wrong_use_of_by_width_in_a_file_is_reported_with_the_key_and_the_value():
+    config = compose([])
+    config.optim.lr = "${by_width:6e-3}"
+    with pytest.raises(
+        InterpolationResolutionError, match=r"optim\.lr=\${by_width:6e-3}: by_width needs two numbers, "
+    ):
+        to_config(config)

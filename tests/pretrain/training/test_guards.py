@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_and_its_docu
     (line,) = lines_of(folder.bad_batches_file)
     assert line["step"] == 5 and line["what"].startswith("stopped") and line["loss"] == "nan"
     assert line["documents"] and all(name.endswith(".py") for name in line["documents"])
-    assert line["documents"][0] in str(error.value) and "the newest checkpoint is" in str(error.value)
+    assert line["documents"][0] in str(error.value) and "the newest checkpoint: " in str(error.value)
     assert newest_good(folder.checkpoints)[0].name == "step-00000004"
 
 
