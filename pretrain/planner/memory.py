@@ -148,8 +148,9 @@ def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> Non
     if found.max_micro_batch_size and (size := _smaller_micro_batch(config, found.max_micro_batch_size)):
         fix = f"set train.micro_batch_size={size}"
     raise ConfigError(
-        f"the run needs {needed_bytes(config, peak) / GIB:.2f} GiB, {components[blamed] / GIB:.2f} of them for the "
-        f"{blamed.replace('_', ' ')}, but estimate.device_memory_gib={config.estimate.device_memory_gib:g}; {fix}"
+        f"the run does not fit in estimate.device_memory_gib={config.estimate.device_memory_gib:g}: it needs "
+        f"{needed_bytes(config, peak) / GIB:.2f} GiB, {components[blamed] / GIB:.2f} of them for the "
+        f"{blamed.replace('_', ' ')}; {fix}"
     )
 
 

@@ -227,9 +227,9 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=llama_1b", "estimate.device_memory_gib=4"], r"4\.99 of them for the weights, but .*=4; .*bfloat16"),
+        (["model=llama_1b", "estimate.device_memory_gib=4"], r"device_memory_gib=4: .* 4\.99 of them for the weights; .*bfloat16"),
         (["model=llama_130m", "optim=adamw", "train.micro_batch_size=1", "train.seq_len=64",
-          "estimate.device_memory_gib=2"], "for the optimizer state, but .*; .*optim=grass, optim.embedding_inner="),
+          "estimate.device_memory_gib=2"], "of them for the optimizer state; .*optim=grass, optim.embedding_inner="),
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
         (["model.attention=flash"], "flash-attn needs a CUDA device"),
         (["estimate.devices=0"], "estimate.devices=0 must be at least 1"),
@@ -248,7 +248,7 @@ def test_what_cannot_be_is_refused_with_its_cause_and_mend(overrides, message, c
 def test_the_micro_batch_that_is_advised_divides_the_step_and_fits():
     """Though a run that accumulates holds its gradients besides: what fits without is 17 sequences of the 64."""
     base = ["model.num_hidden_layers=1", "train.seq_len=1024", "train.tokens_per_step=65536", "estimate.context_gib=0"]
-    with pytest.raises(ConfigError, match=r"of them for the activations, but .*; set train.micro_batch_size=16$"):
+    with pytest.raises(ConfigError, match=r"of them for the activations; set train.micro_batch_size=16$"):
         run(load([*base, "estimate.device_memory_gib=1.3"]))
     run(load([*base, "estimate.device_memory_gib=1.3", "train.micro_batch_size=16"]))
 
@@ -258,7 +258,7 @@ def test_where_only_a_refresh_does_not_fit_the_message_names_the_sketch():
     found, _ = estimate(tiny(*wide))
     between = (found.peak_bytes + found.refresh_peak_bytes) / 2 / GIB
     exact = ["estimate.context_gib=0", "estimate.allocator_overhead=0", f"estimate.device_memory_gib={between}"]
-    with pytest.raises(ConfigError, match=r"of them for the sketch, but .*; try a smaller optim.sketch_width"):
+    with pytest.raises(ConfigError, match=r"of them for the sketch; try a smaller optim.sketch_width"):
         run(tiny(*wide, *exact))
 
 
