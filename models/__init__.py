@@ -1,1 +1,1 @@
-"""The networks: plain `nn.Module`s with keyword arguments, without I/O and config objects."""
+"""LLaMA and the layers of Grass: plain PyTorch modules and functions that read no files and no configuration."""

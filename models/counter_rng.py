@@ -16,7 +16,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def key(seed: int, *name: str | int) -> int:
-    """A key in [0, 2**63) for the random tensor with the name ``name``, given in parts, in a run with ``seed``."""
+    """The key of a random tensor, in [0, 2**63): a hash of the run's ``seed`` and of the parts of the ``name``."""
     text = "\0".join(str(part) for part in (seed, *name))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -27,18 +27,24 @@ def _as_int64(number: int) -> int:
 
 
 def logical_shift_right(x: Tensor, bits: int) -> Tensor:
-    """Right shift of int64 that fills with zeros (torch's ``>>`` repeats the sign bit)."""
+    """Shift the int64 tensor ``x`` right by ``bits`` (1 … 63) and fill with zeros; ``>>`` would repeat the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
-    """64 random bits for every position (int64, any shape), as int64 of the same shape.
+    """64 random bits for every position, by splitmix64 (Steele, Lea, Flood 2014).
 
-    Splitmix64 (Steele, Lea, Flood 2014) at counter ``position`` of the stream that starts at ``key``: it mixes
-    (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. The second form prevents a compiler from
-    multiplying an index ``position`` by γ: Inductor would do so in 32 bits for a GPU, which Triton refuses, and with
-    wrong results in some vectorised loops for a CPU. In compiled code, this works only if the key is a tensor.
+    Args:
+        key: names the random tensor: an int, or int64 in a shape that broadcasts to ``position``. Compiled code needs a
+            tensor.
+        position: int64, any shape.
+
+    Returns:
+        int64, in the shape of ``position``.
     """
+    # Splitmix64 mixes (position + 1) γ + key, which modulo 2**64 is (position + 1 + key / γ) γ. The second form stops a
+    # compiler from multiplying an index ``position`` by γ: Inductor would do so in 32 bits for a GPU, which Triton
+    # refuses, and with wrong results in some vectorised loops for a CPU.
     start = key * _INVERSE + 1
     z = (position + (start if isinstance(start, Tensor) else _as_int64(start))) * _GAMMA
     z = (z ^ logical_shift_right(z, 30)) * _MIX_1
@@ -47,12 +53,15 @@ def random_bits(key: Tensor | int, position: Tensor) -> Tensor:
 
 
 def random_unit(key: Tensor | int, position: Tensor) -> Tensor:
-    """A number in [0, 1) for every position (int64, any shape), as float32 of the same shape."""
+    """As ``random_bits``, but a uniform random number in [0, 1) for every position, in float32."""
     return logical_shift_right(random_bits(key, position), 40).float() * 2.0**-24
 
 
 def random_signs(key: Tensor | int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """A (rows, columns) matrix of ±1 with the dtype and device of ``like``."""
+    """A (rows, columns) matrix of random signs, +1 or -1, with the dtype and device of ``like``.
+
+    ``key`` names the random matrix: an int, or an int64 scalar tensor on that device.
+    """
     position = torch.arange(rows * columns, device=like.device)
     sign_bit = logical_shift_right(random_bits(key, position), 63)
     return (1 - 2 * sign_bit).to(like.dtype).view(rows, columns)

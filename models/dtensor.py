@@ -1,4 +1,4 @@
-"""Sharded tensors (torch's DTensor, as in FSDP2): the local part, its position, sums over the parts, and means.
+"""Sharded tensors (torch's DTensor, as in FSDP2): the local part, its position, and sums over processes.
 
 Functions of a sharded tensor also accept an ordinary tensor, which is treated as a tensor with a single part.
 """
@@ -13,12 +13,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` on this process: a view, not a copy."""
+    """The part of ``tensor`` on this process, as a view; for an ordinary tensor, the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:
-    """The position of the local part in the complete tensor: one slice per dimension."""
+    """The position of this process's part in the complete ``tensor``: one slice per dimension."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -27,15 +27,20 @@ def place(tensor: Tensor) -> tuple[slice, ...]:
 
 @torch.no_grad()
 def copy_local_part(tensor: Tensor, full: Tensor) -> None:
-    """Copy the local part of ``tensor`` from ``full`` (the complete tensor, on any device)."""
+    """Fill this process's part of ``tensor`` from the complete tensor ``full``, which may have any device and dtype."""
     local(tensor).copy_(full[place(tensor)])
 
 
 def sum_parts(values: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
-    """Sum ``values`` element by element over the processes that hold the parts of ``tensor``, in place.
+    """Sum ``values`` element by element over the processes that hold different parts of ``tensor``.
 
     Args:
+        values: of the same shape on all processes; changed in place.
+        tensor: determines the processes. If it is not sharded, ``values`` stay unchanged.
         dim: sum only over parts that divide this dimension of ``tensor``; None: over all parts.
+
+    Returns:
+        ``values``.
     """
     if isinstance(tensor, DTensor):
         for mesh_dim, placement in enumerate(tensor.placements):
@@ -45,13 +50,14 @@ def sum_parts(values: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
 
 
 def mean_over_processes(tensors: list[Tensor], power: int = 1) -> None:
-    """Replace ordinary ``tensors`` by their sums over all processes, divided by (number of processes) ** ``power``.
+    """Sum ``tensors`` over all processes in place, and divide by (number of processes) ** ``power``.
 
-    One collective for all. Call it on every process, with tensors of the same sizes.
+    The tensors are not sharded. One collective serves all. Call it on every process, with tensors of the same sizes.
 
     Args:
         tensors: at least one; on one device.
-        power: 1 for means; 2 for squares of a mean, if the terms are squared norms of the parts of a sum.
+        power: 1 for means. 2 for squared norms: the result is then the sum over processes p of ‖G_p / processes‖², if
+            the tensors are ‖G_p‖².
     """
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
@@ -61,10 +67,13 @@ def mean_over_processes(tensors: list[Tensor], power: int = 1) -> None:
 
 
 def zeros_divided_like(tensor: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros of ``size`` on the device of ``tensor``, sharded like ``tensor`` in every dimension of equal size.
+    """Zeros of ``size`` and ``dtype`` on the device of ``tensor``, sharded like ``tensor`` where the sizes are equal.
 
     Args:
         size: has as many entries as ``tensor`` has dimensions. A dimension in which the sizes differ is not sharded.
+
+    Returns:
+        A DTensor if any dimension is sharded, otherwise an ordinary tensor.
     """
     if isinstance(tensor, DTensor):
         placements = [

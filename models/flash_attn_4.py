@@ -70,7 +70,10 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 def rows(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, deterministic: bool) -> Tensor:
-    """`flash_attn_func` of flash-attn 4. Returns only the output (b, t, heads, head_dim)."""
+    """`flash_attn_func` of flash-attn 4, for sequences of equal length. Arguments as there, but `causal` must be True.
+
+    Returns only the output (b, t, heads, head_dim).
+    """
     assert causal
     return torch.ops.flash_attn_4.forward(q, k, v, None, 0, deterministic)[0]
 
@@ -79,9 +82,10 @@ def documents(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    """`flash_attn_varlen_func` of flash-attn 4, for queries and keys of the same lengths.
+    """`flash_attn_varlen_func` of flash-attn 4, for documents that are stored one after another.
 
-    Returns only the output (tokens, heads, head_dim).
+    Arguments as there, but `causal` must be True, and the lengths must be the same for queries and keys (for
+    `cu_seqlens_q` and `cu_seqlens_k` one tensor). Returns only the output (tokens, heads, head_dim).
     """
     assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
     return torch.ops.flash_attn_4.forward(q, k, v, cu_seqlens_q, max_seqlen_q, deterministic)[0]

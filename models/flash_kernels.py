@@ -1,6 +1,7 @@
 """Attention kernels other than torch's SDPA: flash-attn 2, 3 and 4, and torch's kernel for packed documents.
 
-Each has two functions with flash-attn's signatures: for rows of equal length, and for packed documents.
+flash-attn has two functions: one for rows, sequences of equal length, and one for packed documents, sequences of any
+length that are stored one after another. torch's kernel gets the signature of the second.
 """
 
 import importlib
@@ -17,17 +18,25 @@ log = logging.getLogger(__name__)
 
 
 class KernelUnavailable(Exception):
-    """The functions are not installed, or their version does not fit."""
+    """A version of flash-attn is not installed, or lacks a function or an argument that is used here."""
 
 
 class Kernels(NamedTuple):
-    """The module and the limits of some kernels. All of them need half precision and a GPU."""
+    """A package with attention kernels, and the GPUs and head sizes that they support.
+
+    Attributes:
+        module: the Python module with the functions.
+        majors: supported major versions of the GPU's compute capability.
+        head_dim: the largest head size.
+        head_dim_of: the head size must be a multiple of this number.
+        operators: torch operators (rows, documents) that wrap the module's functions; None if none are needed.
+    """
 
     module: str
-    majors: Container[int]  # major versions of the GPU's compute capability
-    head_dim: int  # the largest head size
-    head_dim_of: int  # the head size must be a multiple of this
-    operators: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # wrappers, if the functions are not torch's
+    majors: Container[int]
+    head_dim: int
+    head_dim_of: int
+    operators: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 FLASH = {
@@ -56,9 +65,16 @@ reasons: dict[str, str] = {}
 
 
 def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str | None, list[str]]:
-    """The first version of flash-attn that is installed and can run, and no reasons.
+    """Load the first of flash-attn 3, 4 and 2 that is installed and can run.
 
-    Otherwise None, and the reason why no version can run: one line, or a line for each version.
+    Args:
+        device: the device of queries, keys and values.
+        dtype: their dtype.
+        head_dim: the number of features of an attention head.
+
+    Returns:
+        The version, such as "flash-attn 3", and an empty list. If no version can run, None and the reasons: one for all
+        versions, or one for each version.
     """
     if reason := needs(device, dtype):
         return None, [f"flash-attn {reason}"]
@@ -72,7 +88,7 @@ def choose_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> tup
 
 
 def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's kernel for packed documents can run; if so, it is loaded."""
+    """Whether torch's kernel for packed documents can run; if so, also load it. Arguments as for `choose_flash`."""
     if needs(device, dtype) or obstacle(VARLEN, device, head_dim):
         return False
     if not torch.backends.cuda.is_flash_attention_available():
@@ -82,7 +98,10 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool
 
 
 def needs(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not accept tensors of `dtype` on `device`; None if they do."""
+    """Why no kernel of this module accepts tensors of `dtype` on `device`; None if the kernels do.
+
+    All need a CUDA device, and bfloat16 or float16.
+    """
     if device.type != "cuda":
         return f"needs a CUDA device, but the tensors are on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -101,7 +120,11 @@ def obstacle(kernels: Kernels, device: torch.device, head_dim: int) -> str | Non
 
 
 def load_flash(version: str) -> str | None:
-    """Load a version of flash-attn into `functions`; returns the reason if that fails."""
+    """Load `version` of flash-attn, such as "flash-attn 3", into the dict `functions`, unless that was already tried.
+
+    Returns:
+        None, or the reason why the version cannot be loaded.
+    """
     if version not in functions and version not in reasons:
         try:
             functions[version] = _functions_of(FLASH[version])
@@ -148,7 +171,7 @@ def _find(module: str, name: str, arguments: set[str]) -> Callable[..., Any]:
 
 
 def load_varlen() -> None:
-    """Load torch's function for packed documents into `functions`, with flash-attn's signature."""
+    """Load torch's function for packed documents as `functions["varlen"]`, with flash-attn's signature."""
     if "varlen" in functions:
         return
     from torch.nn.attention.varlen import varlen_attn  # takes a second to import, and most runs do not use it

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, computed from the shapes: 2 per multiply-add, only matmuls."""
+"""Floating-point operations of a training step (only matmuls, 2 per multiply-add), the GPU's peak, parameter counts."""
 
 import re
 
@@ -17,10 +17,12 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float | None:
-    """The peak of ``device`` in FLOP/s for matmuls in ``dtype``, such as "bfloat16"; None if unknown.
+    """The peak of ``device`` in FLOP/s for matmuls in ``dtype``; None if unknown, as for every CPU.
 
     Args:
-        matmul_precision: as in torch.set_float32_matmul_precision; "highest" excludes TF32.
+        dtype: "bfloat16", or "float32" for the peak of TF32; None is returned for others.
+        matmul_precision: as in torch.set_float32_matmul_precision. "highest" excludes TF32, so for "float32" None is
+            returned.
     """
     if device.type != "cuda":
         return None
@@ -28,7 +30,7 @@ def peak_flops(device: torch.device, dtype: str, matmul_precision: str) -> float
 
 
 def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
-    """``peak_flops`` of a GPU by its name. For float32, it is the peak of TF32, if TF32 is allowed."""
+    """As ``peak_flops``, for a GPU with the ``name`` that torch reports, such as "NVIDIA H100 80GB HBM3"."""
     found = next((peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
     if found is None or (dtype, matmul_precision) == ("float32", "highest") or dtype not in ("bfloat16", "float32"):
         return None
@@ -36,12 +38,13 @@ def peak_of(name: str, dtype: str, matmul_precision: str) -> float | None:
 
 
 def flops_per_token(model: Llama, seq_len: int) -> int:
-    """FLOPs per token of a forward and backward over sequences of ``seq_len``, without recomputation and probes.
+    """FLOPs per token of a forward and backward over sequences of ``seq_len`` tokens.
 
     A linear layer costs 2·in·out each for the forward, the input gradient and the weight gradient. A GrassLinear
-    computes rank / selectable of the weight gradient; a frozen linear layer does not compute it. Both matmuls of
-    attention are counted over the complete square, as in appendix B of PaLM (arXiv 2204.02311) and in torch's
-    FlopCounterMode for unfused attention.
+    computes the share rank / selectable of the weight gradient, and a frozen linear layer computes none of it. Both
+    matmuls of attention are counted for all pairs of tokens, masked or not, as in appendix B of PaLM (arXiv 2204.02311)
+    and in torch's FlopCounterMode for unfused attention. Not counted are the recomputation of activation checkpointing
+    and the scores that Grass computes to choose rows.
     """
     total = 0
     for module in model.modules():
@@ -56,7 +59,10 @@ def flops_per_token(model: Llama, seq_len: int) -> int:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Numbers of elements: "parameters" of the architecture (without the copies in rows), and "trainable" ones."""
+    """The number of all weights ("parameters") and of trained elements ("trainable") of ``model``.
+
+    The ``rows`` of a GrassLinear are copies of weights: they are trainable, but not among the parameters.
+    """
     rows = sum(m.rows.numel() for m in model.modules() if isinstance(m, GrassLinear))
     return {
         "parameters": sum(p.numel() for p in model.parameters()) - rows,

@@ -1,8 +1,8 @@
 """A frozen weight in 8 bits: an int8 code for each element, and a step size for each row (or column).
 
 An element is its code times the step size of its row (dim 0) or column (dim 1). Rows are always written completely, so
-every write chooses a new step size and clips nothing. Step sizes are powers of two: codes convert to bfloat16 without
-error, and a slightly changed row mostly gets its previous step size, so its rounding error is as small as its change.
+every write chooses a new step size and clips nothing. Step sizes are powers of two. So codes convert to bfloat16
+without error, and a row that changes slightly mostly keeps its step size: rounding then adds only a small error.
 """
 
 import torch
@@ -19,9 +19,10 @@ def quantise(
     """Quantise ``x`` (…, m, n), rounding to the nearest code or stochastically.
 
     Args:
-        dim: 0 for a step per row, 1 for a step per column.
-        key: seeds the random numbers of stochastic rounding, which is unbiased (its mean is x). None: round to nearest.
-        position: int64, in the shape of ``x``, needed with a ``key``: each element's position in the random stream.
+        dim: 0 for a step size per row, 1 for a step size per column.
+        key: None to round to nearest. A key (see models.counter_rng) to round up or down at random, so that the mean of
+            the result is ``x``: an int, or int64 in a shape that broadcasts to ``x``.
+        position: needed with a ``key``: int64, in the shape of ``x``: each element's position in the random tensor.
 
     Returns:
         Codes, int8 (…, m, n), and step sizes, float32 (…, m) for dim 0 and (…, n) for dim 1. The step size of a row
@@ -42,10 +43,20 @@ def quantise(
 
 
 def dequantise(codes: Tensor, step: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The weight (m, n) in ``dtype``, exact in bfloat16 and wider, from codes (m, n) and steps (m,) or (n,)."""
+    """The weight (m, n) in ``dtype``, exact in bfloat16 and wider dtypes.
+
+    Args:
+        codes: int8 (m, n).
+        step: float32 step sizes, (m,) of the rows for ``dim`` 0, (n,) of the columns for ``dim`` 1.
+    """
     return codes.to(dtype).mul_(step.to(dtype).unsqueeze(1 - dim))
 
 
 def full_weight(codes: Tensor, step: Tensor, rows: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The weight (m, n) in ``dtype`` with ``rows`` at ``index`` (r,): (r, n) for dim 0, (m, r) for dim 1."""
+    """As ``dequantise``, but with ``rows`` in the place of the rows (or for ``dim`` 1 columns) ``index``.
+
+    Args:
+        rows: (r, n) for ``dim`` 0, (m, r) for ``dim`` 1, any dtype.
+        index: (r,) int64.
+    """
     return dequantise(codes, step, dim, dtype).index_copy_(dim, index, rows.to(dtype))

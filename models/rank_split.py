@@ -8,15 +8,18 @@ TENSOR_CORE = 8  # numbers of rows are multiples of it, so that the matmuls of a
 def weighted_shares(
     shares: Mapping[str, float], sizes: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """Shares in proportion to ``weights``, at most 1, with the same total of trained elements as ``shares``.
+    """Divide the trained elements of all layers again, so that each layer's share is in proportion to its weight.
 
     A layer whose share would exceed 1 is trained completely. The other layers divide the rest in proportion to their
     weights.
 
     Args:
-        shares: by layer, 0 < share ≤ 1.
-        sizes: by layer the number of elements of its weight.
-        weights: by layer, above 0.
+        shares: by layer, the part of its elements that it trained before, 0 < share ≤ 1.
+        sizes: by layer, the number of its elements.
+        weights: by layer, a number above 0.
+
+    Returns:
+        The new shares by layer, with the same total of trained elements.
     """
     left = sum(shares[name] * sizes[name] for name in shares)
     found: dict[str, float] = {}
@@ -35,14 +38,17 @@ def weighted_shares(
 def split_ranks(
     ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]], weights: Mapping[str, float]
 ) -> dict[str, int]:
-    """Ranks whose shares of the rows are in proportion to ``weights``, with about the same total as ``ranks``.
+    """Divide the trained rows (or columns) again among the layers: ``weighted_shares``, rounded to numbers of rows.
 
-    The total is the number of trained elements. Ranks of 8 or more are multiples of 8, or all rows of a layer.
+    The total of trained elements stays about the same.
 
     Args:
-        ranks: by layer.
-        sizes: by layer the number of its rows, and the number of elements of a row.
-        weights: by layer, above 0.
+        ranks: by layer, the number of rows that it trained before.
+        sizes: by layer, the number of all its rows, and the number of elements of a row.
+        weights: by layer, a number above 0.
+
+    Returns:
+        The new ranks by layer: 1 … 7, a multiple of 8, or all rows of the layer.
     """
     shares = {name: rank / sizes[name][0] for name, rank in ranks.items()}
     elements = {name: rows * length for name, (rows, length) in sizes.items()}

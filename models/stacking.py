@@ -1,8 +1,8 @@
 """The number of small matrices of one shape that are stacked and processed in one operation.
 
 On a GPU, kernel launches dominate the time of small matrices, so a stack is as large as memory for temporaries allows.
-On a CPU, a few matrices are enough. Their number is fixed there, so that the planner's simulation of a model with few
-blocks also holds for a model with many blocks.
+On a CPU, a few matrices are enough. Their number is fixed there, so that the memory planner (pretrain.planner) can
+extrapolate from models with few blocks.
 """
 
 import torch
@@ -12,7 +12,10 @@ ON_GPU = 2**24  # elements: 64 MiB in float32
 
 
 def stack_size(count: int, elements: int, device: torch.device) -> int:
-    """Matrices per stack, for ``count`` matrices of ``elements`` elements each; on a GPU, stacks are about equal."""
+    """The largest number of matrices to stack, if there are ``count`` of them with ``elements`` elements each.
+
+    4 on a CPU. On a GPU, stacks of about equal size with at most 2**24 elements, or one matrix, each.
+    """
     if device.type != "cuda":
         return ON_CPU
     most = max(1, ON_GPU // max(1, elements))

@@ -7,16 +7,16 @@ from models.counter_rng import logical_shift_right, random_bits
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, key: Tensor | int, position: Tensor) -> Tensor:
-    """Convert ``x`` to ``dtype``: to bfloat16 up or down at random, so that the mean is x; to others to nearest.
+    """Convert ``x`` to ``dtype``. To bfloat16, round up or down at random, so that the mean of the result is ``x``.
 
-    Adds a random 16-bit number to the lower half of a float32 and keeps the upper half, so that the nearer neighbour is
-    more likely.
-    Non-finite values stay non-finite.
+    A random 16-bit number is added to the lower half of each float32, and the upper half is kept, so the nearer
+    neighbour is more likely. Other dtypes are rounded to nearest. Non-finite values stay non-finite.
 
     Args:
         x: floating point, any shape.
-        key: the key of the random numbers, see models.counter_rng.
-        position: int64, in the shape of ``x``: each element's position in the random stream.
+        dtype: the dtype of the result; if it is that of ``x``, ``x`` is returned.
+        key: names a random tensor, see models.counter_rng: an int, or int64 in a shape that broadcasts to ``x``.
+        position: int64, in the shape of ``x``: each element's position in the random tensor.
     """
     if dtype != torch.bfloat16 or x.dtype == dtype:
         return x.to(dtype)

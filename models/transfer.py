@@ -5,7 +5,10 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; to a GPU through pinned memory, because a copy from pageable memory waits."""
+    """Copy ``tensor`` from host memory to ``device``, unless it is there already.
+
+    Copies to a GPU go through pinned memory, because a copy from pageable memory waits for the GPU.
+    """
     if tensor.device == device:
         return tensor
     if device.type != "cuda":
