@@ -2,7 +2,7 @@
 
 none           all activations
 full           only its input; the block runs again in the backward
-every:N        every N-th block as "full", the other blocks as "none"
+every:N        the first of every N blocks as "full", the other blocks as "none"
 selective      the results of matmuls and attention; everything else is recomputed
 """
 
@@ -30,10 +30,13 @@ ATTENTION_NAMESPACES = ("flash_attn", "flash_attn_3", "flash_attn_4", "torch_att
 
 
 def parse(mode: str) -> tuple[str, int]:
-    """("none" | "full" | "selective", N) from ``train.checkpointing``; the mode applies to every N-th block.
+    """Split a value of ``train.checkpointing`` into the mode of a block and the N of "every:N".
+
+    Returns:
+        ("full", N) for "every:N"; (mode, 1) for "none", "full" and "selective".
 
     Raises:
-        ValueError: any other mode.
+        ValueError: any other value.
     """
     name, _, every = mode.partition(":")
     if name == "every" and every.isdecimal() and int(every) > 0:
@@ -44,7 +47,15 @@ def parse(mode: str) -> tuple[str, int]:
 
 
 def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
-    """Set the attribute `checkpointing` of each block from the mode ``train.checkpointing``."""
+    """Set the attribute `checkpointing` of each block.
+
+    Args:
+        blocks: in model order.
+        mode: "none", "full", "selective", or "every:N": "full" for the first of every N blocks, "none" for the others.
+
+    Raises:
+        ValueError: any other mode.
+    """
     name, every = parse(mode)
     for number, block in enumerate(blocks):
         block.checkpointing = name if number % every == 0 else "none"
@@ -52,7 +63,7 @@ def checkpoint_blocks(blocks: Iterable[Any], mode: str) -> None:
 
 @contextmanager
 def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
-    """A context in which every block has mode "full", independent of its own mode."""
+    """A context in which every block has mode "full". At its end, every block gets back its own mode."""
     blocks = list(blocks)
     modes = [block.checkpointing for block in blocks]
     lean = [module for block in blocks for module in block.modules() if getattr(module, "lean", False)]
@@ -69,9 +80,9 @@ def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
 
 
 def run(mode: str, function: Callable[..., Tensor], *inputs) -> Tensor:
-    """`function(*inputs)`, checkpointed as "none", "full" or "selective". Compiles together with its caller.
+    """Call `function(*inputs)`, and keep for its backward what `mode` says: "none", "full" or "selective".
 
-    Gradients are bit-identical in all modes. Recomputation affects only saved tensors; each gradient is computed once.
+    Compiles together with its caller. Gradients are bit-identical in all modes. `function` must not use random numbers.
     """
     if mode == "none":
         return function(*inputs)

@@ -22,14 +22,16 @@ log = logging.getLogger(__name__)
 def resolve_backend(
     requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool = False
 ) -> str:
-    """The backend for tensors of `dtype` on `device`.
-
-    "auto" is the first version of flash-attn that is installed and can run. Otherwise it is torch's varlen kernel for
-    packed documents, if that can run, and else SDPA. "sdpa" is always SDPA.
+    """Choose the attention backend for tensors of `dtype` on `device`, and load its functions.
 
     Args:
-        requested: "auto", "sdpa" or "flash".
-        documents: whether attention is limited to packed documents.
+        requested: "sdpa"; "flash" for the first of flash-attn 3, 4 and 2 that is installed and can run; or "auto": the
+            same version of flash-attn, else torch's varlen kernel if it can run and `documents` is true, else "sdpa".
+        head_dim: the number of features of an attention head.
+        documents: whether tokens attend only to their own document.
+
+    Returns:
+        "sdpa", "varlen" or a version such as "flash-attn 3".
 
     Raises:
         ValueError: an unknown name, or "flash" if no version of flash-attn can run.
@@ -63,9 +65,9 @@ WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 
 def log_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Tensor | None) -> None:
-    """Log the attention kernel of blocks on x (b, t, hidden), once for each kind of call.
+    """Log which kernel computes the attention of a block with input x (b, t, hidden). Each kernel is logged once.
 
-    For SDPA, this is the kernel that torch chooses for these tensors among the enabled kernels.
+    For the backend "sdpa", it is the kernel that torch chooses. `layout` is from `document_layout`, or None.
     """
     call = (backend, x.device, x.dtype, head_dim, kv_heads, layout is None, torch.is_grad_enabled())
     # Fake tensors are of another type, and no kernel runs on them.
@@ -86,11 +88,15 @@ def log_kernel(backend: str, x: Tensor, head_dim: int, kv_heads: int, layout: Te
 def document_layout(documents: Tensor, backend: str, rows: int, tokens: int) -> Tensor:
     """The `layout` argument of `attention` that separates documents. Does not wait for the device.
 
-    For SDPA a mask, bool (rows, 1, tokens, tokens); for other backends `documents` unchanged.
-
     Args:
         documents: int32 (documents + 1,), the first token of each document, counted over all rows in order. Every row
             begins a document, and the last entry is rows · tokens.
+        backend: from `resolve_backend`.
+        rows: the number of rows of the batch.
+        tokens: the number of tokens per row.
+
+    Returns:
+        For "sdpa" a mask, bool (rows, 1, tokens, tokens); for other backends `documents` unchanged.
     """
     if backend == "sdpa":
         places = torch.arange(rows * tokens, dtype=torch.int32, device=documents.device)
@@ -109,7 +115,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str, layout: Tensor |
         k: (b, s, kv_heads, head_dim), like `v`. heads is a multiple of kv_heads: consecutive query heads share a
             key-value head.
         backend: from `resolve_backend`.
-        layout: from `document_layout`; a token then attends only to tokens of its own document.
+        layout: from `document_layout`: a token attends only to tokens of its own document, and s must be t. None: each
+            row is one document.
 
     Returns:
         (b, t, heads, head_dim) in the dtype of q.

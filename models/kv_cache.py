@@ -19,7 +19,11 @@ class KVCache:
         self._keys = self._values = torch.empty(0)
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the k and v (b, t, kv_heads, head_dim) of the next tokens; returns k and v of all tokens, as views."""
+        """Add the keys k and values v (b, t, kv_heads, head_dim) of the next t tokens.
+
+        Returns:
+            The keys and values (b, tokens, kv_heads, head_dim) of all tokens so far, as views of the cache.
+        """
         if not self.tokens:
             self._keys, self._values = (x.new_empty(x.shape[0], self.positions, *x.shape[2:]) for x in (k, v))
         first, self.tokens = self.tokens, self.tokens + k.shape[1]

@@ -23,9 +23,10 @@ from models.weights import fill_weight
 
 
 class RMSNorm(nn.Module):
-    """x / RMS(x) · weight over the last dimension, computed in float32 (float64 for float64), in the dtype of x.
+    """x / √(mean(x²) + eps) · weight over the last dimension, of `size` elements (Zhang & Sennrich, arXiv 1910.07467).
 
-    Zhang & Sennrich, arXiv 1910.07467. `lean`: recompute the norm in the backward instead of saving it.
+    Computed in float32 (for float64 in float64), with a result in the dtype of x. If the attribute `lean` is true, the
+    backward computes this result again instead of keeping it in memory.
     """
 
     def __init__(self, size: int, eps: float):
@@ -43,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with rotary positions, x (b, t, hidden) → (b, t, hidden).
+    """Causal attention with rotary positions, x (b, t, hidden) → (b, t, hidden). Other inputs are those of `Block`.
 
     `kv_heads` < `heads` means grouped-query attention (Ainslie et al., arXiv 2305.13245).
     """
@@ -71,7 +72,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)), x (b, t, hidden) → (b, t, hidden). Shazeer, arXiv 2002.05202.
 
-    `lean`: recompute silu(gate) · up in the backward instead of saving it.
+    If the attribute `lean` is true, the backward computes silu(gate) · up again instead of keeping it in memory.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int):
@@ -95,10 +96,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One layer, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share.
+    """One layer: attention and MLP, x (b, t, hidden) → (b, t, hidden). Compiles to one graph that all layers share.
 
-    `cos` and `sin` are from `rope_tables`; `backend` and `layout` are those of `models.attention.attention`.
-    `checkpointing` is set by `models.activation_checkpointing.checkpoint_blocks`.
+    The inputs `cos` and `sin` are from `rope_tables`; `backend` and `layout` are those of `models.attention.attention`;
+    `cache` has the keys and values of earlier tokens, if any. The attribute `checkpointing` is set by
+    `models.activation_checkpointing.checkpoint_blocks`.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, heads: int, kv_heads: int, eps: float):
@@ -130,17 +132,19 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """A LLaMA language model. Construction leaves torch's default weights: call `init_weights` next.
 
+    Arguments that are not listed here are those of Hugging Face's `LlamaConfig`.
+
     Args:
         num_key_value_heads: None for one per attention head.
-        rope_scaling: scales the positions, see `models.rope.scaled`.
-        attention: auto, sdpa or flash, see `models.attention`.
+        rope_scaling: scales the positions, see `models.rope.scaled`; None for no scaling.
+        attention: "auto", "sdpa" or "flash", see `models.attention.resolve_backend`.
 
     Attributes:
         loss_chunk_tokens: if set, the loss is computed for this number of tokens at a time, so that the logits of all
-            tokens never exist at once.
+            tokens never exist at once. None by default.
 
     Raises:
-        ValueError: impossible sizes; names every wrong key.
+        ValueError: an impossible size, `rope_scaling` or `attention`. The message names every problem.
     """
 
     def __init__(
@@ -203,18 +207,21 @@ class Llama(nn.Module):
 
         Args:
             input_ids: (b, t) int64.
-            targets: (b, t) int64, -100 for positions without a target.
+            targets: (b, t) int64, the token that follows each position; -100 for positions without a target.
             documents: int32 (documents + 1,): the first token of each document, counted over all rows, and b · t at the
                 end. Every row begins a document. A token attends only to its own document. Rotary positions continue
-                across documents; this changes nothing, because only differences of positions matter.
-            caches: one per layer; input_ids follow the tokens in the caches. Their keys and values are added.
+                across documents; this changes nothing, because only differences of positions matter. None: each row is
+                one document.
+            caches: one per layer, with the keys and values of the tokens before `input_ids`; those of `input_ids` are
+                added. Not together with `documents`.
 
         Returns:
             Logits in the model's dtype. With targets, the cross-entropy in nats summed over the targets, a scalar in
             float32 (float64 for a float64 model).
 
         Raises:
-            ValueError: more tokens than the model has positions, or attention="flash" cannot run.
+            ValueError: more tokens in a row, cached ones included, than `max_position_embeddings`; or attention="flash"
+                cannot run.
         """
         start = caches[0].tokens if caches else 0
         tokens = start + input_ids.shape[1]
@@ -240,16 +247,16 @@ class Llama(nn.Module):
         return cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
     def rope_tables(self, tokens: int, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """The `models.rope.rope_tables` of this model."""
+        """`models.rope.rope_tables` with the head size, theta and scaling of this model."""
         return rope_tables(tokens, self.head_dim, self.rope_theta, like, start, self.rope_scaling)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """LLaMA's initialisation: norms one, every other weight N(0, initializer_range²).
+        """LLaMA's initialisation: norm weights are 1, all other weights are drawn from N(0, initializer_range²).
 
-        Each weight depends only on (seed, name) and is drawn in float32 on the CPU. So it does not depend on the
-        device, sharding or other layers, and models in other dtypes get the rounded value. Parameters whose names do
-        not end in "weight" are not part of the architecture and stay unchanged.
+        Each weight depends only on `seed` and its name, not on the device, sharding or other layers. It is drawn in
+        float32 on the CPU and rounded to the model's dtype. The `rows` of a GrassLinear stay unchanged; call its
+        `reset` next.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -260,7 +267,10 @@ class Llama(nn.Module):
                 fill_weight(self, name, draw.mul_(self.initializer_range))
 
     def to_dtype(self, dtype: torch.dtype) -> "Llama":
-        """Cast the parameters in place. Norm weights are at least float32: above 1, bfloat16 has steps of 2⁻⁷."""
+        """Cast the parameters to `dtype` in place, and return the model.
+
+        Norm weights become at least float32: they are about 1, where bfloat16 has steps of 2⁻⁷.
+        """
         for module in self.modules():
             kept = at_least_fp32(dtype) if isinstance(module, RMSNorm) else dtype
             for parameter in module.parameters(recurse=False):
@@ -276,7 +286,10 @@ class Llama(nn.Module):
 
 
 def size_problems(**sizes: float) -> list[str]:
-    """A message for each impossible size, with the fix, from the keyword arguments of `Llama`."""
+    """A message, with the fix, for each impossible size; [] if there is none.
+
+    `sizes` are numeric arguments of `Llama`, at least hidden_size, num_attention_heads and num_key_value_heads.
+    """
     problems = [f"model.{name}={value}: must be above 0" for name, value in sizes.items() if not value > 0]
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = sizes["num_key_value_heads"]
@@ -294,7 +307,10 @@ def size_problems(**sizes: float) -> list[str]:
 
 
 def odd_sizes(**sizes: int) -> list[str]:
-    """A message for each size that makes bfloat16 matmuls slow on a GPU: rows should be multiples of 16 bytes."""
+    """A message for each size that is not a multiple of 8, which makes bfloat16 matmuls slow on a GPU.
+
+    `sizes` are arguments of `Llama`, such as hidden_size and vocab_size.
+    """
     return [
         f"model.{name}={value} is not a multiple of 8, which makes its bfloat16 matmuls slow on a GPU; "
         f"use {value + -value % 8}, or better {value + -value % 128}, a multiple of 128"

@@ -11,7 +11,7 @@ TORCH_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed cross-entropy in nats of logits (n, vocab) and targets (n,) int64, -100 for no target.
+    """The cross-entropy in nats, summed over n tokens, of logits (n, vocab) and targets (n,) int64; -100: no target.
 
     Returns a scalar in float32 (float64 for float64 logits).
     """

@@ -1,9 +1,9 @@
 """Recompute cheap tensors in the backward instead of saving them.
 
 `recomputable` computes a tensor from inputs that are kept anyway. Inside `save_as_recipe`, an operation that would save
-the tensor for its backward saves a reference to this computation instead. The first backward that needs the tensor
-recomputes it, once for all backwards that need it and for its own gradient. Under torch.compile these functions have no
-effect: the partitioner of the compiler decides what to recompute.
+the tensor for its backward saves a reference to this computation instead. In the backward, the tensor is computed again
+once, when it is first needed. Under torch.compile these functions have no effect: the partitioner of the compiler
+decides what to recompute.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,14 +30,17 @@ class _Recomputable(torch.autograd.Function):
 
 
 def recomputable(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Call `function(*inputs)` and save its inputs for the backward, but no intermediate results."""
+    """Call `function(*inputs)` and save only `inputs` for the backward, which calls `function` again.
+
+    Under torch.compile, this is an ordinary call.
+    """
     return function(*inputs) if torch.compiler.is_compiling() else _Recomputable.apply(function, *inputs)
 
 
 def save_as_recipe(tensor: Tensor) -> AbstractContextManager:
-    """A context in which operations that save `tensor` save a reference to its computation instead.
+    """A context in which operations do not save `tensor` for their backward, but only how to compute it again.
 
-    Without effect if `tensor` is not a result of `recomputable`.
+    Without effect if `tensor` is not a result of `recomputable`, and under torch.compile.
     """
     if torch.compiler.is_compiling() or not isinstance(tensor.grad_fn, _Recomputable._backward_cls):
         return nullcontext()
@@ -68,9 +71,10 @@ def _recompute(node: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def set_lean(blocks: Iterable[Any], lean: bool) -> None:
-    """Set `lean` in the norms and MLPs of `blocks`, but False in blocks with activation checkpointing.
+    """Set the attribute `lean` of the norms and MLPs in `blocks`: whether the backward computes their results again.
 
-    A checkpointed block already recomputes its activations.
+    In blocks with activation checkpointing, which compute these results again anyway, `lean` becomes False. So set the
+    checkpointing first.
     """
     for block in blocks:
         for module in block.modules():

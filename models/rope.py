@@ -26,9 +26,9 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position · frequency for `tokens` positions from `start` on.
 
-    The frequencies are theta^(-2i / head_dim), changed by `scaling` (see `scaled`). Both tables are
-    (tokens, 1, head_dim), on the device of `like`. Their dtype is at least float32 for any dtype of `like`, because in
-    bfloat16 positions 256 and 257 are the same number.
+    Features i and i + head_dim / 2 have the frequency theta^(-2i / head_dim), changed by `scaling` (see `scaled`) if it
+    is not None. Both tables are (tokens, 1, head_dim), on the device of `like`, in float32 (in float64 if `like` is in
+    float64): in bfloat16, positions 256 and 257 would be the same number.
     """
     dtype, device = at_least_fp32(like.dtype), like.device
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
@@ -40,7 +40,9 @@ def rope_tables(
 
 
 def scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """The frequencies, in radians per position, of a model with scaled positions.
+    """Lower the rotary ``frequencies``, in radians per position, so that a model can read longer sequences.
+
+    By the ``rope_type`` of ``scaling``:
 
     linear  all frequencies are divided by ``factor`` (Chen et al., arXiv 2306.15595)
     llama3  as in Llama 3.1. With L = ``original_max_position_embeddings``, a frequency that turns fewer than
@@ -60,7 +62,7 @@ def scaled(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
 
 
 def scaling_problems(scaling: Any) -> list[str]:
-    """A message for each problem of ``model.rope_scaling``, with the fix. None (no scaling) has no problem."""
+    """A message, with the fix, for each problem of ``model.rope_scaling``; [] if there is none, as for None."""
     if scaling is None:
         return []
     key = "model.rope_scaling"
@@ -82,9 +84,9 @@ def scaling_problems(scaling: Any) -> list[str]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (b, t, heads, head_dim) with the tables of `rope_tables`, in the dtype of x.
+    """Rotary embedding: rotate features i and i + head_dim / 2 of x (b, t, heads, head_dim) as a pair.
 
-    Feature i is paired with i + head_dim / 2.
+    cos and sin are from `rope_tables`. The result has the dtype of x.
     """
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def fill_weight(model: nn.Module, name: str, full: Tensor) -> None:
-    """Copy ``full`` into the weight ``name`` of ``model``, which may be sharded or in 8 bits.
+    """Copy ``full`` into a weight of ``model``, which may be sharded or in 8 bits.
 
     Args:
+        name: the name of the parameter, such as layers.0.mlp.up_proj.weight.
         full: the complete weight, on any device and in any dtype.
     """
     weight = model.get_parameter(name)
@@ -38,14 +39,14 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 @torch.no_grad()
 def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
-    """Copy all ``weights`` of a model into ``model``, in the model's dtypes.
+    """Copy ``weights``, which must be all weights of ``model``, into it, in the model's dtypes.
 
     Args:
-        weights: (name, complete tensor): every weight of the model once; a tied head is optional.
+        weights: (name, complete tensor) of every weight; a head tied to the embeddings may be left out.
         origin: the source of the weights, for messages.
 
     Raises:
-        ValueError: an unknown or missing weight, or a weight of another shape.
+        ValueError: an unknown or missing weight, or a weight of another shape. Earlier weights are then already copied.
     """
     # All other tensors of Grass layers are derived from their weights.
     own = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith("weight")}
