@@ -21,7 +21,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of on
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a glob matches the full name of a module, or the last part of the name."""
+    """Whether the glob ``pattern`` matches a module's ``name`` (layers.0.mlp.up_proj) or its last part (up_proj)."""
     return fnmatch(name, pattern) or fnmatch(name.rpartition(".")[2], pattern)
 
 
@@ -37,15 +37,15 @@ def convert_linears(
 ) -> dict[str, GrassLinear]:
     """Replace in place the ``nn.Linear`` modules whose names match a glob of ``patterns`` by GrassLinear.
 
-    Weights are shared, not copied, unless they become ``int8``. The log names converted and other layers.
+    Weights are shared, not copied, unless they become ``int8``. The log lists ranks and unconverted layers.
 
     Args:
         rank: a number of rows (int) or a share of them (float), as in GrassLinear: one value for all layers, or a
-            mapping from globs of names to values, in which the last match counts.
+            mapping from globs of names to values. Each layer needs a match, and its last match counts.
         side: "rows" or "columns" of the weight (out, in); "auto" (along its smaller dimension) or "longer" (its larger
-            one; both take rows of a square weight); or "neurons", the same rows of gate_proj and up_proj and columns of
-            down_proj in an MLP, elsewhere as "auto". Or a mapping as for ``rank``; "auto" for layers that no glob
-            matches.
+            one; both take rows of a square weight); or "neurons": the same rows of gate_proj and up_proj and columns of
+            down_proj in an MLP, and as "auto" elsewhere. Or a mapping as for ``rank``; layers without a match are
+            "auto".
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
         share_index: layers with the same input (q_proj, k_proj and v_proj; gate_proj and up_proj) that select columns
             at the same rank always select the same columns, and keep one slice of the input for all of them.
@@ -58,8 +58,9 @@ def convert_linears(
         The new layers by module name, in model order.
 
     Raises:
-        ValueError: a pattern without a match, a matched layer with a bias or a tied weight, an impossible rank, side or
-            attention weight, or ``share_index`` if no layers can share. Lists all problems; ``model`` stays unchanged.
+        ValueError: a glob without a match, a matched layer with a bias, a tied weight or no rank, an impossible rank,
+            side or ``attention_weight``, or ``share_index`` without layers that can share. The message lists all
+            problems; ``model`` is unchanged.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     sides = _by_name(side)
@@ -81,8 +82,9 @@ def convert_linears(
 def restore_linears(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, nn.Linear]:
     """Replace in place all GrassLinear modules by plain ``nn.Linear``: the way back from ``convert_linears``.
 
-    Call it between steps: a step that is not yet folded is lost. Weights are shared, not copied, and trainable again.
-    Optimizers and a ``Grass`` of the old layers cannot be used afterwards.
+    Call it between steps: changes of ``rows`` that are not yet in the weights are lost. Weights become trainable again.
+    They are shared, not copied, unless they have 8 bits. Optimizers and a ``Grass`` of the old layers cannot be used
+    afterwards.
 
     Args:
         dtype: of weights that were kept in 8 bits; None for the dtype of the rows. Other weights keep their dtype.

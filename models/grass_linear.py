@@ -1,10 +1,11 @@
 """A linear layer that trains only selected rows (or columns), and computes only their part of the weight gradient.
 
 ``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight``. Its only trainable parameter is ``rows``, a copy of the
-selected slice of the weight. Its backward computes ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660, section 3), never the
-(out, in) gradient. Optimizers, clipping, accumulation, DDP and FSDP use only ``rows``.
+selected slice of the weight. Its backward computes ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660, section 3). ρ is a
+factor per row, 1 except in weighted samples. The (out, in) gradient is formed only while a probe collects exact scores.
+Optimizers, clipping, accumulation, DDP and FSDP use only ``rows``.
 
-Between steps ``weight[index] == rows`` (in the weight's dtype); ``optim.grass`` maintains this.
+Between steps ``weight[index] == rows`` (in the weight's dtype, unless it has 8 bits); ``optim.grass`` maintains this.
 """
 
 import logging
@@ -89,10 +90,10 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SharedSlice:
-    """One slice ``x[..., index]`` for the linear layers with the same input ``x`` and the same selected columns.
+    """One slice ``x[..., index]`` for ``members`` layers that have the same input ``x`` and select the same columns.
 
-    There are ``members`` such layers. The first one called makes the slice. The last one called drops this reference
-    to it, so that only the autograd graphs of the layers keep it.
+    The first layer that is called makes the slice. After the last one, this object no longer refers to the slice, so
+    that only the autograd graphs of the layers keep it.
     """
 
     def __init__(self, members: int):
@@ -101,7 +102,7 @@ class SharedSlice:
         self.slice: Tensor | None = None
 
     def of(self, x: Tensor, index: Tensor) -> Tensor:
-        """The (…, rank) slice of ``x`` (…, in); computed unless ``x`` is the tensor of the previous call."""
+        """The slice (…, rank) of ``x`` (…, in) at ``index`` (rank,). The calls of all members with ``x`` share it."""
         if self.x is not x or self.slice is None:
             self.x, self.slice, self.left = x, x.detach().index_select(-1, index), self.members
         found = self.slice
@@ -115,15 +116,16 @@ class GrassLinear(nn.Module):
     """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
 
     Attributes:
-        weight: Parameter (out, in), frozen, used by the forward; with ``int8`` the codes of the rows that are not
-            selected
+        weight: Parameter (out, in), frozen, used by the forward; with ``int8`` the codes, which count only for rows
+            that are not selected
         rows: Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
         index: buffer (rank,) int64: the selected rows or columns, ascending; entries may repeat
-        scale: buffer (rank,) float32: ρ of each selected row; used only if ``scaled`` is set, for weighted samples
+        scale: buffer (rank,) float32: the factor ρ on the gradient of each selected row
+        scaled: whether ``scale`` is used; False unless rows are drawn with weights
         weight_step: with ``int8`` a buffer (size of the selected dimension,) float32: see models.int8_weight
 
     Args:
-        weight: the (out, in) weight; shared, not copied, and frozen.
+        weight: the (out, in) weight; shared, not copied, and frozen. With ``int8`` it is only read.
         rank: the number of trained rows or columns, an int from 1 to the size of the selected dimension; or their
             share, a float, 0 < rank ≤ 1.
         side: "rows", "columns", "auto" (along the smaller dimension, as in the paper) or "longer" (along the larger
@@ -168,7 +170,7 @@ class GrassLinear(nn.Module):
         self.probe_key: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out), in the dtype of ``x``, which equals the weight's dtype unless it is ``int8``."""
+        """(…, in) → (…, out), in the dtype of ``x``. Unless ``int8`` is set, that must be the dtype of the weight."""
         scale = self.scale if self.scaled else None
         return _SelectedLinear.apply(
             x, self._slice_of(x), self.weight, self.weight_step, self.rows, self.index, scale, self.probe,
@@ -196,7 +198,10 @@ class GrassLinear(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Select rows 0 to r-1 and load them. For layers that were built on the meta device."""
+        """Select the first ``rank`` rows (or columns), and copy them from the weight into ``rows``.
+
+        Call it if the weight gets its values after the layer was built, for example on the meta device.
+        """
         self.index.copy_(torch.arange(self.rank, device=self.index.device))
         self.scale.fill_(1)
         rows = local(self.rows)
@@ -204,27 +209,28 @@ class GrassLinear(nn.Module):
 
     @torch.no_grad()
     def fold(self, stepped: Tensor | None = None, rounding_key: int = 0) -> None:
-        """Write a step on ``rows`` into the weight: weight[index] = rows, rounded to nearest. 8-bit weights are left.
+        """Write ``rows`` into the weight after a step: weight[index] = rows, rounded to nearest; not for 8-bit weights.
 
         float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot store.
 
         Args:
-            stepped: the new rows, if they are not in ``rows`` yet: those of a step on a float32 copy, or
-                ``stepped_draws`` of weighted rows; rounded stochastically into ``rows``.
-            rounding_key: the key of the random numbers of this rounding.
+            stepped: new values for ``rows``, for example from ``stepped_draws``. They are first copied into ``rows``;
+                bfloat16 is rounded stochastically. None if they are already there.
+            rounding_key: the key of the random numbers of the stochastic rounding, see models.counter_rng.
         """
         fold_rows([self], [stepped], [rounding_key])
 
     @torch.no_grad()
     def stepped_draws(self, before: Tensor, decay: float, after: Tensor) -> Tensor:
-        """The new values of weighted ``rows``, w ← decay·w + Σ ρΔ, in float32 or wider.
+        """The new values of ``rows`` that were drawn with weights ρ: w ← decay·w + Σ ρΔ, in float32 or wider.
 
-        The step Δ of every draw is multiplied by its ρ, and a row that was drawn twice makes both steps.
+        Each entry of ``index`` is a draw. The sum is over all draws of the same row. Δ is the optimizer's step on a
+        draw, without weight decay.
 
         Args:
             before: the rows before the step, in the shape of ``rows``.
             decay: the factor of decoupled weight decay in the step.
-            after: the rows after the optimizer's step on each draw, in the same shape.
+            after: the rows after the optimizer's step, in the same shape.
         """
         before, after, scale = local(before), local(after), self.scale.unsqueeze(1 - self.dim)
         kept = before.to(torch.promote_types(before.dtype, torch.float32)) * decay
@@ -234,23 +240,33 @@ class GrassLinear(nn.Module):
         return kept + summed.index_select(self.dim, first)
 
     def select(self, index: Tensor, scale: Tensor | None = None, rounding_key: int = 0) -> None:
-        """Select the rows ``index`` (rank,) int64, ascending, with ρ = ``scale`` (rank,) or 1; see ``select_rows``."""
+        """Select the rows (or columns) ``index`` and load them from the weight, see ``models.row_updates.select_rows``.
+
+        Args:
+            index: (rank,) int64, ascending.
+            scale: the factors ρ on their gradients, (rank,) float32; None if all are 1.
+            rounding_key: the key of the random numbers with which the previous rows are rounded into the weight.
+        """
         for _ in select_rows([self], [index], [scale], [rounding_key]):
             pass
 
     def start_probe(self, key: Tensor | int, width: int | None) -> None:
-        """From the next forward on, each backward also adds scores for the choice of rows to ``probe.grad``.
+        """From the next forward on, each backward also adds scores of all rows to ``probe.grad``, until ``stop_probe``.
 
         Args:
             key: the key of the sketch's random matrix, an int or an int64 scalar tensor on the weight's device.
-            width: the number of columns k of the sketch; None for exact squared norms.
+            width: k, to sketch the gradient by its product with a random matrix of k columns. None for the squared
+                norms of the gradient's rows.
         """
         shape = (self.selectable,) if width is None else (self.selectable, width)
         self.probe = torch.empty(shape, device=self.weight.device, requires_grad=True)  # only its gradient has a value
         self.probe_key = key if isinstance(key, Tensor) else torch.full((), key, device=self.weight.device)
 
     def stop_probe(self) -> Tensor:
-        """End the probe and return its sum: (m,) squared norms or the (m, k) sketch, float32."""
+        """End the probe and return its sum over all backwards, in float32, zero if there was none.
+
+        For m rows to choose from, it is (m,) squared norms, or a sketch (m, k).
+        """
         assert self.probe is not None
         gathered = self.probe.grad if self.probe.grad is not None else torch.zeros_like(self.probe)
         self.probe = self.probe_key = None
@@ -258,10 +274,12 @@ class GrassLinear(nn.Module):
 
 
 def side_and_rank(shape: torch.Size, side: str, rank: float) -> tuple[str, int]:
-    """The side, "rows" or "columns", and the number of rows (or columns) that a GrassLinear of these arguments trains.
+    """The side, "rows" or "columns", and the number of rows (or columns) that a GrassLinear trains.
 
     Args:
         shape: (out, in) of the weight.
+        side: as for GrassLinear.
+        rank: as for GrassLinear.
 
     Raises:
         ValueError: an unknown side or an impossible rank.

@@ -1,8 +1,9 @@
-"""Updates of the rows of many GrassLinear layers: the fold after a step, and a change of selection.
+"""Updates of many GrassLinear layers: write the rows back into the weights (the fold), and select other rows.
 
 Layers of one shape are stacked, so that a GPU launches a few kernels for all of them instead of a few kernels per
 layer: with hundreds of layers of small rows, launches cost more than arithmetic. Results are bit-identical to those
-without stacking.
+without stacking. "Rows" are columns in layers that select columns. ρ is the factor on the gradient of a selected row,
+see optim.selection.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class Change(NamedTuple):
     """The old and the new selection of several layers of equal shape.
 
-    old_index, new_index  (layers, rank) int64, ascending
-    old_scale, new_scale  ρ of each row, (layers, rank) float32; None if all are 1
+    old_index, new_index  the selected rows or columns, (layers, rank) int64, ascending
+    old_scale, new_scale  the factors ρ on their gradients, (layers, rank) float32; None if all are 1
     dim                   the selected dimension: 0 for rows, 1 for columns
     """
 
@@ -37,7 +38,7 @@ class Change(NamedTuple):
     dim: int
 
     def of(self, numbers: Sequence[int]) -> "Change":
-        """The change of the layers with these numbers."""
+        """The change of some of the layers, given by their positions in this change."""
 
         def part(stacked: Tensor | None) -> Tensor | None:
             return None if stacked is None else torch.stack([stacked[n] for n in numbers])
@@ -49,10 +50,13 @@ class Change(NamedTuple):
 
 
 def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
-    """Yield groups of layers with the same shapes, dtypes, device and selected dimension.
+    """Divide ``layers`` into groups with the same shapes, dtypes, device and selected dimension.
 
     Layers that are sharded over processes (DTensor) must also have the same part of the rows on this process. A group
-    has at most as many layers as ``models.stacking.stack_size`` allows. It is a list of indices into ``layers``.
+    has at most as many layers as ``models.stacking.stack_size`` allows.
+
+    Yields:
+        A group, as a list of indices into ``layers``.
     """
     kinds: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
@@ -68,10 +72,14 @@ def group_alike(layers: Sequence["GrassLinear"]) -> Iterator[list[int]]:
 
 
 def positions(layer: "GrassLinear", index: Tensor) -> Tensor:
-    """For each element of the rows ``index`` (…, rank): its position in the flattened weight of ``layer``, int64.
+    """The position in the flattened weight of each element of the rows (or columns) ``index``.
 
-    The shape is (…, rank, in) for rows, (…, out, rank) for columns. For a sharded layer, the result has only the
-    elements of the local part.
+    Args:
+        layer: has the weight. If it is sharded, the result has only the elements of the local part.
+        index: (…, rank) int64.
+
+    Returns:
+        int64, (…, rank, in) for rows, (…, out, rank) for columns.
     """
     part = place(layer.rows)[1 - layer.dim]
     other = torch.arange(part.start, part.stop, device=index.device)
@@ -91,14 +99,15 @@ def positions_among(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None], keys: Sequence[int]) -> None:
-    """Write ``rows`` back to the weights: weight[index] = rows, rounded to nearest. 8-bit weights are not written.
+    """Write the ``rows`` of each layer into its weight: weight[index] = rows, rounded to nearest.
+
+    8-bit weights are not written here, but by ``select_rows``.
 
     Args:
         layers: of any shapes.
-        stepped: for each layer the new values of its rows, in the shape of ``rows`` and in their precision or a higher
-            one; None if ``rows`` already has them. They are rounded stochastically into ``rows``, so that small updates
-            are not lost.
-        keys: for each layer the key of the random numbers of this rounding.
+        stepped: for each layer, new values for its ``rows``, in their shape, and in their precision or a higher one.
+            They are first copied into ``rows``; bfloat16 is rounded stochastically. None if they are already there.
+        keys: for each layer, the key of the random numbers of the stochastic rounding, see models.counter_rng.
     """
     given = [number for number, value in enumerate(stepped) if value is not None]
     for group in group_alike([layers[number] for number in given]):
@@ -109,7 +118,7 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
 
 
 class FoldGroup(NamedTuple):
-    """The selected dimension of layers of one shape, and their rows, weights and indices."""
+    """The selected dimension (0 or 1) of layers of one shape, and the rows, weight and index of each layer."""
 
     dim: int
     rows: list[Tensor]
@@ -118,7 +127,7 @@ class FoldGroup(NamedTuple):
 
 
 def fold_groups(layers: Sequence["GrassLinear"]) -> list[FoldGroup]:
-    """The arguments of ``write_weights`` for ``layers``; layers with 8-bit weights are left out."""
+    """Prepare ``layers`` for ``write_weights``. Layers with 8-bit weights are left out."""
     written = [layer for layer in layers if layer.weight_step is None]
     groups = [[written[number] for number in numbers] for numbers in group_alike(written)]
     return [FoldGroup(g[0].dim, [m.rows for m in g], [m.weight for m in g], [m.index for m in g]) for g in groups]
@@ -126,7 +135,7 @@ def fold_groups(layers: Sequence["GrassLinear"]) -> list[FoldGroup]:
 
 @torch.no_grad()
 def write_weights(groups: Sequence[FoldGroup]) -> None:
-    """weight[index] = rows, rounded to nearest."""
+    """Write the rows of every layer in ``groups`` into its weight: weight[index] = rows, rounded to nearest."""
     for dim, rows, weights, indices in groups:
         values, dtype = [local(r) for r in rows], weights[0].dtype
         if values[0].dtype != dtype:
@@ -141,7 +150,13 @@ def write_weights(groups: Sequence[FoldGroup]) -> None:
 def round_values(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> list[Tensor]:
-    """``values`` (in the shapes of the layers' rows) in ``dtype``; to bfloat16 rounded stochastically, by ``keys``."""
+    """Copies of ``values`` in ``dtype``; if it is bfloat16, rounded stochastically.
+
+    Args:
+        layers: of any shapes; their current selections determine the random numbers of each element.
+        values: for each layer, a tensor in the shape of its ``rows``.
+        keys: for each layer, the key of the random numbers, see models.counter_rng.
+    """
     rounded = [torch.empty_like(value, dtype=dtype) for value in values]
     for numbers in group_alike(layers):
         members, wide = [layers[n] for n in numbers], [local(values[n]) for n in numbers]
@@ -182,9 +197,10 @@ def select_rows(
     selection. Rows that stay keep their precision.
 
     Args:
-        index: for each layer the ascending selection (rank,) int64.
-        scale: for each layer ρ (rank,) float32, or None if all ρ are 1.
-        keys: for each layer the key of the random numbers of this rounding.
+        layers: of any shapes.
+        index: for each layer, the new selection (rank,) int64, ascending.
+        scale: for each layer, the factors ρ on the gradients of its rows, (rank,) float32; None if all are 1.
+        keys: for each layer, the key of the random numbers of the stochastic rounding, see models.counter_rng.
 
     Yields:
         A group of layers of one shape, as indices into ``layers``, and their change.
@@ -230,7 +246,10 @@ def _change(layers: list["GrassLinear"], change: Change, keys: Sequence[int]) ->
 
 
 def selected(layer: "GrassLinear", index: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in ``dtype`` of the slice of the weight at ``index`` (rank,); for a sharded layer of the local part."""
+    """A copy in ``dtype`` of the rows (or columns) ``index`` (rank,) of the layer's weight.
+
+    For a sharded layer, it has only the local part.
+    """
     part = local(layer.weight.detach()).index_select(layer.dim, index)
     if layer.weight_step is None:
         return part.to(dtype)
