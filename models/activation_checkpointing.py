@@ -80,9 +80,14 @@ def all_checkpointed(blocks: Iterable[Any]) -> Iterator[None]:
 
 
 def run(mode: str, function: Callable[..., Tensor], *inputs) -> Tensor:
-    """Call `function(*inputs)`, and keep for its backward what `mode` says: "none", "full" or "selective".
+    """Call `function(*inputs)` with activation checkpointing.
 
-    Compiles together with its caller. Gradients are bit-identical in all modes. `function` must not use random numbers.
+    Compiles together with its caller. Gradients are bit-identical in all modes.
+
+    Args:
+        mode: keeps for the backward "none": all activations, "full": only `inputs`, "selective": the results of matmuls
+            and attention.
+        function: must not use random numbers.
     """
     if mode == "none":
         return function(*inputs)

@@ -18,7 +18,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:
-    """The position of this process's part in the complete ``tensor``: one slice per dimension."""
+    """The position of this process's part in the complete ``tensor``: one slice per dimension, full if not sharded."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -56,8 +56,7 @@ def mean_over_processes(tensors: list[Tensor], power: int = 1) -> None:
 
     Args:
         tensors: at least one; on one device.
-        power: 1 for means. 2 for squared norms: the result is then the sum over processes p of ‖G_p / processes‖², if
-            the tensors are ‖G_p‖².
+        power: 1 for means. 2 for squared norms: if N processes have ‖G_p‖², the result is the sum of ‖G_p / N‖².
     """
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)

@@ -41,10 +41,10 @@ def flops_per_token(model: Llama, seq_len: int) -> int:
     """FLOPs per token of a forward and backward over sequences of ``seq_len`` tokens.
 
     A linear layer costs 2·in·out each for the forward, the input gradient and the weight gradient. A GrassLinear
-    computes the share rank / selectable of the weight gradient, and a frozen linear layer computes none of it. Both
-    matmuls of attention are counted for all pairs of tokens, masked or not, as in appendix B of PaLM (arXiv 2204.02311)
-    and in torch's FlopCounterMode for unfused attention. Not counted are the recomputation of activation checkpointing
-    and the scores that Grass computes to choose rows.
+    computes the weight gradient of its selected rows only, and a frozen linear layer computes none. Both matmuls of
+    attention are counted for all pairs of tokens, masked or not, as in appendix B of PaLM (arXiv 2204.02311) and in
+    torch's FlopCounterMode for unfused attention. Not counted are the recomputation of activation checkpointing and the
+    scores that Grass computes to choose rows.
     """
     total = 0
     for module in model.modules():
@@ -59,9 +59,9 @@ def flops_per_token(model: Llama, seq_len: int) -> int:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """The number of all weights ("parameters") and of trained elements ("trainable") of ``model``.
+    """The numbers of elements of ``model``: "parameters" of all weights, and "trainable" of all that is trained.
 
-    The ``rows`` of a GrassLinear are copies of weights: they are trainable, but not among the parameters.
+    The ``rows`` of a GrassLinear are copies of weights: they count only as trainable.
     """
     rows = sum(m.rows.numel() for m in model.modules() if isinstance(m, GrassLinear))
     return {

@@ -1,9 +1,9 @@
 """A linear layer that trains only selected rows (or columns), and computes only their part of the weight gradient.
 
 ``GrassLinear`` computes ``y = x Wᵀ`` with a frozen ``weight``. Its only trainable parameter is ``rows``, a copy of the
-selected slice of the weight. Its backward computes ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660, section 3). ρ is a
-factor per row, 1 except in weighted samples. The (out, in) gradient is formed only while a probe collects exact scores.
-Optimizers, clipping, accumulation, DDP and FSDP use only ``rows``.
+selected slice of the weight. Its backward computes ρ·dY[:, index]ᵀ X (Grass, arXiv 2406.17660, section 3), where ρ is a
+factor per row, 1 unless rows are drawn with weights. The (out, in) gradient is formed only to score rows exactly, while
+a probe runs. Optimizers, clipping, accumulation, DDP and FSDP use only ``rows``.
 
 Between steps ``weight[index] == rows`` (in the weight's dtype, unless it has 8 bits); ``optim.grass`` maintains this.
 """
@@ -214,8 +214,8 @@ class GrassLinear(nn.Module):
         float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot store.
 
         Args:
-            stepped: new values for ``rows``, for example from ``stepped_draws``. They are first copied into ``rows``;
-                bfloat16 is rounded stochastically. None if they are already there.
+            stepped: new values for ``rows``, for example from ``stepped_draws``. They are first copied into ``rows``,
+                with stochastic rounding if that has dtype bfloat16. None if they are already there.
             rounding_key: the key of the random numbers of the stochastic rounding, see models.counter_rng.
         """
         fold_rows([self], [stepped], [rounding_key])

@@ -8,13 +8,13 @@ TENSOR_CORE = 8  # numbers of rows are multiples of it, so that the matmuls of a
 def weighted_shares(
     shares: Mapping[str, float], sizes: Mapping[str, int], weights: Mapping[str, float]
 ) -> dict[str, float]:
-    """Divide the trained elements of all layers again, so that each layer's share is in proportion to its weight.
+    """Divide the trained elements of all layers again, so that the layers' shares are in proportion to ``weights``.
 
     A layer whose share would exceed 1 is trained completely. The other layers divide the rest in proportion to their
     weights.
 
     Args:
-        shares: by layer, the part of its elements that it trained before, 0 < share ≤ 1.
+        shares: before this division: by layer, the part of its elements to train, 0 < share ≤ 1.
         sizes: by layer, the number of its elements.
         weights: by layer, a number above 0.
 
@@ -43,7 +43,7 @@ def split_ranks(
     The total of trained elements stays about the same.
 
     Args:
-        ranks: by layer, the number of rows that it trained before.
+        ranks: before this division: by layer, the number of rows to train.
         sizes: by layer, the number of all its rows, and the number of elements of a row.
         weights: by layer, a number above 0.
 

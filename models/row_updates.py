@@ -106,7 +106,8 @@ def fold_rows(layers: Sequence["GrassLinear"], stepped: Sequence[Tensor | None],
     Args:
         layers: of any shapes.
         stepped: for each layer, new values for its ``rows``, in their shape, and in their precision or a higher one.
-            They are first copied into ``rows``; bfloat16 is rounded stochastically. None if they are already there.
+            They are first copied into ``rows``, with stochastic rounding if that has dtype bfloat16. None if they are
+            already there.
         keys: for each layer, the key of the random numbers of the stochastic rounding, see models.counter_rng.
     """
     given = [number for number, value in enumerate(stepped) if value is not None]
@@ -150,7 +151,7 @@ def write_weights(groups: Sequence[FoldGroup]) -> None:
 def round_values(
     layers: Sequence["GrassLinear"], values: Sequence[Tensor], dtype: torch.dtype, keys: Sequence[int]
 ) -> list[Tensor]:
-    """Copies of ``values`` in ``dtype``; if it is bfloat16, rounded stochastically.
+    """Copies of ``values`` in ``dtype``, with stochastic rounding if that is bfloat16.
 
     Args:
         layers: of any shapes; their current selections determine the random numbers of each element.

@@ -14,7 +14,7 @@ ON_GPU = 2**24  # elements: 64 MiB in float32
 def stack_size(count: int, elements: int, device: torch.device) -> int:
     """The largest number of matrices to stack, if there are ``count`` of them with ``elements`` elements each.
 
-    4 on a CPU. On a GPU, stacks of about equal size with at most 2**24 elements, or one matrix, each.
+    4 on a CPU. On a GPU, a stack has at most 2**24 elements or only one matrix, and stacks are about equal.
     """
     if device.type != "cuda":
         return ON_CPU

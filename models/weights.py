@@ -39,7 +39,7 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 @torch.no_grad()
 def fill_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]], origin: object) -> None:
-    """Copy ``weights``, which must be all weights of ``model``, into it, in the model's dtypes.
+    """Copy the weights of a complete model into ``model``, which keeps its dtypes.
 
     Args:
         weights: (name, complete tensor) of every weight; a head tied to the embeddings may be left out.
