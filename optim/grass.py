@@ -1,9 +1,9 @@
-"""Grass (arXiv 2406.17660) around a stock optimizer: a fold after every step, and new rows every K steps.
+"""Grass (arXiv 2406.17660) around a stock optimizer: trained rows are written into the weights after every step.
 
-The inner optimizer steps on each layer's small ``rows`` parameter like on any other parameter. Grass attaches step
-hooks to it and needs no subclass. After a step, a hook copies the rows back into the weights (the fold). Every
-``refresh_every`` steps (K, a window), the hook also chooses new rows (a refresh). If the choice needs scores, probes
-collect them in the backwards of the last steps of the window.
+The inner optimizer steps on each layer's small ``rows`` parameter as on any other parameter. After a step, a hook
+copies the rows back into the weights (the fold). Every K = ``refresh_every`` steps, it also chooses new rows (a
+refresh); the K steps before a refresh are a window. Some choices need scores, which estimate the norms of the rows'
+gradients: probes collect scores in the backwards of the last steps of the window.
 
 For bfloat16 rows, the optimizer steps on float32 copies, which are then rounded stochastically. float32 rows of a
 bfloat16 weight are its master copies while they are selected, and are rounded stochastically when they leave the
@@ -43,33 +43,33 @@ where it is 1. All are on the CPU."""
 
 
 class Grass:
-    """The fold and the refresh of every GrassLinear of ``model``, attached to ``optimizer`` by step hooks.
+    """Hooks on the steps of ``optimizer`` that write trained rows into the weights and choose new rows every K steps.
 
     The defaults are those of conf/optim/grass.yaml.
 
     Args:
-        model: holds the GrassLinear layers; their names are part of the key of every random draw.
+        model: holds the GrassLinear layers. All random numbers depend on the names of the layers.
         optimizer: any torch.optim.Optimizer that holds the layers' ``rows``.
-        refresh_every: K, the updates between two choices of a layer's rows.
-        selection: a name of optim.selection.
-        score: "exact" computes a layer's complete gradient for each micro-batch and process, and sums the squared row
-            norms, which is not the norm of the summed gradient; "sketch" estimates that norm at a fraction of the cost.
+        refresh_every: K, the updates between two choices of a layer's rows (a refresh).
+        selection: how rows are chosen, a name from optim.selection.
+        score: "sketch" estimates the row norms of the gradient summed over micro-batches. "exact" computes the complete
+            gradient of each micro-batch and sums its squared row norms: it costs more, and noise does not cancel.
         sketch_width: k, columns of the sketch; the relative error of a norm is about 1/√(2k).
-        probe_steps: the number of updates at the end of a window whose gradients are scored, at most K.
-        stagger: refresh the model's blocks in turn, spread over the window, instead of all at once. "auto" does so
-            if a probed layer selects columns, because such a layer keeps its complete input in probed steps, and only
-            in these. With ``refresh_warmup``, "auto" means False.
-        state_at_refresh: treatment of the optimizer's state of the rows, a name of optim.moments.
-        new_second_moment: start of the second moments of new rows when moments are carried, also named there.
+        probe_steps: the number of updates before a refresh whose gradients are scored; values above K count as K.
+        stagger: refresh the model's blocks in turn, spread over K updates, instead of all at once. "auto" does so if a
+            scored layer selects columns, because such a layer keeps its complete input in the updates that are scored,
+            and only in these. With ``refresh_warmup``, "auto" means False.
+        state_at_refresh: "carry" keeps the optimizer's state of rows that stay, "reset" drops all, see optim.moments.
+        new_second_moment: with "carry", where the second moments of new rows start: "score", "mean" or "zero".
         refresh_warmup: updates over which the rate of the rows warms up again after a refresh; 0 for none.
         block_by_block: step on low-precision rows one block of the model at a time (on a GPU a few), so that only their
             float32 copies exist. The optimizer's step on a parameter must not depend on other parameters.
-        seed: the run's seed.
+        seed: of the choice of rows, the sketches and the rounding.
 
     Attributes:
-        choose: chooses the rows at a refresh, the same on all processes; may be replaced by any such ``Choose``.
-        scored: whether the selection needs scores. If not, layers are probed only if second moments start from scores.
-        steps: updates made.
+        choose: chooses the rows at a refresh. A function that replaces it must choose the same rows on all processes.
+        scored: whether the selection needs scores. If not, layers are scored only if second moments start from scores.
+        steps: updates so far, with skipped ones.
 
     Raises:
         ValueError: an unknown name; ``refresh_every``, ``probe_steps`` or ``sketch_width`` below 1; a model without
@@ -127,8 +127,8 @@ class Grass:
     def start(self, backward: Callable[[], object]) -> None:
         """Choose the initial rows from one gradient, computed by ``backward`` and then dropped.
 
-        A selection that needs no scores does not call ``backward``. Otherwise every layer is probed, and a probed layer
-        that selects columns keeps its complete input: if memory is tight, use activation checkpointing in ``backward``.
+        A selection that needs no scores does not call ``backward``. Otherwise every layer is scored, and layers that
+        select columns keep their complete inputs: if memory is tight, use activation checkpointing in ``backward``.
         """
         if self.scored:
             self.probes.start(dict.fromkeys(self.layers, 0))
@@ -139,7 +139,7 @@ class Grass:
         self._start_probes()
 
     def resume(self, steps: int) -> None:
-        """Continue after ``steps`` updates, once layers, moments and ``tensors()`` are loaded. For ``OptimizerStack``.
+        """Continue after ``steps`` updates, with model, optimizer and ``tensors()`` loaded. For ``OptimizerStack``.
 
         In your own training loop, use ``load_state_dict``.
         """
@@ -179,7 +179,7 @@ class Grass:
         self.resume(state_dict["steps"])
 
     def skip_update(self) -> None:
-        """Count an update that is not made. Its gradient is in no score, and no refresh is delayed."""
+        """Count an update that is not made. Its gradient enters no score, and no later refresh is delayed."""
         self.probes.drop()
         self._end_update()
 
@@ -187,7 +187,7 @@ class Grass:
     def update_in_parts(self) -> Iterator[None]:
         """A context in which all steps of the optimizer make one update, which ends with the context.
 
-        Each step folds the rows that it changed; the refresh follows at the end, unless there was an exception.
+        Each step writes the rows that it changed into the weights. After an exception, the update is not counted.
         """
         with self._partial_steps():
             yield
@@ -206,12 +206,12 @@ class Grass:
         self._refresh_hooks[1].append(hook)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the state, which a resume fills in place: grass.<layer>, history.<layer>.<name>."""
+        """Tensors to save and to fill in place on resuming: scores grass.<layer>, history.<layer>.<rows or latest>."""
         tensors = {f"grass.{name}": gathered for name, gathered in self.probes.gathered.items()}
         return tensors | {f"history.{name}": tensor for name, tensor in self.history.tensors().items()}
 
     def make_room(self, stored: Mapping[str, Any]) -> None:
-        """Create, unfilled, the tensors that a checkpoint has and ``tensors()`` lacks; see ``OptimizerStack``."""
+        """Create, unfilled, scores that ``stored`` has and ``tensors()`` lacks, as in ``OptimizerStack.make_room``."""
         for name, layer in self.layers.items():
             if (entry := stored.get(f"grass.{name}")) is not None:
                 self.probes.gathered[name] = torch.empty(entry.size, device=layer.weight.device)

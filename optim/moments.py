@@ -47,7 +47,7 @@ MEAN_SQUARES_OF_ROWS = ("row_mean_square",)
 
 
 class StateAtRefresh:
-    """Resets or carries the optimizer's state of rows that change.
+    """Resets or carries the optimizer's state when a layer's rows change; the docstring of this module says how.
 
     Args:
         optimizer: holds the rows and their state.
@@ -70,7 +70,7 @@ class StateAtRefresh:
         self.probe_steps, self._warned = probe_steps, False
 
     def may_use_scores(self, rows: Iterable[Tensor]) -> bool:
-        """Whether ``uses_scores`` may be true once the optimizer has state of ``rows``."""
+        """Whether ``uses_scores`` may be true after the first step: not if only Muon and SGD step on ``rows``."""
         if self.policy != "carry" or self.new_second_moment != "score":
             return False
         known = {
@@ -137,7 +137,10 @@ class StateAtRefresh:
 
 
 def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
-    """Whether every tensor of ``state`` except counts is a known moment of rows of ``shape``, or of each output."""
+    """Whether ``state``, of rows with ``shape``, has only tensors that can follow the rows when others are selected.
+
+    These are counts, known moments with this shape, and NorMuon's mean squares (shape[0], 1).
+    """
     shapes = dict.fromkeys((*FIRST_MOMENTS, *SECOND_MOMENTS), shape)
     shapes |= dict.fromkeys(MEAN_SQUARES_OF_ROWS, torch.Size((shape[0], 1)))
     return all(
@@ -151,12 +154,13 @@ def can_be_carried(state: dict[str, Any], shape: torch.Size) -> bool:
 def carry(states: Sequence[dict[str, Any]], change: Change, new_second_moment: str, score: Tensor | None) -> None:
     """Turn the states of the old rows into those of the new rows, in place.
 
-    A moment of ρG becomes a moment of ρ'G: first moments are multiplied by ρ'/ρ, and second moments by (ρ'/ρ)². Mean
-    squares of the step do not depend on ρ. The mean over the old rows is the mean of their moments of G.
+    If the factor ρ on the gradient of a row becomes ρ', first moments are multiplied by ρ'/ρ, and second moments by
+    (ρ'/ρ)². Mean squares of the step do not depend on ρ. A mean over the old rows is taken of their moments for ρ = 1.
 
     Args:
         states: the inner optimizer's state of the rows of each layer of ``change``; all pass ``can_be_carried`` and
             hold the same moments.
+        change: the old and the new selection of the layers.
         new_second_moment: "mean", "score" or "zero".
         score: (layers, rank) estimated mean square of the gradient elements of each new row, for "score"; None if it is
             not known.

@@ -12,16 +12,16 @@ STAGGER = (True, False, "auto")
 
 
 class RefreshSchedule:
-    """The probes and refreshes of each layer, as functions of the number of updates made so far.
+    """When each layer chooses new rows (a refresh), and when its gradient is scored for them (a probe).
 
-    A layer's rows are chosen every ``refresh_every`` updates (a window). If the choice needs scores, a probe gathers
-    them in the last ``probe_steps`` updates of the window.
+    A layer refreshes every K updates; the updates between two refreshes are a window. If the choice of rows needs
+    scores, the last ``probe_steps`` updates of the window are probed.
 
     Args:
         names: the layers, in model order.
         refresh_every: K, updates per window.
         probe_steps: number of updates that contribute to the scores of a refresh; values above K count as K.
-        stagger: spread the refreshes of the blocks evenly over a window, instead of refreshing all at once.
+        stagger: spread the refreshes of the model's blocks evenly over K updates, instead of refreshing all at once.
         warmup: updates over which the rate of the rows warms up after each refresh; 0 for none.
         frozen: choose rows only once, before the first update.
 
@@ -55,11 +55,11 @@ class RefreshSchedule:
         self.staggered = stagger
 
     def window(self, name: str, steps: int) -> int:
-        """The number of the current window (from 0) of layer ``name`` after ``steps`` updates."""
+        """The number, from 0, of the window that layer ``name`` is in after ``steps`` updates."""
         return (steps + self.offsets[name]) // self.refresh_every
 
     def steps_to_refresh(self, name: str, steps: int) -> int:
-        """Updates until the window of ``name`` ends, 1 … K; K directly after a refresh. Also counts if ``frozen``."""
+        """The number of updates, 1 … K, until the window that ``name`` is in after ``steps`` updates ends."""
         return self.refresh_every - (steps + self.offsets[name]) % self.refresh_every
 
     def due(self, steps: int) -> list[str]:
@@ -67,20 +67,21 @@ class RefreshSchedule:
         return [name for name in self.offsets if self.steps_to_refresh(name, steps) == self.refresh_every]
 
     def probing(self, steps: int) -> list[str]:
-        """The layers whose gradient is probed in the update after ``steps`` updates."""
+        """The layers whose gradient is probed, if scores are needed, in the update after ``steps`` updates."""
         if self.frozen:
             return []
         return [name for name in self.offsets if self.steps_to_refresh(name, steps) <= self.probe_steps]
 
     def rate_factor(self, steps: int) -> float:
-        """The factor on the rows' learning rate in the update after ``steps``; below 1 directly after a refresh."""
+        """The factor on the rows' learning rate in the update after ``steps`` updates; below 1 in the warm-up."""
         return min(1.0, (steps % self.refresh_every + 1) / self.warmup) if self.warmup else 1.0
 
 
 def takes_turns(stagger: bool | str, probed: Iterable[GrassLinear], warmup: int = 0) -> bool:
-    """Whether the blocks refresh in turn: ``stagger``; for "auto", if a layer of ``probed`` selects columns.
+    """Whether the model's blocks refresh in turn instead of all at once.
 
     Args:
+        stagger: the answer, or "auto" for True if a layer of ``probed`` selects columns.
         probed: the layers whose gradients are scored before a refresh.
         warmup: as for ``RefreshSchedule``; if it is not 0, "auto" means False, because all layers must refresh in the
             same step.
@@ -105,9 +106,13 @@ def block_of(layer: str) -> str:
 
 
 def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
-    """The number of updates by which each layer refreshes early if the blocks take turns, in model order.
+    """By layer, how many updates before each multiple of ``refresh_every`` it refreshes, if the blocks take turns.
 
-    The layers of a block share a turn, so that a compiled block has two states: with probes and without.
+    The layers of a block refresh together, so that a compiled block has two states: with probes and without.
+
+    Args:
+        names: the layers, in model order; their blocks take turns in this order.
+        refresh_every: updates between two refreshes of a layer.
     """
     blocks = {name: block_of(name) for name in names}
     turns = {block: turn for turn, block in enumerate(dict.fromkeys(blocks.values()))}
@@ -115,6 +120,9 @@ def turn_offsets(names: list[str], refresh_every: int) -> dict[str, int]:
 
 
 def most_at_once(blocks: int, refresh_every: int, probe_steps: int) -> int:
-    """The largest number of blocks probed in one update, if ``blocks`` blocks take turns."""
+    """The largest number of blocks probed in one update, if ``blocks`` blocks refresh in turn.
+
+    ``refresh_every`` and ``probe_steps`` are those of ``RefreshSchedule``.
+    """
     schedule = RefreshSchedule([f"layers.{n}.linear" for n in range(blocks)], refresh_every, probe_steps, stagger=True)
     return max(len(schedule.probing(step)) for step in range(refresh_every))

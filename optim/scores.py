@@ -15,10 +15,14 @@ SCORES = ("exact", "sketch")
 
 
 class ScoreProbes:
-    """The probes of GrassLinear layers, and the sums of their results over updates and processes.
+    """The probes of GrassLinear layers, and the sums of their results over updates.
 
-    ``gathered`` has for each layer, by name, the squared row norms (m,) or the sketch (m, k) of the gradients probed
-    since the layer's last refresh, float32. It is the same on every process, and part of a checkpoint.
+    A probe scores all m rows (or columns) of a layer by their gradients, during the backwards.
+
+    Attributes:
+        gathered: by name of the layer, the sum over the probed updates since its last refresh, float32: squared norms
+            of the gradient's rows (m,), or sketches of the gradient (m, k). The same on every process, and part of a
+            checkpoint.
 
     Args:
         layers: the layers by name. The random matrix of a layer's sketch depends on the name.
@@ -36,11 +40,11 @@ class ScoreProbes:
         self.gathered: dict[str, Tensor] = {}
 
     def start(self, windows: Mapping[str, int]) -> None:
-        """Probe the layers named by ``windows`` from the next forward on.
+        """Probe some layers from the next forward on.
 
         Args:
-            windows: the number of each layer's current window (``RefreshSchedule.window``). All sketches of a layer in
-                one window use the same random matrix, so they can be summed.
+            windows: by name of the layer, the number of its current window, from ``RefreshSchedule.window``. All
+                sketches of a layer in one window use the same random matrix, so they can be summed.
         """
         if not windows:
             return
@@ -51,10 +55,10 @@ class ScoreProbes:
             self.layers[name].start_probe(of_layer, self.sketch_width)
 
     def gather(self) -> None:
-        """End all probes and add their results, averaged over processes, to ``gathered``.
+        """End all probes, combine their results over the processes, and add them to ``gathered``.
 
-        Processes exchange the results in every update, not once per window. So ``gathered`` is always the same on all
-        processes, and a resumed run adds in the same order.
+        Sketches are averaged. Squared norms are summed and divided by the squared number of processes. Call it in every
+        update, so that ``gathered`` is always the same on all processes, and a resumed run adds in the same order.
         """
         probed = {name: layer.stop_probe() for name, layer in self.layers.items() if layer.probe is not None}
         if not probed:
@@ -74,9 +78,10 @@ class ScoreProbes:
                 layer.stop_probe()
 
     def take_norms(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Remove the layers ``names`` from ``gathered``; returns estimates of their row norms (m,), by name.
+        """Remove the layers ``names`` from ``gathered``, and estimate the norms of their rows' gradients.
 
-        A layer that is not in ``gathered`` is left out.
+        Returns:
+            By name, norms (m,) in float32. A layer that is not in ``gathered`` is left out.
         """
         found = {name: self.gathered.pop(name) for name in names if name in self.gathered}
         if not found:
@@ -87,11 +92,11 @@ class ScoreProbes:
 
 
 def require_agreement(indices: list[Tensor], device: torch.device) -> None:
-    """Compare one hash of the chosen rows over the processes.
+    """Check by a hash that all processes chose the same rows. A single process checks nothing.
 
     Args:
         indices: the rows of each layer, int64 on the CPU.
-        device: the device of the hash, if the processes have no communication between CPUs.
+        device: where the hash is compared, if the processes cannot communicate between CPUs.
 
     Raises:
         RuntimeError: the processes chose different rows.

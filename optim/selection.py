@@ -1,11 +1,11 @@
-"""The selections of rows from their scores, by name, as in the paper (Grass, arXiv 2406.17660, section 3.2).
+"""The selections of r of m rows, by name, as in the paper (Grass, arXiv 2406.17660, section 3.2).
 
-The score of row i is an estimate of its gradient norm g_i. ``top_r`` takes the rows with the largest scores, and
+The score g_i of row i is an estimate of the norm of its gradient. ``top_r`` takes the rows with the largest scores, and
 ``frozen`` does so only once, at the start. Three selections draw rows at random, with probabilities q_i: ``uniform``
-1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². They draw without replacement, or, with the suffix
-``_with_replacement``, r times independently. Then each drawn row has the weight ρ = 1/√(r q_i), so that E[PPᵀG] = G for
-the gradient G (m, n) and the matrix P (m, r) that selects and weights rows. ``cyclic`` is not in the paper: it selects
-every row once before it begins a new round over all rows. ``cyclic`` and ``uniform`` need no scores.
+1/m, ``multinomial_norm`` ∝ g_i, ``multinomial_norm_sq`` ∝ g_i². They draw r different rows. With the suffix
+``_with_replacement``, they draw r times independently, and each drawn row has the weight ρ = 1/√(r q_i), so that
+E[PPᵀG] = G for the gradient G (m, n) and the matrix P (m, r) that selects and weights rows. ``cyclic`` is not in the
+paper: it selects every row once before it begins a new round over all rows. ``cyclic`` and ``uniform`` need no scores.
 """
 
 import logging
@@ -37,7 +37,7 @@ class Selected(NamedTuple):
 
     Attributes:
         chosen: row numbers (r,) int64, ascending; they may repeat
-        scale: ρ (r,) float32; None where it is 1
+        scale: the weights ρ of these rows, (r,) float32; None if all are 1
         usable: False if the scores contained no information, so that the rows were drawn uniformly
     """
 
@@ -47,7 +47,7 @@ class Selected(NamedTuple):
 
 
 def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> Selected:
-    """Choose ``rank`` of m rows by their ``scores`` (m,), on the CPU and in float64.
+    """Choose ``rank`` of m rows by their ``scores`` (m,). This is computed on the CPU in float64.
 
     The choice depends only on the arguments: equal scores and seeds give equal rows on every process and device. If a
     score is not finite, or all are zero, the scores contain no information: rows are then drawn uniformly without
@@ -56,8 +56,9 @@ def select(name: str, scores: Tensor, rank: int, seed: int, window: int = 0) -> 
     Args:
         name: the selection, such as "top_r"; the docstring of this module lists them.
         scores: at least 0, on any device.
-        seed: seed of the random numbers, 0 ≤ seed < 2**63; for "cyclic" the same in all windows of a layer.
-        window: the number of the layer's window, which determines the rows of "cyclic"; other selections ignore it.
+        rank: 1 … m.
+        seed: seed of the random numbers, 0 ≤ seed < 2**63. For "cyclic", give a layer the same seed in each choice.
+        window: how many choices the layer had before; it determines the rows of "cyclic", others ignore it.
 
     Raises:
         ValueError: an unknown name.
@@ -99,10 +100,17 @@ def select_layers(
     seed: int,
     step: int,
 ) -> dict[str, Selected]:
-    """The rows of ``layers`` after update ``step``, by the ``scores`` (m,) of each, float64 on the CPU.
+    """Choose the rows of several layers after update ``step``.
 
-    ``windows`` are the numbers of the layers' windows. Layers that share an index get one choice, by the row norms of
-    their concatenated gradients. Layers whose scores contain no information are logged.
+    Layers that share an index get the same rows, by the row norms of their concatenated gradients. Layers whose scores
+    contain no information are logged.
+
+    Args:
+        name: the selection, as for ``select``.
+        layers: by name; the other mappings have the same names.
+        scores: (m,) of each layer, float64 on the CPU.
+        windows: the ``window`` of each layer, as for ``select``.
+        seed: the seed of the run.
     """
     sharing: dict[Any, list[str]] = {}
     for n in layers:

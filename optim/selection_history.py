@@ -14,14 +14,15 @@ UNKNOWN = -1.0  # not NaN: states that are compared bit by bit should be equal t
 
 
 class SelectionHistory:
-    """The latest refresh of each layer, and the rows that were ever selected.
+    """The latest choice of rows of each layer (a refresh), and the rows that were ever selected.
 
     rows    by layer (m,) uint8: 0 for rows that were never selected, 1 for rows selected earlier, 2 for selected rows
     latest  by layer (3,) float64: the step of the latest refresh; the share of the gradient's norm in the selected
-            rows, √(Σ selected g² / Σ g²) with the scores g, -1 without usable scores; the number of new rows
+            rows, √(Σ selected g² / Σ g²) with the scores g, -1 without usable scores; the number of newly selected
+            rows. Before the first refresh, all three are -1.
 
     Args:
-        selectable: the number of rows m of each layer.
+        selectable: by layer, the number m of rows (or columns) to choose from.
     """
 
     def __init__(self, selectable: Mapping[str, int]):
@@ -33,7 +34,7 @@ class SelectionHistory:
 
         Args:
             index: the chosen rows (r,) int64 on the CPU; rows may repeat.
-            scores: (m,) on the CPU, the scores of all rows.
+            scores: (m,) on the CPU, the scores of all rows, NaN if unknown.
         """
         rows, chosen, squares = self.rows[name].numpy(), np.unique(index.numpy()), scores.double().numpy() ** 2
         changed = np.count_nonzero(rows[chosen] != NOW)
@@ -44,11 +45,11 @@ class SelectionHistory:
         self.latest[name].numpy()[:] = step, captured if captured >= 0 else UNKNOWN, changed
 
     def means(self) -> dict[str, float]:
-        """Means over the layers for the metrics grass/<name>. Unknown values are left out.
+        """Means over the layers, as metrics with the names below. Values that are unknown are left out.
 
-        captured  share of the gradient's norm in the latest selection
-        changed   share of newly selected rows in the latest selection
-        coverage  share of all rows that were ever selected
+        grass/captured  share of the gradient's norm in the latest selection
+        grass/changed   share of newly selected rows in the latest selection
+        grass/coverage  share of all rows that were ever selected
         """
         latest = torch.stack(list(self.latest.values()))
         now = torch.stack([(rows == NOW).sum() for rows in self.rows.values()])
@@ -58,10 +59,9 @@ class SelectionHistory:
         return {f"grass/{name}": values.mean().item() for name, values in means.items() if len(values)}
 
     def by_layer(self, since: int) -> dict[str, dict[str, float | int | None]]:
-        """The latest refresh of each layer, if more than ``since`` updates were made before it.
+        """For each layer that chose rows after more than ``since`` updates, its latest choice.
 
-        With ``since`` 0, the initial choice of rows, which is made before the first update, also counts as a refresh.
-        For each layer:
+        With ``since`` 0, the initial choice, before the first update, is also included. For each layer:
 
         captured       share of the gradient's norm in the selected rows; None if unknown
         changed        number of newly selected rows
