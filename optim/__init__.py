@@ -1,1 +1,1 @@
-"""Optimizers, row selection, the fold and refresh of Grass, and schedules; independent of the package pretrain."""
+"""Optimizers, learning-rate schedules, and the optimizer part of Grass; independent of the package pretrain."""

@@ -27,11 +27,12 @@ def projected_optimizer(
     """The optimizer "galore", "apollo" or "fira". It projects only the gradients of the group "linears".
 
     Args:
+        name: "galore", "apollo" or "fira".
         groups: from ``optim.param_groups.parameter_groups``.
         rank: the rank of the projected gradients.
         update_gap: steps between two computations of the projection.
         scale: factor on the projected update; APOLLO multiplies by its square root.
-        scale_type: for APOLLO: "channel", or "tensor" for APOLLO-Mini.
+        scale_type: for APOLLO "channel", or "tensor" for APOLLO-Mini; None for the others.
         options: options of the optimizer, such as betas.
 
     Raises:
@@ -50,8 +51,8 @@ class StateInTensors:
     """Keeps the state of ``optimizer`` in tensors between steps, for checkpoints; attached by step hooks.
 
     The packages keep numbers and a projector object in a parameter's state, and Fira keeps its step count in the group.
-    After a step, these are converted to tensors, named ``projector_…`` and ``group_step``. Before the next step, the
-    projector is built again from the tensors.
+    After a step, these are converted to tensors in the state: those of the projector are named ``projector_…``, and
+    Fira's count ``group_step``. Before the next step, all are converted back.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class CompositeOptimizer(torch.optim.Optimizer):
     """Steps with each of ``parts`` in turn.
 
-    Its groups are the groups of the parts. The parts must not have stepped yet: from now on they use its state, which
-    is empty. A part that is a CompositeOptimizer is replaced by its parts.
+    It has the groups of all parts, and one state for all parts, which replaces theirs and is empty at first: the parts
+    must not have stepped yet. A part that is a CompositeOptimizer is replaced by its parts.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]):
@@ -44,5 +44,5 @@ def restricted_to(optimizer: torch.optim.Optimizer, parameters: Collection[Tenso
 
 
 def with_gradient(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
-    """The parameters that a step of ``optimizer`` would change now."""
+    """The parameters of ``optimizer`` that have a gradient, so that a step would change them."""
     return {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Inner optimizers by name."""
+"""Inner optimizers, which step on the trained parameters, by name."""
 
 import inspect
 import logging
@@ -60,7 +60,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
     """The optimizer ``name`` for ``groups``. Unsupported options are left out; the other options are logged.
 
-    Optimizers that support it, such as AdamW, are fused. SGD is not: its fused step cannot start the momentum of reset
+    Optimizers with a fused step, such as AdamW, use it. SGD does not: its fused step cannot start the momentum of reset
     rows while other rows have a momentum.
 
     Args:
@@ -69,7 +69,7 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
         options: keyword arguments such as betas, eps and momentum.
 
     Raises:
-        ValueError: an unknown name, or weight decay for an optimizer without any.
+        ValueError: as in ``optimizer_class``, or a group with weight decay for an optimizer that has none.
     """
     cls = optimizer_class(name)
     known = inspect.signature(cls).parameters
@@ -89,7 +89,11 @@ def inner_optimizer(name: str, groups: list[dict[str, Any]], **options: Any) -> 
 def optimizer_of_groups(
     inner: str, embedding_inner: str | None, groups: list[dict[str, Any]], **options: Any
 ) -> torch.optim.Optimizer:
-    """The optimizer ``inner`` for ``groups``. If ``embedding_inner`` is given, it gets the group "embeddings"."""
+    """The optimizer named ``inner`` for ``groups``, or for all groups but "embeddings" if ``embedding_inner`` is given.
+
+    The optimizer named ``embedding_inner`` then steps on the group "embeddings". Groups, options and errors are those
+    of ``inner_optimizer``.
+    """
     embeddings = [group for group in groups if group["name"] == "embeddings"]
     if embedding_inner is None or not embeddings:
         return inner_optimizer(inner, groups, **options)

@@ -14,10 +14,10 @@ from optim.stack import OptimizerStack
 
 
 def held_bytes(model: nn.Module, stack: OptimizerStack) -> dict[str, int | None]:
-    """Bytes on this process by component, known before the first step.
+    """Bytes on this process, known before the first step, for three components:
 
     weights          parameters and buffers of ``model``, and float32 master weights
-    gradients        one for each trained parameter; 0 if the backward makes the steps and frees gradients
+    gradients        of all trained parameters; 0 if the backward makes the steps and frees each gradient
     optimizer state  without step counters; None for an optimizer without a formula here: optimizers that quantise or
                      project their state, and most optimizers given by a dotted path
     """

@@ -37,8 +37,8 @@ class Float32Steps:
         optimizer: any torch.optim.Optimizer.
         blocks: the low-precision parameters, each with the name of its block: ``step_on_other_blocks`` steps on a few
             blocks at a time, which saves memory.
-        round_state: called by ``restore`` to round the state tensors that have the shape of their parameter, see
-            ``Round``.
+        round_state: rounds state tensors that have the shape of their parameter. ``restore`` calls it with parameters,
+            the name of a state such as exp_avg, and this state of each parameter in float32. It returns rounded states.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, str], round_state: Round):
@@ -47,11 +47,11 @@ class Float32Steps:
         self._restriction = ExitStack()  # of the running step, to parameters not yet stepped on
 
     def step_on_other_blocks(self) -> None:
-        """Step on all blocks except the last ones, a few at a time, so that only their float32 copies exist.
+        """Step on all blocks except the last ones, a few at a time, so that only their float32 copies exist at once.
 
         On a CPU that is one block at a time; a GPU takes several, because each takes some hundred launches. Call it
-        before a step, which then covers only the last blocks and the parameters in full precision. The optimizer's step
-        on a parameter must not depend on other parameters.
+        before ``optimizer.step()``, which then steps only on the last blocks and the parameters in full precision. The
+        optimizer's step on a parameter must not depend on other parameters.
         """
         if not self.blocks:
             return
@@ -73,7 +73,7 @@ class Float32Steps:
 
     @torch.no_grad()
     def widen(self) -> None:
-        """Replace the low-precision parameters that have a gradient with float32 copies, with gradients and state."""
+        """Replace the low-precision parameters that have a gradient, their gradients and state by float32 copies."""
         if not self.blocks:
             return
         stepped_on = with_gradient(self.optimizer) & self.blocks.keys()
@@ -94,10 +94,13 @@ class Float32Steps:
                 state[name] = wide
 
     def restore(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Put the parameters back and round their state; returns their float32 copies, with the results of the step.
+        """Put the parameters back into the optimizer, and round their state.
 
         State with other shapes than the parameter (counts, factors, quantised blocks) stays unchanged. The parameters
-        keep their old values: the caller writes the results into them.
+        keep the values from before the step: the caller writes the results into them.
+
+        Returns:
+            By parameter, its float32 copy with the result of the step; {} if ``widen`` replaced none.
         """
         copies = self.copies
         if copies:
@@ -154,8 +157,8 @@ def _is_elementwise(state: Any, parameter: Tensor) -> bool:
 class MasterWeights:
     """float32 copies (master weights) of the low-precision parameters of an optimizer, attached by step hooks.
 
-    They replace the parameters in ``optimizer.param_groups``. Before a step, the gradients are moved to the masters.
-    After the step, the parameters get the values of the masters, rounded to nearest.
+    They replace the parameters in ``optimizer.param_groups``, so create them before the first step. Before a step, the
+    gradients are moved to the masters. After the step, the parameters get the masters' values, rounded to nearest.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer):

@@ -19,13 +19,14 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon with a batched Newton-Schulz iteration, in a precision suitable for the device.
 
     Torch's iteration takes one matrix at a time, always in bfloat16. This launches hundreds of small kernels on a GPU,
-    is about twenty times slower than float32 on a CPU without bfloat16 units, and its rounding errors depend on the
-    sharding. Here, matrices of one shape are stacked. The iteration is in bfloat16 on a GPU, elsewhere in the dtype of
-    the matrices (at least float32). Matrices sharded along their longer side stay sharded: only small square products
-    are sent.
+    takes about twenty times as long as float32 on a CPU without bfloat16 units, and makes rounding errors that depend
+    on the sharding. Here, matrices of one shape are stacked. The iteration is in bfloat16 on a GPU, elsewhere in the
+    dtype of the matrices (at least float32). Matrices sharded along their longer side stay sharded: only small square
+    products are sent.
 
     The step is scaled by 0.2 √max(rows, columns) to the size of AdamW's step (Liu et al., arXiv 2502.16982), so that
-    rates and decay have the same meaning as for AdamW. Decay is decoupled.
+    rates and decay have the same meaning as for AdamW. Decay is decoupled. Of torch's arguments, only the rate, decay
+    and momentum have an effect: the momentum is always Nesterov's, and there are always 5 iterations.
     """
 
     @torch.no_grad()
@@ -78,8 +79,8 @@ def orthogonalize(
     Args:
         matrices: (b, m, n), or shards of matrices that are divided along their longer side.
         steps: number of iterations.
-        tall: for shards: whether m > n in the complete matrices.
-        total: sums a tensor over the shards.
+        tall: for shards: whether m > n in the complete matrices. None: ``matrices`` are complete.
+        total: for shards: returns the sum of a tensor over the shards. None: ``matrices`` are complete.
 
     Returns:
         (b, m, n), in bfloat16 on a GPU, else in the dtype of ``matrices`` (float32 at least).
@@ -153,7 +154,16 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class MuonAndAdamW(CompositeOptimizer):
-    """Muon for the group named "linears" and AdamW for the others: Muon is for hidden matrices only."""
+    """Muon for the group named "linears" and AdamW for the others: Muon is for hidden matrices only.
+
+    Args:
+        params: groups with a "name", from ``optim.param_groups.parameter_groups``.
+        lr: for groups without an "lr" of their own.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: for groups without a "weight_decay" of their own.
+        momentum: of Muon.
+    """
 
     muon: type[Muon] = Muon
 

@@ -15,8 +15,11 @@ from models.dtensor import local, sum_parts
 class NormGrowthLimiter:
     """Limits the norm of each parameter's gradient to ``limit`` times its norm after the previous call.
 
+    The first gradient, and a gradient after a zero one, is not limited. ``norms`` (parameters,) float32 has the norms
+    after the latest call.
+
     Args:
-        parameters: at least one; the gradient of each is limited independently of the others.
+        parameters: at least one, all sharded in the same way; each gradient is limited independently of the others.
         limit: γ > 1; 1.01 in Fira and APOLLO.
     """
 
@@ -37,7 +40,7 @@ class NormGrowthLimiter:
         self.norms.copy_(torch.where(limited > 0, limited, torch.inf))  # nothing can grow from zero
 
     def one_for_each(self) -> dict[nn.Parameter, "NormGrowthLimiter"]:
-        """By parameter, a limiter of this parameter only. Its ``norms`` are a view of the ``norms`` of this limiter."""
+        """By parameter, a new limiter for it alone, whose ``norms`` are a view of this object's ``norms``."""
         singles = {p: NormGrowthLimiter([p], self.limit) for p in self.parameters}
         for i, single in enumerate(singles.values()):
             single.norms = self.norms[i : i + 1]

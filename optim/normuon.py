@@ -46,6 +46,6 @@ class NorMuon(Muon):
 
 
 class NorMuonAndAdamW(MuonAndAdamW):
-    """NorMuon for the group named "linears" and AdamW for the others."""
+    """NorMuon for the group named "linears" and AdamW for the others. Arguments as for ``MuonAndAdamW``."""
 
     muon = NorMuon

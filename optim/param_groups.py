@@ -19,7 +19,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     patterns: Sequence[str] = ATTENTION_AND_MLP,
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in one of three groups, with ``name`` and ``peak_lr`` for the schedule.
+    """Divide the trainable parameters into three groups, which have a "name", and a "peak_lr" for ``set_rates``.
 
     - ``linears``: rate ``linear_lr``; the rows of GrassLinear layers, and the weights of linear layers that match
       ``patterns``; so with the default patterns, the same layers under Grass and in full-rank training
@@ -34,7 +34,7 @@ def parameter_groups(
         patterns: globs of module names, see ``models.convert.matches``.
 
     Returns:
-        Groups for a torch.optim.Optimizer, with named parameters. Empty groups are left out.
+        Groups for a torch.optim.Optimizer, whose "params" are (name, parameter) pairs. Empty groups are left out.
     """
     linear_weights = {
         p
@@ -59,7 +59,7 @@ def parameter_groups(
 
 
 def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """The factor of decoupled weight decay in a step on parameters of ``group``, 1 - lr · decay; 1 if not decoupled."""
+    """The factor 1 - lr · decay by which a step scales the parameters of ``group``; 1 if decay is not decoupled."""
     if isinstance(optimizer, CompositeOptimizer):
         return next(decay_factor(part, group) for part in optimizer.parts if any(g is group for g in part.param_groups))
     decoupled = (
@@ -71,7 +71,7 @@ def decay_factor(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> flo
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float, linears: float = 1.0) -> None:
-    """Set the rate of every group to its peak rate times ``factor``; for the group "linears" also times ``linears``."""
+    """Set each group's "lr" to its "peak_lr" times ``factor``, and in the group "linears" also times ``linears``."""
     for group in optimizer.param_groups:
         lr = group["peak_lr"] * factor * (linears if group["name"] == "linears" else 1.0)
         if torch.is_tensor(group["lr"]):  # torchao keeps rates in tensors

@@ -18,13 +18,13 @@ from optim.step_in_backward import StepInBackward
 
 
 class OptimizerStack:
-    """An optimizer with the parts of a run that change its gradients, parameters and state.
+    """An optimizer together with Grass, master weights and a limit on gradients, each of which may be absent (None).
 
     Args:
         optimizer: with groups from ``optim.param_groups.parameter_groups``.
-        grass: attached to ``optimizer`` by hooks, if the run uses Grass.
-        masters: attached to ``optimizer`` by hooks, if the run keeps float32 master weights.
-        limiter: scales the gradients before a step.
+        grass: already attached to ``optimizer``.
+        masters: float32 master weights, already attached to ``optimizer``.
+        limiter: limits the gradients of its parameters before a step.
         step_in_backward: step on each parameter during the last backward of an update, as soon as its gradient is
             complete.
     """
@@ -48,7 +48,7 @@ class OptimizerStack:
     def set_rates(self, factor: float) -> None:
         """Set the rate of every group for the coming update: its peak rate times ``factor``.
 
-        The rate of the linear layers is also multiplied by the factor of the warm-up after a refresh.
+        With Grass, the rate of the group "linears" is also multiplied by ``Grass.rate_factor()``.
         """
         set_rates(self.optimizer, factor, self.grass.rate_factor() if self.grass else 1.0)
 
@@ -60,7 +60,7 @@ class OptimizerStack:
     def backward(self, last: bool) -> Iterator[None]:
         """A context for the backward of one micro-batch; ``last`` marks the last micro-batch of an update.
 
-        With step-in-backward, the update is complete at the end of the last micro-batch.
+        With ``step_in_backward``, the update is complete when the context of the last micro-batch ends.
         """
         if not (self._in_backward and last):
             yield
@@ -69,7 +69,7 @@ class OptimizerStack:
             yield
 
     def step(self) -> None:
-        """Limit the gradients, step, and drop the gradients. With step-in-backward, all this is already done."""
+        """Limit the gradients, step, and drop them. With ``step_in_backward``, the backward has done this already."""
         if self._in_backward:
             return
         if self.limiter:
@@ -78,15 +78,15 @@ class OptimizerStack:
         self._drop_gradients()
 
     def skip(self) -> None:
-        """Drop the gradients without an update. The update still counts towards the next refresh."""
+        """Drop the gradients without an update. Grass still counts one, so that its next refresh is not delayed."""
         self._drop_gradients()
         if self.grass:
             self.grass.skip_update()
 
     def grad_norm(self) -> Tensor:
-        """The global gradient norm in the latest update, before ``limiter`` has scaled any gradient, on the device.
+        """The norm of all gradients together in the latest update, before any limit: a float32 scalar on the device.
 
-        Only for an optimizer that steps in the backward.
+        Only with ``step_in_backward``.
         """
         assert self._in_backward is not None
         return self._in_backward.grad_norm()

@@ -1,8 +1,8 @@
 """Makes the optimizer's step on each parameter as soon as its gradient is complete, and then frees the gradient.
 
-So the float32 copies of all low-precision rows never exist at once, and the gradients of all parameters do so only
-between the micro-batches of an update. The step on a parameter must not depend on other parameters, so clipping by the
-global norm is impossible.
+This saves memory: the float32 copies of all low-precision rows never exist at once. The gradients of all parameters
+exist at once only between the micro-batches of an update. The step on a parameter must not depend on other parameters,
+so clipping by the global norm is impossible.
 """
 
 import weakref
@@ -22,7 +22,7 @@ class StepInBackward:
 
     Args:
         optimizer: its step on a parameter, including hooks, must not depend on other parameters.
-        limiter: scales each gradient before the step.
+        limiter: limits the gradients of its parameters before their steps; None for no limit.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, limiter: NormGrowthLimiter | None):
@@ -43,7 +43,7 @@ class StepInBackward:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """A context in which every complete gradient becomes a step."""
+        """A context for the last backward of an update: a complete gradient becomes a step on its parameter at once."""
         self.stepping, self.norms = True, []
         try:
             yield
@@ -51,7 +51,7 @@ class StepInBackward:
             self.stepping = False
 
     def grad_norm(self) -> Tensor:
-        """The norm of all gradients of the latest update before any limit, a float32 scalar on the device."""
+        """The norm of all gradients together in the latest update, before any limit: a float32 scalar on the device."""
         return torch.stack(self.norms).norm()
 
     def _step(self, parameter: nn.Parameter) -> None:
