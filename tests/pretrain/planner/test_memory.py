@@ -227,7 +227,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(tokens):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=llama_1b", "estimate.device_memory_gib=4"], r"device_memory_gib=4: .* 4\.99 of them for the weights; .*bfloat16"),
+        (["model=llama_1b", "estimate.device_memory_gib=4"], r"=4: .* 4\.99 of them for the weights; .*bfloat16"),
         (["model=llama_130m", "optim=adamw", "train.micro_batch_size=1", "train.seq_len=64",
           "estimate.device_memory_gib=2"], "of them for the optimizer state; .*optim=grass, optim.embedding_inner="),
         (["optim.rank=9999"], "optim.rank=9999 must be between 1 and 256"),
