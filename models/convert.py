@@ -44,8 +44,7 @@ def convert_linears(
             mapping from globs of names to values. Each layer needs a match, and its last match counts.
         side: "rows" or "columns" of the weight (out, in); "auto" (along its smaller dimension) or "longer" (its larger
             one; both take rows of a square weight); or "neurons": the same rows of gate_proj and up_proj and columns of
-            down_proj in an MLP, and as "auto" elsewhere. Or a mapping as for ``rank``; layers without a match are
-            "auto".
+            down_proj in an MLP, "auto" elsewhere. Or a mapping as for ``rank``; "auto" for layers without a match.
         state_dtype: of the rows, their gradients and moments; None for the weight's dtype.
         share_index: layers with the same input (q_proj, k_proj and v_proj; gate_proj and up_proj) that select columns
             at the same rank always select the same columns, and keep one slice of the input for all of them.
