@@ -21,10 +21,13 @@ LONGEST_ADDITION = len(".-0123456789abcdef.tmp")  # the longest that a preparati
 
 
 def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
-    """The files of the corpus, and the problems of the settings, one message per problem.
+    """List the files of the corpus, and check the settings.
 
-    Reads names, sizes and times of files, and the tokenizer, but no text. For a mixture, examines only the settings
-    that its corpora share; `mixture_parts` returns the corpora.
+    Reads names, sizes and times of files, and the tokenizer, but no text. For a mixture, checks only the settings that
+    its corpora share; `mixture_parts` returns those of each corpus.
+
+    Returns:
+        The files (none for a mixture or a dataset on the hub), and one message per problem of the settings.
     """
     found = _value_problems(settings)
     if settings.source == "mixture":
@@ -35,7 +38,7 @@ def examine(settings: DataSettings) -> tuple[list[SourceFile], list[str]]:
         found += c4_problems(files) if settings.source == "c4" else []
     except ValueError as error:
         found += str(error).splitlines()
-        found += [f"data.source: c4: {C4_HINT}"] if settings.source == "c4" else []
+        found += [f"data.source=c4: {C4_HINT}"] if settings.source == "c4" else []
     if settings.tokenizer is not None:
         found += _tokenizer_problems(settings)
     return files, found
@@ -52,12 +55,18 @@ def _value_problems(s: DataSettings) -> list[str]:
         (s.shard_tokens > 0, f"data.shard_tokens: {s.shard_tokens} must be positive"),
         (s.workers is None or s.workers > 0, f"data.workers: {s.workers} must be positive, or null for all cores"),
         (s.source in SOURCES, f"data.source: {s.source!r} is unknown; use {', '.join(SOURCES)}"),
-        (s.source != "tokens" or s.tokenizer, "data.tokenizer: name the tokenizer that made the tokens of data.paths"),
+        (
+            s.source != "tokens" or s.tokenizer,
+            "data.tokenizer: is not set; name the tokenizer that made the tokens of data.paths",
+        ),
         (s.token_dtype in DTYPES, f"data.token_dtype: {s.token_dtype} is unknown; use {', '.join(DTYPES)}"),
-        (bool(s.mixture) == (s.source == "mixture"), "data.mixture: is for data.source=mixture, and required there"),
+        (
+            bool(s.mixture) == (s.source == "mixture"),
+            "data.mixture: must be set with data.source=mixture, and only then",
+        ),
         (
             (s.dataset is None) == (s.source != "datasets"),
-            "data.dataset: is for data.source=datasets, and required there",
+            "data.dataset: must be set with data.source=datasets, and only then",
         ),
         (
             not s.validation_paths or s.source in ("text", "records", "instructions"),
@@ -68,10 +77,12 @@ def _value_problems(s: DataSettings) -> list[str]:
 
 
 def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
-    """For each corpus of a mixture, its settings and its weight.
+    """The settings and the weight of each corpus of a mixture.
+
+    What an entry of `settings.mixture` does not set is as in `settings`, but the source is `text`.
 
     Raises:
-        ValueError: One line per problem of `data.mixture`.
+        ValueError: `data.mixture` or `data.tokenizer` is wrong; one line per problem.
     """
     common = {f.name: getattr(settings, f.name) for f in fields(DataSettings)} | {"mixture": [], "source": "text"}
     parts, found = [], []
@@ -104,7 +115,7 @@ def mixture_parts(settings: DataSettings) -> list[tuple[DataSettings, float]]:
 
 
 def folder_problems(settings: DataSettings) -> list[str]:
-    """The reasons why the folders of a preparation cannot be created; one message per problem.
+    """One message per reason why the folders of a preparation cannot be created; empty if there is none.
 
     Creates and removes a temporary folder, because permission bits do not show every obstacle to writing.
     """

@@ -22,15 +22,15 @@ def file_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> Itera
     """Hold the lock file `path`, whose name ends in `.lock` and whose folder exists.
 
     The kernel releases the lock when the process ends, even if it is killed. On a file system without locks, such as
-    NFS without its lock service, a second file `*.owner.lock` replaces the lock: the lock is held while it exists. The
-    file contains the id and the host of the process that holds the lock. If that process has ended, the next process on
-    the same host takes the lock. If its host was switched off and another host needs the lock, delete the file by hand.
+    NFS without its lock service, a second file `*.owner.lock` replaces the lock: the lock is held while this file
+    exists. It contains the id and the host of the process that holds the lock. If that process has ended, the next
+    process on the same host takes the lock; on another host, delete the file by hand.
 
     Args:
-        on_wait: Called with a message before this function waits for another process.
+        on_wait: Called with a message before this function waits for another process; None: do not wait.
 
     Raises:
-        LockHeld: Another process holds the lock, and there is no `on_wait`.
+        LockHeld: Another process holds the lock, and `on_wait` is None.
         OSError: The lock file cannot be written.
     """
     lock: BaseFileLock = FileLock(path, fallback_to_soft=False)

@@ -22,7 +22,7 @@ BLOCK = 2**24
 
 
 def damages(prepared: PreparedDataset) -> Iterator[str]:
-    """One line per damage in the files: wrong checksums or counts, and tokens that do not match index or vocabulary."""
+    """Yield one line per damage: a wrong checksum or count, or tokens that do not match the index or the vocabulary."""
     for split, entry in prepared.manifest["splits"].items():
         for shard in entry["shards"]:
             for name, file in shard["files"].items():
@@ -50,7 +50,10 @@ def _index_problems(prepared: PreparedDataset, tokens: Tokens, entry: dict[str, 
 
 
 def show(prepared: PreparedDataset, split: str, number: int, chars: int) -> str:
-    """The name, the number of tokens and the first `chars` characters of document `number`, to be printed."""
+    """Document `number` (from 0) of `split` (train or val), to be printed: name, number of tokens, text.
+
+    At most `chars` characters of the text are shown.
+    """
     tokens: Tokens = getattr(prepared, split)
     start, stop = tokens.document_bounds(number)
     (name,) = tokens.documents(start, stop)
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the counts and some documents of a prepared dataset, and check its files.
 
     Exits with 1 if checksums, counts or tokens are wrong, and with 2 and a message if the dataset cannot be opened or
-    the arguments are wrong.
+    the arguments are wrong. `arguments` are the words after the command's name; None takes them from the command line.
     """
     args = parser().parse_args(arguments)
     try:
@@ -110,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(show(prepared, args.split, number, args.chars))
     if not args.no_checksums:
         found = list(damages(prepared))
+        found += [f"{prepared.folder} is damaged; delete the folder to prepare it again"] if found else []
         print("\n".join(found) or "all checksums are correct, and the tokens match the index")
         sys.exit(1 if found else 0)
 

@@ -40,7 +40,7 @@ ROUND_TRIP_PROBE = " a  b\r\n\n\tc ﬁ \u2581 \U00010348 "
 
 
 def problems(settings: DataSettings) -> list[str]:
-    """The problems that can be found before the corpus is read: one message per problem, with the key and the fix."""
+    """One message, with the key and the fix, per problem that is found without reading the corpus."""
     return PreparationPlan(settings).problems
 
 
@@ -51,7 +51,7 @@ def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset
 
     Args:
         read_along: Whether a run reads the shards while they are written. If so, half of the cores are left to the run
-            (unless `workers` is set), and the shards are kept even if the text turns out to be unusable.
+            (unless `workers` is set), and the shards are not deleted if the corpus turns out to be unusable.
 
     Raises:
         ValueError: The settings are invalid, the corpus has too little text or a file that cannot be read, the disk is
@@ -64,7 +64,9 @@ def prepare(settings: DataSettings, read_along: bool = False) -> PreparedDataset
 
 
 def find(settings: DataSettings) -> PreparedDataset | None:
-    """The preparation that `prepare` would open; None if it is not complete or the settings have a problem.
+    """The complete preparation for these settings and the current names, sizes and times of the corpus's files.
+
+    Reads no text. None if there is no such preparation, or if the settings have a problem.
 
     Raises:
         ValueError: The preparation is damaged.
@@ -76,13 +78,13 @@ def find(settings: DataSettings) -> PreparedDataset | None:
 def find_by_fingerprint(
     settings: DataSettings, fingerprint: str, mixture: list[tuple[str, float]] | None = None
 ) -> PreparedDataset | None:
-    """The complete preparation with this fingerprint in `settings.root`, if there is one.
+    """The complete preparation in `settings.root` whose `PreparedDataset.fingerprint` is `fingerprint`, or None.
 
     The corpus and the tokenizer need not exist: a run that has trained on the preparation can resume without them.
 
     Args:
         mixture: For source `mixture`, the fingerprint and the weight of each corpus, as in `manifest["mixture"]` of the
-            prepared mixture. The weights in `settings` must be the same.
+            prepared mixture. If `settings` has other weights, nothing is found. Not used for other sources.
 
     Raises:
         ValueError: The preparation is damaged.
@@ -98,7 +100,7 @@ def find_by_fingerprint(
 
 
 def manifests(root: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and manifest of every complete preparation in `root`, sorted by folder; unreadable ones are left out."""
+    """Folder and manifest of every complete preparation in `root`, by folder; unreadable manifests are left out."""
     for file in sorted(Path(root).glob(f"*-{HEX12}/{MANIFEST}")):
         with suppress(OSError, ValueError, RecursionError):
             manifest = json.loads(file.read_text())
@@ -207,7 +209,7 @@ def _locked(plan: PreparationPlan) -> Iterator[None]:
 
 
 def command(settings: DataSettings) -> str:
-    """The command that makes the same preparation by hand, quoted for a shell."""
+    """The command that prepares `settings` (not a mixture) by hand, quoted for a shell."""
     words: list[str] = []
     for entry in fields(DataSettings):
         value, flag = getattr(settings, entry.name), f"--{entry.name.replace('_', '-')}"

@@ -13,38 +13,45 @@ class DataSettings:
     """The settings of a corpus, for runs (`data.*`) and for `python -m data.prepare`."""
 
     name: str = "stdlib"
-    """First part of the prepared folder's name."""
+    """The beginning of the name of the prepared folder."""
     source: str = "stdlib"
-    """`stdlib`: the source code of Python's standard library; `text`, `records` (Parquet and JSON lines, also .gz and
-    .zst), `instructions`, `c4`: the files of `paths`; `datasets`: `dataset`, read by Hugging Face's library; `tokens`:
-    the files of `paths`, with tokens made by another program; `mixture`: several corpora.
+    """`stdlib`: the source code of Python's standard library; `datasets`: `dataset`, read by Hugging Face's library
+    datasets; `mixture`: several corpora. All other sources read the files of `paths`: `text`; `records` (Parquet and
+    JSON lines, also .gz and .zst); `instructions` (JSON lines with the keys prompt and response); `c4` (the files of
+    C4); `tokens` (tokens made by another program).
     """
     paths: list[str] = field(default_factory=list)
     """Files, folders and globs to read."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt", "*.md", "*.py"])
-    """Which file names to take from folders."""
+    """Globs: only files with a matching name are taken from folders."""
     max_bytes: int = 30_000_000
-    """Maximum total size of the files of a corpus; further files are left out, those in test folders first."""
+    """Maximum total size in bytes of the files of a corpus. If it is exceeded, files are left out, beginning with those
+    in test folders. `validation_paths` and `dataset` have no limit.
+    """
     validation_paths: list[str] = field(default_factory=list)
-    """Files for validation, instead of a share of the documents; their documents are removed from training."""
+    """For sources `text`, `records` and `instructions`: files, folders and globs with the validation text. Documents
+    with the same text are left out of training. If empty, `validation_share` of the documents is held out.
+    """
     column: str = "text"
-    """The column with the text, for JSON lines, Parquet and datasets."""
+    """For sources `records`, `c4` and `datasets`: the column, or the key of JSON lines, with the text."""
     token_dtype: str = "uint16"
-    """For source `tokens`: the dtype of the tokens in files other than .npy."""
+    """For source `tokens`: the dtype of the tokens in files other than .npy: uint8, uint16, uint32, int32 or int64."""
     dataset: str | None = None
-    """For source `datasets`: a name on the hub, or a folder."""
+    """For source `datasets`: a name on Hugging Face's hub, or a folder."""
     dataset_name: str | None = None
-    """The configuration of the dataset."""
+    """The configuration of the dataset, if it has several."""
     dataset_split: str = "train"
     """The split of the dataset to read."""
     dataset_revision: str | None = None
-    """A commit, branch or tag of the dataset on the hub."""
+    """A commit, branch or tag of the dataset on the hub; if not set, the newest commit."""
     streaming: bool = True
-    """Read the dataset over the network, without a copy on this machine."""
+    """Read the dataset over the network without a copy on this machine, instead of downloading it first."""
     mixture: list[Any] = field(default_factory=list)
-    """For source `mixture`: for each corpus its `weight`, and its settings that differ from the common ones."""
+    """For source `mixture`: for each corpus a mapping with its `weight` (a number above 0) and the settings that differ
+    from those of the mixture. The source of a corpus is `text` unless it is set here.
+    """
     tokenizer: str | None = None
-    """A sentencepiece model or a tokenizer.json to use; if not set, one is trained on the training split."""
+    """The file of a sentencepiece model, or a tokenizer.json; if not set, one is trained on the training split."""
     bos: str | None = None
     """The token that begins a document, if the tokenizer's files do not name it."""
     eos: str | None = None
@@ -52,12 +59,12 @@ class DataSettings:
     vocab_size: int = 4096
     """Vocabulary size of the tokenizer to train, or of the given `tokenizer`."""
     validation_share: float = 0.05
-    """Share of the documents to hold out for validation; not used by `c4` and with `validation_paths`."""
+    """Share of the documents to hold out for validation; not used by `c4`, and not with `validation_paths`."""
     root: str = "prepared"
-    """Folder of all prepared datasets."""
+    """The folder in which prepared folders are created."""
     seed: int = 0
     """Seed for the choice of held-out documents and of the text that trains a tokenizer."""
     shard_tokens: int = 2**28
-    """A shard ends with the document that reaches this number of tokens."""
+    """The tokens are stored in shards. A shard ends with the document that reaches this number of tokens."""
     workers: int | None = None
-    """Worker processes that tokenise; if not set, one per core, or per two cores if a run trains meanwhile."""
+    """Processes that tokenise; if not set, one per core, or one per two cores if a run trains at the same time."""

@@ -1,4 +1,4 @@
-"""The names of bos and eos in the files beside a tokenizer."""
+"""Find bos and eos, the tokens that begin and end a text, in the files next to a tokenizer."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ SPECIAL = "special_tokens.json"  # next to the copy of a tokenizer: the tokens t
 
 
 def names_beside(path: Path, is_json: bool) -> dict[str, str]:
-    """The names of bos and eos from the files next to the tokenizer at `path`, each from the first file that has it.
+    """The names of the tokens `bos` and `eos`, each from the first file next to the tokenizer at `path` that has it.
 
-    The keys are `bos` and `eos`, as far as they are found.
+    The first file is special_tokens.json. A key is missing if no file has it.
 
     Args:
-        is_json: Whether the tokenizer is a tokenizer.json. Hugging Face stores the names next to it in
-            tokenizer_config.json or special_tokens_map.json; a sentencepiece model contains them.
+        is_json: Whether the tokenizer is a tokenizer.json. If so, tokenizer_config.json and special_tokens_map.json are
+            read too, where Hugging Face stores the names; a sentencepiece model contains them.
 
     Raises:
         ValueError: A file cannot be read, or a name in it is not a text.
@@ -30,11 +30,11 @@ def names_beside(path: Path, is_json: bool) -> dict[str, str]:
             found = {key: name["content"] if isinstance(name, dict) else name for key, name in found.items() if name}
         except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(
-                f"{path.with_name(file)}: cannot be read as a JSON object with the names of bos and eos ({error!r}); "
+                f"{path.with_name(file)} cannot be read as a JSON object with the names of bos and eos ({error!r}); "
                 "correct or delete the file"
             ) from None
         if not all(isinstance(name, str) for name in found.values()):
-            raise ValueError(f"{path.with_name(file)}: bos and eos must be names of tokens; correct or delete the file")
+            raise ValueError(f"{path.with_name(file)} has a bos or eos that is not a name; correct or delete the file")
         names = {**found, **names}
     return names
 

@@ -29,12 +29,12 @@ codecs.register_error("grass.undecodable", lambda error: ("\udcff", error.end)) 
 
 
 def detect(head: bytes) -> tuple[str, int]:
-    """Python's name of the encoding of a text with these first bytes, and the length of its byte-order mark."""
+    """The encoding and the length of the byte-order mark with which `head` begins; ("utf-8", 0) without a mark."""
     return next(((name, len(mark)) for mark, name in MARKS if head.startswith(mark)), ("utf-8", 0))
 
 
 def head_problem(head: bytes) -> str:
-    """Why a file with these first bytes is not text; empty if they do not show it."""
+    """Why a file that begins with `head` is not text; "" if `head` shows no reason."""
     packed = next((problem for begin, problem in COMPRESSED.items() if head.startswith(begin)), "")
     return packed or (UNMARKED if not detect(head)[1] and _is_unmarked(head) else "")
 
@@ -50,7 +50,7 @@ def _is_unmarked(head: bytes) -> bool:
 
 
 def decode(content: bytes) -> str:
-    """The text of a complete file, without its byte-order mark. Raises UnicodeDecodeError."""
+    """The text of a complete file, without its byte-order mark. Raises UnicodeDecodeError if it is not text."""
     name, skip = detect(content)
     return content[skip:].decode(name)
 
@@ -58,8 +58,9 @@ def decode(content: bytes) -> str:
 class Utf8Reader(io.RawIOBase):
     """The text in a binary stream as UTF-8 bytes, without its byte-order mark. Closing the reader closes the stream.
 
-    UTF-8 is passed on unchecked. In UTF-16 and UTF-32, invalid parts become bytes that are not valid UTF-8, so decoding
-    fails. `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the stream is not text.
+    UTF-8 is passed on unchecked. Invalid parts of UTF-16 and UTF-32 become bytes that are not valid UTF-8, so that
+    decoding the result fails. `encoding` is "UTF-8", "UTF-16" or "UTF-32". `problem` is empty, or the reason why the
+    stream is not text.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

@@ -23,7 +23,7 @@ class PreparedDataset:
     """A prepared dataset, opened.
 
     Attributes:
-        folder: The folder of the dataset; for a mixture, the folder that contains the folders of its corpora.
+        folder: The folder of the dataset; for a mixture, the folder of all prepared datasets.
         tokenizer: The tokenizer that made the tokens.
         train: The training split.
         val: The validation split.
@@ -56,7 +56,7 @@ def load(folder: str | Path) -> PreparedDataset:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            raise _OtherFormat(f"has format {manifest['format']}, this version reads {FORMAT}")
+            raise _OtherFormat(f"has format {manifest['format']}, but this version reads {FORMAT}")
         shards = {split: manifest["splits"][split]["shards"] for split in ("train", "val")}
         lengths = {n: file["bytes"] for split in shards.values() for s in split for n, file in s["files"].items()}
         names = {split: [str(shard["name"]) for shard in entries] for split, entries in shards.items()}
@@ -93,9 +93,10 @@ class _OtherFormat(Exception):
 
 
 def content_of(manifest: dict[str, Any]) -> str | None:
-    """A SHA-256 (64 hex digits) of the tokenizer and all tokens: it recognises the same data under other names.
+    """The SHA-256 (64 hex digits) of the tokenizer and all tokens. It does not depend on the documents' names.
 
-    For a mixture, they also depend on the weights. None for a `StreamedDataset`, whose manifest is empty.
+    `manifest` is that of a `PreparedDataset`. For a mixture, the hash also depends on the weights. None for a
+    `StreamedDataset`, whose manifest is empty.
     """
     if "splits" not in manifest:
         return manifest.get("content")
@@ -107,7 +108,7 @@ def content_of(manifest: dict[str, Any]) -> str | None:
 
 
 def describe(manifest: dict[str, Any], folder: Path) -> str:
-    """One line to be printed: the folder, and the sizes of the splits and the vocabulary."""
+    """One line to be printed: the folder, and the sizes of the splits and the vocabulary. Not for a mixture."""
     splits = ", ".join(
         f"{split} {entry['tokens']:,} tokens of {counted(entry['documents'], 'document')} "
         f"({entry['bytes'] / 1e6:.1f} MB, {entry['bytes'] / entry['tokens']:.2f} bytes per token)"

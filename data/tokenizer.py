@@ -20,19 +20,25 @@ MOST_PADDING = 1024
 
 
 class Tokenizer:
-    """A sentencepiece model file, or a tokenizer.json in Hugging Face's format.
+    """A tokenizer, from a sentencepiece model or from a tokenizer.json in Hugging Face's format.
 
-    `bos` and `eos` name the tokens that begin and end a text. By default, special_tokens.json next to the file names
-    them, else the sentencepiece model itself, or Hugging Face's tokenizer_config.json or special_tokens_map.json next
-    to a tokenizer.json; eos may also come from generation_config.json or config.json. Without `look_beside`, no file
-    next to the tokenizer is read. If the tokenizer has no bos token (T5), texts begin with its eos token. GPT-2 uses
-    the same token for both.
+    Args:
+        path: The file of the tokenizer.
+        bos: The name of the token that begins a text. None: as special_tokens.json next to the file says, else the
+            sentencepiece model, or tokenizer_config.json or special_tokens_map.json next to a tokenizer.json. If none
+            of them names a token (as for T5), texts begin with the eos token.
+        eos: The name of the token that ends a text. None: as for `bos`, and for a tokenizer.json at last as
+            generation_config.json or config.json next to it says.
+        look_beside: Whether to read the files next to the tokenizer.
 
     Raises:
         ValueError: The file or a file next to it cannot be read, the file is not a tokenizer, it lacks a token given as
             `bos` or `eos`, or no eos token is known.
 
     Attributes:
+        bos_id: The id of the token that begins a text.
+        eos_id: The id of the token that ends a text.
+        sha256: The hash of the file, 64 hex digits.
         vocab_size: One more than the largest token id.
         token_bytes: (vocab_size,) int32, the number of UTF-8 bytes of each token; 0 for special tokens.
         special: The `bos` and `eos` to pass when a copy of the file is opened without the files next to it.
@@ -45,7 +51,7 @@ class Tokenizer:
         try:
             content = self.path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); choose a tokenizer file") from None
+            raise ValueError(f"{path} cannot be read ({error.strerror}); choose a tokenizer file") from None
         self.sha256, self._content, text = hashlib.sha256(content).hexdigest(), content, _json_text(content)
         self._model: SentencePiece | HuggingFace
         self._model = HuggingFace(path, text) if text else SentencePiece(path, content)
@@ -57,16 +63,14 @@ class Tokenizer:
         self.special: dict[str, str] = {key: name for key, name in (("bos", bos), ("eos", eos)) if name}
         found = self._model.eos_id if eos is None else self._named(eos, "data.eos")
         if found < 0:
-            raise ValueError(f"{path}: the tokenizer has no eos token; set data.eos to the token that ends a text")
+            raise ValueError(f"{path} has no eos token; set data.eos to the token that ends a text")
         self.eos_id: int = found
         begin = self._model.bos_id if bos is None else self._named(bos, "data.bos")
         self.bos_id: int = begin if begin >= 0 else self.eos_id
         try:
             lengths = [self._model.bytes_of(token) for token in range(self.vocab_size)]
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: a token is not valid UTF-8 ({error}); the file is damaged, get a complete copy"
-            ) from None
+            raise ValueError(f"{path} has a token that is not valid UTF-8 ({error}); get a complete copy") from None
         self.token_bytes = np.array(lengths, dtype=np.int32)
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 
@@ -75,9 +79,9 @@ class Tokenizer:
         return 0 <= token < self.vocab_size and self._model.piece_of(token) is not None
 
     def fits(self, rows: int) -> bool:
-        """Whether a model with this number of embedding rows has a row for every token that a text can have.
+        """Whether a model with this number of embedding rows has a row for bos, eos and every token of a text.
 
-        Special tokens without a row are accepted, except bos and eos, because no text is encoded to them.
+        Other special tokens need no row, because no text is encoded to them.
         """
         return max(self.bos_id, self.eos_id) < rows and not self.token_bytes[rows:].any()
 
@@ -114,6 +118,9 @@ class Tokenizer:
         Together, the two arrays decode to the two texts with nothing in between. A tokenizer that puts a space before
         every text, such as LLaMA 2's, puts no space before a response that follows a prompt.
 
+        Args:
+            threads: As for ``encode_batch``.
+
         Raises:
             ValueError: The tokenizer fails on a text.
         """
@@ -136,7 +143,7 @@ class Tokenizer:
                 for first, (_, *after) in zip(firsts, parts, strict=True)
             ]
         except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"{self.path}: cannot encode a text ({str(error)[:200]})") from None
+            raise ValueError(f"{self.path} cannot encode a text ({str(error)[:200]})") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without special tokens. Bytes that are not UTF-8 become U+FFFD."""
@@ -150,7 +157,7 @@ class Tokenizer:
     def space_after(self) -> int | None:
         """The id of bos if the tokenizer puts a space before every text, else None.
 
-        `token_bytes` counts this space, which is not in the text, in the token after bos.
+        The space is not in the text, but `token_bytes` of the first token after bos includes it.
         """
         _, (letter,) = self.encode_pairs(["a"], ["a"])
         added = self.token_bytes[self.encode("a")].sum() - self.token_bytes[letter].sum()
@@ -158,7 +165,7 @@ class Tokenizer:
 
     @property
     def encoding(self) -> int:
-        """The version of the encoding, 1 or 2. It is part of a preparation's identity.
+        """The version of the encoding, 1 or 2; a dataset that was prepared with another version is not reused.
 
         2 for a tokenizer that adds or drops spaces, or encodes U+2581 like a space: for some texts, the first version
         of this class gave other tokens. 1 for all other tokenizers.
@@ -166,9 +173,9 @@ class Tokenizer:
         return 2 if self._model.changes_spaces else 1
 
     def copy_to(self, folder: Path) -> Path:
-        """Write the tokenizer into `folder` under its usual name, and `special`, if not empty, as special_tokens.json.
+        """Write the tokenizer into `folder` as tokenizer.model or tokenizer.json, and return the path.
 
-        Returns the path of the tokenizer.
+        Also writes `special`, if not empty, as special_tokens.json.
         """
         path = folder / FILES[isinstance(self._model, HuggingFace)]
         write_atomic(path, self._content)
@@ -178,7 +185,7 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer's file in a folder, if there is one."""
+    """The path of tokenizer.model or tokenizer.json in `folder`; None if there is neither."""
     return next((folder / name for name in FILES if (folder / name).exists()), None)
 
 

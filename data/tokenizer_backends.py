@@ -1,4 +1,4 @@
-"""The backends of ``data.tokenizer.Tokenizer``: the libraries sentencepiece and Hugging Face tokenizers."""
+"""The backends of ``data.tokenizer.Tokenizer``: the libraries sentencepiece and tokenizers (Hugging Face)."""
 
 import json
 import re
@@ -25,8 +25,10 @@ class SentencePiece:
         ValueError: `content` is not a sentencepiece model.
 
     Attributes:
-        space_sign: the tokens of the bytes of a literal U+2581; None if the tokenizer has no such tokens, or needs none
-            because it decodes a literal U+2581 unchanged.
+        bos_id: the id of the token that begins a text; -1 if the model names none.
+        eos_id: the id of the token that ends a text; -1 if the model names none.
+        space_sign: the ids of the three byte tokens with which a U+2581 in a text is encoded; None if the tokenizer
+            has no byte tokens, or needs none because it decodes U+2581 unchanged.
     """
 
     SPACES_AS_THEY_ARE = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
@@ -43,7 +45,7 @@ class SentencePiece:
             self.vocab_size: int = self._model.vocab_size()
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: not a sentencepiece model ({error}); choose a .model file or a tokenizer.json"
+                f"{path} is not a sentencepiece model ({error}); choose a .model file or a tokenizer.json"
             ) from None
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
@@ -59,7 +61,7 @@ class SentencePiece:
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether every text is known to decode unchanged: no normalization, and a piece for every byte."""
+        """Whether every text is known to decode unchanged: no normalization, and a token for every byte."""
         try:
             from sentencepiece import sentencepiece_model_pb2
 
@@ -88,7 +90,12 @@ class SentencePiece:
         return None if self._model.is_unknown(token) and self._model.id_to_piece(token) != piece else token
 
     def encode_batch(self, texts: Sequence[str], threads: int, continues: bool) -> list[np.ndarray]:
-        """The token ids of each text, int32 (n,); with `continues`, of a text that follows another text."""
+        """The token ids of each text, int32 (n,).
+
+        Args:
+            threads: the number of threads; HuggingFace ignores it.
+            continues: whether each text follows another text, and gets no space before it.
+        """
         model = self._continuing if continues else self._model
         return model.encode_as_numpy(list(texts), num_threads=threads)
 
@@ -122,7 +129,7 @@ class HuggingFace:
             import tokenizers
         except ImportError:
             raise ValueError(
-                f"{path}: a tokenizer.json needs the library tokenizers, which is not installed: "
+                f"{path} needs the library tokenizers, which is not installed; run "
                 ".venv/bin/pip install -r requirements-extra.txt"
             ) from None
         self._from_text, self._letters = tokenizers.Tokenizer.from_str, tokenizers.pre_tokenizers.ByteLevel.alphabet
@@ -132,8 +139,8 @@ class HuggingFace:
             self._byte_level = "ByteLevel" in json.dumps(self._spec.get("decoder"))
         except Exception as error:  # the library raises Exception itself
             raise ValueError(
-                f"{path}: not a Hugging Face tokenizer ({str(error)[:200]}); set data.tokenizer to a tokenizer.json or "
-                "a sentencepiece model"
+                f"{path} is not a Hugging Face tokenizer ({str(error)[:200]}); set data.tokenizer to a tokenizer.json "
+                "or a sentencepiece model"
             ) from None
         self._added = self._model.get_added_tokens_decoder()
         self.vocab_size: int = 1 + max(self._model.get_vocab().values(), default=-1)

@@ -45,7 +45,7 @@ def train_tokenizer(
         vocab_size: The number of tokens, including special tokens and the 256 tokens of single bytes.
         seed: Chooses the sample.
         sample_bytes: Maximum number of UTF-8 bytes to train on; a single text may exceed it.
-        coverage: Share of the characters of the text that have a token of their own, 0.9995 for None. Rarer characters
+        coverage: Share of the characters of the text that have a token of their own; None: 0.9995. Rarer characters
             are encoded as bytes.
 
     Raises:
@@ -146,7 +146,7 @@ def main() -> None:
     except OSError as error:
         place = error.filename or args.out
         exit_with(f"--out: {place} cannot be written ({error.strerror}); choose another place", args)
-    print(f"{args.out}: {made.vocab_size} pieces, {made.sha256[:12]}")
+    print(f"{args.out}: {made.vocab_size} pieces, SHA-256 {made.sha256[:12]}…")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def python_command(module: str, *arguments: str) -> str:
 
 
 def exit_with(message: str, arguments: argparse.Namespace) -> NoReturn:
-    """Print `message` to standard error and exit with 2. Settings data.KEY among `arguments` are named as flags."""
+    """Print `message` to standard error and exit with 2. data.KEY is printed as --KEY if `arguments` has that flag."""
 
     def named(found: re.Match) -> str:
         return f"--{found[1].replace('_', '-')}" if found[1] in arguments else found[0]

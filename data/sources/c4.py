@@ -4,19 +4,19 @@ from data.sources.files import SourceFile
 
 TRAIN, VALIDATION = "c4-train.", "c4-validation."  # the beginnings of the files' names
 C4_HINT = (
-    "huggingface.co/datasets/allenai/c4 has them in its folder en/ (git lfs pull --include 'en/c4-train.0000*,"
-    "en/c4-validation.*'); set data.paths to that folder"
+    "get the folder en/ of huggingface.co/datasets/allenai/c4 (git lfs pull --include 'en/c4-train.0000*,"
+    "en/c4-validation.*') and set data.paths to it"
 )
 
 
 def c4_by_split(files: list[SourceFile]) -> list[SourceFile]:
-    """The files, with those of C4's validation split held out."""
+    """`files`, with `held_out` set for the files of C4's validation split (c4-validation.*)."""
     return [file._replace(held_out=file.name.rpartition("/")[2].startswith(VALIDATION)) for file in files]
 
 
 def c4_problems(files: list[SourceFile]) -> list[str]:
-    """A message if a split is missing among the files of ``c4_by_split``, else an empty list."""
+    """One message if `files`, as from `c4_by_split`, have no file of a split; else an empty list."""
     splits = {file.held_out for file in files}
     wanted = {False: TRAIN, True: VALIDATION}
     missing = [f"{begin}*.json.gz" for held_out, begin in wanted.items() if held_out not in splits]
-    return [f"data.paths: there is no {' and no '.join(missing)}: {C4_HINT}"] if missing else []
+    return [f"data.paths: there is no {' and no '.join(missing)}; {C4_HINT}"] if missing else []

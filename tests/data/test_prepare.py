@@ -254,7 +254,7 @@ def test_another_format_is_refused(settings):
     folder = prepare(settings).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match=f"has format 99, this version reads {FORMAT}; delete the folder"):
+    with pytest.raises(ValueError, match=f"has format 99, but this version reads {FORMAT}; delete the folder"):
         load(folder)
 
 

@@ -140,7 +140,7 @@ def test_the_training_sample_is_bounded_seeded_and_independent_of_order():
 
 def test_a_file_that_is_no_model_is_named(tmp_path):
     (tmp_path / "t.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match=r"t\.model: not a sentencepiece model"):
+    with pytest.raises(ValueError, match=r"t\.model is not a sentencepiece model"):
         Tokenizer(tmp_path / "t.model")
 
 

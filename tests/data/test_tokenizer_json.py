@@ -74,20 +74,18 @@ def test_a_text_that_spells_a_special_token_is_text(file):
 
 
 def test_special_tokens_are_read_beside_the_file_or_refused_by_name(file):
-    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizer has no eos token; set data\.eos"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no eos token; set data\.eos"):
         Tokenizer(file)
     with pytest.raises(ValueError, match=r"data\.bos: .* has no token <s>; name one that it has"):
         Tokenizer(file, bos="<s>", eos=SPECIAL[1])
     own = DataSettings(source="text", paths=[str(REPO / "models")], tokenizer=str(file), vocab_size=600)
-    assert problems(own) == [
-        f"data.tokenizer: {file}: the tokenizer has no eos token; set data.eos to the token that ends a text"
-    ]
+    assert problems(own) == [f"data.tokenizer: {file} has no eos token; set data.eos to the token that ends a text"]
     beside = {"bos_token": {"content": SPECIAL[0]}, "eos_token": SPECIAL[1], "pad_token": None}
     file.with_name("tokenizer_config.json").write_text(json.dumps(beside))
     assert (Tokenizer(file).bos_id, Tokenizer(file).eos_id) == (0, 1)
     assert Tokenizer(file, bos=SPECIAL[1]).bos_id == 1
     file.with_name("tokenizer_config.json").write_text("[1")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read"):
         Tokenizer(file)
 
 

@@ -107,6 +107,6 @@ def test_what_holds_no_tokens_is_named(made, tmp_path, name, tokens, message):
 def test_the_tokenizer_and_the_type_are_asked_for(made, tmp_path):
     write(tmp_path, "a.bin", stream(made).astype("uint16"))
     assert problems(settings(made, tmp_path, tokenizer=None))[0].startswith(
-        "data.tokenizer: name the tokenizer that made"
+        "data.tokenizer: is not set; name the token"
     )
     assert problems(settings(made, tmp_path, token_dtype="float32"))[0].startswith("data.token_dtype: float32 is un")
