@@ -26,17 +26,20 @@ SAMPLE_BYTES = 2**30  # maximum text to read for the sample that trains a tokeni
 
 
 class Corpus:
-    """The files of `settings`, or the rows of their dataset.
+    """The text of `files`, or for source `datasets` of the rows of `settings.dataset`, and its splits.
 
-    With `survey`, a corpus of at most 64 MiB of text (SURVEY_BYTES) is first read once: `sha256` is then the hash of
-    all names and texts, and both splits get a document. Otherwise `sha256` is None.
+    Args:
+        files: The files of the corpus, as from `data.checks.examine`; empty for a dataset on the hub.
+        settings: The settings of the corpus.
+        survey: Whether to read a corpus of at most 64 MiB of text once now, so that both splits get a document.
 
     Raises:
-        ValueError: A small corpus has no text, too few documents for two splits, or a file or line that cannot be read;
+        ValueError: The survey finds no text, too few documents for two splits, or a file or line that cannot be read;
             or instructions are in Parquet.
 
     Attributes:
-        files: The files of the corpus: validation files first, then by name; empty for a dataset on the hub.
+        sha256: After a survey, the hash of the names and texts of all documents, 64 hex digits; else None.
+        files: The files of the corpus: validation files first, then by name.
         parse: Converts a record into a document.
         total_bytes: The size of the files.
         text_bytes: An estimate of the bytes of their text after decompression.
@@ -64,7 +67,10 @@ class Corpus:
         return self._settings.source not in (*LINES, "datasets", "tokens")
 
     def records(self, start: tuple[int, int] = (0, 0)) -> Any:
-        """The records after `start` = (file, number of its records that are done): an iterable with `done_bytes`."""
+        """An iterable of the records, without those before `start` = (file, number of its records to skip).
+
+        Its `done_bytes` is the approximate number of bytes read so far.
+        """
         s = self._settings
         if s.source == "datasets":
             return Rows(s, start[1])
@@ -77,7 +83,7 @@ class Corpus:
         return Records(files, column, PART_CHARS if self._settings.source == "text" else None, start)
 
     def batches(self, start: tuple[int, int] = (0, 0)) -> Iterator[Batch]:
-        """The records after `start`, in batches of about a million characters and at most 16,384 records."""
+        """The records, as from ``records``, in batches of about a million characters and at most 16,384 records."""
         records, batch, size = self.records(start), [], 0
         for record in records:
             batch.append(record)
@@ -105,7 +111,7 @@ class Corpus:
                 break
 
     def training_texts(self) -> Iterator[str]:
-        """The texts of those ``documents`` that are in the training split."""
+        """The texts of the training split, with the limit and order of ``documents``."""
         files = [file for file in self.files if not file.held_out]
         for document in self.documents(files):
             if self.own_validation or not self._is_drawn(digest(document)):
@@ -116,19 +122,22 @@ class Corpus:
         return self.files[file].held_out if self.own_validation else self._is_drawn(content)
 
     def require_pair(self, record: Record, problem: str) -> None:
-        """Raise ValueError for a broken line of instructions, because such a line is not skipped; else do nothing."""
+        """Raise ValueError if `record` is a broken line of instructions: unlike other records, it is not skipped.
+
+        `problem` is the reason why there is no document. A line without a response is not broken.
+        """
         if self.parse.pairs and problem != NO_RESPONSE:
             raise ValueError(
                 f"data.paths: line {record.number} of {self.files[record.file].path} is {problem}; fix that line"
             )
 
     def no_documents_error(self, skipped: str) -> ValueError:
-        """The error of a corpus without any document. `skipped` says why records were skipped."""
+        """The error of a corpus without any document. `skipped` says why records were skipped; it may be empty."""
         s = self._settings
-        problem = f"none of {len(self.files)} files is readable text" if self.is_text else "no document was found"
-        name, column = f"{s.dataset}: " if s.dataset else "", "" if self.is_text else " and data.column"
-        key = self._key
-        return ValueError(f"{key}: {name}{problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
+        found = f"no document was found{f' in {s.dataset}' if s.dataset else ''}"
+        problem = f"none of {len(self.files)} files is readable text" if self.is_text else found
+        key, column = self._key, "" if self.is_text else " and data.column"
+        return ValueError(f"{key}: {problem}{f' ({skipped})' if skipped else ''}; check {key}{column}")
 
     def changed(self) -> list[str]:
         """The names of files whose size or modification time has changed since they were listed."""
@@ -175,12 +184,12 @@ def _text_bytes(file: SourceFile) -> int:
 
 
 def extended(chain: str, name: str, content: bytes) -> str:
-    """The SHA-256 (64 hex digits) of a sequence of documents, from that of all documents but the last.
+    """The hash of a sequence of documents after another document is appended: SHA-256, 64 hex digits.
 
     Args:
-        chain: The hash of all documents but the last; "" if there is only one.
-        name: The name of the last document.
-        content: The SHA-256 (32 bytes) of the last document's content.
+        chain: The hash of the documents so far; "" if there are none.
+        name: The name of the appended document.
+        content: The ``digest`` of the appended document.
     """
     return hashlib.sha256(chain.encode() + hashlib.sha256(name.encode()).digest() + content).hexdigest()
 

@@ -13,7 +13,8 @@ NOT_UTF8, LONE_SURROGATE = "not UTF-8", "with half of a surrogate pair"
 class Record(NamedTuple):
     """Record `number` (from 1) of file `file` (from 0).
 
-    `content` is a text, a line of JSON in UTF-8, or tokens (n,) int32. If it is None, `problem` is the reason.
+    `content` is a text (str), a line of JSON in UTF-8 (bytes), or tokens (n,) int32. If it is None, `problem`
+    is the reason, such as "not UTF-8".
     """
 
     file: int

@@ -30,7 +30,7 @@ def readable(path: str | Path) -> str:
 
 
 class Remarks:
-    """Counts the paths with each remark, and names some of them."""
+    """Counts the paths with each remark, such as "broken links left out", and names some of them."""
 
     def __init__(self) -> None:
         self._paths: dict[str, dict[str, None]] = {}
@@ -54,17 +54,21 @@ class Remarks:
 
 
 class FileSearch:
-    """Finds regular files under folders by `patterns` of their names. Paths that are left out are in `remarks`.
+    """Finds regular files under folders by their names. Paths that are left out are added to `remarks`.
 
     Links to folders are followed, but each folder is searched once, and links come after real folders. So a file is
     found under its real path if the searched folder contains that path.
+
+    Args:
+        patterns: Globs for the names of files.
+        remarks: Collects the paths that are left out, with the reasons.
     """
 
     def __init__(self, patterns: Iterable[str], remarks: Remarks) -> None:
         self._patterns, self._remarks = list(patterns), remarks
 
     def expand(self, path: Path) -> list[Path]:
-        """The paths that match a glob. `**` stands for the folders of ``walk``, including caches and packages."""
+        """The paths that match the glob `path`. `**` stands for any number of folders that are not hidden."""
         parts = path.parts
         if "**" not in parts:
             return [Path(match) for match in sorted(glob.glob(str(path)))]
@@ -75,7 +79,7 @@ class FileSearch:
         return [match for folder in folders for match in self.expand(Path(glob.escape(str(folder))) / rest)]
 
     def files_in(self, folder: Path) -> list[Path]:
-        """The files below a folder whose names match a pattern, in order: first regular files, then links."""
+        """The files below a folder whose names match a pattern: regular files by path, then links by path."""
         files, links = list[Path](), list[Path]()
         for _, entries in self.walk(folder, EXCLUDED_FOLDERS):
             for entry in entries:
@@ -133,7 +137,7 @@ class FileSearch:
 
 
 def file_problem(path: str | Path) -> str | None:
-    """The remark on a path that is not a regular file; None for a regular file."""
+    """The reason to leave out a path, as for `Remarks.add`; None for a regular file or a link to one."""
     try:
         return None if stat.S_ISREG(os.stat(path).st_mode) else SPECIAL
     except (FileNotFoundError, NotADirectoryError):

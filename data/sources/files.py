@@ -50,16 +50,15 @@ def text_files(
 ) -> list[SourceFile]:
     """The files at `paths`, each file once, in order of name.
 
-    A file that is given directly has its own name. A file in a folder or of a glob is named by its path, from the name
-    of that folder on, or from the name of the last folder before the first wildcard. For example, the file
-    `/a/b/c/d.txt` is named `d.txt` if it is given directly, and `b/c/d.txt` if `/a/b` or `/a/b/*/*.txt` is given. One
-    line of the log counts and names the paths that are left out.
+    The name of a file begins with the last part of the given path, or for a glob, of the path before the first
+    wildcard. For example, the file `/a/b/c/d.txt` is named `d.txt` if it is given directly, and `b/c/d.txt` if `/a/b`
+    or `/a/b/*/*.txt` is given. One line of the log counts and names the paths that are left out.
 
     Args:
         paths: Files, folders and globs.
         patterns: Globs for the names of files to take from folders.
-        max_bytes: Limit for the sum of the files' sizes. Files in test folders are left out first, then others by a
-            hash of their names.
+        max_bytes: Limit for the sum of the files' sizes. If it is exceeded, files in test folders are left out first,
+            then others by a hash of their names.
         key: The setting with the paths, for messages.
 
     Raises:
@@ -70,8 +69,8 @@ def text_files(
     for entry in paths:
         path = Path(os.path.abspath(os.path.expanduser(entry)))
         is_glob = glob.has_magic(entry) and not os.path.lexists(path)
-        if problem := "" if is_glob else _problem(path):
-            problems.append(f"{key}: {problem} {readable(entry)}; check {key}")
+        if problem := "" if is_glob else _problem(path, readable(entry)):
+            problems.append(f"{key}: {problem}; check {key}")
             continue
         matches = search.expand(path) if is_glob else [path]
         files = [file for match in matches for file in _files_at(match, search, remarks)]
@@ -99,24 +98,22 @@ def with_held_out(files: list[SourceFile], own: list[SourceFile]) -> list[Source
     places = {file.path.resolve() for file in own}
     kept = [file for file in files if file.path.resolve() not in places]
     if len(kept) < len(files):
-        both = sorted({file.name for file in files} - {file.name for file in kept})
-        _log_once(
-            f"data.validation_paths: {counted(len(files) - len(kept), 'file')} also in data.paths, for "
-            f"validation only: {shorten(both)}"
-        )
+        both, count = sorted({file.name for file in files} - {file.name for file in kept}), len(files) - len(kept)
+        shared = f"{counted(count, 'file')} of data.paths {'is' if count == 1 else 'are'}"
+        _log_once(f"data.validation_paths: {shared} used only for validation ({shorten(both)})")
     return kept + [file._replace(held_out=True) for file in own]
 
 
-def _problem(path: Path) -> str:
-    """Why a path (not a glob) cannot be read, as the beginning of a message; empty if it can be read."""
+def _problem(path: Path, name: str) -> str:
+    """Why a path (not a glob) cannot be read, with its `name`; empty if it can be read."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         target = readable(os.readlink(path)) if path.is_symlink() else ""
-        return f"there is no {target}, the target of the link" if target else "there is no file or folder"
+        return f"{name} is a link to {target}, which does not exist" if target else f"there is no file or folder {name}"
     except (OSError, ValueError) as error:
-        return f"cannot read ({getattr(error, 'strerror', None) or error})"
-    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "cannot read a socket, pipe or device such as"
+        return f"{name} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return "" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else f"{name} is a socket, pipe or device, not a file"
 
 
 def _files_at(path: Path, search: FileSearch, remarks: Remarks) -> list[Path]:

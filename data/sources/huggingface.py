@@ -14,7 +14,7 @@ from data.sources.parquet import row_record
 
 
 class Rows:
-    """Iterates over the rows after the first `done`, as records of one file.
+    """Iterates over the rows of the dataset of `settings` after the first `done` rows, as records of file 0.
 
     Raises:
         ValueError: The library cannot read the dataset. The message names the key, and if possible the file and line.
@@ -49,6 +49,9 @@ class Rows:
 def load(settings: DataSettings) -> Any:
     """Load the dataset from a folder written by `save_to_disk`, or with `load_dataset` (a name, or a folder of files).
 
+    Returns:
+        An IterableDataset if `settings.streaming`, else a Dataset.
+
     Raises:
         ValueError: The library is missing, or cannot read the dataset. The message names the key, and if possible the
             file and line.
@@ -56,7 +59,9 @@ def load(settings: DataSettings) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"data.source=datasets needs the library datasets, which is not installed: {EXTRA}") from None
+        raise ValueError(
+            f"data.source=datasets needs the library datasets, which is not installed; run {EXTRA}"
+        ) from None
     s = settings
     assert s.dataset
     datasets.disable_progress_bars()
@@ -98,7 +103,8 @@ def _unreadable(s: DataSettings, error: Exception, where: str = "") -> ValueErro
         paths, hint = shlex.quote(f"data.paths=[{json.dumps(str(folder), ensure_ascii=False)}]"), ""
         if any(ending in found for ending in (".json", ".parquet")):
             hint = f", or use data=records {paths}, which needs no column but data.column"
-        return ValueError(f"data.dataset: {s.dataset} cannot be read{where}: {found}; fix or replace that file{hint}")
+        fix = f"fix or replace that file{hint}"
+        return ValueError(f"data.dataset: {s.dataset} cannot be read{where}, because {found}; {fix}")
     below = error.__cause__ or error.__context__
     detail = _short(error) if below is None else f"{_short(error)} {_short(below)}"
     detail = "it has no rows" if isinstance(error, StopIteration) else detail

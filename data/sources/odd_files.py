@@ -18,9 +18,12 @@ class _OddError(Exception):
 
 
 def find_odd_file(folder: Path) -> str:
-    """The first file below `folder` that cannot be read, else the first file whose columns differ from earlier files.
+    """Describe the first file below `folder` that cannot be read, else the first whose columns differ from before.
 
-    Returns a few words with the path and the line or row; empty if there is no such file.
+    Columns are compared with those of earlier files of the same type.
+
+    Returns:
+        A few words with the path, the problem and, if known, the line or row; empty if there is no such file.
     """
     known, odd = dict[Callable, Columns](), ""
     for path in sorted(folder.rglob("*")):

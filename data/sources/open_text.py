@@ -19,8 +19,8 @@ class TextFile(io.BufferedReader):
     `encoding` and `problem` are those of ``Utf8Reader``.
 
     Raises:
-        ValueError: A library is missing.
-        EOFError, OSError, zlib.error: The file cannot be read or decompressed, now or while it is read (READ_ERRORS).
+        ValueError: The file is .zst, and pyarrow is not installed.
+        EOFError, OSError, zlib.error: The file cannot be read or decompressed, now or when it is read later.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,5 +60,5 @@ def pyarrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise ValueError(f"data.paths: Parquet and .zst need the library pyarrow, which is missing: {EXTRA}") from None
+        raise ValueError(f"data.paths: Parquet and .zst need pyarrow, which is not installed; run {EXTRA}") from None
     return pyarrow

@@ -11,16 +11,16 @@ BATCH_ROWS = 256
 
 
 class ParquetRows:
-    """Yields a `Record` for each row of a Parquet file after the first `done` rows.
-
-    It reads a few hundred rows at a time (BATCH_ROWS).
+    """Yields a `Record` for each row of a Parquet file after the first `done` rows, reading 256 rows at a time.
 
     Args:
         number: The number of the file in the corpus, from 0.
-        done: The number of rows to leave out.
+        column: The column with the texts.
+        done: The number of rows to skip.
 
     Raises:
-        ValueError: The file is damaged, or its `column` is missing or contains no text. The message names the file.
+        ValueError: The file is damaged, or `column` is missing or has another type; the message names the file. Or
+            pyarrow is not installed.
     """
 
     def __init__(self, number: int, file: SourceFile, column: str, done: int) -> None:
@@ -83,7 +83,10 @@ def holds_text(kind: Any) -> bool:
 
 
 def row_record(file: int, number: int, name: str, text: Any) -> Record:
-    """Row `number` of a table as a record; `text` is bytes if it is not valid UTF-8."""
+    """Row `number` (from 1) of a table as a record of file number `file`, without content if it has no text.
+
+    `name` is that of the table. `text` is the row's value, or bytes if the value is not valid UTF-8.
+    """
     problem = NOT_UTF8 if isinstance(text, bytes) else "" if isinstance(text, str) and text else NO_TEXT
     return Record(file, number, f"{name}#{number}", None if problem else text, problem)
 

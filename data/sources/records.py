@@ -21,11 +21,15 @@ PARQUET = ".parquet"
 
 
 class Records:
-    """Iterates over the records of `files` after `start` = (file, number of its records that are done).
+    """Iterates over the records of `files`. A text that cannot be read is a record without content.
 
-    With a `column`, the files are Parquet (by the end of their names) or JSON lines. Without a `column`, they are
-    texts, split into parts of at most `part_chars` characters (None: not split). `done_bytes` is the approximate number
-    of bytes read so far. A text that cannot be read is a record without content.
+    `done_bytes` is the approximate number of bytes read so far.
+
+    Args:
+        column: The column with the texts of Parquet files (`.parquet`) or JSON lines (all others). None: the files are
+            texts.
+        part_chars: Texts are split into parts of at most this number of characters; None: not split.
+        start: (file, number of its records to skip). Earlier files are skipped too.
 
     Raises:
         ValueError: A Parquet or JSON lines file is truncated or damaged. The message names the file.

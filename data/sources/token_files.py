@@ -18,10 +18,15 @@ LONGEST = 2**20  # tokens per document; longer documents are split
 
 
 class TokenRecords:
-    """Iterates over the documents after `start` as records whose content is int32 (n,), without bos and eos.
+    """Iterates over the documents as records whose content is int32 (n,), without bos and eos.
+
+    Args:
+        dtype: The dtype of the tokens in files other than .npy.
+        tokenizer: The tokenizer that made the tokens.
+        start: (file, number of its documents to skip). Earlier files are skipped too.
 
     Raises:
-        ValueError: A file is not an array of tokens, or has a token that the tokenizer lacks. It names the file.
+        ValueError: A file is not an array of tokens, or has a token that `tokenizer` lacks. The message names the file.
     """
 
     def __init__(

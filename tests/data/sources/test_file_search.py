@@ -221,12 +221,12 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, caplog, monkeypatch):
     ("name", "message"),
     [
         ("missing", "there is no file or folder P; check data.paths"),
-        ("broken", "there is no /nowhere/blob, the target of the link P; check data.paths"),
-        ("pipe", "cannot read a socket, pipe or device such as P; check data.paths"),
-        ("circle", "cannot read (Too many levels of symbolic links) P; check data.paths"),
+        ("broken", "P is a link to /nowhere/blob, which does not exist; check data.paths"),
+        ("pipe", "P is a socket, pipe or device, not a file; check data.paths"),
+        ("circle", "P cannot be read (Too many levels of symbolic links); check data.paths"),
         ("f.txt/g.txt", "there is no file or folder P; check data.paths"),
-        ("x" * 300, "cannot read (File name too long) P; check data.paths"),
-        ("nul\0", "cannot read (embedded null byte) P; check data.paths"),
+        ("x" * 300, "P cannot be read (File name too long); check data.paths"),
+        ("nul\0", "P cannot be read (embedded null byte); check data.paths"),
         ("*.rst", "no file matches P; check data.paths"),
         ("folder", "P contains no *.txt file; check data.paths or data.patterns"),
         ("\udce9", "there is no file or folder P; check data.paths"),
@@ -260,7 +260,7 @@ def test_files_that_are_also_for_validation_are_named(tmp_path, caplog):
         ("r/a.txt", False),
         ("held/b.txt", True),
     ]
-    assert "1 file also in data.paths, for validation only: r/held/b.txt" in caplog.text
+    assert "1 file of data.paths is used only for validation (r/held/b.txt)" in caplog.text
 
 
 def test_a_line_of_the_log_stays_one_line(tmp_path, caplog):

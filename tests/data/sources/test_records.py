@@ -276,7 +276,7 @@ def test_a_library_that_is_not_there_is_named_with_the_way_to_it(texts, tokenize
         monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
         ValueError,
-        match=r"need the library pyarrow, which is missing: \.venv/bin/pip install -r requirements-extra\.txt",
+        match=r"need pyarrow, which is not installed; run \.venv/bin/pip install -r requirements-extra\.txt",
     ):
         prepare(settings(tmp_path, tokenizer))
     with pytest.raises(
