@@ -4,7 +4,7 @@ A split is cut into windows of `seq_len` inputs and targets. Targets are the inp
 target of a window is the first input of the next window. Documents are packed: a window may contain several. If
 documents begin with a prompt, each document is one window, truncated to `seq_len` targets or padded, and the prompt's
 tokens are not targets. With `masks`, a batch also contains the starts of documents, and the first token of a document
-is not a target, because no earlier token predicts it.
+is not a target, because no token of the same document precedes it.
 """
 
 import logging
@@ -35,6 +35,8 @@ class TrainBatches:
         sequences_per_step: Sequences per step on all ranks together.
         micro_batch_size: Sequences per micro-batch.
         seed: The seed of the order.
+        rank: The number of this rank, from 0.
+        world_size: The number of ranks.
         masks: Whether batches contain the starts of documents, and the first token of a document is not a target. Not
             for documents that begin with a prompt.
         block: Windows per shuffle block in the first epoch; needed when the split may still be incomplete. None
@@ -89,9 +91,9 @@ class TrainBatches:
 
     @property
     def windows(self) -> int:
-        """Windows per epoch; `order.ENDLESS` while unknown.
+        """Windows per epoch; 2**62 (`order.ENDLESS`) while the split is being prepared.
 
-        For a mixture, about the number of windows until each corpus is read once.
+        For a mixture, about the number of windows after which each corpus has been read at least once.
         """
         return self._order.windows
 
@@ -134,11 +136,11 @@ class TrainBatches:
         return readable
 
     def digest(self, step: int) -> str:
-        """With `block`, a hash of the latest text read by the steps before `step` (`BlockOrder.digest`); else empty."""
+        """With `block`, the `BlockOrder.digest` of all samples of the steps before `step`; else an empty string."""
         return self._order.digest(step * self._sequences_per_step) if isinstance(self._order, BlockOrder) else ""
 
     def targets(self, step: int) -> int:
-        """The number of targets of a step on all ranks; 1 if there are none."""
+        """The number of targets of a step on all ranks together, to divide the loss by: 1 if there are none."""
         if self._targets is None:
             every = self._sequences_per_step * self._seq_len
             if not self._masks:
@@ -190,7 +192,7 @@ def validation_batches(
 
     Args:
         batch_size: Sequences per batch of one rank.
-        max_sequences: Use at most this number of windows of all ranks together, spread evenly over the split.
+        max_sequences: Maximum number of windows on all ranks together, spread evenly over the split; None: all.
         masks: As in `TrainBatches`: each batch also has the document starts, see `TrainBatches.micro_batches`.
     """
     count = -(-(len(tokens) - 1) // seq_len) if _given(tokens) is None else tokens.document_count

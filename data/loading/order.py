@@ -22,7 +22,7 @@ ENDLESS = 2**62
 class EpochOrder:
     """Shuffled epochs: each of `windows` windows once per epoch, in a new order each time.
 
-    `corpus` is the number of the corpus in a mixture: each corpus of a mixture has an order of its own.
+    `corpus` is the number of the corpus in a mixture, whose corpora have different orders; None without a mixture.
     """
 
     def __init__(self, windows: int, seed: int, corpus: int | None = None) -> None:
@@ -86,7 +86,7 @@ class BlockOrder:
 
 
 class MixtureOrder:
-    """Several corpora, with shares given by their weights.
+    """The order for a mixture of corpora, with shares given by their weights.
 
     Samples come in rounds of 1000 (ROUND). Each corpus has the same number of samples in every round
     (`samples_per_round`), in shuffled order. The windows of each corpus come in shuffled epochs, independent of the
@@ -121,7 +121,10 @@ class MixtureOrder:
 
 
 def samples_per_round(weights: Sequence[float]) -> np.ndarray:
-    """The number of samples of each corpus in a round, int64 (corpora,): its share, rounded, and at least one."""
+    """The number of samples of each corpus per 1000 samples (ROUND), int64 (corpora,): at least one.
+
+    The numbers are in proportion to `weights`, rounded.
+    """
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * ROUND
     counts = np.maximum(1, np.floor(shares).astype(np.int64))
     for corpus in np.argsort(-(shares - counts), kind="stable")[: max(0, ROUND - int(counts.sum()))]:

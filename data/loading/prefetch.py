@@ -18,7 +18,7 @@ class Prefetch:
     Args:
         make: Returns the micro-batches of a step.
         pin: Copy the micro-batches into pinned memory, for asynchronous copies to a GPU.
-        ready: Returns whether a step can be made now. If not, the step is made only when it is requested.
+        ready: Returns whether a step can be made in advance now. If not, it is made when it is requested.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Prefetch:
         return [tuple(tensor.pin_memory() for tensor in batch) for batch in batches] if self._pin else batches
 
     def add(self, seconds: float) -> None:
-        """Add `seconds` that training waited outside of this class, until a step was ready."""
+        """Add `seconds` that training waited outside of this class to the waiting time that `lap` returns."""
         self._waited += seconds
 
     def lap(self) -> float:

@@ -37,25 +37,35 @@ DIGEST_BYTES = 32
 
 @dataclass
 class WriterState:
-    """The state from which a preparation continues: up to `place` = (file, number of the last record in the shards)."""
+    """The progress of a preparation, as stored in `state.json`, from which a later call resumes.
+
+    `place` = (file, number of its last record that is processed). Earlier files are complete.
+    """
 
     place: tuple[int, int] = (0, 0)
     chain: str = ""
     """The hash of the names and texts of all documents so far."""
     documents: int = 0
     bytes: int = 0
+    """The number of UTF-8 bytes of the documents' texts."""
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    """By reason, the names of the first 1000 skipped records. `skipped_counts` has the number of all."""
     skipped_counts: dict[str, int] = field(default_factory=dict)
     changed: int = 0
     """The number of documents whose tokens decode to another text."""
     held_out: int = 0
+    """The number of documents from separate validation files."""
     splits: dict[str, Any] = field(default_factory=dict)
+    """By split, the result of `SplitWriter.state`."""
     earlier: dict[str, Any] | None = None
     """The latest state within an earlier file. It stays valid if the current file turns out to be broken."""
 
 
 class CorpusWriter:
-    """Writes a corpus into shards in `folder`, and resumes where an earlier call was interrupted."""
+    """Writes a corpus into shards in `folder`, and resumes where an earlier writer was interrupted.
+
+    A shard ends with the document that reaches `shard_tokens` tokens. `state` is the `WriterState`.
+    """
 
     def __init__(self, folder: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder, self._corpus, self._tokenizer = folder, corpus, tokenizer
@@ -81,9 +91,10 @@ class CorpusWriter:
         file.write_bytes(digests)
 
     def write(self, workers: int) -> dict[str, list[dict[str, Any]]]:
-        """Write all documents that are not written yet, with at most `workers` worker processes.
+        """Write all documents that are not written yet. At most `workers` processes tokenise; 1 means this process.
 
-        Returns for each split the entries of its shards in the manifest.
+        Returns:
+            For each split, the entries of its shards in the manifest, as from `ShardWriter.entry`.
 
         Raises:
             ValueError: A file of the corpus cannot be read, or a line of instructions is broken.

@@ -50,7 +50,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes records in this process. `threads` is the number of threads, as for ``Tokenizer.encode_batch``."""
+    """Parses and encodes records in this process, with `threads` threads as for ``Tokenizer.encode_batch``."""
 
     def __init__(self, tokenizer: Tokenizer, parse: Parser, threads: int | None = None) -> None:
         self._tokenizer, self._parse, self._threads = tokenizer, parse, threads
@@ -93,10 +93,10 @@ EncodeBatches = Callable[[Iterable[Batch]], Iterator[tuple[Batch, Encoded]]]
 
 @contextmanager
 def encoders(tokenizer: Tokenizer, parse: Parser, workers: int) -> Iterator[EncodeBatches]:
-    """Yield a function that encodes batches: in this process for one worker, else in `workers` processes.
+    """Yield a function that encodes batches: in this process if `workers` is 1, else in `workers` worker processes.
 
     The function yields each batch with its tokens, in the order of the batches, and holds a few batches per worker. It
-    raises OSError if a worker process ends early. The workers end with this process, even if it is killed.
+    raises OSError if a worker ends early. Workers also end when this process is killed.
     """
     if workers == 1:
         encode = Encoder(tokenizer, parse)
@@ -139,12 +139,12 @@ def _in_order(
 
 
 class WorkerProcess:
-    """A process that encodes records, `python -m data.preparation.encode_worker`, connected by two pipes.
+    """A worker, `python -m data.preparation.encode_worker`, that encodes records and is connected by two pipes.
 
     A ProcessPoolExecutor would either fork a process that may have threads, or import the main module again in each
     worker. The latter runs a script without a main guard twice, and loads torch into each worker of a training command.
-    This worker imports only this package. It ends when its pipe closes, which the kernel does even if this process is
-    killed.
+    This worker imports only the package `data`. It ends when its pipe closes, and the kernel closes the pipe even if
+    the parent process is killed.
     """
 
     def __init__(self, tokenizer: Tokenizer, parse: Parser) -> None:
@@ -159,14 +159,14 @@ class WorkerProcess:
         self._send((tokenizer.path, tokenizer.special, parse))
 
     def encode(self, records: list[Record]) -> Encoded:
-        """The tokens of `records`. Raises OSError if the process has ended."""
+        """The documents and tokens of `records`. Raises OSError if the worker has ended."""
         try:
             self._send(records)
             return pickle.load(self._process.stdout)  # type: ignore[arg-type]
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self._process.wait()
             raise OSError(
-                f"a tokenizing process ended with code {code}; if memory ran out, lower data.workers"
+                f"a process that tokenises ended with code {code}; if memory ran out, lower data.workers"
             ) from None
 
     def _send(self, content: Any) -> None:
@@ -178,11 +178,11 @@ class WorkerProcess:
         self._process.kill()
 
     def close(self) -> None:
-        """Wait until the killed process is gone, and close the pipes."""
+        """After `kill`, wait until the process has ended, and close the pipes."""
         self._process.communicate()
 
 
 def environment() -> dict[str, str]:
-    """The environment for a process that runs a module of this package in any working directory."""
+    """Environment variables with which a new process can import the package `data` in any working directory."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -26,7 +26,10 @@ Shards = dict[str, list[dict[str, Any]]]  # the manifest's entries of the shards
 
 
 def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
-    """Log skipped documents, documents that the tokenizer changes, and split files.
+    """Check the shards that were written, and log the numbers of skipped, changed and split documents.
+
+    Args:
+        shards: The result of `writer.write`.
 
     Raises:
         ValueError: Files of the corpus changed during preparation, or a split has no document.
@@ -57,7 +60,11 @@ def check(writer: CorpusWriter, shards: Shards, corpus: Corpus) -> None:
 
 
 def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Tokenizer, shards: Shards) -> None:
-    """Write the manifest, the last file of a preparation, which completes the work folder."""
+    """Write manifest.json into the plan's work folder. The folder is complete when it has this file.
+
+    Args:
+        shards: The result of `writer.write`.
+    """
     checksums = [file["sha256"] for entries in shards.values() for entry in entries for file in entry["files"].values()]
     state = writer.state
     manifest = {
@@ -87,7 +94,7 @@ def write_manifest(plan: PreparationPlan, writer: CorpusWriter, tokenizer: Token
 def put_in_place(plan: PreparationPlan) -> Path:
     """Delete the temporary files of the plan's complete work folder, and rename the folder to its final name.
 
-    If a folder of that name exists, it has the same tokens; then the work folder is deleted instead.
+    If a folder of that name exists, it has the same tokens, and the work folder is deleted instead.
 
     Returns:
         The final folder.
@@ -114,7 +121,10 @@ def put_in_place(plan: PreparationPlan) -> Path:
 
 
 def mark(plan: PreparationPlan, folder: Path) -> None:
-    """Mark `folder` as the preparation of the plan's files; if that fails, the next call reads the corpus again."""
+    """Mark `folder` as the preparation of the plan's files. Without the mark, the next call reads the corpus again.
+
+    If the mark cannot be written, a warning is logged.
+    """
     try:
         (folder / plan.marker).touch()
     except OSError as error:

@@ -29,8 +29,8 @@ class PreparationPlan:
     Attributes:
         files: The files of the corpus; empty for a mixture and for a dataset on the hub.
         parts: For a mixture, the plan and the weight of each corpus; else empty.
-        problems: The problems that can be found before the corpus is read: one message per problem, with the key and
-            the fix. The properties and methods below need a plan without problems.
+        problems: One message, with the key and the fix, per problem that is found without reading the corpus. All other
+            properties and methods need a plan without problems.
     """
 
     def __init__(self, settings: DataSettings) -> None:
@@ -90,11 +90,11 @@ class PreparationPlan:
         return self.root / f".{self.settings.name}-{self.marker[-16:]}.tmp"
 
     def folder(self, corpus_sha256: str) -> Path:
-        """The folder of the complete preparation of a corpus with this hash."""
+        """The path of the complete preparation, which need not exist, of a corpus with this `Corpus.sha256`."""
         return self.root / f"{self.settings.name}-{hash_of(self.identity, corpus_sha256)[:12]}"
 
     def finished(self) -> Path | None:
-        """The folder of the complete preparation of these files, if there is one."""
+        """The folder of the complete preparation that is marked with the current files; None if there is none."""
         try:
             found = next(self.root.glob(f"{self.settings.name}-{HEX12}/{self.marker}"), None)
         except OSError:  # such as a name that is too long, which folder_problems reports
@@ -102,7 +102,10 @@ class PreparationPlan:
         return found.parent if found else None
 
     def log_changes(self, corpus_sha256: str | None) -> None:
-        """Log how this preparation differs from the newest one of the same name, if there is one."""
+        """Log how this preparation differs from the newest complete preparation of the same name, if there is one.
+
+        `corpus_sha256` is `Corpus.sha256`; None leaves out the comparison of the text.
+        """
         found = self.root.glob(f"{self.settings.name}-{HEX12}/{MANIFEST}")
         manifests = [path for path in found if path.is_file()]
         if not manifests:
@@ -121,5 +124,5 @@ class PreparationPlan:
 
 
 def hash_of(*parts: Any) -> str:
-    """SHA-256 of JSON-serialisable values, 64 hex digits."""
+    """The SHA-256 of the JSON text of `parts`, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -16,9 +16,12 @@ LOG_SECONDS = 10.0
 
 @contextmanager
 def progress(action: str, total_bytes: int, done_bytes: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to call with the bytes done so far and the tokens made since the last call.
+    """Show the progress of a task.
+
+    Yields a function to call with the bytes done so far and the tokens made since the last call.
 
     Args:
+        action: The name of the task in the bar or the log line.
         total_bytes: The bytes of the complete task; 0 if unknown.
         done_bytes: Bytes done before the start. They are not part of the speed, which gives the remaining time.
     """

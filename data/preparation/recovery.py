@@ -32,7 +32,7 @@ class ResumableError(ValueError):
 
 
 def resumable(error: ValueError, work: Path) -> ValueError:
-    """`error` as a ResumableError that names the work folder; unchanged if nothing can be resumed."""
+    """`error` as a ResumableError that names the work folder `work`; `error` itself if nothing can be resumed."""
     if not (work / STATE).exists() or not (work / FILES).exists():
         return error
     return ResumableError(
@@ -94,7 +94,7 @@ def _reusable(folder: Path, inputs: dict[str, Any]) -> tuple[int, int, Path, Wri
 
 
 def confirm_tokenizer(work: Path, tokenizer: Tokenizer) -> None:
-    """Keep reused documents only if `tokenizer`, trained on the current files, equals the earlier tokenizer."""
+    """Discard reused documents if `tokenizer`, trained on the current files, differs from the earlier tokenizer."""
     old_tokenizer, old_state = work / OLD_TOKENIZER, work / OLD_STATE
     if old_tokenizer.exists() and old_state.exists():
         if old_tokenizer.read_bytes() == tokenizer.path.read_bytes():

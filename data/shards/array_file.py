@@ -19,12 +19,15 @@ class ArrayFile:
     It has a `len`; a slice is a numpy array (n,) of `dtype`. Threads and forked processes may share an ArrayFile.
 
     Args:
+        path: The file.
         dtype: The type of the numbers.
         offset: The byte at which the first number begins.
         count: How many numbers to use; None for all numbers up to the end of the file.
 
     Raises:
-        ValueError: `count` is None, and the file does not end at the end of a number.
+        ValueError: `count` is None, and the file does not end at the end of a number. Or a slice is read, and the file
+            has become shorter.
+        OSError: The file cannot be read.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None) -> None:

@@ -28,7 +28,7 @@ COUNTS = ("documents", "tokens", "bytes")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype of a shard's tokens: two bytes if the vocabulary fits, else four."""
+    """The dtype of a shard's tokens: little-endian uint16 if all ids below `vocab_size` fit, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -38,8 +38,8 @@ class Tokens:
     Args:
         shards: The opened shards in order.
         dtype: The dtype of the shards' tokens, see `token_dtype`.
-        parts: For a mixture, (first token, number of tokens, weight) of each corpus; else empty.
-        limit: Maximum number of tokens to read, from the beginning.
+        parts: For a mixture, (position of the first token, number of tokens, weight) of each corpus; else empty.
+        limit: Maximum number of tokens to read, from the beginning; the `len` is not larger.
 
     Attributes:
         complete: Whether the split is complete; false only while it is being prepared.
@@ -59,7 +59,7 @@ class Tokens:
 
     @classmethod
     def mixed(cls, corpora: Sequence[tuple["Tokens", float]]) -> "Tokens":
-        """Corpora of the same dtype, concatenated, with their weights."""
+        """Concatenate the tokens of several corpora, given with their weights. All must have the same dtype."""
         ends = np.cumsum([len(tokens) for tokens, _ in corpora]).tolist()
         parts = [(end - len(t), len(t), weight) for end, (t, weight) in zip(ends, corpora, strict=True)]
         return cls([shard for tokens, _ in corpora for shard in tokens.shards], corpora[0][0].dtype, parts)
@@ -70,7 +70,7 @@ class Tokens:
         self._first_document = np.cumsum([0, *(len(shard.index) for shard in shards)])
 
     def can_read(self, stop: int) -> bool:
-        """Whether the first `stop` tokens can be read now: always True here; `StreamedTokens` overrides it."""
+        """Whether the first `stop` tokens can be read now. Always True, except for `StreamedTokens`."""
         return True
 
     def __len__(self) -> int:
@@ -103,11 +103,11 @@ class Tokens:
         return np.concatenate(parts) if parts else None
 
     def document(self, number: int) -> np.ndarray:
-        """The tokens of a document, (n,), from bos to eos."""
+        """The tokens of document `number` (from 0), (n,), from bos to eos."""
         return self[slice(*self.document_bounds(number))]
 
     def document_bounds(self, number: int) -> tuple[int, int]:
-        """The positions in the split of a document's first token, and of the token after its last."""
+        """The positions in the split of the first token of document `number`, and of the token after its last token."""
         shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
         first, last = self.shards[shard].bounds(number - int(self._first_document[shard]))
         base = int(self._first_token[shard])
@@ -128,7 +128,7 @@ class Tokens:
         return sum(int(shard.index[:]["bytes"].sum()) for shard in self.shards)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """The position of the first token of each document that begins in [start, stop), int64 (n,), in order."""
+        """The positions in [start, stop) at which documents begin, int64 (n,), in order."""
         starts = [np.empty(0, np.int64)]
         for number, first, last in self._pieces(start, min(stop, len(self))):
             begins = self.shards[number].begins(first, last)
@@ -148,7 +148,11 @@ class Shard:
     """One shard, opened to be read.
 
     Args:
-        done: For an unfinished shard, the result of `ShardWriter.state`; later tokens are not read.
+        folder: The folder of the dataset.
+        name: The name of the shard's files without endings, such as train-00000.
+        dtype: The dtype of the tokens.
+        done: For an unfinished shard, the result of `ShardWriter.state`; later tokens are not read. None for a complete
+            shard.
 
     Raises:
         ValueError: The files are not a shard, or are shorter than `done`.
@@ -175,20 +179,20 @@ class Shard:
             raise ValueError(f"{name}.given.npy does not match the documents of the index")
 
     def bounds(self, document: int) -> tuple[int, int]:
-        """The positions in the shard of a document's first token, and of the token after its last."""
+        """The positions in the shard of a document's first token, and of the token after its last token."""
         first, *after = self.index[document : document + 2]["token"].tolist()
         return first, after[0] if after else len(self.tokens)
 
     def entries(self, start: int, stop: int) -> tuple[int, np.ndarray]:
-        """The first document that tokens [start, stop) belong to, and the index entries of all these documents."""
+        """The number of the first document of tokens [start, stop), and the index entries of all their documents."""
         first = bisect_right(range(len(self.index)), start, key=self._begin) - 1
         found = self.index[first : first + stop - start]  # each document has at least one token
         return first, found[: np.searchsorted(found["token"], stop)]
 
     def begins(self, start: int, stop: int) -> np.ndarray:
-        """The position of the first token of each document that tokens [start, stop) belong to, int64 (n,).
+        """The positions at which the documents of the tokens [start, stop) begin, int64 (n,).
 
-        The first position may lie before `start`.
+        The first document may begin before `start`.
         """
         return self.entries(start, stop)[1]["token"]
 

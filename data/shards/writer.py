@@ -16,7 +16,10 @@ from data.shards.reader import COUNTS, GIVEN, INDEX
 class ShardWriter:
     """Writes one shard. A context manager; after its end, `entry` returns the shard's entry in the manifest.
 
-    With `done`, the result of `state()` of an earlier writer, writing resumes there. Later content is removed.
+    Args:
+        name: The name of the shard's files without endings, such as train-00000.
+        done: The result of `state` of an earlier writer: writing resumes there, and later content is removed. None
+            begins a new shard.
 
     Raises:
         ValueError: On entering, a file is shorter than `done`.
@@ -56,8 +59,8 @@ class ShardWriter:
         """Append a document.
 
         Args:
-            tokens: (n,) From bos to eos.
-            text_bytes: The number of UTF-8 bytes of its text.
+            tokens: The tokens from bos to eos, (n,).
+            text_bytes: The number of UTF-8 bytes of the document's text.
             given: The number of tokens after bos that are a prompt; None for a split without prompts.
         """
         counts, encoded = self._counts, name.encode()
@@ -73,7 +76,10 @@ class ShardWriter:
         counts["names"] += len(encoded)
 
     def state(self) -> dict[str, int]:
-        """Flush everything to disk. Returns the counts of documents, tokens, text bytes, bytes of names, prompts."""
+        """Flush everything to disk, and return the counts so far.
+
+        Keys: `documents`, `tokens`, `bytes` (of texts), `names` (bytes of names), `given` (documents with a prompt).
+        """
         for file in (self._bin, self._names, self._index, self._given):
             file.flush()
             fsync(file.fileno())
@@ -110,10 +116,10 @@ def _save_as_array(raw: Path, dtype: np.dtype) -> None:
 
 
 class SplitWriter:
-    """Writes a split; begins a new shard when the last shard has `shard_tokens` or more.
+    """Writes a split as shards. A shard ends with the document that reaches `shard_tokens` tokens.
 
-    With `state`, the result of `state()` of an earlier writer, writing resumes there. `entries` are the manifest's
-    entries of the complete shards.
+    With `state`, the result of the method `state` of an earlier writer, writing resumes there. `entries` are the
+    manifest's entries of the complete shards.
     """
 
     def __init__(
@@ -135,7 +141,7 @@ class SplitWriter:
         self._shard.add(name, tokens, text_bytes, given)
 
     def state(self) -> dict[str, Any]:
-        """Flush everything to disk. Returns the entries of the complete shards and the counts of the open shard."""
+        """Flush everything to disk. Returns "shards": `entries`, and "open": the state of the open `ShardWriter`."""
         return {"shards": self.entries, "open": self._shard.state()}
 
     def close(self) -> None:

@@ -49,7 +49,10 @@ class StreamedDataset(PreparedDataset):
 
 
 class BackgroundPreparation:
-    """The preparation for `settings`. With `start`, a process begins or resumes it unless it is complete.
+    """The preparation for `settings`, made by a separate process while this process trains.
+
+    With `start`, the process is started, unless the preparation is complete; it resumes an interrupted preparation.
+    Without `start`, the preparation is only read: only one rank of a run starts the process.
 
     A context manager; its end stops the process and waits until it has ended.
 
@@ -72,7 +75,7 @@ class BackgroundPreparation:
         return process
 
     def dataset(self, validation_tokens: int) -> StreamedDataset | None:
-        """The part of the dataset that is prepared; None while training must wait for `val` or the first of `train`.
+        """The part of the dataset that is prepared; None while `val` is incomplete or `train` has no tokens yet.
 
         The validation split never changes: all separate validation files, or at most the first `validation_tokens`
         tokens of the held-out documents.
@@ -103,10 +106,10 @@ class BackgroundPreparation:
         if not self._process or code is None or (code == 0 and self.plan.finished()):
             return None
         if code == 0:
-            return "data.paths: its files changed while the run began; start it again"
+            return "data.paths: files changed while the run started; start the run again"
         assert self._process.stdout
         reason = self._process.stdout.read().strip() or (
-            f"data: the process that prepares it ended with code {code}; if memory ran out, lower data.workers"
+            f"data: the process that prepares the data ended with code {code}; if memory ran out, lower data.workers"
         )
         return f"{reason} (the preparation in the background ended, and the run with it)"
 
@@ -136,13 +139,13 @@ class BackgroundPreparation:
 
 
 def find_streamed(settings: DataSettings, fingerprint: str, validation_tokens: int) -> PreparedDataset | None:
-    """Find the complete preparation of a run that trained while it was written (data.on_the_fly).
+    """Find the complete preparation that a run has read while it was being written (data.on_the_fly=true).
 
     The corpus and the tokenizer need not exist.
 
     Args:
-        fingerprint: Of the run's dataset.
-        validation_tokens: The number of validation tokens that the run uses at most.
+        fingerprint: The fingerprint of the run's `StreamedDataset`.
+        validation_tokens: The maximum number of validation tokens that the run uses.
 
     Returns:
         The dataset, with `fingerprint`. Unless it has separate validation files, its validation split is cut to

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class StreamedTokens(Tokens):
-    """The tokens, on disk so far, of a split that is still being prepared. Its `len` grows when `can_read` is called.
+    """The tokens of a split that is being prepared, as far as they are on disk. `len` grows when `can_read` is called.
 
     Any number of threads may read at the same time.
 
@@ -91,6 +91,6 @@ class StreamedTokens(Tokens):
 
 
 def token_count(state: WriterState, split: str) -> int:
-    """The number of tokens of a split that are on disk."""
+    """The number of tokens of `split` that are on disk according to `state`; 0 if nothing is written yet."""
     found = state.splits.get(split, {"shards": [], "open": {"tokens": 0}})
     return sum(entry["tokens"] for entry in [*found["shards"], found["open"]])

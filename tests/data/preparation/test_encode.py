@@ -122,7 +122,7 @@ def test_an_error_of_the_reader_ends_the_workers(texts, tokenizer, mark):
 
 def test_a_killed_worker_is_an_error_that_says_so(texts, tokenizer, mark):
     with (
-        pytest.raises(OSError, match=r"a tokenizing process ended with code -9; .* lower data\.workers"),
+        pytest.raises(OSError, match=r"a process that tokenises ended with code -9; .* lower data\.workers"),
         encoders(tokenizer, Parser("text"), workers=2) as encode,
     ):
         for _ in encode(batches_of(texts)):
