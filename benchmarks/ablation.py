@@ -1,11 +1,12 @@
 """Study of the defaults of ``optim=grass``: ``python -m benchmarks.ablation [--jobs 2] [stage …]``.
 
 Runs the sweeps that ablation.yaml lists, through Hydra multirun, in ``runs/ablation``. Each result is added to
-``docs/ablation.jsonl``. Runs in that file are not repeated, on any machine, and unfinished runs are resumed.
-``docs/ablation.md`` and ``docs/ablation.png`` are written from the file; ``--written`` does only that.
+``docs/ablation.jsonl``, one line (record) per run. Runs in that file are not repeated, on any machine, and unfinished
+runs are resumed. ``docs/ablation.md`` and ``docs/ablation.png`` are written from the file; with ``--written``, nothing
+is run.
 
-A record holds for the defaults of its commit. After a change of a default, remove its records from the file, or its
-sweeps from ablation.yaml.
+A record holds for the defaults of its commit. After a change of a default, remove the affected records from the file,
+or their sweeps from ablation.yaml.
 """
 
 import argparse
@@ -41,12 +42,19 @@ Record = dict[str, Any]
 
 @dataclass
 class Trial:
-    """A setting of a stage with the results of its seeds: final validation losses in nats per token."""
+    """A setting of a stage and its results.
+
+    Attributes:
+        setting: the overrides of a job without the seed and without those that all jobs share, see ``split``.
+        by_seed: for each seed, the final validation loss in nats per token.
+        commits: the commits of the runs.
+        summed: the record of the means over the seeds, if the records of the single runs are lost; else None.
+    """
 
     setting: str
     by_seed: dict[str, float] = field(default_factory=dict)
     commits: set[str] = field(default_factory=set)
-    summed: Record | None = None  # if the records of the single runs are lost
+    summed: Record | None = None
 
     @property
     def seeds(self) -> list[str]:
@@ -61,10 +69,10 @@ class Trial:
         return self.summed["error"] if self.summed else standard_error(list(self.by_seed.values()))
 
     def minus(self, other: "Trial") -> tuple[float, float]:
-        """Return the mean difference of the losses and its standard error, paired by seed, or NaN if they are unknown.
+        """Return the mean over common seeds of this loss minus ``other``'s, and its standard error; NaN if unknown.
 
-        A seed sets the initial weights and the order of the data. Losses of two seeds differ by more than those of two
-        methods.
+        Losses are paired by seed, because two seeds of a method (initial weights, order of the data) differ by more
+        than two methods.
         """
         if other is self:
             return 0.0, 0.0
@@ -83,7 +91,8 @@ def standard_error(values: list[float]) -> float:
 def split(overrides: Iterable[str], fixed: Sequence[str]) -> tuple[str, str]:
     """Return the setting and the seed of a job.
 
-    The setting is the job's overrides without the seed and without ``fixed``, which all jobs share.
+    The setting is the job's overrides without the seed and without ``fixed``, which all jobs share. The seed is "0" if
+    no override sets it.
     """
     told = [o for o in overrides if o not in fixed]
     seeds = [o.removeprefix(SEED) for o in told if o.startswith(SEED)]
@@ -91,7 +100,7 @@ def split(overrides: Iterable[str], fixed: Sequence[str]) -> tuple[str, str]:
 
 
 def recorded(file: Path) -> list[Record]:
-    """Return the records of a file, or none if it is missing."""
+    """Return the records of a file, or an empty list if it is missing."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -108,7 +117,16 @@ def record_of(stage: str, result: JobResult, fixed: Sequence[str]) -> Record | N
 def run_missing(
     name: str, stage: dict[str, Any], common: list[str], root: Path, jobs: int, records: Path | None = None
 ) -> None:
-    """Run the sweeps of a stage that are not in ``records``, and add their results to it after each sweep."""
+    """Run the jobs of a stage that have no record yet, and add their records to the file after each sweep.
+
+    Args:
+        name: the name of the stage in the study.
+        stage: the stage's entry in the study's YAML file.
+        common: the overrides of all stages.
+        root: the folder of the runs.
+        jobs: the number of runs at the same time.
+        records: the file of the records; None: docs/ablation.jsonl.
+    """
     records = records or RECORDS
     fixed = [*common, *stage.get("common", [])]
     for line in (line for lines in stage["sweeps"].values() for line in lines):
@@ -132,7 +150,7 @@ def run_missing(
 
 
 def trials_of(name: str, stage: dict[str, Any], common: list[str], records: list[Record]) -> dict[str, list[Trial]]:
-    """Return the recorded trials of the stage's sweeps, by topic."""
+    """Return the recorded trials of the stage's sweeps by topic, the heading of the sweeps in the YAML file."""
     fixed = [*common, *stage.get("common", [])]
     topics: dict[str, list[Trial]] = {}
     for topic, lines in stage["sweeps"].items():
@@ -145,9 +163,9 @@ def trials_of(name: str, stage: dict[str, Any], common: list[str], records: list
 
 
 def trial_of(setting: str, records: list[Record]) -> Trial:
-    """Return the trial of ``setting``.
+    """Return the trial of ``setting`` from its records.
 
-    It uses the records of single runs if there is one for each seed of the summed record, else the summed record.
+    A summed record (of the means over seeds) is used only if single runs of some of its seeds have no record.
     """
     runs = [record for record in records if "seed" in record]
     summed = next((record for record in records if "seeds" in record), None)
@@ -164,7 +182,8 @@ def in_a_shell(overrides: Iterable[str]) -> str:
 def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
     """Return a Markdown heading and table for each topic.
 
-    A table has a row for each trial, with its difference from ``against`` and the error over seeds.
+    A table has a row for each trial, with its difference from ``against`` (None: no differences) and the standard error
+    over seeds.
     """
     paragraphs = []
     relative = f"relative to `{in_a_shell(against.setting.split())}`" if against else ""
@@ -182,7 +201,7 @@ def table(topics: dict[str, list[Trial]], against: Trial | None) -> list[str]:
 
 
 def plus_minus(error: float) -> str:
-    """Return the standard error as text."""
+    """Return " ± " and the standard error ``error``, or "" if it is NaN."""
     return "" if math.isnan(error) else f" ± {error:.4f}"
 
 
@@ -242,7 +261,7 @@ def plot_losses(trials: list[Trial], listing: dict[str, Any], file: Path) -> Non
 
 
 def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
-    """Draw the panel of one stage."""
+    """Draw the panel of one stage: a line for each trial, and a colour for each topic."""
     labels: list[str] = []
     for colour, trials in enumerate(topics.values()):
         for t in sorted(trials, key=lambda t: t.loss):
@@ -257,7 +276,7 @@ def plot_stage(axis: Axes, topics: dict[str, list[Trial]]) -> None:
 
 
 def write(study: dict[str, Any], records: list[Record], page: str = "ablation") -> None:
-    """Write ``docs/<page>.md`` and ``docs/<page>.png`` from the records."""
+    """Write ``docs/<page>.md`` and its plots from the records. ``study`` is the content of ``<page>.yaml``."""
     every = {name: trials_of(name, stage, study["common"], records) for name, stage in study["stages"].items()}
     stages = {name: topics for name, topics in every.items() if topics}
     dates, machines = (sorted({record[what] for record in records}) for what in ("date", "machine"))
@@ -288,7 +307,7 @@ def write(study: dict[str, Any], records: list[Record], page: str = "ablation") 
 
 
 def main(page: str = "ablation", about: str | None = __doc__) -> None:
-    """Run the command of the study that ``<page>.yaml`` lists."""
+    """Run the study of ``<page>.yaml`` as a command. ``about`` is the description in --help."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     study = yaml.safe_load((HERE / f"{page}.yaml").read_text())
     file = DOCS / f"{page}.jsonl"

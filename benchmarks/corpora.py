@@ -28,7 +28,10 @@ LARGEST = 400_000  # bytes; larger files are mostly tables and are left out
 
 
 def fetch(requirement: str, into: Path) -> Path:
-    """Return the source archive of a package in ``into``. pip downloads it if it is missing."""
+    """Return the path of a package's source archive in the folder ``into``, after a download by pip if it is missing.
+
+    ``requirement`` is NAME==VERSION. An archive of another version in ``into`` is used too.
+    """
     name = requirement.partition("==")[0].lower()
     found = [file for file in into.glob("*.tar.gz") if file.name.lower().startswith(f"{name}-")]
     if not found:
@@ -39,7 +42,10 @@ def fetch(requirement: str, into: Path) -> Path:
 
 
 def texts(archive: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and content of each file in ``archive`` that belongs to the corpus, sorted by name."""
+    """Yield the name and content of the files in ``archive`` that end in one of ``suffixes``, sorted by name.
+
+    Generated files, and files of more than 400,000 bytes, are left out.
+    """
     with tarfile.open(archive) as tar:
         for member in sorted(tar.getmembers(), key=lambda member: member.name):
             wanted = member.isfile() and PurePosixPath(member.name).suffix in suffixes and member.size <= LARGEST

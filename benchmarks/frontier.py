@@ -1,4 +1,4 @@
-"""The picture of the loss that each share of the rows reaches, for ``benchmarks.ablation``."""
+"""Draw the final loss against the share of the rows that is trained at a time, for ``benchmarks.ablation``."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -12,11 +12,11 @@ STYLES = ("--", ":", "-.")
 
 
 def points(line: Mapping[float, str], losses: Mapping[str, float]) -> tuple[list[float], list[float]]:
-    """Return the shares of ``line`` whose setting has a loss, ascending, and these losses.
+    """Return the points of a line: the shares of the rows, ascending, and their losses. Unknown losses are left out.
 
     Args:
-        line: the setting of each share of the rows.
-        losses: by setting, in nats per token.
+        line: for each share of the rows, the setting.
+        losses: for each setting, the loss in nats per token.
     """
     known = sorted((float(share), losses[setting]) for share, setting in line.items() if setting in losses)
     return [share for share, _ in known], [loss for _, loss in known]

@@ -6,7 +6,8 @@ python -m benchmarks.growth --written docs/growth.json --plot docs/growth.png   
 The model is a small LLaMA with a vocabulary of 256. One size at a time takes several values (VALUES); the other sizes
 keep one value (BASE). Seconds are medians of CPU time on one thread. Bytes are counted, not measured: the optimizer
 state, and the planner's peak of a step. A slope of 1 means that time or memory doubles when the size doubles. The fold
-and the refresh must not grow faster than r·n, so their slopes with the rank and with the width are at most 1.
+(which writes the trained rows back into the weights) and the refresh (which selects new rows) must not grow faster than
+rank × width, so their slopes with the rank and with the width are at most 1.
 """
 
 import argparse
@@ -52,6 +53,10 @@ def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
 
     ``step_s`` and ``optimizer_s`` are those of a regular step. The optimizer step includes the fold, which is also
     timed separately.
+
+    Args:
+        shape: the arguments of ``overrides_of``.
+        pairs: the number of pairs of a regular step and a step with a refresh to time.
     """
     config, _ = configuration("grass", shape["rank"], overrides_of(**shape))
     steps = Steps(config, World(rank=0, size=1, device=torch.device("cpu")), clock=time.process_time)
@@ -74,7 +79,7 @@ def measure(shape: dict[str, int], pairs: int) -> dict[str, Any]:
 
 
 def measure_all(pairs: int) -> dict[str, Any]:
-    """Return a row for each value of each size, and the slopes by size."""
+    """Return the ``measure`` of each value of each size as "rows", and "slopes" by size."""
     torch.set_num_threads(1)
     rows, slopes = [], {}
     for name, values in VALUES.items():

@@ -37,7 +37,7 @@ def kind_of(kernel: str) -> str:
 
 
 def measure(method: str, rank: int, overrides: list[str], steps: int) -> Counter[str]:
-    """Return the mean seconds per step, by kind of kernel, of ``steps`` steps after the warm-up."""
+    """Return the mean seconds per step by kind of kernel (see ``kind_of``), over ``steps`` steps after a warm-up."""
     config, _ = configuration(method, rank, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = iter(Steps(config, World(rank=0, size=1, device=device), lora_rank=rank if method == "lora" else None))

@@ -24,7 +24,7 @@ PARTS = ("forward", "input gradient", "weight gradient", "head", "attention")
 
 
 def parts_of(method: str, size: str, rank: int, seq_len: int) -> dict[str, float]:
-    """Return the FLOPs per token of the linears' three matmuls, of the head's matmuls together, and of attention."""
+    """Return the FLOPs per token by part: the three matmuls of all attention and MLP linears, the head, attention."""
     config, _ = configuration(method, rank, [f"model=llama_{size}"])
     model = outline(config)
     head = model.lm_head

@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 def estimated(size: str, method: str) -> Row:
-    """Return the bytes at the peak of a regular step by component, and the peak of a refresh."""
+    """Return a row: the bytes at the peak of a regular step by component, and in total at the peak of a refresh."""
     seen = simulate_all_blocks(load([f"model=llama_{size}", *METHODS[method], *SETTINGS]), verify=False)
     regular, refresh = highest(seen, "regular"), highest(seen, "refresh")
     held = {name: regular[name] for name in COMPONENTS}
@@ -55,13 +55,13 @@ def estimated(size: str, method: str) -> Row:
 
 
 def known(path: Path) -> dict[tuple[str, str], Row]:
-    """Return the rows of a file by size and method."""
+    """Return the rows of a file of ``estimated`` rows by size and method; none if the file is missing."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {(row["size"], row["method"]): row for row in rows}
 
 
 def table(rows: dict[tuple[str, str], Row]) -> str:
-    """Return a Markdown table in GiB. The last row has the numbers of the paper."""
+    """Return a Markdown table in GiB. The last row has the numbers of the paper of Grass for AdamW at 13B."""
     held = [name for name in COMPONENTS if any(row.get(name) for row in rows.values())]
     heads = ["size", "method", *(name.replace("_", " ") for name in held), "a step", "a refresh"]
     lines = [heads, ["---"] * len(heads)]
@@ -88,7 +88,7 @@ def picture(rows: dict[tuple[str, str], Row]) -> Figure:
 
 
 def overview(rows: dict[tuple[str, str], Row]) -> Figure:
-    """Draw the methods in COMPARED for 13B and 7B."""
+    """Draw AdamW, GaLore and Grass at rank 256 for 13B and 7B."""
     return stacked(
         {
             f"LLaMA {size.upper()}: GiB for a training step, by the planner": {
@@ -101,7 +101,11 @@ def overview(rows: dict[tuple[str, str], Row]) -> Figure:
 
 
 def stacked(panels: dict[str, dict[str, Row]], height: float = 0.25) -> Figure:
-    """Draw a panel for each title, one below another, with a bar of ``height`` inches for each method."""
+    """Draw a panel for each title, one below another, with a bar of ``height`` inches for each method.
+
+    Args:
+        panels: for each title and method, the bytes by component.
+    """
     counts = [len(bars) + 1 for bars in panels.values()]
     with new_figure(height=0.8 + height * sum(counts) + 0.25 * len(panels), grid="x") as figure:
         for axes, (title, bars) in zip(

@@ -25,7 +25,7 @@ class Host:
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """Make ``count`` hosts on one switch; remove them when the block ends. Each host can ``limit`` its own link.
+    """Yield ``count`` simulated hosts on one switch, and remove them when the block ends. ``limit`` slows their links.
 
     Raises:
         PermissionError: the user is not root, ``ip`` or ``tc`` (iproute2) is missing, or one of their commands fails.
@@ -52,7 +52,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 
 def loopback(count: int) -> list[Host]:
-    """Return ``count`` hosts that share the loopback interface."""
+    """Return ``count`` places for processes that share this machine's loopback interface. They cannot be limited."""
     return [Host([], "127.0.0.1", "lo") for _ in range(count)]
 
 

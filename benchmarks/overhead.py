@@ -98,7 +98,7 @@ class Timed(Trainer):
 
 
 def measure(overrides: list[str]) -> dict[str, Any]:
-    """Return the tokens per second of the bare loop and of the trainer, and their ratio."""
+    """Return the tokens per second of the bare loop and of the trainer, and the ratio trainer to bare loop."""
     with tempfile.TemporaryDirectory() as root:
         config = load([*AS_TIMED, *overrides, f"run.root={root}"])
         folder = RunFolder(config)

@@ -30,7 +30,7 @@ COMPARED = ["adamw", "galore", "grass", "grass+options"]
 
 
 def peak(method: str, size: str, rank: int) -> dict[str, Any]:
-    """Return a method's row: its overrides, its peak of resident bytes, and the baseline before its model was built."""
+    """Return a method's row: its overrides, its peak of resident bytes, and the resident bytes before it ran."""
     overrides = [f"model=llama_{size}", "train.tokens_per_step=256", *METHODS[method]]
     if method in ("galore", "grass", "grass+options"):
         overrides.append(f"optim.rank={rank}")

@@ -63,7 +63,7 @@ def alone(model: Path, documents: list[str]) -> float:
 
 
 def prepared(settings: DataSettings) -> tuple[float, int, int]:
-    """Prepare a corpus in a new process. Return seconds, peak bytes, and the peak bytes of the largest worker."""
+    """Prepare a corpus in a new process. Return the seconds, its peak bytes, and those of its largest worker."""
     script = (
         "import json, sys, time, resource\n"
         "from data.prepare import prepare, DataSettings\n"

@@ -35,7 +35,14 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"
 
 
 def measure(way: str, overrides: list[str]) -> dict[str, int]:
-    """Return the peak bytes by kind of step, measured in a new process. "resident" also returns its "baseline"."""
+    """Return the peak bytes by kind of step, measured in a new process.
+
+    ``way`` is "events" or "resident", see the module. With "resident", the peaks are above a baseline, and the result
+    also has the key "baseline".
+
+    Raises:
+        RuntimeError: the process fails.
+    """
     command = [sys.executable, "-m", "benchmarks.real_steps", way, *overrides]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | (GIVE_BACK if way == "resident" else {})
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -92,7 +99,7 @@ def by_kernel(overrides: list[str]) -> dict[str, int]:
 
 
 def resident(key: str) -> int:
-    """Return VmRSS or VmHWM of this process in bytes; ``key`` says which."""
+    """Return the resident bytes of this process: now if ``key`` is VmRSS, the peak if it is VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024

@@ -28,7 +28,7 @@ TOGETHER = ["optim.refresh_every=2", "optim.probe_steps=1", "optim.stagger=false
 def measure(overrides: list[str], pairs: int) -> dict[str, float]:
     """Return the median seconds of regular and of refresh steps, which alternate, and the median of their ratios.
 
-    A ratio is that of a refresh step to the regular step before it.
+    A ratio is that of a refresh step to the regular step before it. ``pairs`` is the number of such pairs.
     """
     timed = timed_step([*overrides, *TOGETHER])
     regular, refresh = zip(*[(timed(), timed()) for _ in range(pairs + 2)][2:], strict=True)  # 2 warm-up pairs
@@ -39,8 +39,8 @@ def measure(overrides: list[str], pairs: int) -> dict[str, float]:
 def measure_as_set(overrides: list[str], pairs: int) -> dict[str, float]:
     """Return the median step seconds of two runs, with frozen rows and as configured, and the ratio of their sums.
 
-    The runs take turns of one step. With staggered refreshes, every step may score some blocks, so there are no regular
-    steps. The cost of refreshes is then the ratio over complete refresh intervals.
+    The runs take turns of one step, ``pairs`` times. With staggered refreshes, every step may score some blocks, so
+    there are no regular steps. The cost of refreshes is then the ratio over complete refresh intervals.
     """
     frozen, as_set = (timed_step([*overrides, *more]) for more in (["optim.selection=frozen"], []))
     plain, whole = zip(*[(frozen(), as_set()) for _ in range(pairs + 2)][2:], strict=True)
@@ -48,10 +48,10 @@ def measure_as_set(overrides: list[str], pairs: int) -> dict[str, float]:
 
 
 def timed_step(overrides: list[str]) -> Callable[[], float]:
-    """Build a run at SHAPE, and return a function that makes its next step and returns the seconds.
+    """Build a run of llama_60m at rank 128, and return a function that makes its next step and returns the seconds.
 
-    On a CPU, these are seconds of CPU time of all threads of the process. Other programs affect them less than wall
-    time.
+    ``overrides`` change the run. On a CPU, the seconds are CPU time of all threads of the process, because other
+    programs affect it less than wall time.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(load([*SHAPE, *overrides]), World(rank=0, size=1, device=device))

@@ -24,7 +24,7 @@ from pretrain.inference.pretrained import find_pretrained
 
 
 def repeated(tokens: np.ndarray, windows: int, half: int, seed: int = 0) -> Tensor:
-    """Return token ids (windows, 2 × half) int64: a random stretch of ``tokens`` per row, twice."""
+    """Return token ids (windows, 2 × half) int64: in each row, a random stretch of ``half`` tokens, twice."""
     starts = np.random.default_rng(seed).integers(0, len(tokens) - half + 1, windows)
     return torch.from_numpy(np.stack([tokens[s : s + half] for s in starts]).astype(np.int64)).repeat(1, 2)
 
@@ -33,7 +33,7 @@ def repeated(tokens: np.ndarray, windows: int, half: int, seed: int = 0) -> Tens
 def losses(model: Llama, ids: Tensor) -> tuple[float, float]:
     """Return the mean losses of the first and of the second reading, in nats per token.
 
-    The first token of each reading does not count: nothing announces it.
+    The first token of each reading does not count, because it cannot be predicted.
 
     Args:
         ids: token ids (windows, 2 × half) int64, as from ``repeated``.

@@ -33,10 +33,10 @@ ADAM_PASSES = 7  # reads of gradient, weight and two moments; writes of weight a
 
 @dataclass(frozen=True)
 class Machine:
-    """``processes`` GPUs, each with ``flops`` FLOP/s (bf16, dense), ``memory`` bytes/s and ``link`` bytes/s.
+    """``processes`` GPUs, each with ``flops`` FLOP/s (bf16, dense), ``memory`` bytes/s and a ``link`` to the others.
 
-    FLOP/s and memory bandwidths are from data sheets. ``link`` is the rate that all-reduces reach in practice, not the
-    rated bandwidth.
+    FLOP/s and memory bandwidths are from data sheets. ``link`` is the rate in bytes/s that all-reduces reach in
+    practice, not the rated bandwidth.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Work:
         gradients: bytes that are all-reduced.
         last: bytes of the embedding's gradient, which is complete last, so that no backward hides its all-reduce.
         optimizer: bytes that the optimizer step reads and writes.
-        fixed: FLOPs of GaLore's two projections.
+        fixed: FLOPs of GaLore's two projections; 0 for other methods.
     """
 
     forward: float
@@ -77,7 +77,7 @@ class Work:
 
 
 def work_of(method: str, size: str, rank: int, seq_len: int, dtype: str = "bfloat16") -> Work:
-    """Count the FLOPs and bytes of a step of ``method``."""
+    """Count the FLOPs per token, and the bytes of a step, of ``method`` for LLaMA ``size``."""
     overrides = [f"model=llama_{size}", f"train.dtype={dtype}", f"train.seq_len={seq_len}"]
     config, _ = configuration(method, rank, overrides)
     dense, _ = configuration("adamw", rank, overrides)
@@ -118,7 +118,10 @@ def predict(work: Work, machine: Machine, tokens: int) -> float:
 
 
 def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_len: int) -> list[dict[str, Any]]:
-    """Return a row for each size, machine and method."""
+    """Predict a row for each size, machine and method: seconds per step, tokens per second, and relative speed.
+
+    ``tokens`` are those of a step on one process. Speeds are relative to the first method.
+    """
     rows = []
     for size in sizes:
         works = {method: work_of(method, size, rank, seq_len) for method in methods}
@@ -134,10 +137,10 @@ def rows_of(sizes: list[str], methods: list[str], tokens: int, rank: int, seq_le
 
 @dataclass(frozen=True)
 class Curve:
-    """Measured and predicted seconds of a regular step of a method, by Mbit/s.
+    """Measured seconds of a regular step of a method, by Mbit/s, and a model that predicts them.
 
-    The compute time is the measured step at the fastest link, minus the time to send the embedding's gradient. The
-    steps at slower links are predicted from it.
+    The compute time is the measured step at the fastest link, minus the time to send the embedding's gradient. Steps at
+    slower links are predicted from the compute time.
     """
 
     measured: dict[float, float]
@@ -157,7 +160,7 @@ class Curve:
 
 
 def curves(measured: list[dict[str, Any]]) -> dict[str, Curve]:
-    """Return the Curve of each method, from outputs of benchmarks.scaling."""
+    """Return the Curve of each method, from outputs of ``benchmarks.scaling --json``."""
     found: dict[str, Curve] = {}
     for run in measured:
         ring = 2 * (run["ranks"] - 1) / run["ranks"] * 8e-6
@@ -170,7 +173,10 @@ def curves(measured: list[dict[str, Any]]) -> dict[str, Curve]:
 
 
 def fitted(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the predicted and the measured seconds of a regular step for outputs of benchmarks.scaling."""
+    """Return a row for each method and bandwidth except the fastest: predicted and measured seconds of a regular step.
+
+    ``measured`` has outputs of ``benchmarks.scaling --json``.
+    """
     return [
         {"method": method, "mbit": mbit, "regular_s": seconds, "model_s": curve.model(mbit),
          "model/measured": curve.model(mbit) / seconds}

@@ -26,7 +26,7 @@ SAVES = 7
 
 
 def measure(config: Config) -> dict[str, float]:
-    """Return the bytes of a checkpoint of ``config`` and the median seconds of its saves, on the CPU."""
+    """Return the bytes of a checkpoint of ``config``, and by way of saving the median seconds, on the CPU."""
     run = Run(config, World(0, 1, torch.device("cpu")))
     run.step([tuple(part[:1] for part in run.batch[0])])  # one sequence
     tensors = checkpoint.tensors_of(run.model, run.optim)

@@ -55,7 +55,8 @@ def payload_bytes(steps: Steps) -> float:
 def step_times(first: Step, regular: list[Step], refresh_every: int) -> dict[str, float]:
     """Return the median seconds of the ``regular`` steps, the seconds of a refresh, and the mean step of a long run.
 
-    The time of a refresh is the extra optimizer time of the ``first`` step.
+    A long run has a refresh every ``refresh_every`` steps. The time of a refresh is the extra optimizer time of the
+    ``first`` step, or 0 if ``refresh_every`` is 1.
     """
     regular_s, optimizer_s = median(step.total_s for step in regular), median(step.optimizer_s for step in regular)
     refresh_s = max(first.optimizer_s - optimizer_s, 0.0) if refresh_every > 1 else 0.0
@@ -63,7 +64,7 @@ def step_times(first: Step, regular: list[Step], refresh_every: int) -> dict[str
 
 
 def work(arguments: argparse.Namespace, method: str) -> None:
-    """Run one process of ``method``. The main process prints a row of JSON for each bandwidth."""
+    """Run ``method`` in one of the processes. The process of rank 0 prints a row of JSON for each bandwidth."""
     torch.set_num_threads(arguments.threads)
     config, refresh_every = configuration(method, arguments.rank, overrides(arguments), period=None)
     world = connect(timedelta(minutes=20))

@@ -56,7 +56,10 @@ ONE_BLOCK = "_block"  # 1b_block: one block of the 1b model, with a very small e
 
 
 def serve(connection: Connection, method: str, rank: int, overrides: list[str], period: int, threads: int) -> None:
-    """Run one method in its process: make a step for each message "step", and finally send the method's row."""
+    """Run one method in its process: make a step for each message "step", and after another message send its row.
+
+    ``period`` is the number of steps between refreshes of GaLore and APOLLO.
+    """
     torch.set_num_threads(threads)
     name, _, own = method.partition(":")
     config, refresh_every = configuration(name, rank, [*overrides, *filter(None, own.split(";"))], period)
@@ -83,7 +86,10 @@ def serve(connection: Connection, method: str, rank: int, overrides: list[str], 
 def measure(
     methods: list[str], rank: int, overrides: list[str], rounds: int, period: int, threads: int
 ) -> list[dict[str, Any]]:
-    """Time all methods in turn, ``rounds`` × ``period`` steps each, and return a row for each method."""
+    """Time all methods in turn, ``rounds`` × ``period`` steps each, and return a row for each method.
+
+    GaLore and APOLLO refresh every ``period`` steps. ``threads`` is the number of CPU threads per method.
+    """
     if not torch.cuda.is_available():
         keep_freed_memory()  # as ./launch.sh does
     context = multiprocessing.get_context("spawn")
@@ -142,7 +148,7 @@ def relative_at(row: dict[str, Any], first: dict[str, Any], tokens: int) -> floa
 
 
 def shape_of(size: str, batch: int, seq_len: int) -> list[str]:
-    """Return the overrides for a model of ``size`` and its batch."""
+    """Return the overrides for a model and its batch. Size 1b_block is one block of 1b with a vocabulary of 256."""
     block = size.endswith(ONE_BLOCK)
     alone = ["model.num_hidden_layers=1", "model.vocab_size=256", "data.vocab_size=256"] if block else []
     return [
@@ -195,7 +201,10 @@ def written(file: Path) -> list[dict[str, Any]]:
 
 
 def title_of(output: dict[str, Any], number: int) -> str:
-    """Return the title of a run."""
+    """Return the title of output ``number`` (from 0) of a file, such as "run 1, rank 128".
+
+    ", default malloc" is added for a CPU run in which malloc did not keep freed memory (``pretrain.cli.malloc``).
+    """
     how = "" if output["machine"].get("gpu") or output["machine"].get("malloc") else ", default malloc"
     return f"run {number + 1}, rank {output['rank']}{how}"
 

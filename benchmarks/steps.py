@@ -62,10 +62,11 @@ EVEN = ("optim.attention_weight=1", "optim.side=auto", "optim.stagger=true")
 
 
 def configuration(method: str, rank: int, overrides: Sequence[str], period: int | None = PERIOD) -> tuple[Config, int]:
-    """Return the configuration of ``method`` at ``rank``, and the interval in steps at which its refreshes count.
+    """Return the configuration of ``method`` at ``rank``, and the steps over which the time of a refresh is spread.
 
     GaLore and APOLLO are configured to refresh every ``period`` steps (None: at their default interval), so that a
-    short measurement contains refreshes; the interval returned is their default. It is 1 for all other methods.
+    short measurement contains refreshes, but the time is spread over their default interval. For all other methods, the
+    returned number is 1.
     """
     base = [*METHODS[method], *COMMON, *overrides]
     optim = load(base).optim
@@ -100,7 +101,7 @@ class PartTimer(StepObserver):
     """Sums the seconds of each part of a step since ``reset``.
 
     Args:
-        now: returns the time in seconds after the device has finished.
+        now: waits for the device, and returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float]):
@@ -136,7 +137,7 @@ class Run:
         config: the settings; ``train.compile`` is ignored.
         world: the processes, with the device of this one.
         weights: initial weights as in ``build_model``; None to draw them as the trainer does.
-        lora_rank: if given, the attention and MLP linears are frozen and get adapters of that rank.
+        lora_rank: if not None, the attention and MLP linears are frozen and get LoRA adapters of this rank.
         compile: whether to compile the blocks.
         observers: are notified of the parts of each step.
 
@@ -193,7 +194,10 @@ def micro_batches(config: Config, ids: Tensor, pinned: bool) -> list[MicroBatch]
 
 
 class Steps(Run):
-    """A run whose iteration makes one training step after another and yields their times."""
+    """A run whose iteration makes one training step after another and yields the ``Step`` with the times of each.
+
+    ``clock`` returns the time in seconds.
+    """
 
     def __init__(
         self,
@@ -220,7 +224,7 @@ class Steps(Run):
             step += 1
 
     def now(self) -> float:
-        """Return the time in seconds, after the device has finished."""
+        """Wait for the device, and return the time in seconds."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         return self.clock()
@@ -229,9 +233,9 @@ class Steps(Run):
 def summarise(steps: Sequence[Step], refresh_every: int) -> dict[str, float]:
     """Return median seconds of regular steps and of a refresh, and the mean seconds ``step_s`` of a step of a long run.
 
-    All steps are regular if ``refresh_every`` is 1. ``refresh_s`` is what a refresh adds to a step; for Grass, which
-    refreshes some blocks in each step, the seconds per step. ``spread`` is the distance between the quartiles of the
-    regular steps, relative to their median.
+    All steps are regular if ``refresh_every``, as from ``configuration``, is 1. ``refresh_s`` is the time that a
+    refresh adds to a step. Grass refreshes some blocks in each step, and ``refresh_s`` is then the median per step.
+    ``spread`` is the distance between the quartiles of the regular steps, relative to their median.
     """
     regular = [step for step in steps if refresh_every == 1 or not step.refreshed]
     totals = [step.total_s for step in regular]

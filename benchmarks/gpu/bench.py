@@ -1,4 +1,4 @@
-"""What every section of the GPU benchmark uses: its device, the reporting of results, and timing."""
+"""The tools that every section of the GPU benchmark uses: its device, the reporting of results, and timing."""
 
 import gc
 import logging
@@ -26,7 +26,7 @@ class Bench:
     Args:
         dry: whether sizes are tiny, so that numbers mean nothing.
         folder: folder of the results, for further files.
-        seconds: the section's time.
+        seconds: the time that the section may take.
         report: stores a row of results.
 
     Attributes:
@@ -56,7 +56,7 @@ class Bench:
         return self._end - time.monotonic()
 
     def add(self, **row: Any) -> None:
-        """Report a row."""
+        """Report a row with these keys and values."""
         self.report(row)
 
     @contextmanager
@@ -114,9 +114,9 @@ class Mark:
 
 
 def in_short(error: BaseException) -> str:
-    """Return an error's type and the most informative line of its message.
+    """Return an error's type and the most informative line of its message: the last with "Error", or the first.
 
-    Compilers print that line near the end, before some advice.
+    Compilers print the line with the error near the end, before some advice.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     telling = next((line for line in reversed(lines[1:]) if "Error" in line), lines[0])
@@ -133,6 +133,6 @@ def lacks(module: str, package: str) -> str | None:
 
 
 def quiet() -> None:
-    """Print only the section's rows and logged warnings on the terminal."""
+    """Hide Python's warnings, and log messages below the level WARNING, from the terminal."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.simplefilter("ignore")

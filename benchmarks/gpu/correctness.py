@@ -27,7 +27,7 @@ def run(bench: Bench, case: str) -> None:
 
 
 def compared(here: Learned, cpu: Learned) -> dict[str, object]:
-    """Return the first and last loss, the largest difference from the CPU's losses, and how well the chosen rows agree.
+    """Return the first and last loss of ``here``, the largest difference from ``cpu``'s, and how well their rows agree.
 
     ``same_rows`` is the number of layers that chose exactly the CPU's rows at the end. ``common_rows`` is the share of
     all chosen rows that the CPU chose too. Rows may differ because rounding decides between nearly equal scores.

@@ -28,7 +28,10 @@ def roofline(size: str) -> float:
 
 
 def expected(module: str, row: Row) -> str:
-    """Return the expected values of a row as a short text, or "" if nothing is expected or nothing was measured."""
+    """Return the expected values of a row as a short text, or "" if nothing is expected or nothing was measured.
+
+    ``module`` is the module of the row's section.
+    """
     if module not in EXPECTED or {"fails", "lacks", "skipped"} & row.keys():
         return ""
     return EXPECTED[module](row)

@@ -37,7 +37,7 @@ def gpu_gib(bench: Bench) -> float | None:
 
 
 def driver() -> str | None:
-    """Return the version of NVIDIA's driver as the kernel reports it, or None."""
+    """Return the version of NVIDIA's driver as the kernel reports it, or None if the driver is not loaded."""
     try:
         with open("/sys/module/nvidia/version") as file:
             return file.read().strip()

@@ -143,7 +143,7 @@ def _about_machine(rows: list[Row]) -> list[str]:
 
 
 def table(module: str, rows: Sequence[Row]) -> str:
-    """Return a Markdown table of the rows.
+    """Return a Markdown table of the rows of a section of ``module``.
 
     A column without values is left out. The column "remark" says why a row was not measured.
     """

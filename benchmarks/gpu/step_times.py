@@ -80,7 +80,7 @@ def configuration(case: Case, method: str, dry: bool) -> Config:
 class Contender:
     """A method that is being measured.
 
-    ``turns`` has the milliseconds of its steps, and ``host_ms`` the host time of some further steps.
+    ``turns`` has the milliseconds of the steps of each turn, and ``host_ms`` the ``issued`` time of some further steps.
     """
 
     run: TrainingRun
@@ -120,7 +120,7 @@ def run(bench: Bench, case: str) -> None:
 
 
 def build(bench: Bench, case: Case, method: str, row: Row) -> Contender:
-    """Build and warm up the method. Record its peak memory and the time of a rare refresh."""
+    """Build and warm up the method. Its peak memory and the time of a rare refresh are added to a copy of ``row``."""
     bench.free()
     held, began = _allocated(bench), time.perf_counter()
     config = configuration(case, method, bench.dry)

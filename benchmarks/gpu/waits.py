@@ -64,7 +64,7 @@ def _watch(bench: Bench, run: TrainingRun) -> dict[str, object]:
 
 @contextmanager
 def watched() -> Iterator[Counter[str]]:
-    """Count the waits in the block, by the line of this project that waits."""
+    """Yield a Counter of the waits for the device in the block, by the line of this project that waits."""
     places = Counter[str]()
 
     def note(message, category, filename, lineno, file=None, line=None) -> None:
