@@ -1,4 +1,4 @@
-"""Find bos and eos, the tokens that begin and end a text, in the files next to a tokenizer."""
+"""Find bos and eos in the files next to a tokenizer: the names of the tokens that begin and end a text."""
 
 import json
 from pathlib import Path

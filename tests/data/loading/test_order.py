@@ -112,7 +112,7 @@ def test_a_mixture_is_found_again_by_the_fingerprints_of_its_corpora(settings, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixture": []}, "data.mixture: is for data.source=mixture"),
+        ({"mixture": []}, "data.mixture: must be set with data.source=mixture"),
         ({"mixture": [{"weight": 1, "paths": ["a"]}]}, "needs at least two corpora"),
         ({"mixture": [{"paths": ["a"]}, {"weight": -1}]}, "data.mixture[0]: needs a weight above 0"),
         ({"mixture": [1, 2]}, "data.mixture[0]: needs a weight above 0"),
