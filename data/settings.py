@@ -15,10 +15,10 @@ class DataSettings:
     name: str = "stdlib"
     """The beginning of the name of the prepared folder."""
     source: str = "stdlib"
-    """`stdlib`: the source code of Python's standard library; `datasets`: `dataset`, read by Hugging Face's library
-    datasets; `mixture`: several corpora. All other sources read the files of `paths`: `text`; `records` (Parquet and
-    JSON lines, also .gz and .zst); `instructions` (JSON lines with the keys prompt and response); `c4` (the files of
-    C4); `tokens` (tokens made by another program).
+    """`stdlib`: the source code of Python's standard library; `datasets`: a dataset that Hugging Face's library
+    reads; `mixture`: several corpora. All other sources read the files of `paths`: `text`; `records` (Parquet and JSON
+    lines, also .gz and .zst); `instructions` (JSON lines with the keys prompt and response); `c4` (the files of C4);
+    `tokens` (tokens made by another program).
     """
     paths: list[str] = field(default_factory=list)
     """Files, folders and globs to read."""
