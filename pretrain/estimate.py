@@ -1,7 +1,8 @@
 """Estimate the memory of a run before it starts: ``python -m pretrain.estimate [key=value ...]``.
 
-Takes the overrides of training, and simulates its steps on fake tensors, which use no memory. Prints a table, or one
-JSON object with ``estimate.format=json``. Exits with 2 and one message if the run cannot start or does not fit.
+Takes the settings of a training run, and simulates its steps on fake tensors, which use no memory. Prints a table, or
+one JSON object with ``estimate.format=json``. Exits with 2 and one message if the run cannot start or does not fit
+``estimate.device_memory_gib``.
 """
 
 import json
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
 
 def print_table(config: Config, found: "Estimate", refresh: dict[str, int]) -> None:
-    """Print the estimate ``found`` for people.
+    """Print the estimate for ``config`` as a table, and the numbers of parameters, operations and bytes sent.
 
     Args:
-        refresh: bytes by component at the peak of a step with a refresh.
+        found: the estimate.
+        refresh: bytes by component at the peak of a step with a refresh, in which Grass chooses new rows.
     """
     from pretrain.planner.memory import GIB, MIB, needed_bytes
 
@@ -49,10 +51,10 @@ def print_table(config: Config, found: "Estimate", refresh: dict[str, int]) -> N
 
 
 def run(config: Config) -> None:
-    """Print the estimate for ``config``.
+    """Print the estimate for ``config`` as a table or as JSON (``estimate.format``).
 
     Raises:
-        ConfigError: the run cannot start, or does not fit ``estimate.device_memory_gib``.
+        ConfigError: the run cannot start, or does not fit ``estimate.device_memory_gib``; the latter after printing.
     """
     from pretrain.planner.memory import estimate, require_fit
 

@@ -1,7 +1,7 @@
-"""Evaluate a model on text: token-weighted loss, perplexity and bits per byte.
+"""Evaluate a model on text: loss per token, perplexity and bits per byte.
 
 python -m pretrain.evaluate runs/x --text book.txt reads the text in windows as long as the model's training sequences;
-each token but the first is a target once. --data takes a prepared folder instead.
+each token but the first is a target once. --data evaluates on a prepared dataset instead.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", help="a run's folder, one of its checkpoints, or a Hugging Face LLaMA folder")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", nargs="+", metavar="PATH", help="files, folders and globs of text")
-    source.add_argument("--data", metavar="FOLDER", help="a prepared folder (prepared/…)")
+    source.add_argument("--data", metavar="FOLDER", help="the folder of a prepared dataset (prepared/…)")
     p.add_argument(
         "--patterns", nargs="+", default=["*.txt", "*.md", "*.py"],
         help="files taken from folders of text (default: *.txt *.md *.py)",
     )  # fmt: skip
-    p.add_argument("--split", default="val", choices=("val", "train"), help="of the prepared folder (default: val)")
+    p.add_argument("--split", default="val", choices=("val", "train"), help="split of the dataset (default: val)")
     p.add_argument("--seq-len", type=number(int, 1), help="tokens in a window (default: as in training)")
     p.add_argument("--batch-size", type=number(int, 1), default=8, help="windows at once (default: 8)")
     p.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,7 +1,7 @@
 """Generate text with a trained model, token by token, with a cache of keys and values.
 
 python -m pretrain.generate runs/x --prompt "…" prints tokens as they are generated. --page serves a web page instead,
-with a form in which the other options are filled in.
+whose form starts with the values of the other options.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""torchrun that lets runs save: ``python -m pretrain.launch [torchrun flags] -m pretrain.train [key=value ...]``.
+"""Run torchrun so that its workers can save when a signal arrives.
 
-Uses torch's flags, rendezvous and agent, with these differences: signals are passed on to the workers, which then have
-GRASS_GRACE_SECONDS (300 by default) to finish a step and save; the command ends with the exit code of a worker, such as
-85 after saving; torch's log and traceback are not shown (LOGLEVEL=INFO shows them).
+python -m pretrain.launch [torchrun flags] -m pretrain.train [key=value ...] uses torch's flags, rendezvous and agent,
+with these differences: signals are passed on to the workers, which then have GRASS_GRACE_SECONDS (300 by default) to
+finish a step and save; the command ends with the exit code of a worker, such as 85 after saving; torch's log and
+traceback are not shown (LOGLEVEL=INFO shows them).
 
 The most common flags:
   --nproc-per-node N   processes on this node (default: 1)
@@ -34,7 +35,11 @@ def say(message: str) -> None:
 
 
 def exit_code(codes: list[int]) -> int:
-    """The exit code of the first failed worker; a worker killed by a signal has priority and gives 128 + signal."""
+    """The launcher's exit code: 128 + signal if a signal killed a worker, else the code of the first failed worker.
+
+    Args:
+        codes: the exit codes of the failed workers, at least one; -signal for a worker killed by a signal.
+    """
     return next((128 - code for code in codes if code < 0), codes[0])
 
 
@@ -53,7 +58,14 @@ def explain(error: Exception) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Torchrun's flags and ``PET_*`` variables, with a few other defaults."""
+    """Parse ``argv`` as torchrun does, with the defaults of its flags from ``PET_*`` environment variables.
+
+    Other defaults than torchrun's: no log folder and, on a single node, a free port and the address localhost. A wrong
+    flag prints an error and ends the process with 2.
+
+    Args:
+        argv: None for the arguments of this process.
+    """
     from torch.distributed import run
 
     parser = run.get_args_parser()
@@ -75,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def set_environment() -> None:
-    """Set defaults in the workers' environment, for variables that are not set."""
+    """Set environment variables that the workers inherit, unless they are set: of torch's store and allocators."""
     import torch
 
     # Otherwise all attempts share one store, and a restarted worker may read the address of a killed worker.
@@ -88,7 +100,7 @@ def set_environment() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run torchrun with ``argv``; returns the exit code. Imports torch, which takes seconds."""
+    """Run torchrun with ``argv`` (None: the arguments of this process); returns the exit code."""
     quiet = "LOGLEVEL" not in os.environ
     with _quiet_cpp(quiet):
         from torch.distributed import run

@@ -1,8 +1,8 @@
 """Report on runs and compare them: ``python -m pretrain.report runs/a runs/b …``.
 
 Writes a page that needs no other file and no network, and its figures as PNG files. A folder that contains runs, such
-as a sweep's, stands for all of them. Runs that differ only in their seed are drawn as a band. Runs need not be
-finished: ``--watch`` keeps the page up to date while they train.
+as a sweep's, stands for all of them. Runs that differ only in their seed are drawn as one line with a band. Runs
+need not be finished: ``--watch`` keeps the page up to date while they train.
 """
 
 import argparse

@@ -78,11 +78,15 @@ def run_sweep(overrides: Sequence[str], root: str = "runs/sweep", jobs: int = 1,
 
 
 def job_name(swept: Sequence[str], fixed: Sequence[str] = ()) -> str:
-    """The folder name of a job from its ``key=value`` overrides, the same in any order: ``lr-0.001_rank-64``.
+    """The name of a job's folder, made of its ``key=value`` overrides in any order, such as ``lr-0.001_rank-64``.
 
-    ``fixed`` are the overrides that all jobs share. They follow the swept overrides in the name. If either part is too
-    long, or has characters that a file system may refuse, it is shortened and gets a hash. Overrides of ``run.``,
-    ``logger.`` and ``data.root`` are omitted, because they do not change results.
+    Overrides of ``run.``, ``logger.`` and ``data.root`` are omitted, because they do not change results. If no override
+    is left, the name is "default".
+
+    Args:
+        swept: the overrides in which the jobs differ, for the first part of the name.
+        fixed: the overrides that all jobs share, for the second part. A part that is too long, or has characters that a
+            file system may refuse, is shortened and gets a hash.
     """
     keys = [key for key, _ in _settings([*swept, *fixed])]
     texts = []
@@ -107,7 +111,11 @@ def _settings(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Launch the training of ``cfg``; returns its final validation loss, or None if there is none."""
+    """Train the run of ``cfg``, in separate processes, and write its ``JobResult``. Hydra calls this for each job.
+
+    Returns:
+        The final validation loss, which a sweeper such as Optuna can minimise; None if the run did not finish.
+    """
     log_to_terminal(is_main=True)  # the process of a launcher may have no log yet
     settings = HydraConfig.get()
     logs, number = Path(settings.runtime.output_dir), settings.job.num
@@ -188,7 +196,8 @@ def begin(arguments: list[str]) -> tuple[list[str], Path]:
         arguments: the overrides of the command line, such as "optim.rank=32,64".
 
     Returns:
-        ``arguments`` followed by the name of the sweep and Hydra's settings for the folder of logs; and that folder.
+        The overrides for Hydra: ``arguments``, the name of the sweep, and settings of the folder of logs.
+        The folder of logs.
 
     Raises:
         ConfigError: lists every override that is wrong.
@@ -241,7 +250,7 @@ def _checked(jobs: list[list[str]], every: bool, named: bool) -> Config:
 
 
 def parse(arguments: list[str]) -> list[Override]:
-    """Overrides parsed by Hydra.
+    """Parse the overrides ``arguments`` with Hydra.
 
     Raises:
         ConfigError: an override is not valid in Hydra's grammar.
@@ -253,7 +262,7 @@ def parse(arguments: list[str]) -> list[Override]:
 
 
 def combinations(settings: list[Override]) -> list[list[str]]:
-    """The overrides of each job, without overrides whose values a sweeper chooses."""
+    """The overrides of each job. Continuous ranges are omitted: only a sweeper such as Optuna chooses their values."""
     discrete = [o for o in settings if not o.is_sweep_override() or o.is_discrete_sweep()]
     return BasicSweeper.split_arguments(discrete, None)[0]
 
@@ -279,7 +288,11 @@ def _ask_to_stop(logs: Path, number: int, _frame: Any) -> None:
 
 
 def report(jobs: list[JobResult]) -> int:
-    """Print a line for each job, and log the command that compares the jobs; returns the sweep's exit code."""
+    """Print a line for each job, and log the command that compares the jobs.
+
+    Returns:
+        The exit code of the sweep: 0 if all jobs finished, 85 if any was stopped or not started, otherwise 1.
+    """
     width = max((len(job.name) for job in jobs), default=0)
     losses = [job.summary["val/loss"] for job in jobs if job.summary]
     for job in jobs:

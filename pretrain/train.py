@@ -19,7 +19,7 @@ from pretrain.runs.folder import RunFolder
 def run(config: Config) -> int:
     """Train with ``config``, or print the plan of a dry run; returns the exit code.
 
-    A finished run is reported before torch is imported, which takes seconds.
+    A run that is already finished is reported without importing torch, which would take seconds.
     """
     log_to_terminal(is_main=is_main_from_env())
     with clear_errors():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def number(kind: Callable[[str], float], low: float, high: float = float("inf"), above: bool = False) -> Callable:
-    """An argparse type: a number of ``kind``, int or float, from ``low`` to ``high``.
+    """A ``type=`` for argparse: a number of ``kind`` (int or float) from ``low`` to ``high``, both included.
 
     Args:
         above: exclude ``low`` itself.

@@ -60,9 +60,9 @@ def run_bar(steps: int, first_step: int) -> RunBar | None:
 
 
 def as_text(values: dict[str, float]) -> str:
-    """Names and values in one line, as ``number`` writes them; speeds (``…/s``) of 10 or more without decimals.
+    """``values`` in one line, such as "loss 3.214 · tokens/s 12,345"; for the digits, see ``number``.
 
-    A perplexity above 1e6 is written ``>1e6``.
+    Values whose names end in "/s" have no decimals from 10 on. A perplexity above 1e6 is written ">1e6".
     """
     return " · ".join(
         f"{name} {value:,.0f}"
@@ -73,7 +73,11 @@ def as_text(values: dict[str, float]) -> str:
 
 
 def number(value: float, most: str = "") -> str:
-    """``value`` with three decimals below 1000, and none above; ``>most`` if it is more than ``most``, such as 1e6."""
+    """``value`` as text, with three decimals below 1000, and none from 1000 on.
+
+    Args:
+        most: a limit such as "1e6": a larger value is written ">1e6". "" for no limit.
+    """
     if most and value > float(most):
         return f">{most}"
     return f"{value:,.{0 if value >= 1000 else 3}f}"
@@ -101,9 +105,10 @@ class _AboveTheBar(logging.Handler):
 
 
 def log_to_terminal(is_main: bool) -> None:
-    """Print the log lines of the main process to standard error, on a terminal above the progress bar.
+    """Print the log lines of the main process to standard error; on a terminal, above the progress bar.
 
-    Other processes print nothing. A terminal does not show records with an attribute ``in_bar``, which are in the bar.
+    Other processes print nothing. A terminal does not show records with an attribute ``in_bar``, because the progress
+    bar shows their values.
     """
     handler: logging.Handler = logging.NullHandler()
     if is_main and console.is_terminal:
@@ -140,7 +145,7 @@ class _LogFile(logging.FileHandler):
 
 
 def log_to_file(path: Path) -> None:
-    """Add log lines to the file at ``path`` too, and to no other file from now on."""
+    """Also append all log lines to the file ``path``. The file of an earlier call gets no more lines."""
     root = logging.getLogger()
     for other in [handler for handler in root.handlers if isinstance(handler, _LogFile)]:
         root.removeHandler(other)  # of another run, or of this run before a rollback

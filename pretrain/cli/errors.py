@@ -22,9 +22,10 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Print only the message of an error that the user can fix, and exit with 2; with 3 after a lost process.
+    """A context that prints only the message of an error that the user can fix, and then exits with 2.
 
-    If the reader of standard output has ended, as after ``| head``, the process ends with 141 and without a message.
+    These errors are ValueError, OSError and FloatingPointError, and ``LostPeer``, for which it exits with 3. If the
+    reader of standard output has ended, as after ``| head``, the process ends with 141 and without a message.
     Characters that the terminal's encoding lacks are printed as escapes. GRASS_TRACEBACK=1 shows tracebacks.
     """
     for stream in (sys.stdout, sys.stderr):
