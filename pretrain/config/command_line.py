@@ -57,7 +57,7 @@ A list is written 'key=[a,b]', with quotes because shells change brackets: 'data
 
 
 def config_from(arguments: list[str]) -> Config:
-    """The configuration from the overrides in ``arguments``. With a flag such as --help, print its answer and exit.
+    """The configuration from the overrides in ``arguments``. A flag such as --help is answered and ends the process.
 
     Raises:
         ConfigError: lists all problems, one line each.
@@ -71,10 +71,14 @@ def config_from(arguments: list[str]) -> Config:
 
 
 def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
-    """Print the answer to ``flags``, and end the process.
+    """Print the answer to ``flags``, such as the text of --help, and end the process.
+
+    Args:
+        flags: Hydra's flags, each followed by its values, as from ``split_arguments``.
+        overrides: ``key=value`` settings, for --cfg, which prints the configuration.
 
     Raises:
-        ConfigError: lists wrong overrides, if a configuration is to be printed.
+        ConfigError: lists wrong overrides, if the flags include --cfg.
     """
     if {"-h", "--help"} & set(flags):
         print(help_text(), end="")
@@ -89,13 +93,13 @@ def answer_flags(flags: list[str], overrides: list[str]) -> NoReturn:
 
 
 def run_hydra(arguments: list[str], job: Callable[[DictConfig], Any]) -> None:
-    """Let Hydra parse ``arguments`` and call ``job`` with each resulting configuration."""
+    """Let Hydra parse ``arguments`` and call ``job`` with each resulting configuration. Replaces ``sys.argv``."""
     sys.argv = [sys.argv[0], *arguments]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split into flags, each followed by its arguments, and overrides.
+    """Split ``arguments`` into flags, each followed by its values, and ``key=value`` overrides.
 
     Raises:
         ConfigError: lists the arguments that are neither flags nor overrides.
@@ -133,7 +137,7 @@ def _not_an_override(argument: str, value: str, before: str) -> str:
 
 
 def help_text() -> str:
-    """The answer to --help: the docstring of the running program, and the form of settings."""
+    """The text of --help: the docstring of the running program, the config groups and the settings used most."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")

@@ -1,4 +1,4 @@
-"""Compose a configuration from conf/ and overrides."""
+"""Compose a configuration from conf/ and ``key=value`` overrides."""
 
 import difflib
 import shlex
@@ -40,7 +40,7 @@ DEVICES = (
 
 
 def register_schema() -> None:
-    """Register the schemas in Hydra under the names used in the YAML files."""
+    """Register with Hydra: the schemas by their names in ``conf/``, ``FileConfigSource``, and the resolver by_width."""
     store = ConfigStore.instance()
     store.store(name="config_schema", node=Config)
     store.store(group="model", name="model_schema", node=ModelConfig)
@@ -81,6 +81,8 @@ register_schema()
 def load(overrides: list[str]) -> Config:
     """Compose ``conf/`` with ``overrides``, such as "train.steps=100", as the training command does.
 
+    Checks names and types, but not whether the values are possible; see ``pretrain.setup.checks.check``.
+
     Raises:
         ConfigError: lists every override that names an unknown key or gives a wrong type, or every missing value.
     """
@@ -89,7 +91,7 @@ def load(overrides: list[str]) -> Config:
 
 
 def compose(overrides: list[str]) -> DictConfig:
-    """``load`` without the conversion to dataclasses, so that settings may still lack a value.
+    """As ``load``, but returns Hydra's DictConfig, in which settings may lack a value.
 
     Raises:
         ConfigError: lists every override that names an unknown key or gives a wrong type.
@@ -108,7 +110,7 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """The composed configuration as dataclasses, with interpolations resolved.
+    """The configuration from ``compose`` as dataclasses, with interpolations resolved.
 
     Raises:
         ConfigError: names the keys that have no value, or are not in the schema (``+key`` can add such keys).
@@ -188,7 +190,7 @@ def _did_you_mean(name: str, known: list[str]) -> str:
 
 
 def keys(node: DictConfig, prefix: str = "") -> list[str]:
-    """The dotted names of all settings below ``node``."""
+    """The dotted names of all settings below ``node``, each after ``prefix``."""
     found: list[str] = []
     for name in map(str, node):
         full = f"{prefix}{name}"
@@ -198,10 +200,10 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
 
 
 def read_config(file: Path) -> DictConfig:
-    """The content of a run's config.yaml.
+    """The content of ``file``, a run's config.yaml.
 
     Raises:
-        ConfigError: the file is not a run's configuration.
+        ConfigError: the file cannot be read, or contains a list instead of settings.
     """
     try:
         stored = OmegaConf.load(file)
@@ -215,7 +217,10 @@ def read_config(file: Path) -> DictConfig:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """A nested configuration as ``{"train.steps": 300, …}``. A setting that is a mapping stays one value."""
+    """The settings of an OmegaConf ``config`` by dotted name, interpolations resolved: ``{"train.steps": 300, …}``.
+
+    A setting whose value is a mapping, such as model.rope_scaling, stays one value.
+    """
     flat: dict[str, Any] = {}
 
     def visit(node: dict[str, Any], prefix: str) -> None:

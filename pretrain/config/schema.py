@@ -1,6 +1,6 @@
 """The schema of a run's configuration: names, types and limits of all settings.
 
-The values and meanings of all settings are in ``conf/``. A key that is not in the schema is an error.
+The default values and meanings of all settings are in ``conf/``. A key that is not in the schema is an error.
 """
 
 import math
@@ -25,12 +25,17 @@ PER_RANK: dict[str, Any] = {"per_rank": True}  # may differ between processes, w
 
 
 def one_of(*choices: str) -> dict[str, Any]:
-    """The field has one of these values, or null if its type includes None."""
+    """Metadata of a field whose value must be one of ``choices``, or null if its type includes None."""
     return {"choices": choices}
 
 
 def limit(words: str, holds: Callable[[Any], bool]) -> dict[str, Any]:
-    """``holds`` is true for the field's value, or the value is null. ``words`` say so in a message, after "must be"."""
+    """Metadata of a field whose value must be null or satisfy ``holds``.
+
+    Args:
+        words: completes the message "<key>=<value> must be".
+        holds: whether a value is allowed.
+    """
     return {"limit": (words, holds)}
 
 
@@ -52,7 +57,7 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    """The keyword arguments of models.llama.Llama, with Hugging Face's names."""
+    """The keyword arguments of models.llama.Llama, with Hugging Face's names, and the model's ``name`` for messages."""
 
     name: str = field(metadata=SAME_CONTENT)
     vocab_size: int
@@ -72,7 +77,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """Full-rank training. Grass and the baselines add keys."""
+    """The settings of full-rank training. ``GrassConfig`` and ``BaselineConfig`` add settings."""
 
     name: str = field(metadata=SAME_CONTENT)
     inner: str
@@ -94,7 +99,7 @@ class OptimConfig:
 
 @dataclass
 class GrassConfig(OptimConfig):
-    """Grass. ``rank``, ``side`` and ``stagger`` accept several types."""
+    """The settings of Grass. ``rank``, ``side`` and ``stagger`` accept several types, see conf/optim/grass.yaml."""
 
     patterns: list[str]
     rank: Any
@@ -117,7 +122,7 @@ class GrassConfig(OptimConfig):
 
 @dataclass
 class BaselineConfig(OptimConfig):
-    """Full-rank training with an optimizer that projects the gradients of the linear layers, see optim.baselines."""
+    """The settings of an optimizer that projects the gradients of the linear layers, see optim.baselines."""
 
     rank: int
     update_gap: int = field(metadata=AT_LEAST_1)
@@ -127,7 +132,7 @@ class BaselineConfig(OptimConfig):
 
 @dataclass(kw_only=True)
 class DataConfig(DataSettings):
-    """The settings of the preparation, and of a run that reads the data."""
+    """The settings of the preparation (``DataSettings``), and of a run that reads the prepared data."""
 
     name: str = field(default=DataSettings.name, metadata=SAME_CONTENT)
     root: str = field(default=DataSettings.root, metadata=SAME_CONTENT | PER_RANK)
@@ -186,7 +191,7 @@ class TrainConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases."""
+    """Settings of Weights & Biases."""
 
     mode: str = field(metadata=one_of("auto", "online", "offline", "disabled"))
     project: str | None
@@ -206,7 +211,7 @@ class LoggerConfig:
 
 @dataclass
 class EstimateConfig:
-    """Settings of ``python -m pretrain.estimate``; training ignores them."""
+    """Settings of ``python -m pretrain.estimate`` and of ``train.dry_run``; training ignores them."""
 
     format: str = field(metadata=one_of("table", "json"))
     devices: int = field(metadata=AT_LEAST_1)
@@ -229,17 +234,26 @@ class Config:
 
 
 def micro_batch_size(train: TrainConfig, processes: int) -> int:
-    """The number of sequences that each process passes through the model at a time."""
+    """The number of sequences per forward in each of ``processes`` processes.
+
+    This is ``train.micro_batch_size`` or, if it is null, the complete share of a process in a step.
+    """
     return train.micro_batch_size or train.tokens_per_step // train.seq_len // processes
 
 
 def model_arguments(config: Config) -> dict[str, Any]:
-    """The keyword arguments for Llama."""
+    """The keyword arguments for ``Llama`` in ``config.model``."""
     return {f.name: getattr(config.model, f.name) for f in fields(ModelConfig) if f.name != "name"}
 
 
 def types_of_settings(section: type = Config, prefix: str = "") -> dict[str, Any]:
-    """The type of every section and setting by its dotted name, such as ``train.steps``."""
+    """The type of every setting and section in the dataclass ``section``, by dotted name, such as "train.steps".
+
+    Below "optim" are the settings of all optimizers.
+
+    Args:
+        prefix: the beginning of every name.
+    """
     types: dict[str, Any] = {}
     for name, kind in get_type_hints(section).items():
         variants = (OptimConfig, GrassConfig, BaselineConfig) if prefix + name == "optim" else (kind,)
@@ -251,7 +265,11 @@ def types_of_settings(section: type = Config, prefix: str = "") -> dict[str, Any
 
 
 def marked(config: Config, mark: str) -> set[str]:
-    """The dotted names of the settings of ``config`` that have ``mark``, ``may_change`` or ``per_rank``."""
+    """The dotted names of the settings of ``config`` that are marked in the schema.
+
+    Args:
+        mark: "may_change" (may differ when a run resumes) or "per_rank" (may differ between processes).
+    """
     return {key for key, _, marks in _settings(config) if marks.get(mark)}
 
 

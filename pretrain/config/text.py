@@ -138,7 +138,7 @@ def _closing_quote(text: str, opening: int) -> int | None:
 
 
 class FileConfigSource(HydraFiles):
-    """Hydra's reader of YAML files, but text stays as written in the files."""
+    """Hydra's reader of YAML files, but the values of text settings stay as written in the files."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
