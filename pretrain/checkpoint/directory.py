@@ -104,7 +104,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """The content of ``state.json`` of the checkpoint at ``path``.
 
     Raises:
-        ValueError: a damaged file, or a format that this version does not read.
+        ValueError: the file is damaged (``Damaged``), or has a format that this version does not read.
     """
     state = _read_json(path, STATE)
     if lacking := [key for key, kind in REQUIRED.items() if not isinstance(state.get(key), kind)]:
@@ -116,7 +116,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The files of the checkpoint at ``path``, by name: ``{"bytes": size, "sha256": hex digits}``.
 
     Raises:
-        ValueError: a damaged file, or a format that this version does not read.
+        ValueError: the manifest is damaged (``Damaged``), or has a format that this version does not read.
     """
     files = _read_json(path, MANIFEST).get("files")
     if not isinstance(files, dict):
@@ -148,11 +148,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def seal(path: Path, state: dict[str, Any], checksums: dict[str, tuple[int, str]]) -> None:
-    """Write ``state`` and the manifest to ``path``, the last files of a checkpoint.
+    """Complete the checkpoint in the folder ``path``: write ``state.json`` and the manifest.
 
     Args:
         state: the content of ``state.json`` except its format; JSON-serialisable.
-        checksums: for each file written before, by name, its ``checksum``.
+        checksums: for each file that is already there, by name, its ``checksum``.
     """
     write_atomic(path / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
     checksums = {**checksums, STATE: checksum(path / STATE)}
@@ -193,7 +193,7 @@ def verify(path: Path) -> None:
 
 
 def point_at(path: Path) -> None:
-    """Make ``latest`` a link to the checkpoint at ``path``."""
+    """Make ``latest`` a link to the checkpoint at ``path``. If this fails, only log a warning."""
     link = path.parent / (LATEST + UNFINISHED)
     link.unlink(missing_ok=True)
     try:
@@ -204,7 +204,7 @@ def point_at(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder. If this fails, for example because NFS keeps a file open, warn and leave the rest."""
+    """Delete a file or folder. If this fails, for example because NFS keeps a file open, only log a warning."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

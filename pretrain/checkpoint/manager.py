@@ -49,19 +49,22 @@ class CheckpointManager(Saver):
         )  # fmt: skip
 
     def state(self) -> dict[str, Any] | None:
-        """``state.json`` of the checkpoint to resume from; None for a new run."""
+        """The content of ``state.json`` in the checkpoint ``resume_from``; None for a new run."""
         return read_state(self.resume_from) if self.resume_from else None
 
     def load(self, model: nn.Module, optim: OptimizerStack) -> None:
-        """Fill ``model`` and ``optim`` with the tensors of the checkpoint to resume from."""
+        """Fill ``model`` and ``optim`` with the tensors of the checkpoint ``resume_from``, which must not be None.
+
+        Raises:
+            ValueError: see ``pretrain.checkpoint.tensors.load``.
+        """
         assert self.resume_from is not None
         load(self.resume_from, model, optim)
 
     def open(self) -> None:
-        """Prepare the folder for a run that resumes from ``resume_from``; call on the main process only.
+        """Prepare the folder for this run; call on the main process only. Nothing on disk changes before this call.
 
-        Renames damaged checkpoints, and deletes checkpoints according to ``keep_last`` and ``keep_every``. Before this
-        call, nothing on disk changes.
+        Renames damaged checkpoints, and deletes checkpoints according to ``keep_last`` and ``keep_every``.
         """
         for error in self._damaged:
             logger.warning(

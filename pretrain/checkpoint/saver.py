@@ -46,7 +46,8 @@ class Saver:
     """Writes the checkpoints of a run in ``folder``. Construct it on every process.
 
     Args:
-        background: ``save`` returns when the tensors are copied, not when everything is on disk.
+        folder: the folder of the checkpoints.
+        background: let ``save`` return as soon as the tensors are copied to host memory; False: when all is on disk.
         keep_last: see ``retention.prune``.
         keep_every: see ``retention.prune``.
         timeout: longest time that a process waits for other processes in a save; None for torch's default.

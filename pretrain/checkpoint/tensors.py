@@ -28,7 +28,7 @@ INT8_PARTS = ("weight_step", "rows", "index")  # tensors needed to dequantise an
 
 
 def tensors_of(model: nn.Module, optim: OptimizerStack) -> dict[str, Tensor]:
-    """Every tensor that the next step depends on, by name. Views, not copies."""
+    """Every tensor of ``model`` and ``optim`` that the next step depends on, by name: views, not copies."""
     # Unlike state_dict(), these list a tied weight once: safetensors refuses tensors that share memory.
     named = [*model.named_parameters(), *model.named_buffers()]
     return {f"model.{name}": tensor.detach() for name, tensor in named} | optim.tensors()
@@ -63,10 +63,10 @@ def read_weights(path: Path, names: list[str], dtype: torch.dtype) -> Iterator[t
     Weights stored in 8 bits are dequantised to ``dtype``; other weights keep their stored dtype.
 
     Args:
-        names: the names of the weights to read.
+        names: the weights to read, by their names in the model.
 
     Yields:
-        (name, weight) for each of them: complete tensors on the CPU.
+        (name, weight) for each of ``names``: complete tensors on the CPU.
 
     Raises:
         ValueError: the checkpoint is damaged, or lacks one of the weights.

@@ -1,9 +1,9 @@
 """Engines that train one model on several processes: torch's DDP and FSDP2, and HSDP (sharded replicas).
 
-A Grass layer trains only its small ``rows``, so few gradients are communicated (FSDP2 still gathers all weights). FSDP2
-shards a layer's weight and rows along the dimension that is not selected. So every process writes the rows back to its
-own shard of the weight, and loads new rows from it, without communication. Only choosing rows communicates: scores, and
-a hash of the chosen rows.
+A Grass layer trains only ``rows``, a copy of the selected rows (or columns) of its weight, so few gradients are
+communicated (FSDP2 still gathers all weights). FSDP2 shards the weight and its rows along the dimension that is not
+selected. So every process writes the rows back to its own shard of the weight, and loads new rows from this shard,
+without communication. Only choosing rows communicates: scores, and a hash of the chosen rows.
 """
 
 import inspect
@@ -41,10 +41,10 @@ class Engine:
     sharded = False  # whether a forward needs all processes
 
     def shard(self, model: Llama) -> None:
-        """Shard ``model`` in place. It is on the meta device, with its linear layers already converted."""
+        """Shard ``model`` in place, on the meta device, after its linear layers are converted to Grass."""
 
     def wrap(self, model: Llama) -> None:
-        """Use ``model``. Call before weights are loaded from a checkpoint, and before blocks are compiled."""
+        """Train ``model``, which is allocated. Call before a checkpoint is loaded, and before blocks are compiled."""
         self.module: nn.Module = model
 
     def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
@@ -52,7 +52,11 @@ class Engine:
         return self.module(input_ids, targets, *documents)
 
     def backward(self, last: bool) -> AbstractContextManager:
-        """The context of a micro-batch's forward and backward. The ``last`` one of a step communicates gradients."""
+        """A context for the forward and backward of one micro-batch.
+
+        Args:
+            last: whether it is the last micro-batch of the step, whose backward communicates the gradients.
+        """
         return nullcontext()
 
     def finish_backward(self) -> None:
@@ -64,7 +68,7 @@ class Engine:
 
 
 class DDPEngine(Engine):
-    """DDP: every process has the complete model. The buckets contain only the gradients of trained parameters.
+    """DDP: every process has the complete model. DDP's buckets contain only the gradients of trained parameters.
 
     Args:
         wire: the dtype in which gradients are sent and summed; None for the dtype of the gradients.
@@ -112,13 +116,14 @@ def _mean_in(wire: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future
 class FSDPEngine(Engine):
     """FSDP2 over ``mesh``, which has the dimensions (shard,), or (replica, shard) for HSDP.
 
-    Parameters are gathered in these groups: each block, the embedding, and the head with all other parameters. Vectors
-    (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2 refuses in a group of bf16
-    parameters.
+    Parameters are gathered in these groups: each block, the embedding, and the head with all other parameters (and a
+    tied embedding). Vectors (norms) are not sharded: they are too small, and in a bf16 run they are fp32, which FSDP2
+    refuses in a group of bf16 parameters.
 
     Args:
         reduce_dtype: the dtype in which gradients are sent and summed; None for the dtype of the gradients.
-        reshard: whether gathered weights are freed after the forward of their group.
+        reshard: whether gathered weights are freed after the forward of their group; the head's are always kept,
+            because its backward follows at once.
     """
 
     # Inner optimizers with state that is not per element, or whose step needs complete matrices.
@@ -167,7 +172,10 @@ class FSDPEngine(Engine):
 
 
 def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list[str]:
-    """Why ``model``, with its Grass layers, cannot be sharded as in ``config``: a message with the fix per problem."""
+    """Why the converted ``model`` cannot be sharded as in ``config``: one message per problem, with the fix.
+
+    [] with DDP or a single process, which need no shards.
+    """
     train, optim = config.train, config.optim
     if train.parallel == "ddp" or world_size == 1:
         return []
@@ -201,7 +209,7 @@ def sharding_problems(config: Config, model: nn.Module, world_size: int) -> list
 
 
 def build_engine(train: TrainConfig, world: World) -> Engine:
-    """The engine for ``train.parallel``; the base class for a single process."""
+    """The engine for ``train.parallel``; a plain ``Engine`` for a single process."""
     if world.size == 1:
         return Engine()
     wire = DTYPES[train.reduce_dtype] if train.reduce_dtype else None

@@ -1,4 +1,4 @@
-"""The processes of a run: the rank and device of this process, connecting them, and simple collectives."""
+"""This process among the processes of a run: its rank and device, its process group, and simple collectives."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ``size`` processes of a run. For a single process, every call is the identity."""
+    """This process among the ``size`` processes of a run. With a single process, nothing is communicated."""
 
     rank: int
     size: int
@@ -58,7 +58,10 @@ class World:
         return box[0]
 
     def on_main(self, call: Callable[[], T]) -> T:
-        """The result of ``call()`` on the main process, on every process. A ValueError or OSError is raised on all."""
+        """Run ``call`` on the main process only, and return its result on every process.
+
+        A ValueError or OSError of ``call`` is raised on every process.
+        """
         found: Any = None
         if self.is_main:
             try:
@@ -74,7 +77,8 @@ class World:
         """The ``value`` of every process, in the order of ranks; values are pickled.
 
         Args:
-            group: a group of all processes, for a thread beside the one that trains.
+            group: another process group of all processes, for calls in a thread beside the training's; None for the
+                default group.
         """
         box = [value] * self.size
         if self.size > 1:
@@ -87,7 +91,12 @@ class World:
 
 
 def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
-    """The number of processes that share one copy of the model. By default, hsdp shards over each node."""
+    """The number of processes that share one copy of the model: 1 for "ddp", all for "fsdp", ``shards`` for "hsdp".
+
+    Args:
+        parallel: ``train.parallel``.
+        shards: ``train.shards``; None for the number of processes on this node.
+    """
     if parallel != "hsdp":
         return world_size if parallel == "fsdp" else 1
     return shards or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -95,6 +104,8 @@ def shards_of(parallel: str, shards: int | None, world_size: int) -> int:
 
 def connect(timeout: timedelta) -> World:
     """Join the process group of torchrun's processes: gloo for tensors on the CPU, NCCL for tensors on GPUs.
+
+    A single process has no process group.
 
     Args:
         timeout: the timeout of joining, and of every collective.
