@@ -29,7 +29,7 @@ class Line:
     """The line of one group: the mean ``y`` over its seeds at each ``x``, both (points,).
 
     low, high   the minimum and maximum over the seeds (points,); None for one seed
-    logged      where ``y`` is a moving average: x and y of the logged values, for each seed; else empty
+    logged      x and y of the logged values, for each seed, to be drawn behind a moving average; else empty
     """
 
     group: Group
@@ -52,7 +52,7 @@ class Metric:
     log       whether the y axis is logarithmic
     zero      whether the y axis starts at zero
     smoothed  whether lines are moving averages
-    markers   whether points are marked, if there are few
+    markers   whether each point is marked
     """
 
     name: str
@@ -73,7 +73,7 @@ class Chart:
     """A metric against ``over``, tokens or minutes.
 
     name  of its PNG file
-    data  the name of the common data of its runs; "" for a chart of all runs
+    data  the name of the data of its runs, if the report has several; "" for a chart of all runs
     """
 
     name: str
@@ -105,7 +105,12 @@ OTHERS = [
 
 
 def charts_of(groups: list[Group], metrics: Iterable[Metric], data: str = "", suffix: str = "") -> list[Chart]:
-    """The charts of ``metrics`` that a group has logged; ``suffix`` is added to the names of their files."""
+    """The charts of ``metrics``, with a line per group; metrics that no group has logged are left out.
+
+    Args:
+        data: as in ``Chart``.
+        suffix: the end of the names of their PNG files.
+    """
     charts = []
     for metric, over in [(each, over) for each in metrics for over in each.over]:
         keep_logged = metric.smoothed and len(groups) <= MOST_SMOOTHED
@@ -161,7 +166,7 @@ def _aligned(series: Sequence[tuple[Series, Series]]) -> tuple[Series, Series]:
 
 
 def as_json(chart: Chart) -> dict[str, Any]:
-    """The chart for the page's script: at most about 400 points per line, with four digits each."""
+    """The chart for the page's script: at most about 400 points per line, with six significant digits."""
     lines = []
     for line in chart.lines:
         keep = _kept(line.y)

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def git_commit() -> str | None:
-    """The checked-out commit, with ``-dirty`` if files differ from it; None if git does not know it."""
+    """The checked-out commit of this code (40 hex digits), with "-dirty" if tracked files differ; None if unknown."""
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # a repository that contains this folder
             return None

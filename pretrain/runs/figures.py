@@ -45,11 +45,12 @@ STYLE: Any = {
 
 @contextmanager
 def new_figure(width: float = WIDTH, height: float = 3.1, grid: str = "both") -> Iterator[Figure]:
-    """An empty figure of this size in inches. Inside the context, drawing uses the project's style.
+    """A context with an empty figure, in which drawing uses the project's style.
 
     Does not use pyplot, which keeps every figure and may need a display.
 
     Args:
+        width: in inches, like ``height``.
         grid: both | x | y | none, the axes with grid lines.
     """
     with matplotlib.rc_context({**STYLE, "axes.grid": grid != "none", "axes.grid.axis": grid.replace("none", "both")}):
@@ -89,7 +90,7 @@ def plot_chart(chart: Chart) -> Figure:
 
 
 def plot_coverage(run: RunRecords) -> Figure | None:
-    """The share of each layer's rows that were ever selected, against tokens; None for a run without selected rows."""
+    """A figure of the share of each layer's rows ever selected, against tokens; None for a run that selects no rows."""
     layers, tokens, shares = run.coverage()
     if not layers:
         return None

@@ -28,9 +28,9 @@ OUR_FILES = (
 
 
 class RunFolder:
-    """The paths in ``runs/<name>/``, and the operations on the files there.
+    """The paths in the folder of a run (``run.root``/``run.name``), and the operations on its files.
 
-    ``log_start`` is the number of bytes in the log file when the folder was opened.
+    ``log_start`` is the number of bytes in the log file when ``open`` was called; 0 before.
     """
 
     def __init__(self, config: Config):
@@ -52,9 +52,12 @@ class RunFolder:
         return latest(self.checkpoints)
 
     def finished_step(self, steps: int) -> int | None:
-        """The last step of a finished run, or None if a run of ``steps`` steps is not finished.
+        """The step of the newest checkpoint if the run is finished, otherwise None.
 
-        A run is finished if it has a summary, and its newest checkpoint has made ``steps`` steps or more.
+        A run is finished if it has a summary, and its newest checkpoint was saved after at least ``steps`` steps.
+
+        Raises:
+            ValueError: this checkpoint has a format that this version does not read.
         """
         newest = self.latest_checkpoint
         if newest is None or not self.summary_file.exists():
@@ -117,7 +120,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder for other runs while the context is open.
+        """A context that keeps other runs out of the folder, which is created if necessary.
 
         Raises:
             ConfigError: another run uses the folder.
@@ -132,7 +135,11 @@ class RunFolder:
             ) from None
 
     def open(self, config: Config, step: int) -> None:
-        """Prepare the folder for a run that starts or resumes after ``step``. Call on one process, after ``check``."""
+        """Prepare the folder for a run that starts or resumes after ``step``. Call on one process, after ``check``.
+
+        Content that the run replaces is kept in files with unused names: the lines of later steps in its JSON lines
+        files, the samples, the summary, and config.yaml if a setting changes.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.path, *OUR_FILES)
         self.log_start = self.log_file.stat().st_size if self.log_file.exists() else 0

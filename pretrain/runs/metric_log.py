@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Writes metric lines to the files of a run's folder and to W&B, and shows them on the terminal.
+    """Writes metrics to metrics.jsonl, selection.jsonl, W&B and TensorBoard, and shows them on the terminal.
 
     Args:
-        first_step: number of steps already made: 0 for a new run.
+        first_step: number of steps that are already made; 0 for a new run.
         sizes: numbers of parameters and bytes by name, for W&B.
     """
 
@@ -29,7 +29,7 @@ class MetricLog:
         self._bar = run_bar(config.train.steps, first_step)
 
     def write(self, step: int, tokens: int, values: dict[str, Any]) -> None:
-        """Write a metric line; ``tokens`` is the number of tokens trained on up to ``step``."""
+        """Write the metrics ``values`` by name. ``tokens`` is the number of tokens in the first ``step`` steps."""
         line = {"step": step, "tokens": tokens, **values}
         self._lines.write(line)
         self._wandb.log(line)
@@ -57,7 +57,7 @@ class MetricLog:
         logger.info("step %d · %s", step, as_text(values))
 
     def show_results(self, samples: list[tuple[str, str]]) -> None:
-        """Show the results of a finished run on W&B: validations, samples (prompts and continuations), coverage."""
+        """Show the results of a finished run on W&B, see ``WandbLogger.log_results``."""
         self._wandb.log_results(samples)
 
     def stop_bar(self) -> None:

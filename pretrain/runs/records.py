@@ -26,7 +26,7 @@ class RunRecords:
     """The records of the run in the folder ``path``. Each file is read when it is first needed.
 
     settings   config.yaml
-    lines      of metrics.jsonl, each with the additional key ``minutes``: the training time so far, without validation
+    lines      lines of metrics.jsonl, with a further key ``minutes``: the time in training steps so far
     selection  lines of selection.jsonl
     summary    summary.json; empty until the run is finished
     """
@@ -58,12 +58,12 @@ class RunRecords:
 
     @cached_property
     def flat_settings(self) -> dict[str, Any]:
-        """``{"train.steps": 700, …}``."""
+        """``settings`` by dotted name: ``{"train.steps": 700, …}``."""
         return flat(OmegaConf.create(self.settings))
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """The fingerprint of the run's tokens, documents and tokenizer; None before the first checkpoint."""
+        """A hash of the run's tokens, document names and tokenizer, from its newest checkpoint; None without one."""
         newest = latest(self.path / "checkpoints")
         try:
             return read_state(newest)["data"].get("fingerprint") if newest else None
@@ -87,13 +87,21 @@ class RunRecords:
         return f"{self.step}" if self.summary else f"{self.step} of {self.settings['train']['steps']}"
 
     def series(self, key: str, over: str = "tokens") -> tuple[Series, Series]:
-        """x (n,) and y (n,) of the lines that have ``key``; ``over`` is tokens, minutes or step."""
+        """The logged values of the metric ``key``: x and y, (n,) each.
+
+        Args:
+            over: the values of x: "tokens", "minutes" or "step".
+        """
         points = [(line[over], line[key]) for line in self.lines if line.get(key) is not None]
         x, y = np.array(points, dtype=float).reshape(-1, 2).T
         return x, y
 
     def coverage(self) -> tuple[list[str], Series, Series]:
-        """The layers, and for each line of selection.jsonl the tokens (t,) and shares ever selected (layers, t)."""
+        """How many of each layer's rows have ever been selected, at the t lines of selection.jsonl.
+
+        Returns:
+            The names of the layers, the tokens trained on (t,), and the shares of rows (layers, t).
+        """
         layers = list(dict.fromkeys(name for line in self.selection for name in line["layers"]))
         shares = np.full((len(layers), len(self.selection)), np.nan)
         for t, line in enumerate(self.selection):
@@ -126,10 +134,10 @@ def find_runs(paths: list[Path]) -> list[RunRecords]:
 
 
 def group_by_data(runs: list[RunRecords]) -> list[list[RunRecords]]:
-    """Sets of runs with comparable losses: the same training and validation tokens, and the same sequence length.
+    """Divide ``runs`` into sets with comparable losses: the same data, sequence length, validation and document masks.
 
-    A run without a checkpoint has no fingerprint of its data yet. It is grouped with the runs with the same data
-    settings, if they all have the same fingerprint.
+    A run without a checkpoint has no fingerprint of its data yet. It joins the runs that have the same data settings,
+    if all of these runs have the same fingerprint.
     """
     known: dict[str, set[str]] = {}
     for run in runs:
@@ -145,7 +153,7 @@ def group_by_data(runs: list[RunRecords]) -> list[list[RunRecords]]:
 
 
 def group_by_seed(runs: list[RunRecords]) -> dict[str, list[RunRecords]]:
-    """Group runs that differ only in ``train.seed``, under their common name."""
+    """Group runs that differ only in ``train.seed``, ``run`` and ``logger`` settings, by a common name."""
     groups: dict[str, dict[int, RunRecords]] = {}
     for run in runs:
         settings = {k: v for k, v in run.settings.items() if k not in ("run", "logger")}

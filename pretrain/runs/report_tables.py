@@ -20,7 +20,7 @@ SURROUNDINGS = ("run.", "logger.", "estimate.", "data.root", "data.workers", "tr
 
 
 def about(runs: list[RunRecords]) -> str:
-    """The most important settings that all runs share, and the model's size if it is known."""
+    """A list of the most important settings that all runs share, with the model's size, the commit and the machine."""
     shown = {}
     sizes = {(run.summary.get("parameters"), run.summary.get("trainable")) for run in runs}
     if len(sizes) == 1 and all(next(iter(sizes))):

@@ -36,7 +36,7 @@ class JobResult:
 
     @property
     def reason(self) -> str:
-        """The last line of a failed job's output that begins with "error", or else its last line."""
+        """Why a job failed: the last line of its output that begins with "error", or else the very last line."""
         text = Path(self.log).read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         return next(
@@ -46,6 +46,6 @@ class JobResult:
 
 
 def results(logs: Path) -> list[JobResult]:
-    """The results in one sweep's folder of logs, in the order of the jobs."""
+    """The results in ``logs``, the folder of logs of one sweep, in the order of the jobs."""
     files = sorted(logs.glob("[0-9]*.json"), key=lambda file: int(file.stem))
     return [JobResult(**json.loads(file.read_text())) for file in files]

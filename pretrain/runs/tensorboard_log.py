@@ -15,11 +15,12 @@ logger = logging.getLogger(__name__)
 class TensorboardLogger:
     """Writes the numbers of metric lines as scalars over the step.
 
-    A failure, such as a full disk, ends this log with a warning, and not the run: metrics.jsonl has every line.
+    A failure, such as a full disk, ends only this log, with a warning: metrics.jsonl has every line.
 
     Args:
-        folder: of the event files; each start of the run writes a new file.
-        first_step: number of steps made before. TensorBoard hides the later values that earlier starts have written.
+        folder: the folder of the event files; each start of the run writes a new file.
+        first_step: number of steps that are already made. Of the files of earlier starts, TensorBoard then hides the
+            values of later steps.
     """
 
     def __init__(self, folder: Path, first_step: int):

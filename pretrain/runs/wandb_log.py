@@ -48,7 +48,7 @@ class WandbLogger:
     """The W&B run of a training run; does nothing if it is disabled or cannot be started.
 
     Args:
-        folder: of the run.
+        folder: the folder of the run.
         sizes: numbers of parameters and bytes by name, shown with the settings from the start.
         log_start: number of bytes in train.log that the run's earlier processes wrote. The lines after them are sent to
             the Logs tab at the start, and later ones as they are logged.
@@ -73,9 +73,12 @@ class WandbLogger:
             self._try("log", lambda: self._log(line))
 
     def log_results(self, samples: list[tuple[str, str]]) -> None:
-        """Log the validations as a table, ``samples`` (prompts and continuations), and the picture of coverage.
+        """Log a table of the validations, the samples, and a picture of the rows that Grass has ever selected.
 
         With ``logger.wandb.log_checkpoint`` the newest checkpoint is uploaded too.
+
+        Args:
+            samples: pairs of a prompt, and the prompt with its continuation.
         """
         self._try("log the results", lambda: self._run.log(_results(self._folder, samples)))
         if self._config.logger.wandb.log_checkpoint:
