@@ -38,14 +38,15 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
     For a Hugging Face model, or a run that started from one, the generation settings are copied unchanged. If the
     tokenizer is still that model's, its chat template and special tokens are copied too. Otherwise a new
     tokenizer_config.json is written, with the length of the training sequences as ``model_max_length``. The embedding
-    keeps all rows, including padding. The export of a run has a model card.
+    keeps all rows, including padding. A run gets a new model card; a Hugging Face model keeps its own.
 
     Args:
+        path: as for ``find_pretrained``.
         dtype: of all weights; by default the model's dtype.
         shard_bytes: maximum size of a file of weights; a single larger tensor gets a separate file.
 
     Raises:
-        ValueError: there is no readable model at ``path``, or ``out`` exists.
+        ValueError: there is no readable model or tokenizer at ``path``, or ``out`` exists.
     """
     found, out = find_pretrained(path), Path(out)
     if out.exists():

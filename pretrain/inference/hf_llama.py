@@ -1,7 +1,8 @@
 """LLaMA models in Hugging Face's format: ``config.json`` and safetensors files.
 
-Hugging Face's names of the weights are ours with the prefix "model.", except ``lm_head.weight``. A setting in
-config.json that ``models.llama`` does not implement is refused, because the weights would load but give other results.
+"Our" names of weights are those of ``models.llama.Llama``; Hugging Face's have the prefix "model.", except
+``lm_head.weight``. A setting in config.json that ``models.llama`` does not implement is refused, because the weights
+would load but give other results.
 """
 
 import inspect
@@ -145,7 +146,11 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight in the folder or file ``path``, by our names; reads only the headers of the files."""
+    """The shape of every weight in the folder or file ``path``, by our names; reads only the headers of the files.
+
+    Raises:
+        ValueError: a file is missing, or is not a safetensors file.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path):
         with _open(file) as tensors:
@@ -154,7 +159,11 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) for every weight in the folder or file ``path``, one at a time, in its stored dtype."""
+    """(our name, tensor) for every weight in the folder or file ``path``, one at a time, in its stored dtype.
+
+    Raises:
+        ValueError: a file is missing, or is not a safetensors file.
+    """
     for file in weight_files(path):
         with _open(file) as tensors:
             for name in _weight_names(tensors):

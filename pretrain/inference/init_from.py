@@ -24,7 +24,11 @@ FREE = ("initializer_range", "max_position_embeddings")  # settings that may dif
 
 
 def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
-    """The weights, by our names, of a model found by ``find_pretrained``, or in a single safetensors file."""
+    """(name in ``models.llama.Llama``, tensor) for every weight of the model at ``path``.
+
+    Args:
+        path: a safetensors file, or a folder as for ``find_pretrained``.
+    """
     path = Path(path)
     return read_weights(path) if path.is_file() else find_pretrained(path).weights()
 
@@ -32,7 +36,7 @@ def read_weights_at(path: str | Path) -> Iterable[tuple[str, Tensor]]:
 class InitialWeights:
     """The weights at ``path``, to iterate over once: (name, tensor) as from ``read_weights_at``.
 
-    Afterwards ``identity()`` identifies their content, independent of their location and files.
+    The iteration also hashes the weights, for ``identity``.
     """
 
     def __init__(self, path: str | Path):
@@ -46,7 +50,10 @@ class InitialWeights:
             yield name, tensor
 
     def identity(self) -> dict[str, str]:
-        """Path and SHA-256 of the weights, JSON-serialisable; reads the weights unless they were read before."""
+        """``{"path": …, "sha256": …}``, JSON-serialisable; reads the weights unless they were read before.
+
+        The hash depends on the names, dtypes, shapes and values of the weights, but not on their files.
+        """
         if not self._digests:
             for _ in self:
                 pass
@@ -55,15 +62,16 @@ class InitialWeights:
 
 
 def require_same_start(path: str | None, started_from: dict[str, str] | None) -> None:
-    """Compare the weights at ``path``, a new value of train.init_from, with the initial weights of a resumed run.
+    """Compare the weights at ``path`` with the weights that a resumed run started from.
 
     Reads nothing if ``path`` is None or the path that the run started from, because the run has a checkpoint.
 
     Args:
-        started_from: ``InitialWeights.identity()``; None for a run that did not start from weights.
+        path: the new value of train.init_from.
+        started_from: ``InitialWeights.identity()`` at the start of the run; None if it started from random weights.
 
     Raises:
-        ConfigError: they differ, or cannot be read.
+        ConfigError: the weights differ, or those at ``path`` cannot be read.
     """
     if path is None:
         return
@@ -87,9 +95,10 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer:
     """Why a run cannot start from the weights at ``path``, one line per problem; reads no weights.
 
     Args:
-        model: of the run, before its linear layers are converted; may be on the meta device.
+        path: the value of train.init_from.
+        model: the model of the run, before its linear layers are converted; may be on the meta device.
         arguments: the keyword arguments of ``model``.
-        tokenizer: the file data.tokenizer.
+        tokenizer: the value of data.tokenizer; None if a tokenizer is trained.
     """
     try:
         if Path(path).is_file():
@@ -176,10 +185,10 @@ def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
 
 
 def keep_assets(path: str, folder: Path) -> None:
-    """Copy the other files next to the weights at ``path`` to ``folder``, so that the run no longer needs ``path``.
+    """Copy the files next to the weights at ``path`` to ``folder``, so that the run no longer needs ``path``.
 
-    These are config.json, the generation settings, the chat template and the tokenizer's files of a Hugging Face model.
-    For a model without config.json, nothing is copied.
+    The copied files are config.json, the generation settings, the chat template and the tokenizer's files of a Hugging
+    Face model. For a model without config.json, nothing is copied.
     """
     source = Path(path).parent if Path(path).is_file() else find_pretrained(path).assets
     copy_assets(find_assets(source) if source else [], folder)

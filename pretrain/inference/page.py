@@ -25,10 +25,10 @@ def make_app(
     generator: TextGenerator, name: str, defaults: Sampling = DEFAULTS, *, prompt: str = "", tokens: int = 200,
     stops: Sequence[str] = (), seed: int | None = None,
 ) -> Flask:  # fmt: skip
-    """The page at /, and POST /write.
+    """A server with the page at /, whose script requests text with POST /write.
 
     POST /write takes a JSON object with "prompt", and optionally "tokens", "stops" and the fields of Sampling. Without
-    a seed, it chooses a random seed. The answer has a JSON object per line: {"text"} for each piece of text, and at the
+    "seed", the seed is random. The answer has a JSON object per line: {"text"} for each piece of text, and at the
     end {"speed", "seed"}. A wrong value is answered with status 400 and a message.
 
     Args:

@@ -48,7 +48,8 @@ class PretrainedModel:
         """The model in its dtype and in eval mode, on the GPU if there is one, and its tokenizer.
 
         Raises:
-            ValueError: the tokenizer is missing, or has tokens without an embedding row in the model.
+            ValueError: the tokenizer is missing, or has tokens without an embedding row in the model; or the weights
+                cannot be read.
         """
         tokenizer = Tokenizer(self.tokenizer())
         require_embeddings(tokenizer, self.arguments["vocab_size"])
@@ -104,12 +105,12 @@ def load_pretrained(path: str | Path) -> tuple[Llama, Tokenizer]:
 
 
 def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuse a tokenizer with tokens that have no row among ``rows`` embedding rows, see ``Tokenizer.fits``.
+    """Check that every token of ``tokenizer`` has one of the model's ``rows`` embedding rows, see ``Tokenizer.fits``.
 
     More rows than tokens are allowed: embeddings are often padded to a multiple of 64 or 128.
 
     Raises:
-        ValueError: there are such tokens.
+        ValueError: a token has no row.
     """
     if not tokenizer.fits(rows):
         raise ValueError(

@@ -38,14 +38,17 @@ class Sampling:
             raise ValueError("\n".join(problems))
 
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities (n,) of the possible tokens, and these tokens (n,), from float logits (rows,)."""
+        """Probabilities (n,) and token ids (n,) of the ``top_k`` most likely tokens, from float logits (rows,).
+
+        A token that ``top_p`` excludes has probability 0. Not for temperature 0.
+        """
         best, tokens = logits.topk(min(self.top_k or logits.numel(), logits.numel()))
         p = (best / self.temperature).softmax(-1)
         p = p * (p.cumsum(-1) - p < self.top_p)
         return p / p.sum(), tokens
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """One token from float logits (rows,) on the CPU."""
+        """The id of one token, drawn with ``generator`` from float logits (rows,) on the CPU."""
         if self.temperature == 0:
             return int(logits.argmax())
         p, tokens = self.probabilities(logits)
@@ -64,13 +67,13 @@ def rows_without_token(tokenizer: Tokenizer, rows: int, ends: Collection[int] = 
 def new_tokens(
     model: Llama, prompt: Sequence[int], sampling: Sampling, never: Tensor | None = None, use_cache: bool = True
 ) -> Iterator[int]:
-    """The tokens that follow ``prompt``, without end.
+    """Yield the ids of tokens that follow ``prompt``, without end.
 
-    When all positions of the model are used, generation continues from the latest tokens, half as many as positions.
+    When all positions of the model are used, it continues from the latest tokens only: half as many as positions.
 
     Args:
-        prompt: one token or more.
-        never: bool (rows,), the tokens that are never generated, such as ``rows_without_token``.
+        prompt: the ids of one token or more.
+        never: bool (rows,) on the CPU, true for tokens that are never generated, such as ``rows_without_token``.
         use_cache: keep the keys and values of earlier tokens; False computes them again for each new token.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -93,12 +96,13 @@ def generate(
     model: Llama, prompt: Sequence[int], tokens: int, *, temperature: float, top_k: int, seed: int,
     top_p: float = 1.0, ends: Collection[int] = (), never: Tensor | None = None, use_cache: bool = True,
 ) -> list[int]:  # fmt: skip
-    """``prompt`` and up to ``tokens`` new tokens, which end before the first token in ``ends``.
+    """The ids of ``prompt`` and of up to ``tokens`` new tokens, which end before the first token in ``ends``.
+
+    ``temperature``, ``top_k``, ``seed`` and ``top_p`` are explained in ``Sampling``, and ``never`` in ``new_tokens``.
 
     Args:
-        prompt: one token or more; bos is not added.
-        temperature: see ``Sampling``, as for ``top_k``, ``seed`` and ``top_p``.
-        never: see ``new_tokens``, as for ``use_cache``.
+        prompt: the ids of one token or more; bos is not added.
+        use_cache: keep the keys and values of earlier tokens; False computes them again for each new token.
 
     Raises:
         ValueError: a sampling option is out of range.

@@ -24,7 +24,7 @@ class TextGenerator:
         self._never = rows_without_token(tokenizer, model.embed_tokens.num_embeddings, self._end_ids)
 
     def stream(self, prompt: str, tokens: int, sampling: Sampling, stops: Sequence[str] = ()) -> Iterator[str]:
-        """Up to ``tokens`` tokens that continue ``prompt``, as pieces of text.
+        """Continue ``prompt`` by up to ``tokens`` tokens; yields pieces of the new text as they are generated.
 
         The text ends before the first of ``stops``, or at a token that ends texts. Characters at the end that may be
         the beginning of a stop, or part of an incomplete character, are held back until the next tokens decide.
