@@ -44,7 +44,7 @@ def check(config: Config, world_size: int = 1, needs_data: bool = True, resumes:
 
     Args:
         world_size: number of processes.
-        needs_data: whether the files of ``data.paths`` must exist.
+        needs_data: whether to check the data settings too, and that the files of ``data.paths`` exist.
         resumes: whether the run has a checkpoint, so that ``train.init_from`` is no longer needed.
 
     Raises:

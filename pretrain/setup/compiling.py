@@ -32,8 +32,8 @@ def compile_seconds() -> float:
 def compile_blocks(config: Config, model: Llama, world: World) -> bool:
     """``torch.compile`` every block in place. Without a working compiler, log the reason and keep the model unchanged.
 
-    A separate block of the same shape is compiled first, in a forward and backward of a micro-batch, with probes of
-    Grass and without. The blocks of the model then reuse its code, unless they are sharded.
+    First, a separate block of the same shape is compiled by a forward and backward of a micro-batch; if Grass scores
+    rows, in a second pass also with scoring. The blocks of the model reuse the compiled code, unless they are sharded.
 
     Returns:
         Whether the blocks are compiled.

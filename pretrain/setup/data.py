@@ -37,7 +37,7 @@ class DataWait:
 
     Args:
         stop: ends a wait on all processes if it is set on any process.
-        complete: returns whether this process sees all of the data. When all processes do, no more waiting is needed.
+        complete: returns whether this process sees all of the data. Once all processes do, calls no longer wait.
     """
 
     def __init__(
@@ -80,13 +80,17 @@ class DataWait:
 
 
 def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractContextManager[PreparedDataset]]:
-    """Check everything that needs no compute, and prepare the data, with ``data.on_the_fly`` in the background.
+    """Check the settings and the run folder, and prepare the data unless ``data.on_the_fly`` is set.
+
+    Args:
+        world_size: number of processes.
 
     Returns:
-        A function that opens the data on a process of the run.
+        A function that takes the ``World`` of a process and returns a context with the dataset. With
+        ``data.on_the_fly``, the data is prepared while this context is open, see ``stream``.
 
     Raises:
-        ValueError, OSError: a setting or a file is wrong; the message names it, and the fix.
+        ValueError, OSError: a setting or a file is wrong; the message names the cause and the fix.
     """
     if config.data.on_the_fly:
         prepared = check_run(config, world_size)
@@ -99,7 +103,9 @@ def prepare_data(config: Config, world_size: int) -> Callable[[World], AbstractC
 
 @contextmanager
 def stream(config: Config, world: World) -> Iterator[StreamedDataset]:
-    """The data of ``config`` as soon as training can begin. In the context, the main process prepares the rest.
+    """A context with the data of ``config``, which waits until there is enough to begin training.
+
+    While the context is open, a child of the main process prepares the rest of the data.
 
     Raises:
         ValueError: on every process: a problem of the text, or a tokenizer that does not match the run.
@@ -118,10 +124,10 @@ def stream(config: Config, world: World) -> Iterator[StreamedDataset]:
 
 
 def ready(config: Config, world_size: int) -> PreparedDataset:
-    """Check everything that needs no compute, and prepare the data.
+    """Check the settings and the run folder for ``world_size`` processes, and prepare the data.
 
     Raises:
-        ValueError, OSError: a setting or a file is wrong; the message names it, and the fix.
+        ValueError, OSError: a setting or a file is wrong; the message names the cause and the fix.
     """
     prepared = check_run(config, world_size) or prepare(data_settings(config))
     check_tokenizer(config, prepared.tokenizer)
@@ -147,10 +153,10 @@ def check_run(config: Config, world_size: int) -> PreparedDataset | None:
     """Check the settings and the run folder, before any data is prepared.
 
     Returns:
-        The data of a resumed run if its corpus is missing, see ``find_trained_data``.
+        The data of a resumed run if its corpus is missing, see ``find_trained_data``; otherwise None.
 
     Raises:
-        ValueError, OSError: a setting or a file is wrong; the message names it, and the fix.
+        ValueError, OSError: a setting or a file is wrong; the message names the cause and the fix.
     """
     state = state_to_resume(config)
     trained = find_trained_data(config, state) if state else None

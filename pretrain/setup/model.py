@@ -28,8 +28,8 @@ def build_model(
     """The model on ``device``, with converted linear layers if the run uses Grass.
 
     Args:
-        weights: initial weights as names and tensors; by default the model is initialised from ``train.seed``.
-        shard: called with the model on the meta device; may replace its parameters by shards.
+        weights: (name, complete tensor) of every initial weight; None to initialise the model from ``train.seed``.
+        shard: called with the model on the meta device; may replace its parameters by shards. None for no shards.
 
     Raises:
         ValueError: impossible settings, or weights that do not fit the model.
@@ -44,7 +44,7 @@ def build_model(
 
 @cache
 def warn_of_odd_sizes(hidden_size: int, intermediate_size: int, vocab_size: int) -> None:
-    """Log once which sizes make matmuls slow."""
+    """Log a warning for each size that makes bfloat16 matmuls slow on a GPU; once per process for the same sizes."""
     for message in odd_sizes(hidden_size=hidden_size, intermediate_size=intermediate_size, vocab_size=vocab_size):
         logger.warning(message)
 
@@ -66,7 +66,7 @@ def outline(config: Config) -> Llama:
 def materialise(
     config: Config, model: Llama, device: torch.device, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> Llama:
-    """Allocate ``model`` (from ``outline``) on ``device`` and fill its weights. Grass layers select rows 0 to r-1.
+    """Allocate ``model`` (from ``outline``) on ``device`` and fill its weights. Grass layers select their first rows.
 
     Args:
         weights: as in ``build_model``.

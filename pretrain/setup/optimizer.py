@@ -48,6 +48,9 @@ def build_optimizer(config: Config, model: nn.Module) -> OptimizerStack:
 
 
 def uses_scores(optim: GrassConfig) -> bool:
-    """Whether a run scores rows, for the selection or for the second moments of new rows; "frozen" only at first."""
+    """Whether a run scores rows, to select them or to start the second moments of new rows.
+
+    With the selection "frozen", it scores them only once, before the first step.
+    """
     by_scores = optim.state_at_refresh == "carry" and optim.new_second_moment == "score"
     return needs_scores(optim.selection) or (by_scores and optim.inner not in WITHOUT_SECOND_MOMENTS)

@@ -24,10 +24,10 @@ class Disagreement(ValueError):
 
 
 def require_same_setting(config: Config, data: PreparedDataset, world: World) -> None:
-    """Compare settings, code, torch and data. Call on every process before anything is built.
+    """Compare the settings, code, torch and data of all processes. Call on every process before anything is built.
 
     Raises:
-        Disagreement: on every process.
+        Disagreement: on every process, if any of them differ.
     """
     if world.size == 1:
         return
@@ -42,10 +42,10 @@ def require_same_setting(config: Config, data: PreparedDataset, world: World) ->
 
 
 def require_same_weights(tensors: Mapping[str, Tensor], world: World) -> None:
-    """Compare ``tensors`` by name; sharded tensors only among the processes that hold the same shard.
+    """Compare the ``tensors`` of all processes by name; sharded tensors only among processes with the same shard.
 
     Raises:
-        Disagreement: on every process.
+        Disagreement: on every process, if any of them differ.
     """
     if world.size == 1:
         return

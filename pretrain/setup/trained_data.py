@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def state_to_resume(config: Config) -> dict[str, Any] | None:
-    """``state.json`` of the run's newest checkpoint, {} if it is damaged; None for a run that starts at step 0."""
+    """The content of ``state.json`` in the run's newest checkpoint; None for a run that starts at step 0.
+
+    {} if the file is damaged, or has a format that this version does not read.
+    """
     newest = None
     with suppress(OSError, ValueError):  # the checks of settings report an invalid folder name
         newest = RunFolder(config).latest_checkpoint
@@ -31,10 +34,13 @@ def state_to_resume(config: Config) -> dict[str, Any] | None:
 
 
 def find_trained_data(config: Config, state: dict[str, Any]) -> PreparedDataset | None:
-    """The tokens that the run with this ``state`` was trained on, if the corpus or the tokenizer is missing.
+    """The tokens that a run was trained on, if its corpus or tokenizer is missing.
 
     None if ``data.root`` does not contain all of the tokens, or if no file of corpus and tokenizer is missing. In the
     latter case, the files are compared with the checkpoint when they are opened.
+
+    Args:
+        state: from ``state_to_resume``.
     """
     settings, trained = data_settings(config), state.get("data", {})
     fingerprint = trained.get("fingerprint")
@@ -55,5 +61,5 @@ def validation_tokens(config: Config) -> int:
 
 
 def data_settings(config: Config) -> DataSettings:
-    """The settings of the preparation."""
+    """The settings in ``config.data`` that determine the preparation of the data."""
     return DataSettings(**{f.name: getattr(config.data, f.name) for f in fields(DataSettings)})

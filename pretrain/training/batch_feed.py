@@ -48,7 +48,7 @@ class BatchFeed:
         self.ahead = Prefetch(self.batches.micro_batches, world.device.type == "cuda", self.batches.ready)
 
     def wait(self, step: int) -> bool:
-        """Wait until the batch of ``step`` can be read. Returns False if the run is asked to stop before.
+        """Wait until the batch of ``step`` can be read. Returns False if the run is asked to stop first.
 
         Raises:
             ValueError: on every process: the preparation of the data has failed.
@@ -71,7 +71,7 @@ class BatchFeed:
         return self.ahead(step)
 
     def identity(self, steps: int) -> dict[str, Any]:
-        """The identity of the data of the first ``steps`` steps, for a checkpoint; JSON-serialisable."""
+        """Hashes of the tokenizer and of the data of the first ``steps`` steps, for a checkpoint; JSON-serialisable."""
         content, mixture = content_of(self.data.manifest), self.data.manifest.get("mixture")
         identity: dict[str, Any] = {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.sha256}
         identity |= {"content": content} if content else {}
@@ -84,7 +84,7 @@ class BatchFeed:
         """Compare the data of the first ``steps`` steps with the data that a checkpoint was trained on.
 
         Args:
-            identity: from the checkpoint.
+            identity: the result of ``identity`` in the checkpoint.
             trained: the path of the checkpoint, for the message.
             changes: the old and the new value of each setting that has changed since, for the message.
 
@@ -105,7 +105,10 @@ class BatchFeed:
             )
 
     def validation(self) -> Iterator[tuple[Tensor, ...]]:
-        """This process' validation batches, at most ``train.eval_sequences`` sequences on all processes."""
+        """This process' batches from ``data.loading.batches.validation_batches``.
+
+        All processes together get at most ``train.eval_sequences`` sequences.
+        """
         train = self._train
         return validation_batches(
             self.data.val, train.seq_len, self._sequences, self._world.rank, self._world.size,

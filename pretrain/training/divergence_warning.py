@@ -16,13 +16,11 @@ ERRORS = 8.0  # number of standard errors that the slope of a rising loss must e
 
 
 class Divergence:
-    """Judges the logged losses of a run, without waiting for the device. ``found`` is the first warning of the run.
-
-    ``found`` is None if there was no warning.
+    """Judges the logged losses of a run. ``found`` is the first warning of the run; None if there was none.
 
     Args:
-        logged: lines of ``metrics.jsonl`` from before the resume. They are judged too, so a resumed run gives the same
-            verdict as an uninterrupted one; a warning already given is not repeated.
+        logged: the lines of ``metrics.jsonl`` from before the run was resumed. They are judged too, so a resumed run
+            warns at the same step as an uninterrupted run, and does not repeat an earlier warning.
     """
 
     def __init__(self, config: Config, logged: Iterable[dict[str, Any]] = ()):
@@ -37,7 +35,7 @@ class Divergence:
                 self.validation(line["step"], loss)
 
     def train(self, step: int, loss: float) -> str | None:
-        """Judge the loss of a logged step, in nats per target; returns a warning if it is the first of the run."""
+        """Judge the loss of a logged step, in nats per target; returns the first warning of the run, otherwise None."""
         self._losses.append(loss)
         guessing = math.log(self._config.model.vocab_size)
         losses = list(self._losses)
@@ -51,7 +49,7 @@ class Divergence:
         return None
 
     def validation(self, step: int, loss: float) -> str | None:
-        """Judge the loss of a validation after ``step`` steps; returns a warning if it is the first of the run."""
+        """Judge the loss of a validation after ``step`` steps; returns the first warning of the run, otherwise None."""
         if self._first is None:
             self._first = loss if step == 0 else None
         if self._first is None or loss <= self._first + ABOVE:
@@ -70,9 +68,9 @@ class Divergence:
 
 
 def rises(losses: list[float]) -> bool:
-    """Whether a line through ``losses`` rises by more than 0.2 nats, and by more than their scatter explains.
+    """Whether the least-squares line through ``losses`` rises by more than 0.2 nats, and more than scatter explains.
 
-    It is the least-squares line. Its slope has the standard error sqrt(Σ residual² / (n − 2) / Σ (x − x̄)²).
+    The latter means: its slope is more than 8 times its standard error sqrt(Σ residual² / (n − 2) / Σ (x − x̄)²).
     """
     n, mean, middle = len(losses), fmean(losses), (len(losses) - 1) / 2
     spread = sum((i - middle) ** 2 for i in range(n))

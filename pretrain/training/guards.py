@@ -32,11 +32,12 @@ Verdict = Enum("Verdict", ["CONTINUE", "FAIL", "ROLL_BACK"])
 class Guards:
     """Judges every step of a run, and keeps all counters of failed steps.
 
-    ``skipped`` is the number of steps without an update, ``reason`` has a few lines that explain the verdict FAIL, and
-    ``losses`` has the latest losses, in nats per target. Checkpoints contain them, so a resumed run finds the same
-    spikes.
+    ``skipped`` is the number of steps without an update, ``losses`` has the latest losses in nats per target (if
+    ``train.spike_factor`` is set), and ``reason`` explains the verdict FAIL in a few lines. Checkpoints contain
+    ``skipped`` and ``losses``, so a resumed run finds the same spikes.
 
     Args:
+        batches: the training batches, for the names of documents.
         rollbacks: steps whose batches are skipped, see ``CheckpointManager``.
     """
 
@@ -54,7 +55,7 @@ class Guards:
 
     @property
     def skips(self) -> int | None:
-        """``skipped`` for the log; None if the settings of the run do not allow skips."""
+        """``skipped`` for the log; None if ``train.non_finite`` is not "skip" and there was no rollback."""
         return self.skipped if self.train.non_finite == "skip" or self.rollbacks else None
 
     def leaves_out(self, step: int) -> bool:
@@ -62,7 +63,7 @@ class Guards:
         return step in self.rollbacks
 
     def resume(self, skipped: int, losses: Iterable[float]) -> None:
-        """Continue with the counters of a checkpoint."""
+        """Continue with ``skipped`` and ``losses`` of a checkpoint."""
         self.skipped = skipped
         self.losses.extend(losses)
 

@@ -18,15 +18,14 @@ LOG_SECONDS = 10  # between two lines on the progress of the pass
 def choose_initial_rows(
     grass: Grass, update: TrainStep, micro_batches: Sequence[MicroBatch], targets: int | None
 ) -> None:
-    """Probe all layers in one forward and backward over ``micro_batches``, and let ``grass`` choose rows.
+    """Let ``grass`` choose the initial rows by the gradients of one forward and backward over ``micro_batches``.
 
-    A selection without scores does not need this pass.
-
-    Compiled blocks run eagerly, because compiling for a single pass takes longer. All blocks use activation
-    checkpointing, so the pass needs no more memory than a training step, although layers that select columns keep
-    complete inputs while they are probed.
+    A selection that needs no gradients skips this pass. In the pass, compiled blocks run eagerly, because compiling for
+    a single pass takes longer. All blocks use activation checkpointing, so the pass needs no more memory than a
+    training step, although layers that select columns keep complete inputs.
 
     Args:
+        update: runs the forward and backward.
         targets: number of targets of the batch on all processes; None if every token is a target.
     """
     if not grass.scored:

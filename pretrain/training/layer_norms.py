@@ -22,12 +22,12 @@ class LayerNorms(StepObserver):
     update_ratio/<layer>  ‖P after − P before‖ / ‖P before‖, of the rows that were selected during the step
 
     All are Frobenius norms of complete matrices, the same on every process: DDP's gradients are means over the
-    processes already, and squares of shards are summed. A measured step keeps a copy of P in host memory until it is
+    processes already, and squares of shards are summed. A measured step keeps a copy of P in host memory until P is
     updated. Norms stay on the device until ``take``.
 
     Args:
-        model: as the engine has wrapped it.
-        optim: steps once per update, so not inside the backward.
+        model: sharded already, if the run shards it.
+        optim: must not step inside the backward.
         every: at least 1.
     """
 
@@ -67,7 +67,7 @@ class LayerNorms(StepObserver):
             self._measure_update()
 
     def take(self) -> dict[str, float | None]:
-        """The metrics of the latest step by name, once; {} if it was not measured. Waits for the device.
+        """The metrics of the latest step by name; {} if it was not measured or is already taken. Waits for the device.
 
         A number that is not finite is None.
         """

@@ -31,7 +31,9 @@ def rate_settings(config: Config) -> dict[str, Any]:
 
 
 def describe_change(before: dict[str, Any] | None, config: Config, step: int) -> list[str]:
-    """Log lines if the learning rates of a resumed run differ from those planned in its checkpoint; [] if equal.
+    """Messages about learning rates of a resumed run that differ from the rates planned in its checkpoint.
+
+    [] if none differs. If the run has made more than ``train.steps`` steps, one message says so instead.
 
     Args:
         before: ``rate_settings`` in the checkpoint that the run resumes from; None if an older checkpoint lacks them.

@@ -22,7 +22,8 @@ from pretrain.training.trainer import Outcome, Trainer
 def train(config: Config) -> int:
     """Train with ``config`` on this process and the other processes of torchrun.
 
-    An error that the user can fix is printed, and ends the process with code 2; a lost process ends it with 3.
+    An error that the user can fix is printed, and ends this process with code 2; the loss of another process of the run
+    ends it with 3.
 
     Returns:
         The exit code: 0, or 85 (``EXIT_CODE`` of ``pretrain.cli.signals``) if a signal stopped the run.

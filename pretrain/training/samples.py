@@ -13,9 +13,11 @@ from pretrain.runs.folder import RunFolder
 
 
 def make_samples(model: Llama, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
-    """Continue each of data.prompts by at most train.sample_tokens tokens. Pairs: (prompt, prompt and continuation).
+    """Continue each of ``data.prompts`` by at most ``train.sample_tokens`` tokens. Leaves the model in eval mode.
 
-    Every calling process gets the same pairs, none if train.sample_tokens is 0. Leaves the model in eval mode.
+    Returns:
+        Pairs of a prompt, and the prompt with its continuation, the same on every calling process; [] if
+        ``train.sample_tokens`` is 0.
     """
     if config.train.sample_tokens == 0:
         return []

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 
 class StepObserver:
-    """Override the methods of the events you need. They are called on every process.
+    """Is called at events of a training step, on every process: override the methods of the events that you need.
 
-    In one step: ``before_forward`` to ``before_backward`` once for each micro-batch; ``after_backward`` when the
-    gradients of all micro-batches are complete; then the optimizer and the refresh. In one update, the optimizer may
-    step several times: once for each block with rows in low precision, and with ``train.step_in_backward`` once for
-    each parameter, inside the last backward. Then the refresh also precedes ``after_backward``.
+    The order in one update: ``before_forward`` to ``before_backward`` for each micro-batch; ``after_backward`` when the
+    gradients of all micro-batches are complete; the optimizer; the refresh. The optimizer may step several times in an
+    update: once for each block with rows in low precision, and with ``train.step_in_backward`` once for each parameter,
+    inside the last backward. With ``train.step_in_backward``, the refresh also precedes ``after_backward``.
     """
 
     def before_forward(self) -> None:
@@ -31,10 +31,10 @@ class StepObserver:
         """After a step of the optimizer, after Grass has folded it into the weights."""
 
     def before_refresh(self) -> None:
-        """After an update, made or skipped, before Grass gathers scores and chooses rows; also if no layer is due."""
+        """After every update, made or skipped, before Grass gathers scores and chooses rows, if any are due."""
 
     def after_refresh(self) -> None:
-        """After Grass has chosen rows and started the probes of the next step."""
+        """After every update, when Grass has chosen rows, if any are due, and prepared to score the next update."""
 
 
 def notify(observers: Sequence[StepObserver], event: str) -> None:

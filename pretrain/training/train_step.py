@@ -23,7 +23,7 @@ MicroBatch = tuple[Tensor, ...]
 class StepNumbers:
     """Mean loss in nats per target and global gradient norm before clipping; the same on every process.
 
-    ``finite`` is false if these numbers, or those of an earlier update, are not finite on any process.
+    ``finite`` is false if, on at least one process, these numbers or those of an earlier update are not finite.
     """
 
     loss: float

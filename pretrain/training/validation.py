@@ -1,4 +1,4 @@
-"""The validation loss of a model, its perplexity and bits per byte, summed over processes."""
+"""The validation loss of a model, its perplexity and bits per byte, over the batches of all processes."""
 
 import logging
 import math
