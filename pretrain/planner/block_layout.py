@@ -13,12 +13,13 @@ from pretrain.setup.optimizer import uses_scores
 
 
 class BlockLayout(NamedTuple):
-    """Blocks in model order: ``front`` equal blocks, ``middle`` equal blocks, and the last block.
+    """The blocks of a model in order: ``front`` equal blocks, ``middle`` equal blocks, and the last block.
 
-    With a staggered refresh, the simulated refresh probes the front blocks and the last block. This is the largest
-    number of blocks that a step of a window probes, so no phase of any step needs more memory than the simulated phase
-    of the same name. If no step probes more than one block, ``front`` is 0, and the first and the last block refresh in
-    two simulated steps. If all blocks refresh at once, ``middle`` is 0.
+    Blocks are equal if they need the same memory in every step. A probed block, whose gradient Grass scores in a step
+    because it gets new rows soon, needs more. If all blocks are probed at once, ``middle`` is 0. If they take turns
+    (``optim.stagger``), the front blocks and the last block are those probed in one simulated step: as many as a step
+    of the run probes at most, so that no step needs more memory than the simulated step. If a step probes at most one
+    block, ``front`` is 0, and the first and the last block are probed in two simulated steps.
     """
 
     front: int
@@ -29,13 +30,16 @@ class BlockLayout(NamedTuple):
         return self.front + self.middle + 1
 
     def place(self, block: int) -> str | None:
-        """The name of ``block`` in phases. None inside a group, where peaks are between those at the group's ends."""
+        """The name of block number ``block`` (from 0) in the names of phases, see ``simulate``.
+
+        None for a block inside a group of equal blocks: its peaks are between the peaks at the group's ends.
+        """
         last = self.blocks - 1
         ends = {last - 1: "middle end", self.front: "middle", self.front - 1: "front end", 0: "0", last: "-1"}
         return ends.get(block)
 
     def probed_blocks(self) -> list[set[int]]:
-        """The blocks that each of the simulated refreshes probes."""
+        """For each simulated refresh, the numbers of the blocks that are probed before it."""
         last = self.blocks - 1
         return [{*range(self.front), last}] if self.front else [{0}, {last}]
 
@@ -43,7 +47,7 @@ class BlockLayout(NamedTuple):
         return BlockLayout(self.front + front, self.middle + middle)
 
     def shortest(self, period: int) -> "BlockLayout":
-        """The smallest layout that gives this layout by adding multiples of ``period`` to front and middle."""
+        """The smallest layout that becomes this layout when multiples of ``period`` are added to front and middle."""
         least = 2 if self.front and self.middle else ON_CPU - 1  # enough of each shape to fill a stack
 
         def shorter(blocks: int) -> int:

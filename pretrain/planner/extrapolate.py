@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def simulate_all_blocks(config: Config, verify: bool = True) -> Peaks:
-    """Return the result of ``simulate`` for all blocks of the model, without the phases inside a group of equal blocks.
+    """The result of ``simulate`` for all blocks of the model, without the phases of blocks inside a group.
 
     Args:
-        verify: check the extrapolation with one more simulation. Not needed for settings that differ from verified
-            settings only in sizes.
+        verify: check the extrapolation with one more simulation. False is enough for settings that differ only in sizes
+            from settings that were verified.
     """
     complete, period = layout_of(config), period_of(config)
     few = complete.shortest(period)

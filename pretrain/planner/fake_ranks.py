@@ -23,7 +23,7 @@ from pretrain.distributed.world import World
 
 @contextmanager
 def fake_world(devices: int) -> Iterator[World]:
-    """Rank 0 of ``devices`` ranks; with one device there is no process group."""
+    """A context with the ``World`` of rank 0 among ``devices`` ranks; with one device, there is no process group."""
     world = World(0, devices, torch.device("cpu"))
     if devices == 1:
         yield world
@@ -77,7 +77,7 @@ class SimulatedDDP(Engine):
 
 
 def simulated_engine(train: TrainConfig, world: World) -> Engine:
-    """The engine of the run, but SimulatedDDP instead of DDP."""
+    """The engine of a run with the settings ``train``, but SimulatedDDP instead of DDP."""
     if world.size > 1 and train.parallel == "ddp":
         return SimulatedDDP(DTYPES[train.reduce_dtype] if train.reduce_dtype else None)
     with patch.object(dist.ProcessGroup, "set_timeout"):  # the fake group has no timeout and raises
@@ -85,7 +85,9 @@ def simulated_engine(train: TrainConfig, world: World) -> Engine:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Count the bytes of tensors in collectives; for all_gather and reduce_scatter, those of the complete tensor.
+    """While entered, add up in ``bytes`` the sizes of all tensors in collectives.
+
+    For all_gather and reduce_scatter, this is the size of the complete tensor.
 
     In a ring of N ranks, each rank sends (N − 1) / N of a gathered or scattered tensor, and twice this share of an
     all-reduced tensor.

@@ -32,13 +32,13 @@ class Estimate:
     """The estimate for one device. Memory and traffic are in bytes.
 
     Attributes:
-        peak_bytes: peak of a step without a refresh
-        refresh_peak_bytes: peak of the steps that gather scores and refresh
+        peak_bytes: peak of a step in which Grass neither scores rows nor chooses new rows (a refresh)
+        refresh_peak_bytes: peak of the steps in which it does
         components: ``peak_bytes`` by component
         parameters: parameters of the model
         flops_per_token: floating-point operations of forward and backward, per token
         communicated_bytes_per_step: bytes in collectives in a step without a refresh (fake_ranks.TrafficCounter)
-        communicated_bytes_per_refresh: the same in the last step of a window, which includes the scores of all rows
+        communicated_bytes_per_refresh: the same in a step with a refresh, including the scores of rows
         max_micro_batch_size: largest size that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
     """
 
@@ -53,7 +53,7 @@ class Estimate:
 
 
 def estimate(config: Config) -> tuple[Estimate, dict[str, int]]:
-    """Simulate a run. Returns its estimate, and the bytes by component at the peak of a refresh.
+    """Simulate a run. Returns its estimate, and the bytes by component at ``refresh_peak_bytes``.
 
     Raises:
         ConfigError: the configuration cannot run.
@@ -135,10 +135,11 @@ def require_fit(config: Config, found: Estimate, refresh: dict[str, int]) -> Non
     """Check that the run fits the device.
 
     Args:
-        refresh: bytes by component at the peak of a refresh.
+        found: the estimate of ``config``.
+        refresh: bytes by component at ``found.refresh_peak_bytes``.
 
     Raises:
-        ConfigError: it does not fit; names the largest component, and the setting to change.
+        ConfigError: the run does not fit; names the largest component, and the setting to change.
     """
     peak = max(found.peak_bytes, found.refresh_peak_bytes)
     if _fits(config, peak):

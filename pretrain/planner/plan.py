@@ -40,7 +40,12 @@ def dry_run(config: Config, world_size: int) -> None:
 
 
 def plan(config: Config, found: Estimate, refresh_peak: int) -> dict[str, str]:
-    """The lines of the plan: heading → text."""
+    """The lines of the plan: heading → text.
+
+    Args:
+        found: the estimate of ``config``.
+        refresh_peak: bytes of all tensors at the peak of a step with a refresh.
+    """
     train, devices = config.train, config.estimate.devices
     size, counts = micro_batch_size(config.train, config.estimate.devices), parameter_counts(outline(config))
     trainable, tokens = counts["trainable"], train.steps * train.tokens_per_step

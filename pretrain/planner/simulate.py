@@ -45,10 +45,11 @@ Peaks = dict[str, Counter[str]]
 
 
 def simulate(config: Config, layout: BlockLayout) -> Peaks:
-    """Simulate a model of ``layout.blocks`` blocks: two regular steps and a refresh.
+    """Simulate a model of ``layout.blocks`` blocks: two regular steps, and the steps up to a refresh.
 
-    The first regular step allocates the optimizer's state. The names of phases begin with "regular" or "refresh".
-    Only warnings are logged: a plan simulates several models.
+    Phases are parts of a step, such as "regular backward 0 1": the kind of step ("regular" or "refresh"), the part, the
+    block if it is in one, and a number, because phases repeat. The first regular step allocates the optimizer's state.
+    Only warnings are logged, because a plan simulates several models.
     """
     config = replace(config, model=replace(config.model, num_hidden_layers=layout.blocks))
     with warnings_only(), fake_world(config.estimate.devices) as world:

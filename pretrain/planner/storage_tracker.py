@@ -71,7 +71,7 @@ class StorageTracker(TorchDispatchMode):
         self.marks.append((len(self.log), name))
 
     def peaks(self) -> dict[str, Counter[str]]:
-        """For each phase, the bytes by kind at its peak. Names get a number because phases repeat: "end 1"."""
+        """For each phase, the bytes by kind at its peak. Names end in a number ("end 1"), because phases repeat."""
         peaks: dict[str, Counter[str]] = {}
         repeated: Counter[str] = Counter()
         held: Counter[str] = Counter()
