@@ -37,7 +37,7 @@ def resolve_backend(
         ValueError: an unknown name, or "flash" if no version of flash-attn can run.
     """
     if requested not in BACKENDS:
-        raise ValueError(f"model.attention={requested}: unknown; choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"model.attention={requested} is unknown; choose from {', '.join(BACKENDS)}")
     if requested == "sdpa":
         return "sdpa"
     version, reasons = choose_flash(device, dtype, head_dim)

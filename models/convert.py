@@ -133,8 +133,9 @@ def _sides_and_ranks(
     ranks = dict(rank) if isinstance(rank, Mapping) else {"*": rank}
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears)) or "none"
     problems: dict[str, list[str]] = {
-        f"pattern {p!r} matches no linear layer of the model, which has {known}": []
-        for p in [*patterns, *sides, *ranks]
+        f"optim.{key}: {p!r} matches no linear layer of the model; use names or globs of {known}": []
+        for key, globs in (("patterns", patterns), ("side", sides), ("rank", ranks))
+        for p in globs
         if not any(matches(name, p) for name in linears)
     }
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))

@@ -174,7 +174,7 @@ class Llama(nn.Module):
         )  # fmt: skip
         problems += scaling_problems(rope_scaling)
         if attention not in BACKENDS:
-            problems.append(f"model.attention={attention}: unknown; choose one of {', '.join(BACKENDS)}")
+            problems.append(f"model.attention={attention} is unknown; choose from {', '.join(BACKENDS)}")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -290,7 +290,7 @@ def size_problems(**sizes: float) -> list[str]:
 
     `sizes` are numeric arguments of `Llama`, at least hidden_size, num_attention_heads and num_key_value_heads.
     """
-    problems = [f"model.{name}={value}: must be above 0" for name, value in sizes.items() if not value > 0]
+    problems = [f"model.{name}={value} must be above 0" for name, value in sizes.items() if not value > 0]
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     kv_heads = sizes["num_key_value_heads"]
     if heads > 0 and hidden % (2 * heads):
@@ -300,7 +300,7 @@ def size_problems(**sizes: float) -> list[str]:
         )
     if kv_heads > 0 and heads % kv_heads:
         problems.append(
-            f"model.num_key_value_heads={kv_heads}: must divide model.num_attention_heads={heads}; "
+            f"model.num_key_value_heads={kv_heads} must divide model.num_attention_heads={heads}; "
             "choose one of its divisors"
         )
     return problems

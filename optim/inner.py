@@ -50,7 +50,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         cls = getattr(import_module(module_name), class_name, None)
     except ImportError as error:
         file = REQUIREMENTS.get(module_name.partition(".")[0])
-        fix = f".venv/bin/pip install -r {file}" if file else "check the path"
+        fix = f"run .venv/bin/pip install -r {file}" if file else "check the path"
         raise ValueError(f"optim.inner={name}: cannot import {module_name} ({error}); {fix}") from None
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"optim.inner={name}: {path} is not a torch.optim.Optimizer; check the path")

@@ -70,7 +70,7 @@ def _serve(args: argparse.Namespace) -> None:
         from pretrain.inference.page import make_app, serve
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--page needs {error.name}, which is not installed: .venv/bin/pip install -r requirements-extra.txt"
+            f"--page needs {error.name}, which is not installed; run .venv/bin/pip install -r requirements-extra.txt"
         ) from None
     path, generator, sampling = _load(args)
     path = path.resolve()

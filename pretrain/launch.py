@@ -53,7 +53,7 @@ def explain(error: Exception) -> str:
     line = f"{type(cause).__name__}: {first}".rstrip(": ")
     if isinstance(error, RendezvousError | DistError):
         advice = "check NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT or RDZV_ENDPOINT on every node"
-        return f"the nodes did not find each other: {advice} ({line})"
+        return f"the nodes did not find each other ({line}); {advice}"
     return line
 
 
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.standalone = True  # at a free port: before torch 2.13, all runs of a machine would use the same port
     if args.max_restarts and args.nnodes not in ONE_NODE and args.rdzv_backend == "static":
         parser.error(
-            "MAX_RESTARTS on several nodes needs a rendezvous: set RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR"
+            "MAX_RESTARTS on several nodes needs a rendezvous; set RDZV_ENDPOINT=host:29400 instead of MASTER_ADDR"
         )
     return args
 

@@ -271,7 +271,8 @@ def _check_plugins(choices: Iterable[str]) -> None:
     for choice in choices:
         package = PLUGINS.get(choice.partition("_")[0])
         if package and importlib.util.find_spec(f"hydra_plugins.{package}") is None:
-            raise ConfigError(f"{choice} needs {package}; run .venv/bin/pip install -r requirements-sweep.txt")
+            fix = "run .venv/bin/pip install -r requirements-sweep.txt"
+            raise ConfigError(f"{choice} needs the package {package}, which is not installed; {fix}")
 
 
 def _new_logs(folder: Path) -> Path:

@@ -200,7 +200,9 @@ def point_at(path: Path) -> None:
         link.symlink_to(path.name)
         link.replace(path.parent / LATEST)
     except OSError as error:  # some file systems have no links, and resuming does not need this link
-        logger.warning("the link %s to %s could not be made: %s", path.parent / LATEST, path.name, error)
+        logger.warning(
+            "the link %s to %s could not be made (%s), but resuming works", path.parent / LATEST, path.name, error
+        )
 
 
 def remove(path: Path) -> None:
@@ -211,4 +213,4 @@ def remove(path: Path) -> None:
         else:
             path.unlink()
     except OSError as error:
-        logger.warning("%s could not be removed: %s", path, error)
+        logger.warning("%s could not be removed (%s); delete it by hand", path, error)

@@ -236,7 +236,7 @@ def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
             newest = latest(path.parent)
             raise FloatingPointError(
                 f"{path} is not saved, because {name} is not finite; lower optim.lr or optim.linear_lr, and run the "
-                f"command again: it {f'resumes from {newest.name}' if newest else 'starts from the beginning'}"
+                f"command again, which {f'resumes from {newest.name}' if newest else 'starts from the beginning'}"
             )
 
 

@@ -24,7 +24,7 @@ def require_torch(found: str) -> None:
     if (int(major), int(minor)) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ValueError(
-            f"torch {found} is too old, {oldest} or newer is needed; ./launch.sh without GRASS_TORCH installs it"
+            f"torch {found} is too old ({oldest} or newer is needed); ./launch.sh without GRASS_TORCH installs it"
         )
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         found = sys.argv[1] if len(sys.argv) > 1 else version("torch")
         require_torch(found)
     except PackageNotFoundError:
-        sys.exit(f"{sys.executable} has no torch: install torch for it, or set PYTHON to an interpreter with torch")
+        sys.exit(f"{sys.executable} has no torch; install torch for it, or set PYTHON to an interpreter with torch")
     except ValueError as error:
         sys.exit(str(error))
     print(found)

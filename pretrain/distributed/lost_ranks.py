@@ -42,8 +42,8 @@ def name_lost_ranks(world: World, timeout: timedelta, leave: Callable[[], bool])
         if leave():
             raise LostPeer(f"rank {world.rank} was asked to end while it waited in {place}") from error
         raise LostPeer(
-            f"rank {world.rank} waited in vain in {place}: {who}; read the last messages there, or raise "
-            f"train.timeout_minutes={timeout.total_seconds() / 60:g} if it was only slow ({_reason(error)})"
+            f"rank {world.rank} waited in vain in {place}: {who}; read the last messages of the other ranks, or raise "
+            f"train.timeout_minutes={timeout.total_seconds() / 60:g} if they were only slow ({_reason(error)})"
         ) from error
 
 

@@ -118,7 +118,7 @@ def connect(timeout: timedelta) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"more processes than GPUs ({torch.cuda.device_count()}): lower NPROC")
+        raise ValueError(f"there are more processes than GPUs ({torch.cuda.device_count()}); lower NPROC")
     world = World(rank, size, device)
     world.use_device()
     if size > 1:
@@ -126,7 +126,10 @@ def connect(timeout: timedelta) -> World:
         try:
             dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         except dist.DistError as error:
-            raise LostPeer(f"not all of the {size} processes of this run connected: {first_line(error)}") from error
+            raise LostPeer(
+                f"not all of the {size} processes of this run connected ({first_line(error)}); read the messages of "
+                "the others, or raise train.timeout_minutes"
+            ) from error
     return world
 
 

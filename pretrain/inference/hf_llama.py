@@ -47,7 +47,7 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     dtype_name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     dtype = getattr(torch, dtype_name, None)
     problems = [
-        f"{key}={config[key]}: only {values[0]} is supported"
+        f"{key}={config[key]} is not supported; only {values[0]} is"
         for key, values in SUPPORTED.items()
         if key in config and config[key] not in values
     ]
@@ -57,7 +57,7 @@ def read_arguments(folder: Path) -> tuple[dict[str, Any], torch.dtype]:
     problems += [f"{key} is missing" for key in sorted(MODEL_KEYS - config.keys())]
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         problems.append(
-            f"dtype={dtype_name}: not a floating-point dtype of torch; set it to that of the weights, e.g. bfloat16"
+            f"dtype={dtype_name} is not a floating-point dtype of torch; set it to that of the weights, e.g. bfloat16"
         )
     if problems:
         raise ValueError("\n".join(f"{folder / CONFIG}: {problem}" for problem in problems))
@@ -84,7 +84,7 @@ def _head_problems(config: dict[str, Any]) -> list[str]:
     """A message if config.json states another head size than ``Llama`` derives from the hidden size."""
     derived = (config.get("hidden_size") or 0) // (config.get("num_attention_heads") or 1)
     stated = config.get("head_dim") or derived
-    return [] if stated == derived else [f"head_dim={stated}: only {derived} is supported"]
+    return [] if stated == derived else [f"head_dim={stated} is not supported; only {derived} is"]
 
 
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[str]]:
@@ -98,11 +98,11 @@ def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[st
     stated = config.get("rope_scaling") or parameters
     kind = stated.get("rope_type") or stated.get("type") or "default"
     rotated = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
-    problems = [f"partial_rotary_factor={rotated}: only 1 is supported"] if rotated != 1 else []
+    problems = [f"partial_rotary_factor={rotated} is not supported; only 1 is"] if rotated != 1 else []
     if kind == "default" or (kind == "linear" and stated.get("factor") == 1):
         return theta, None, problems
     if kind not in SCALINGS:
-        problems.append(f"rope_scaling of type {kind}: not supported, only {' and '.join(SCALINGS)} are")
+        problems.append(f"rope_scaling of type {kind} is not supported; only {' and '.join(SCALINGS)} are")
         return theta, None, problems
     scaling = {"rope_type": kind, **{name: stated[name] for name in SCALINGS[kind] if name in stated}}
     if kind == "llama3":  # as transformers does
@@ -138,9 +138,9 @@ def weight_files(path: Path) -> list[Path]:
     else:
         files = [path / WEIGHTS]
     if absent := [str(file) for file in files if not file.exists()]:
-        fix = "copy the model again, its index names these files"
+        fix = "copy the model again, because its index names these files"
         if not (path / INDEX).exists():
-            fix = "weights are read from safetensors files; convert others with transformers' save_pretrained"
+            fix = "convert weights in other formats to safetensors with transformers' save_pretrained"
         raise ValueError(f"there is no {', '.join(absent)}; {fix}")
     return files
 

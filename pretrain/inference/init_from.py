@@ -110,7 +110,7 @@ def init_problems(path: str, model: Llama, arguments: dict[str, Any], tokenizer:
             return problems
         if not (found.path / CONFIG).exists():
             return []
-        fix = f"{found.path / CONFIG} does not match the weights: correct it, or copy both again"
+        fix = f"correct {found.path / CONFIG}, which does not match the weights, or copy both again"
         return _shape_problems(path, read_shapes(found.path), model, fix)
     except ValueError as error:
         return [f"train.init_from: {line}" for line in str(error).splitlines()]

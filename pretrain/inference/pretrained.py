@@ -114,7 +114,7 @@ def require_embeddings(tokenizer: Tokenizer, rows: int) -> None:
     """
     if not tokenizer.fits(rows):
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows: use the "
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {rows} embedding rows; use the "
             "tokenizer that the model was trained with, or a model with more rows (model.vocab_size of a new model)"
         )
 

@@ -98,7 +98,7 @@ class RunFolder:
         if config.train.resume == "never":
             raise ConfigError(f"{self.path} exists; choose another run.name, or train.resume=auto to resume that run")
         if not self.config_file.exists():
-            raise ConfigError(f"{self.path} exists and is not a run: it has no config.yaml; choose another run.name")
+            raise ConfigError(f"{self.path} exists, but is no run (it has no config.yaml); choose another run.name")
         if self.latest_checkpoint is None:
             return []
         changed = self.changes(config)

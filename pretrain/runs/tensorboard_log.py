@@ -62,5 +62,5 @@ def tensorboard_problems(logger: LoggerConfig) -> list[str]:
     """Why the run cannot be logged for TensorBoard, with the fix; [] if it can or need not be."""
     if not logger.tensorboard or find_spec("tensorboard"):
         return []
-    fix = ".venv/bin/pip install -r requirements-extra.txt, or set it to false"
-    return [f"logger.tensorboard=true needs the package tensorboard, which is not installed: {fix}"]
+    fix = "run .venv/bin/pip install -r requirements-extra.txt, or set it to false"
+    return [f"logger.tensorboard=true needs the package tensorboard, which is not installed; {fix}"]

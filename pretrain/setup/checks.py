@@ -166,7 +166,7 @@ def _grass_problems(optim: GrassConfig) -> list[str]:
 def _baseline_problems(optim: OptimConfig) -> list[str]:
     if not isinstance(optim, BaselineConfig):
         if optim.embedding_inner in PROJECTED:
-            return [f"optim.embedding_inner={optim.embedding_inner} projects linears; use adamw8bit or adafactor"]
+            return [f"optim.embedding_inner={optim.embedding_inner} is for linear layers; use adamw8bit or adafactor"]
         projects = optim.inner in PROJECTED
         return [f"optim.inner={optim.inner} needs keys of its own; use optim={optim.inner}"] if projects else []
     if optim.inner not in PROJECTED:

@@ -43,7 +43,8 @@ def compile_blocks(config: Config, model: Llama, world: World) -> bool:
     try:
         _try_block(config, model, world)
     except Exception as error:  # no C++ compiler, no Triton, no writable cache: the toolchain fails in many ways
-        logger.warning("torch.compile does not work on this machine, training without it: %s", failure(error))
+        reason = failure(error)
+        logger.warning("torch.compile does not work on this machine (%s); training continues without it", reason)
         torch.compiler.reset()
         return False
     logger.info("compiled in %.0f s", time.perf_counter() - began)

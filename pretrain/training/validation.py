@@ -80,6 +80,6 @@ def tokenize_files(paths: Sequence[str], patterns: Sequence[str], tokenizer: Tok
     for reason, names in skipped.items():
         logger.warning("skipped, %s: %s", reason, ", ".join(names))
     if not documents:
-        raise ValueError(f"--text: no readable text in {', '.join(paths)}")
+        raise ValueError(f"--text: no readable text in {', '.join(paths)}; name other files, or change --patterns")
     texts = tokenizer.encode_batch([document.text for document in documents])
     return np.concatenate([np.r_[tokenizer.bos_id, tokens, tokenizer.eos_id] for tokens in texts])

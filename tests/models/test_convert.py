@@ -76,10 +76,10 @@ def test_attention_trains_a_larger_share_at_the_same_total():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": {"*_proj": 2, "nothing": 1}}, "pattern 'nothing' matches no linear layer"),
+        ({"rank": {"*_proj": 2, "nothing": 1}}, "optim.rank: 'nothing' matches no linear layer"),
         ({"rank": {"up_proj": 2}}, "0.self_attn.q_proj and 1 more: optim.rank has no rank for it"),
         ({"rank": "many"}, "optim.rank=many must be between 1 and 8"),
-        ({"rank": 2, "side": {"*.down_proj": "rows"}}, r"pattern '\*\.down_proj' matches no linear layer"),
+        ({"rank": 2, "side": {"*.down_proj": "rows"}}, r"optim\.side: '\*\.down_proj' matches no linear layer"),
         ({"rank": 2, "patterns": ["*.nothing"]}, "matches no linear layer"),
         ({"rank": 5}, "0.self_attn.k_proj: optim.rank=5 must be between 1 and 4"),
         ({"rank": 0}, "optim.rank=0 must be between 1 and"),

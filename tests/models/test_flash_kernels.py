@@ -257,5 +257,5 @@ def test_a_missing_flash_attn_is_an_obstacle(packages, gpu):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"model\.attention=fast: unknown; choose one of auto, sdpa, flash"):
+    with pytest.raises(ValueError, match=r"model\.attention=fast is unknown; choose from auto, sdpa, flash"):
         resolve_backend("fast", CPU, torch.float32, 64)

@@ -191,7 +191,8 @@ def test_with_the_package_the_check_passes_and_without_it_names_the_file(name, m
     check(config)
     package = INNER_OPTIMIZERS[name].partition(".")[0]
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"optim\.inner={name}: cannot import {package} .*; \.venv/bin/pip install -r requirements-baselines\.txt"
+    fix = r"run \.venv/bin/pip install -r requirements-baselines\.txt"
+    message = rf"optim\.inner={name}: cannot import {package} .*; {fix}"
     with pytest.raises(ConfigError, match=message):
         check(config)
 

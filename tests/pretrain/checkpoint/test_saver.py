@@ -36,9 +36,9 @@ def test_a_step_waits_for_the_copy_and_not_for_the_disk(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     saving = Saver(tmp_path, ALONE)
-    for step, then in ((1, "it starts from the beginning"), (3, "it resumes from step-00000002")):
+    for step, then in ((1, "starts from the beginning"), (3, "resumes from step-00000002")):
         saving.save(step, {"model.weight": torch.tensor([1.0, float("inf")])}, {"step": step})
-        reason = f"step-{step:08d} is not saved, because model.weight is not finite; .* again: {then}$"
+        reason = f"step-{step:08d} is not saved, because model.weight is not finite; .* again, which {then}$"
         with pytest.raises(FloatingPointError, match=reason):
             saving.finish()
         saving.save(2, {"model.weight": torch.ones(2)}, {"step": 2})

@@ -78,7 +78,7 @@ def test_the_default_warmup_is_60_of_700_steps_and_fits_short_runs(tmp_path):
         ("optim.state_at_refresh=drop", r"optim\.state_at_refresh=drop is unknown"),
         ("optim.side=top", r"optim\.side='top' is unknown; use auto, longer, rows, columns or neurons"),
         ("optim.schedule=line", r"optim\.schedule=line is unknown"),
-        ("optim.patterns=[mlp]", r"pattern 'mlp' matches no linear layer"),
+        ("optim.patterns=[mlp]", r"optim\.patterns: 'mlp' matches no linear layer"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=.* must be two numbers"),
         ("optim.inner=adamax", r"optim\.inner=adamax is unknown; choose from adamw, .* or give the dotted path"),
         ("optim.momentum=1", r"optim\.momentum=1\.0 must be in \[0, 1\)"),

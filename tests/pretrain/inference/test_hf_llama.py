@@ -136,7 +136,7 @@ def test_an_index_that_is_garbage_is_named(folder, content):
 
 def test_a_missing_shard_and_pickled_weights_are_named(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"there is no .*model\.safetensors; weights are read from safetensors files;"):
+    with pytest.raises(ValueError, match=r"there is no .*model\.safetensors; convert weights in other formats"):
         read_shapes(folder)
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

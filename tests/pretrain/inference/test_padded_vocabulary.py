@@ -182,7 +182,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_in_one_message(kind, 
     kind(folder)
     llama(folder, rows)
     write_json(folder / "tokenizer_config.json", **ENDS)
-    with pytest.raises(ValueError, match=rf"tokens, but the model has {rows} embedding rows: use the tokenizer"):
+    with pytest.raises(ValueError, match=rf"tokens, but the model has {rows} embedding rows; use the tokenizer"):
         load_pretrained(folder)
     with pytest.raises(ConfigError) as error:
         check(load(overrides(tmp_path, folder, f"model.vocab_size={rows}")))
