@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def set_environment() -> None:
-    """Set environment variables that the workers inherit, unless they are set: of torch's store and allocators."""
+    """Set environment variables for torch's store and the memory allocators of the workers, unless already set."""
     import torch
 
     # Otherwise all attempts share one store, and a restarted worker may read the address of a killed worker.

@@ -84,7 +84,7 @@ class Saver:
 
         Raises:
             FloatingPointError: a tensor of the previous save is not finite.
-            BaseException: any other error of the previous save, except of the disk; see ``poll``.
+            BaseException: any other error of the previous save, except a failure of the disk, which is only logged.
         """
         self.wait()
         self._lost = None

@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
 def clear_errors() -> Iterator[None]:
     """A context that prints only the message of an error that the user can fix, and then exits with 2.
 
-    These errors are ValueError, OSError and FloatingPointError, and ``LostPeer``, for which it exits with 3. If the
+    These errors are ValueError, OSError and FloatingPointError, and ``LostPeer``, for which the exit code is 3. If the
     reader of standard output has ended, as after ``| head``, the process ends with 141 and without a message.
     Characters that the terminal's encoding lacks are printed as escapes. GRASS_TRACEBACK=1 shows tracebacks.
     """

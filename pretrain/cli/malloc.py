@@ -8,10 +8,10 @@ KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "GLIBC_TU
 
 
 def keep_freed_memory() -> None:
-    """Set glibc's environment variables for processes started afterwards, unless one of them is already set.
+    """Make processes that are started afterwards keep freed memory, by environment variables of glibc.
 
-    Such a process keeps its peak memory until it ends. C libraries other than glibc ignore the variables. For the gain,
-    see docs/performance.md.
+    If one of the variables is already set, nothing changes. These processes keep their peak memory until they end. C
+    libraries other than glibc ignore the variables. For the gain, see docs/performance.md.
     """
     if not KEEP.keys() & os.environ.keys():
         os.environ.update(KEEP)

@@ -14,9 +14,9 @@ EXIT_CODE = 85  # of a run that saved and stopped after a signal; the same comma
 class StopRequest:
     """Whether a signal has asked the run to stop: ``bool(request)`` is True after SIGTERM, SIGUSR1 or Ctrl-C.
 
-    Set ``step`` for the message that a signal prints: to the number (from 1) of the step after which the run saves and
-    stops, which is the running step or, during a validation, the next one; to None if the run saves next, as after its
-    last step. ``signal`` is the first signal received, None before.
+    The message that a signal prints needs ``step``: the number (from 1) of the step after which the run saves and ends.
+    This is the running step or, during a validation, the next one; None if the run saves next, as after its last step.
+    ``signal`` is the first signal received, None before.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class Engine:
         """Shard ``model`` in place, on the meta device, after its linear layers are converted to Grass."""
 
     def wrap(self, model: Llama) -> None:
-        """Train ``model``, which is allocated. Call before a checkpoint is loaded, and before blocks are compiled."""
+        """Set the model to train, which is allocated. Call before a checkpoint is loaded and blocks are compiled."""
         self.module: nn.Module = model
 
     def __call__(self, input_ids: Tensor, targets: Tensor, *documents: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Engine:
         return nullcontext()
 
     def finish_backward(self) -> None:
-        """Complete the gradients; call after the last backward of a step."""
+        """Make the gradients means over the processes, if they are not yet; call after the last backward of a step."""
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         """Clip the gradients to the global norm ``limit``; returns the norm before clipping, a scalar on the device."""

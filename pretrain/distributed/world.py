@@ -77,8 +77,8 @@ class World:
         """The ``value`` of every process, in the order of ranks; values are pickled.
 
         Args:
-            group: another process group of all processes, for calls in a thread beside the training's; None for the
-                default group.
+            group: a second process group of all processes, for calls from another thread than the training's; None
+                for the default group.
         """
         box = [value] * self.size
         if self.size > 1:

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model besides its weights: generation settings, chat template, special tokens.
+"""The assets of a Hugging Face model, its files besides the weights: settings, chat template, tokenizer.
 
 A run that starts from such a model copies these files to its folder, and an export of the run copies them again.
 """
@@ -26,14 +26,14 @@ REPLACED = ("dtype", "rope_parameters")  # newer names of settings that an expor
 
 
 def find_assets(path: Path) -> list[Path]:
-    """The asset files of the model in the folder ``path``; [] if the folder has no config.json."""
+    """The assets of the model in the folder ``path``; [] if the folder has no config.json."""
     if not (path / CONFIG).exists():
         return []
     return [path / name for name in (CONFIG, GENERATION, *TOKENIZER_FILES) if (path / name).exists()]
 
 
 def copy_assets(assets: Iterable[Path], folder: Path) -> None:
-    """Copy files and folders of assets into ``folder``, which is created if necessary."""
+    """Copy ``assets``, files or folders, into ``folder``, which is created if necessary."""
     for asset in assets:
         folder.mkdir(parents=True, exist_ok=True)
         # Only the contents: permissions are those of new files.
@@ -47,7 +47,7 @@ def other_settings(folder: Path, ours: Container[str]) -> dict[str, Any]:
     """The settings in ``folder``/config.json that an export keeps unchanged, such as ``eos_token_id``.
 
     Args:
-        ours: the settings that the export writes from the exported model and weights.
+        ours: the names of the settings that the export writes itself, from the exported model and weights.
     """
     config = {key: value for key, value in read_config(folder).items() if value is not None}
     return {key: value for key, value in config.items() if key in FREE or not (key in ours or key in REPLACED)}

@@ -42,7 +42,7 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None, 
 
     Args:
         path: as for ``find_pretrained``.
-        dtype: of all weights; by default the model's dtype.
+        dtype: the dtype of all written weights; None for the model's dtype.
         shard_bytes: maximum size of a file of weights; a single larger tensor gets a separate file.
 
     Raises:

@@ -111,7 +111,7 @@ def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None, list[st
 
 
 def model_config(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The content of config.json for a ``Llama`` with these keyword arguments."""
+    """The content of config.json for a ``Llama`` with the keyword ``arguments``, and weights in ``dtype``."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
         "mlp_bias": False, **{key: arguments[key] for key in MODEL_KEYS & arguments.keys()},

@@ -29,7 +29,7 @@ def conversion_problem(path: Path) -> str | None:
 
 
 def tokenizer_json(path: Path) -> dict[str, Any]:
-    """The content of tokenizer.json for the sentencepiece model at ``path``; see ``conversion_problem``."""
+    """The content of tokenizer.json for the sentencepiece model at ``path``, which has no ``conversion_problem``."""
     model = _read(path)
     pieces = [(p.piece, p.type) for p in model.pieces]
     ids = {piece: number for number, (piece, _) in enumerate(pieces)}

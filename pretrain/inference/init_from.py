@@ -168,10 +168,12 @@ def _shape_problems(
 def require_same_tokenizer(path: str, tokenizer: Tokenizer | None) -> None:
     """Compare the run's ``tokenizer`` with the tokenizer next to the weights at ``path``, if there is one.
 
-    None stands for a tokenizer that will be trained, which differs from every other tokenizer.
+    Args:
+        path: the value of train.init_from.
+        tokenizer: None for a tokenizer that will be trained, which differs from every other tokenizer.
 
     Raises:
-        ValueError: they differ.
+        ValueError: the tokenizers differ.
     """
     try:
         beside = find_pretrained(path).tokenizer().parent if Path(path).is_dir() else Path(path).parent

@@ -29,7 +29,7 @@ class PretrainedModel:
     arguments   the keyword arguments for ``Llama``
     dtype       the dtype of the weights
     seq_len     the length of the training sequences in tokens; the number of positions if this is unknown
-    weights     reads the weights: pairs of our name and a tensor, one at a time
+    weights     reads the weights: pairs of a name in ``Llama`` and a tensor, one at a time
     tokenizer   finds the tokenizer's file; raises ValueError if there is none
     assets      the folder with the other files of a Hugging Face model, see ``hf_assets``; None without such files
     run         the folder of the run that trained the model; None for a Hugging Face model

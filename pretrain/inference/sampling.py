@@ -69,7 +69,8 @@ def new_tokens(
 ) -> Iterator[int]:
     """Yield the ids of tokens that follow ``prompt``, without end.
 
-    When all positions of the model are used, it continues from the latest tokens only: half as many as positions.
+    When all positions of the model are used, generation continues from the latest tokens only: half as many as
+    positions.
 
     Args:
         prompt: the ids of one token or more.

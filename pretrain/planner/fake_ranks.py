@@ -85,10 +85,9 @@ def simulated_engine(train: TrainConfig, world: World) -> Engine:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """While entered, add up in ``bytes`` the sizes of all tensors in collectives.
+    """While entered, add up in ``bytes`` the sizes of the tensors in collectives.
 
-    For all_gather and reduce_scatter, this is the size of the complete tensor.
-
+    For all_gather and reduce_scatter, the complete tensor counts.
     In a ring of N ranks, each rank sends (N − 1) / N of a gathered or scattered tensor, and twice this share of an
     all-reduced tensor.
     """

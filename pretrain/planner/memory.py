@@ -32,12 +32,12 @@ class Estimate:
     """The estimate for one device. Memory and traffic are in bytes.
 
     Attributes:
-        peak_bytes: peak of a step in which Grass neither scores rows nor chooses new rows (a refresh)
-        refresh_peak_bytes: peak of the steps in which it does
+        peak_bytes: peak of a regular step, which neither scores rows nor ends with a refresh (Grass' choice of rows)
+        refresh_peak_bytes: peak of the steps that score rows for a refresh or end with one
         components: ``peak_bytes`` by component
         parameters: parameters of the model
         flops_per_token: floating-point operations of forward and backward, per token
-        communicated_bytes_per_step: bytes in collectives in a step without a refresh (fake_ranks.TrafficCounter)
+        communicated_bytes_per_step: bytes in collectives in a regular step, see fake_ranks.TrafficCounter
         communicated_bytes_per_refresh: the same in a step with a refresh, including the scores of rows
         max_micro_batch_size: largest size that fits ``estimate.device_memory_gib``; 0: none fits; None: no limit set
     """

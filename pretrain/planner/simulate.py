@@ -1,6 +1,6 @@
 """Simulate the first steps of a run on fake tensors, with the run's own code, and record the memory they hold.
 
-No memory is allocated and nothing is computed. Scores are unknown, so a refresh selects rows 0 to r-1 of each layer.
+No memory is allocated and nothing is computed. Scores are unknown, so a refresh selects the first rows of each layer.
 Shapes and lifetimes are those of the CPU without ``torch.compile``. Of several devices, rank 0 is simulated.
 """
 

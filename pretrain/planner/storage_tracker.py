@@ -22,8 +22,9 @@ GATHERED = "gathered_weights"  # storages that are emptied and refilled, which o
 class StorageTracker(TorchDispatchMode):
     """While entered, log the allocation and the end of every storage that an operation returns.
 
-    Storages are numbered in the order of allocation. Their kind is TEMPORARIES unless ``label`` sets another kind,
-    which then applies to the complete lifetime of the storage. ``mark`` divides the log into named phases.
+    Storages are numbered in the order of allocation. Their kind is "temporaries" unless ``label`` sets another kind,
+    which then applies to the complete lifetime of the storage; a storage that is emptied and refilled, as FSDP2 does,
+    has the kind "gathered_weights". ``mark`` divides the log into named phases.
     """
 
     def __init__(self) -> None:

@@ -47,6 +47,7 @@ class Metric:
     name      of the PNG files of its charts, with "-tokens" and "-time" if there are two
     key       in the lines of metrics.jsonl
     unit      of the y axis
+    caption   a sentence below the chart on the page; "" for none
     over      tokens | minutes: a chart against each
     scale     factor of the logged values
     log       whether the y axis is logarithmic

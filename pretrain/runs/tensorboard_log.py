@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorboardLogger:
-    """Writes the numbers of metric lines as scalars over the step.
+    """Writes the numbers in the lines of metrics.jsonl as scalars over the step.
 
     A failure, such as a full disk, ends only this log, with a warning: metrics.jsonl has every line.
 
@@ -28,7 +28,7 @@ class TensorboardLogger:
         self._try(lambda: self._open(folder, first_step))
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a metric line with ``step``; values that are not numbers are left out."""
+        """Write a line of metrics.jsonl, which has the key "step"; values that are not numbers are left out."""
         self._try(lambda: self._write(line))
 
     def close(self) -> None:

@@ -68,7 +68,7 @@ class WandbLogger:
             self._start_next()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Log a metric line; if W&B's process has died, start an offline run that takes this line and the next ones."""
+        """Log a line of metrics.jsonl. If W&B's process has died, an offline run gets this line and later ones."""
         if not self._try("log", lambda: self._log(line)) and self._start_next():
             self._try("log", lambda: self._log(line))
 

@@ -22,7 +22,7 @@ def choose_initial_rows(
 
     A selection that needs no gradients skips this pass. In the pass, compiled blocks run eagerly, because compiling for
     a single pass takes longer. All blocks use activation checkpointing, so the pass needs no more memory than a
-    training step, although layers that select columns keep complete inputs.
+    training step, although layers that select columns keep their complete inputs.
 
     Args:
         update: runs the forward and backward.

@@ -76,7 +76,7 @@ class StepLog:
         """Log ``step`` (from 1).
 
         Args:
-            result: reduced, unless no update was made.
+            result: the result of ``step``, already reduced unless no update was made.
             data_s: seconds per step of waiting for batches.
             skipped: number of steps without an update; None when this run cannot skip any.
         """
@@ -106,12 +106,12 @@ class StepLog:
             self._metrics.write_selection(step, self.optim.grass.history.by_layer(since=logged_before))
 
     def layers(self, step: int, norms: dict[str, float | None]) -> None:
-        """Log the norms of the layers in a step, unless there are none."""
+        """Log ``norms``, from ``LayerNorms.take`` after ``step``, unless it is empty."""
         if norms:
             self._write(step, norms)
 
     def validation(self, step: int, score: dict[str, float]) -> None:
-        """Log the metrics of a validation."""
+        """Log the metrics of a validation after ``step`` steps, see ``Score.metrics``."""
         self._write(step, score)
         if self._metrics:
             self._metrics.show_validation(step, {name.replace("val/", "val "): score[name] for name in SHOWN})
@@ -119,7 +119,12 @@ class StepLog:
             self._warn(self._divergence.validation(step, score["val/loss"]))
 
     def summary(self, step: int, score: dict[str, float], samples: list[tuple[str, str]]) -> None:
-        """Write ``summary.json`` and ``samples.md`` of the finished run, and close the log."""
+        """Write ``summary.json`` and ``samples.md`` of the finished run, and close the log.
+
+        Args:
+            score: the metrics of the last validation.
+            samples: from ``make_samples``; [] writes no samples.md.
+        """
         if self._metrics is None:
             return
         seconds, tokens = self.watch.total_seconds, self.tokens(step)
@@ -148,7 +153,7 @@ class StepLog:
             self._metrics.stop_bar()
 
     def close(self, summary: dict[str, Any]) -> None:
-        """End the log of this process, with a W&B summary."""
+        """End the log of this process. ``summary`` has the values for the run's summary on W&B."""
         if self._metrics:
             self._metrics.close(summary)
 

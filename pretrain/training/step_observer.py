@@ -28,7 +28,7 @@ class StepObserver:
         """Before a step of the optimizer, after Grass has prepared it."""
 
     def after_optimizer(self) -> None:
-        """After a step of the optimizer, after Grass has folded it into the weights."""
+        """After a step of the optimizer, when Grass has copied the updated rows into the weights."""
 
     def before_refresh(self) -> None:
         """After every update, made or skipped, before Grass gathers scores and chooses rows, if any are due."""
