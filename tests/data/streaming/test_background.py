@@ -288,6 +288,6 @@ def test_a_preparation_of_other_files_than_the_run_s_is_said(settings):
     beside = BackgroundPreparation(settings, start=False)
     beside._process = subprocess.Popen([sys.executable, "-c", ""])
     beside._process.wait()
-    assert "data.paths" in beside.problem() and "changed while the run began" in beside.problem()
+    assert "data.paths" in beside.problem() and "changed while the run started" in beside.problem()
     prepare(settings)
     assert beside.problem() is None
