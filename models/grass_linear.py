@@ -116,11 +116,11 @@ class GrassLinear(nn.Module):
     """A bias-free linear layer that trains ``rank`` of its rows (output features) or columns (input features).
 
     Attributes:
-        weight: Parameter (out, in), frozen, used by the forward; with ``int8`` the codes, which count only for rows
-            that are not selected
+        weight: Parameter (out, in), frozen, used by the forward; with ``int8`` int8 codes (see models.int8_weight), and
+            those of selected rows are out of date: the forward uses ``rows`` for them
         rows: Parameter (rank, in) for rows, (out, rank) for columns: the trainable copy of the selected slice
         index: buffer (rank,) int64: the selected rows or columns, ascending; entries may repeat
-        scale: buffer (rank,) float32: the factor ρ on the gradient of each selected row
+        scale: buffer (rank,) float32: the factor ρ on the gradient of each selected row or column
         scaled: whether ``scale`` is used; False unless rows are drawn with weights
         weight_step: with ``int8`` a buffer (size of the selected dimension,) float32: see models.int8_weight
 
@@ -209,9 +209,10 @@ class GrassLinear(nn.Module):
 
     @torch.no_grad()
     def fold(self, stepped: Tensor | None = None, rounding_key: int = 0) -> None:
-        """Write ``rows`` into the weight after a step: weight[index] = rows, rounded to nearest; not for 8-bit weights.
+        """Write ``rows`` into the weight after a step: weight[index] = rows, rounded to nearest.
 
-        float32 rows of a bfloat16 weight are master copies: they keep the digits that the weight cannot store.
+        8-bit weights stay unchanged until the selection changes. float32 rows of a bfloat16 weight are master copies:
+        they keep the digits that the weight cannot store.
 
         Args:
             stepped: new values for ``rows``, for example from ``stepped_draws``. They are first copied into ``rows``,

@@ -95,9 +95,10 @@ class Corpus:
             yield Batch(batch, records.done_bytes)
 
     def documents(self, files: list[SourceFile]) -> Iterator[Document]:
-        """The documents of `files`, or of the dataset, up to about 2^30 characters (SAMPLE_BYTES).
+        """The documents of `files`, up to about 2^30 characters (SAMPLE_BYTES).
 
-        The files of a larger corpus come in the order of a hash, so that the documents are a sample.
+        The files of a larger corpus come in the order of a hash of their names, so that the documents are a sample. For
+        source `datasets`, `files` is ignored, and the rows of the dataset come in their order.
         """
         if self.total_bytes > SAMPLE_BYTES:
             files = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())

@@ -46,9 +46,10 @@ class Metric:
 
     name      of the PNG files of its charts, with "-tokens" and "-time" if there are two
     key       in the lines of metrics.jsonl
+    title     of its charts
     unit      of the y axis
     caption   a sentence below the chart on the page; "" for none
-    over      tokens | minutes: a chart against each
+    over      the x-axes, "tokens", "minutes" or both; a chart for each
     scale     factor of the logged values
     log       whether the y axis is logarithmic
     zero      whether the y axis starts at zero
