@@ -57,7 +57,7 @@ def require_usable_gpus() -> None:
     of_wanted = f" of CUDA_VISIBLE_DEVICES={wanted}" if wanted else ""
     reason, fix = _reason_and_fix(driver, cuda)
     raise ValueError(
-        f"torch {torch.__version__}, {built}, can use none of the {count} GPUs{of_wanted} that nvidia-smi lists "
+        f"torch {torch.__version__}, {built}, can use no GPU{of_wanted}, but nvidia-smi lists {count} "
         f"(driver {driver}{reason}); {fix}, or {ON_THE_CPU}"
     )
 

@@ -80,12 +80,12 @@ def test_the_torch_of_the_requirements_is_supported(root):
         (
             None,
             "580.65.06",
-            "a build without CUDA, can use none of the 2 GPUs that nvidia-smi lists (driver 580.65.06); ",
+            "a build without CUDA, can use no GPU, but nvidia-smi lists 2 (driver 580.65.06); ",
         ),
         (None, "580.65.06", "; install a torch built for CUDA 13 (docs/setup.md), or "),
         (None, "560.35", "; install a torch built for CUDA 12 (docs/setup.md), or "),
         (None, "390.157", "; update the driver, or "),
-        ("13.0", "535.104.05", ", built for CUDA 13.0, can use none of the 2 GPUs that"),
+        ("13.0", "535.104.05", ", built for CUDA 13.0, can use no GPU, but nvidia-smi lists 2"),
         (
             "13.0",
             "535.104.05",
@@ -124,7 +124,7 @@ def test_gpus_that_are_asked_for_by_name_must_be_usable(nvidia_smi, cuda, monkey
     nvidia_smi("580.65.06")
     cuda("13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-    with pytest.raises(ValueError, match=f"none of the 1 GPUs of CUDA_VISIBLE_DEVICES={devices} that nvidia-smi lists"):
+    with pytest.raises(ValueError, match=f"no GPU of CUDA_VISIBLE_DEVICES={devices}, but nvidia-smi lists 1"):
         require_usable_gpus()
 
 
@@ -172,5 +172,5 @@ def test_a_run_ends_with_one_message_and_exit_code_2(nvidia_smi, root, module, t
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     (message,) = (line for line in result.stderr.splitlines() if line.startswith("error"))
-    assert "can use none of the 1 GPUs" in message and "driver 390.157" in message and message.endswith(ON_THE_CPU)
+    assert "can use no GPU, but nvidia-smi lists 1" in message and "driver 390.157" in message and message.endswith(ON_THE_CPU)
     assert not (tmp_path / "runs").exists()
