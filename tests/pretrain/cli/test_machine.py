@@ -172,5 +172,5 @@ def test_a_run_ends_with_one_message_and_exit_code_2(nvidia_smi, root, module, t
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     (message,) = (line for line in result.stderr.splitlines() if line.startswith("error"))
-    assert "can use no GPU, but nvidia-smi lists 1" in message and "driver 390.157" in message and message.endswith(ON_THE_CPU)
+    assert "can use no GPU, but nvidia-smi lists 1 (driver 390.157" in message and message.endswith(ON_THE_CPU)
     assert not (tmp_path / "runs").exists()
